@@ -1,0 +1,41 @@
+"""Fused knowledge-distillation losses for PyTorch, and the thin trainer that uses them."""
+
+from typing import TYPE_CHECKING, Any
+
+from fastkd.backend import BackendUnavailable, get_backend, set_backend, use_backend
+from fastkd.checks import check_labels
+from fastkd.functional import binary_kl_loss, binary_kl_norm_loss, distill_loss, dkd_loss, kd_loss
+from fastkd.losses import BinaryKLLoss, BinaryKLNormLoss, DistillLoss, DKDLoss, KDLoss
+
+if TYPE_CHECKING:
+    from fastkd.train import fit
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendUnavailable",
+    "BinaryKLLoss",
+    "BinaryKLNormLoss",
+    "DKDLoss",
+    "DistillLoss",
+    "KDLoss",
+    "binary_kl_loss",
+    "binary_kl_norm_loss",
+    "check_labels",
+    "distill_loss",
+    "dkd_loss",
+    "fit",
+    "get_backend",
+    "kd_loss",
+    "set_backend",
+    "use_backend",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # The trainer is imported on first use: who only swaps a loss needs none of its libraries.
+    if name == "fit":
+        from fastkd.train import fit
+
+        return fit
+    raise AttributeError(f"module 'fastkd' has no attribute {name!r}")

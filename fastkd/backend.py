@@ -1,0 +1,115 @@
+"""Which implementation runs a loss: ``triton``, ``native`` or ``eager``, and why one cannot.
+
+The choice is made a call: the backend asked for by name, or with ``auto`` the fastest that runs on the
+logits' device. A backend asked for by name that cannot run is an error, never a silent fallback.
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+
+BACKENDS = ("auto", "triton", "native", "eager")
+FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class BackendUnavailable(RuntimeError):
+    """The backend asked for by name cannot run here; the message says what is missing."""
+
+
+def checked_name(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} is {name!r}; expected one of {', '.join(BACKENDS)}")
+    return name
+
+
+_chosen = checked_name(os.environ.get("FASTKD_BACKEND") or "auto", "the environment's FASTKD_BACKEND")
+
+
+def get_backend() -> str:
+    """The backend in force: ``"auto"``, ``"triton"``, ``"native"`` or ``"eager"``."""
+    return _chosen
+
+
+def set_backend(name: str) -> None:
+    """Choose the backend of every later call.
+
+    ``"auto"`` (the default) takes the fastest that runs on the logits' device: triton on GPUs, native
+    on CPUs, eager where neither can. A name takes that one or raises ``BackendUnavailable`` at the call.
+    The environment variable ``FASTKD_BACKEND`` sets the initial choice.
+    """
+    global _chosen
+    _chosen = checked_name(name, "backend")
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """``set_backend`` for the length of a ``with`` block."""
+    before = get_backend()
+    set_backend(name)
+    try:
+        yield
+    finally:
+        set_backend(before)
+
+
+def missing(backend: str, device_type: str) -> str | None:
+    """What stops ``backend`` from running on this kind of device; None where nothing does."""
+    return _PROBES[backend](device_type)
+
+
+def resolve(device_type: str, *dtypes: torch.dtype) -> str:
+    """The backend that runs logits of these dtypes on this device, by the choice in force."""
+    wide = next((dtype for dtype in dtypes if dtype not in FUSED_DTYPES), None)
+    if _chosen == "auto":
+        return "eager" if wide is not None else _automatic(device_type)
+    if _chosen == "eager":
+        return "eager"
+    if wide is not None:
+        raise BackendUnavailable(
+            f"backend {_chosen!r} computes in float32 and takes float32, bfloat16 and float16 logits, not "
+            f"{wide}; use set_backend('eager') or 'auto' for {wide}"
+        )
+    reason = missing(_chosen, device_type)
+    if reason is not None:
+        raise BackendUnavailable(f"backend {_chosen!r} cannot run on {device_type}: {reason}")
+    return _chosen
+
+
+@cache
+def _automatic(device_type: str) -> str:
+    fastest = {"cuda": "triton", "cpu": "native"}.get(device_type)
+    if fastest is None:
+        return "eager"
+    reason = missing(fastest, device_type)
+    if reason is None:
+        return fastest
+    warnings.warn(
+        f"fastkd runs its slower eager backend on {device_type}, because {fastest} is not available: "
+        f"{reason} (`fastkd doctor` tells more)",
+        RuntimeWarning,
+        stacklevel=5,
+    )
+    return "eager"
+
+
+def _native_missing(device_type: str) -> str | None:
+    from fastkd.ops import native
+
+    return native.missing(device_type)
+
+
+def _triton_missing(device_type: str) -> str | None:
+    from fastkd.ops.triton import runtime
+
+    return runtime.missing(device_type)
+
+
+_PROBES: dict[str, Callable[[str], str | None]] = {
+    "native": _native_missing,
+    "triton": _triton_missing,
+    "eager": lambda device_type: None,
+}

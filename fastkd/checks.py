@@ -1,0 +1,100 @@
+"""Checks of a loss's arguments, made before any kernel runs and without reading the device."""
+
+import math
+
+import torch
+from torch import Tensor
+
+LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+REDUCTIONS = ("batchmean", "sum", "none")
+
+
+def check_logits(student_logits: Tensor, teacher_logits: Tensor) -> None:
+    for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+        if not isinstance(logits, Tensor):
+            raise TypeError(f"{name} is a {type(logits).__name__}; expected a tensor of shape [..., C]")
+        if logits.dtype not in LOGIT_DTYPES:
+            raise TypeError(f"{name} has dtype {logits.dtype}; expected float32, bfloat16, float16 or float64")
+        if logits.dim() < 1 or logits.shape[-1] < 2:
+            raise ValueError(
+                f"{name} has shape {list(logits.shape)}; expected [..., C] with at least 2 classes"
+            )
+    if student_logits.shape[-1] != teacher_logits.shape[-1]:
+        raise ValueError(
+            f"student_logits has {student_logits.shape[-1]} classes and teacher_logits "
+            f"{teacher_logits.shape[-1]}; both models must score the same classes"
+        )
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            f"student_logits has shape {list(student_logits.shape)} and teacher_logits "
+            f"{list(teacher_logits.shape)}; expected equal shapes"
+        )
+    if student_logits.device != teacher_logits.device:
+        raise ValueError(
+            f"student_logits is on {student_logits.device} and teacher_logits on {teacher_logits.device}; "
+            "expected one device"
+        )
+    if teacher_logits.requires_grad:
+        raise ValueError(
+            "teacher_logits requires grad, but the teacher is a constant of every fastkd loss; compute it "
+            "under torch.no_grad() or pass teacher_logits.detach()"
+        )
+
+
+def check_target(target: Tensor, student_logits: Tensor, ignore_index: int) -> None:
+    """Shape, dtype and device always; the range of the labels where reading them costs no sync (CPU)."""
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target is a {type(target).__name__}; expected an int64 tensor of labels")
+    if target.dtype != torch.int64:
+        raise TypeError(f"target has dtype {target.dtype}; expected int64 class indices (soft targets are not labels)")
+    if target.shape != student_logits.shape[:-1]:
+        raise ValueError(
+            f"target has shape {list(target.shape)}; expected {list(student_logits.shape[:-1])}, one label for "
+            f"each row of student_logits {list(student_logits.shape)}"
+        )
+    if target.device != student_logits.device:
+        raise ValueError(f"target is on {target.device} and student_logits on {student_logits.device}; expected one device")
+    if target.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_labels(target, student_logits.shape[-1], ignore_index)
+
+
+def check_labels(target: Tensor, classes: int, ignore_index: int = -100) -> None:
+    """Raise if a label is neither in 0..classes-1 nor ``ignore_index``.
+
+    The losses do this themselves on the CPU. On a GPU it would wait for the device, so there the losses
+    give a row with such a label a NaN loss, and this function is for those who want the check.
+    """
+    wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    if wrong.any():
+        value = int(target[wrong][0])
+        raise ValueError(
+            f"target has the label {value}; expected 0 to {classes - 1}, or ignore_index ({ignore_index}) for a "
+            "row to leave out"
+        )
+
+
+def check_temperature(temperature: float) -> None:
+    if isinstance(temperature, Tensor):
+        raise TypeError("temperature is a tensor; expected a number (reading a tensor would wait for the device)")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature is {temperature!r}; expected a finite number above 0")
+
+
+def check_weight(name: str, weight: float) -> None:
+    if not math.isfinite(weight):
+        raise ValueError(f"{name} is {weight!r}; expected a finite number")
+
+
+def check_label_smoothing(label_smoothing: float) -> None:
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing is {label_smoothing!r}; expected a number from 0 to 1")
+
+
+def check_reduction(reduction: str) -> None:
+    if reduction == "mean":
+        raise ValueError(
+            "reduction='mean' is refused: for torch.nn.KLDivLoss it divides by rows times classes, which makes "
+            "the loss weaker by the number of classes; use 'batchmean' (divide by the rows that count), 'sum' or 'none'"
+        )
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction is {reduction!r}; expected one of {', '.join(REDUCTIONS)}")

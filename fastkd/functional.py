@@ -1,0 +1,226 @@
+"""The losses as functions of logits: what most users import.
+
+Common to all of them:
+
+- Logits are ``[..., C]`` in float32, bfloat16 or float16 (float64 through the eager backend), student and
+  teacher of equal shape on one device; leading dimensions are rows. Arithmetic is in float32, the gradient
+  comes back in the student's dtype. The teacher is a constant and must not require grad.
+- T^2 is included: a weight means the same at every temperature.
+- ``reduction``: ``"batchmean"`` (sum over the rows that count, divided by their number), ``"sum"``, or
+  ``"none"`` (one value a row, in the shape of the leading dimensions). ``"mean"`` is refused.
+- A row whose label is ``ignore_index`` adds nothing to loss, gradient or count; with no row left the loss is 0.
+- The gradient is computed with the loss. It differentiates once; ``create_graph=True`` raises (use
+  ``fastkd.set_backend("eager")`` for second derivatives).
+- TypeError and ValueError name the argument, its value and what is expected, before anything is computed.
+"""
+
+import torch
+from torch import Tensor
+
+from fastkd import backend, checks, reference
+from fastkd.ops import library
+
+__all__ = ["binary_kl_loss", "binary_kl_norm_loss", "distill_loss", "dkd_loss", "kd_loss"]
+
+
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 4.0,
+    standardize: bool = False,
+    target: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "batchmean",
+) -> Tensor:
+    """T^2 KL(softmax(z_t / T) || softmax(z_s / T)): knowledge distillation (Hinton et al. 2015).
+
+    With ``standardize`` the logits of each row are first brought to (z - mean) / (std + 1e-7) (logit
+    standardisation, Sun et al. 2024; published with T 2). ``target`` [...] int64 only marks the rows to
+    leave out (``ignore_index``); the loss itself uses no labels.
+    """
+    loss, _ = _reduced(
+        "softmax",
+        (float(temperature), 0.0, 1.0, 0.0, 0.0, 0.0, float(standardize)),
+        student_logits,
+        teacher_logits,
+        target,
+        uses_label=False,
+        ignore_index=ignore_index,
+        reduction=reduction,
+    )
+    return loss
+
+
+def dkd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    *,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    temperature: float = 4.0,
+    standardize: bool = False,
+    ignore_index: int = -100,
+    reduction: str = "batchmean",
+) -> Tensor:
+    """T^2 (alpha TCKD + beta NCKD): decoupled knowledge distillation (Zhao et al. 2022).
+
+    TCKD is the KL between the two models' (p_y, 1 - p_y); NCKD the KL between their distributions over the
+    classes that are not the label, which is 0 by definition where there are only two classes. ``target``
+    [...] int64. Published: alpha 1, beta 8, T 4 for CIFAR-100 (beta 2 to 8 by pair), T 1 and beta 0.5 or 2
+    for ImageNet, a cross-entropy of weight 1 beside it and a linear warm-up over 20 epochs.
+    """
+    checks.check_weight("alpha", alpha)
+    checks.check_weight("beta", beta)
+    loss, _ = _reduced(
+        "softmax",
+        (float(temperature), 0.0, 0.0, float(alpha), float(beta), 0.0, float(standardize)),
+        student_logits,
+        teacher_logits,
+        target,
+        uses_label=True,
+        ignore_index=ignore_index,
+        reduction=reduction,
+    )
+    return loss
+
+
+def distill_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    *,
+    ce_weight: float,
+    kd_weight: float = 0.0,
+    tckd_weight: float = 0.0,
+    nckd_weight: float = 0.0,
+    temperature: float = 4.0,
+    label_smoothing: float = 0.0,
+    standardize: bool = False,
+    ignore_index: int = -100,
+    reduction: str = "batchmean",
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """w_ce CE + T^2 (w_kd KD + w_t TCKD + w_n NCKD), in one pass over the same logits.
+
+    CE is the cross-entropy of the raw student logits at T = 1, with torch's ``label_smoothing``; the
+    distillation terms are those of ``kd_loss`` and ``dkd_loss``. Published: KD with w_ce 0.1 and w_kd 0.9 at
+    T 4 (CIFAR-100), 0.5 and 0.5 at T 1 (ImageNet).
+
+    Returns ``(loss, terms)``; ``terms`` holds, detached and for logging, the unweighted value of each term of
+    non-zero weight ("ce", "kd", "tckd", "nckd"; T^2 included) under the same reduction as the loss.
+    """
+    weights = {"ce": ce_weight, "kd": kd_weight, "tckd": tckd_weight, "nckd": nckd_weight}
+    for name, weight in weights.items():
+        checks.check_weight(f"{name}_weight", weight)
+    checks.check_label_smoothing(label_smoothing)
+    loss, terms = _reduced(
+        "softmax",
+        (float(temperature), *map(float, weights.values()), float(label_smoothing), float(standardize)),
+        student_logits,
+        teacher_logits,
+        target,
+        uses_label=True,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        with_terms=True,
+    )
+    named = zip(weights.items(), terms, strict=True)
+    return loss, {name: term for (name, weight), term in named if weight}
+
+
+def binary_kl_loss(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 2.0, reduction: str = "batchmean"
+) -> Tensor:
+    """T^2 sum_i KL(Bern(sigmoid(z_t,i / T)) || Bern(sigmoid(z_s,i / T))) (Yang et al. 2024, DHKD).
+
+    Every class is a yes-or-no question of its own: no softmax ties the classes together. Summed over the
+    classes; ``"batchmean"`` divides by the rows alone. Published with T 2.
+    """
+    return _pointwise("binary_kl", student_logits, teacher_logits, temperature, reduction)
+
+
+def binary_kl_norm_loss(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 2.0, reduction: str = "batchmean"
+) -> Tensor:
+    """T^2 sum_i KL(Bern(1/2) || Bern(sigmoid((z_s,i - z_t,i) / T))) (Yang et al. 2024, DHKD).
+
+    Equal to T^2 sum_i log cosh((z_s,i - z_t,i) / 2T), with the gradient (T / 2) tanh of the same, so it stays
+    finite at any logits, where the released formula overflows from (z_s - z_t) / T of about 17. "Norm" is the
+    difference to the teacher, not a z-score. Summed over the classes. Published with T 2.
+    """
+    return _pointwise("binary_kl_norm", student_logits, teacher_logits, temperature, reduction)
+
+
+def _pointwise(loss: str, student_logits: Tensor, teacher_logits: Tensor, temperature: float, reduction: str) -> Tensor:
+    value, _ = _reduced(
+        loss, (float(temperature),), student_logits, teacher_logits, None, uses_label=False, reduction=reduction
+    )
+    return value
+
+
+def _reduced(
+    loss: str,
+    options: tuple[float, ...],
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None,
+    *,
+    uses_label: bool,
+    ignore_index: int = -100,
+    reduction: str,
+    with_terms: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Check, flatten to rows, run the backend and reduce: the one way from logits to a loss."""
+    checks.check_temperature(options[0])
+    checks.check_reduction(reduction)
+    checks.check_logits(student_logits, teacher_logits)
+    if target is None and uses_label:
+        raise TypeError("target is None; expected an int64 tensor of labels")
+    if target is not None:
+        checks.check_target(target, student_logits, ignore_index)
+
+    leading, classes = student_logits.shape[:-1], student_logits.shape[-1]
+    student, teacher = student_logits.reshape(-1, classes), teacher_logits.reshape(-1, classes)
+    labels = None if target is None else target.reshape(-1)
+    counted = None if labels is None else labels != ignore_index
+    row_weight, scale = _row_weight(counted, student.shape[0], reduction)
+    label = labels if uses_label else None
+    chosen = backend.resolve(student.device.type, student.dtype, teacher.dtype)
+    if chosen == "eager":
+        rows, terms = _eager(loss, options, student, teacher, label, counted)
+        rows, terms = (values * scale if row_weight is None else values * row_weight for values in (rows, terms))
+    else:
+        rows, terms = library.row_loss(
+            student, teacher, label, row_weight, scale, loss, options, chosen, with_terms=with_terms
+        )
+    terms = terms.detach()
+    if reduction == "none":
+        return rows.view(leading), terms.view(-1, *leading)
+    return rows.sum(), terms.sum(-1)
+
+
+def _row_weight(counted: Tensor | None, rows: int, reduction: str) -> tuple[Tensor | None, float]:
+    """What each row's loss is multiplied by: a tensor [N] where rows may be left out, else one number.
+
+    The kernels apply it as they write the gradient, so that the reduction costs no pass of its own.
+    """
+    if counted is None:
+        return None, 1.0 / max(rows, 1) if reduction == "batchmean" else 1.0
+    weight = counted.float()
+    return (weight / weight.sum().clamp_min(1.0) if reduction == "batchmean" else weight), 1.0
+
+
+def _eager(
+    loss: str,
+    options: tuple[float, ...],
+    student: Tensor,
+    teacher: Tensor,
+    label: Tensor | None,
+    counted: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    if counted is not None:
+        # A row left out may hold anything, also what would make 0 * its gradient NaN.
+        student, teacher = (torch.where(counted[:, None], logits, 0.0) for logits in (student, teacher))
+        label = None if label is None else torch.where(counted, label, 0)
+    return reference.ROW_LOSSES[loss](student, teacher, label, *options)

@@ -1,0 +1,1 @@
+"""The fused kernels behind the losses, and the operators that wrap them."""

@@ -1,0 +1,141 @@
+"""The torch operators: schema, dispatch to a backend, shapes for the compiler, autograd. All in one place.
+
+``fastkd::row_loss`` computes the losses of all rows and, when the student needs it, the gradient with them.
+``backward`` then only has to scale that gradient by what comes from upstream.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TERMS = {"softmax": 4}
+
+_library = torch.library.Library("fastkd", "DEF")
+_library.define(
+    "row_loss(Tensor student_logits, Tensor teacher_logits, Tensor? target, Tensor? row_weight, float scale, "
+    "str loss, float[] options, str backend, bool with_terms, bool with_gradient) "
+    "-> (Tensor rows, Tensor terms, Tensor gradient)"
+)
+_library.define("scale_rows_(Tensor(a!) gradient, Tensor upstream, str backend) -> ()")
+
+
+def row_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None,
+    row_weight: Tensor | None,
+    scale: float,
+    loss: str,
+    options: Sequence[float],
+    backend: str,
+    *,
+    with_terms: bool,
+) -> tuple[Tensor, Tensor]:
+    """Row losses [N] and their terms [K, N] in float32, each times ``scale`` or its ``row_weight`` [N].
+
+    ``target`` [N] names the label of each row, where the loss uses one; a label out of range gives a NaN
+    row. A row of weight 0 is not read. ``options`` are those of the loss in ``fastkd.reference``.
+    """
+    with_gradient = torch.is_grad_enabled() and student_logits.requires_grad
+    rows, terms, _ = torch.ops.fastkd.row_loss(
+        student_logits, teacher_logits, target, row_weight, scale, loss, options, backend, with_terms, with_gradient
+    )
+    return rows, terms
+
+
+def _allocate(student: Tensor, loss: str, with_terms: bool, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+    rows, classes = student.shape
+    return (
+        student.new_empty(rows, dtype=torch.float32),
+        student.new_empty((TERMS.get(loss, 0) if with_terms else 0, rows), dtype=torch.float32),
+        student.new_empty((rows, classes) if with_gradient else (0, classes)),
+    )
+
+
+def _launcher(backend: str) -> Any:
+    if backend == "native":
+        from fastkd.ops import native
+
+        return native
+    from fastkd.ops.triton import launch
+
+    return launch
+
+
+@torch.library.impl(_library, "row_loss", "CompositeExplicitAutograd")
+def _row_loss(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    row_weight: Tensor | None,
+    scale: float,
+    loss: str,
+    options: Sequence[float],
+    backend: str,
+    with_terms: bool,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    outputs = _allocate(student, loss, with_terms, with_gradient)
+    # Kernels take any row stride; only a row that is not dense is copied.
+    student, teacher = (logits if logits.stride(1) == 1 else logits.contiguous() for logits in (student, teacher))
+    if student.shape[0]:
+        _launcher(backend).row_loss(student, teacher, target, row_weight, scale, loss, options, *outputs)
+    return outputs
+
+
+@torch.library.register_fake("fastkd::row_loss", lib=_library)
+def _row_loss_shapes(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    row_weight: Tensor | None,
+    scale: float,
+    loss: str,
+    options: Sequence[float],
+    backend: str,
+    with_terms: bool,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _allocate(student, loss, with_terms, with_gradient)
+
+
+@torch.library.impl(_library, "scale_rows_", "CompositeExplicitAutograd")
+def _scale_rows_(gradient: Tensor, upstream: Tensor, backend: str) -> None:
+    if gradient.shape[0]:
+        _launcher(backend).scale_rows_(gradient, upstream)
+
+
+@torch.library.register_fake("fastkd::scale_rows_", lib=_library)
+def _scale_rows_shapes(gradient: Tensor, upstream: Tensor, backend: str) -> None:
+    return None
+
+
+def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, terms, gradient = output
+    ctx.mark_non_differentiable(terms, gradient)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(gradient)
+    ctx.backend = inputs[7]
+
+
+def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    (gradient,) = ctx.saved_tensors
+    nothing = (None,) * 9
+    if upstream is None:
+        return None, *nothing
+    compiling = torch.compiler.is_compiling()
+    if torch.is_grad_enabled() and not compiling:
+        raise RuntimeError(
+            "fastkd computes the gradient with the loss and does not differentiate it again (create_graph=True); "
+            "use fastkd.set_backend('eager') for second derivatives"
+        )
+    if compiling or torch._C._autograd._get_current_graph_task_keep_graph():
+        # Whoever keeps the graph may come again: the saved gradient must stay as it is.
+        gradient = gradient.clone()
+    torch.ops.fastkd.scale_rows_(gradient, upstream, ctx.backend)
+    return gradient, *nothing
+
+
+torch.library.register_autograd("fastkd::row_loss", _backward, setup_context=_keep_gradient, lib=_library)

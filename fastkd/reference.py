@@ -1,0 +1,136 @@
+"""The losses in plain torch: the specification every kernel is held to, and the eager backend.
+
+Each function takes logits ``[N, C]`` and returns one value a row, in float32 (float64 for float64
+logits), before any reduction. They differentiate twice and import nothing of the package.
+
+Notation: u = z_s / T, v = z_t / T, q = softmax(u), p = softmax(v), y the label, hats renormalised
+over the classes that are not y. T^2 is included, so that a weight means the same at every T.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Below this a logit is a masked class. It is finite so that the difference of two masked logits is 0
+# rather than NaN, and far enough from float32's range that differences and T^2 do not overflow.
+MASKED = -1e30
+STANDARDIZE_EPSILON = 1e-7
+
+
+def as_float(logits: Tensor) -> Tensor:
+    """Logits in float32 (float64 stays), raised before any arithmetic, -inf replaced by MASKED."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return wide.clamp_min(MASKED)
+
+
+def standardize(logits: Tensor) -> Tensor:
+    """(z - mean) / (std + 1e-7) of each row, std with C - 1 (logit standardisation, Sun et al. 2024)."""
+    centred = logits - logits.mean(-1, keepdim=True)
+    return centred / (logits.std(-1, keepdim=True) + STANDARDIZE_EPSILON)
+
+
+def kl_from_logits(u: Tensor, v: Tensor) -> Tensor:
+    """KL(softmax(v) || softmax(u)) of each row."""
+    log_q, log_p = u.log_softmax(-1), v.log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def target_kl(u: Tensor, v: Tensor, target: Tensor) -> Tensor:
+    """TCKD: KL of (p_y, 1 - p_y) from (q_y, 1 - q_y), through the log odds of the label."""
+    m_s, m_t = label_log_odds(u, target), label_log_odds(v, target)
+    return m_t.sigmoid() * (m_t - m_s) + softplus(m_s) - softplus(m_t)
+
+
+def label_log_odds(logits: Tensor, target: Tensor) -> Tensor:
+    """log(p_y / (1 - p_y)), with the label left out of the sum so that nothing cancels."""
+    label = target[:, None]
+    others = logits.scatter(1, label, MASKED).logsumexp(-1)
+    return logits.gather(1, label)[:, 0] - others
+
+
+def nontarget_kl(u: Tensor, v: Tensor, target: Tensor) -> Tensor:
+    """NCKD: KL between the distributions over the classes that are not the label."""
+    label = target[:, None]
+    return kl_from_logits(u.scatter(1, label, MASKED), v.scatter(1, label, MASKED))
+
+
+def softmax_rows(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None,
+    temperature: float,
+    ce_weight: float,
+    kd_weight: float,
+    tckd_weight: float,
+    nckd_weight: float,
+    label_smoothing: float,
+    standardized: float,
+) -> tuple[Tensor, Tensor]:
+    """w_ce CE + T^2 (w_kd KD + w_t TCKD + w_n NCKD): the row loss [N] and its four terms [4, N].
+
+    Terms are unweighted (T^2 included), a term of weight 0 is 0. CE is of the raw student logits at
+    T = 1, even where the distillation terms are standardised. Hinton et al. 2015; Zhao et al. 2022.
+    """
+    z_s, z_t = as_float(student_logits), as_float(teacher_logits)
+    u, v = (standardize(z_s), standardize(z_t)) if standardized else (z_s, z_t)
+    u, v = u / temperature, v / temperature
+    square = temperature * temperature
+    zero = z_s.new_zeros(z_s.shape[0])
+    ce = kd = tckd = nckd = zero
+    if kd_weight:
+        kd = square * kl_from_logits(u, v)
+    if target is not None:
+        if ce_weight:
+            ce = F.cross_entropy(z_s, target, reduction="none", label_smoothing=label_smoothing)
+        if tckd_weight:
+            tckd = square * target_kl(u, v, target)
+        if nckd_weight:
+            nckd = square * nontarget_kl(u, v, target)
+    terms = torch.stack([ce, kd, tckd, nckd])
+    loss = ce_weight * ce + kd_weight * kd + tckd_weight * tckd + nckd_weight * nckd
+    return loss, terms
+
+
+def binary_kl_rows(
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """BinaryKL: T^2 sum_i KL(Bern(sigmoid(v_i)) || Bern(sigmoid(u_i))). Yang et al. 2024 (DHKD)."""
+    u, v = as_float(student_logits) / temperature, as_float(teacher_logits) / temperature
+    row = v.sigmoid() * (v - u) + softplus(u) - softplus(v)
+    return temperature * temperature * row.sum(-1), row.new_zeros(0, row.shape[0])
+
+
+def binary_kl_norm_rows(
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """BinaryKL-Norm: T^2 sum_i KL(Bern(1/2) || Bern(sigmoid(u_i - v_i))), which is
+    T^2 sum_i log cosh((z_s - z_t) / 2T). Yang et al. 2024 (DHKD)."""
+    x = (as_float(student_logits) - as_float(teacher_logits)) / (2 * temperature)
+    row = log_cosh(x).sum(-1)
+    return temperature * temperature * row, row.new_zeros(0, row.shape[0])
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + e^x). torch's own turns linear at 20, an error of 2e-9 that float64 would show."""
+    return -F.logsigmoid(-x)
+
+
+def log_cosh(x: Tensor) -> Tensor:
+    """log(cosh(x)) without overflow, and without losing a small x to rounding."""
+    # |x| + softplus(-2|x|) - log 2 rounds to 0 for small x; the series is exact to rounding there.
+    small = x.abs() < 0.05 if x.dtype == torch.float32 else x.abs() < 1e-3
+    inner = torch.where(small, x, 0.0)
+    square = inner * inner
+    series = square * (0.5 - square * (1 / 12 - square / 45))
+    outer = torch.where(small, 1.0, x).abs()
+    return torch.where(small, series, outer + softplus(-2 * outer) - math.log(2))
+
+
+ROW_LOSSES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "softmax": softmax_rows,
+    "binary_kl": binary_kl_rows,
+    "binary_kl_norm": binary_kl_norm_rows,
+}
