@@ -1,0 +1,18 @@
+"""Training: recipes, the loop, the `fastkd` command. Imported lazily: only `fit` needs no extra packages."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .loop import FitResult, Watcher, evaluate, fit
+
+__all__ = ["FitResult", "Watcher", "evaluate", "fit"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from . import loop
+
+        return getattr(loop, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

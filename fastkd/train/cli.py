@@ -1,0 +1,141 @@
+"""The `fastkd` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
+    parser = _parser()
+    args, extra = parser.parse_known_args(argv)
+    if args.command == "train":
+        # argparse gives up on key=value words that follow an option; they are meant all the same.
+        args.words += [word for word in extra if not word.startswith("-")]
+        extra = [word for word in extra if word.startswith("-")]
+    if extra:
+        parser.error(f"unknown arguments: {' '.join(extra)}")
+    from .errors import TrainError
+
+    try:
+        status: int = args.run(args)
+    except TrainError as error:
+        print(f"fastkd: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        folder = getattr(stop, "folder", None)
+        print(
+            f"\nstopped; to go on: fastkd train --resume {folder}"
+            if folder
+            else "\nstopped before anything was written",
+            file=sys.stderr,
+        )
+        return 130
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastkd", description="Fused knowledge distillation losses and a thin trainer."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train", help="train a recipe: the teacher if it is not there yet, then the student"
+    )
+    train.add_argument(
+        "words",
+        nargs="*",
+        metavar="RECIPE [key=value …]",
+        help="a name that `fastkd recipes` lists or a .yaml file, then overrides such as train.epochs=3",
+    )
+    train.add_argument(
+        "--seeds", type=_positive, metavar="N", help="run N seeds; print mean ± standard deviation"
+    )
+    train.add_argument("--resume", type=Path, metavar="RUN_FOLDER", help="go on with a run that was stopped")
+    train.add_argument(
+        "--runs",
+        type=Path,
+        default=Path("runs"),
+        metavar="FOLDER",
+        help="where run folders go (default: runs)",
+    )
+    train.set_defaults(run=_train)
+
+    recipes = commands.add_parser("recipes", help="list the recipes that come with fastkd")
+    recipes.set_defaults(run=_recipes)
+    doctor = commands.add_parser("doctor", help="say which backends work here, and why others do not")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("expected at least 1")
+    return value
+
+
+def _train(args: argparse.Namespace) -> int:
+    from .console import make_console
+    from .errors import RecipeError
+    from .recipe import load_recipe
+    from .results import print_results
+    from .run import run_recipe
+    from .seeds import is_seed_group, run_seeds, seed_count
+
+    console = make_console()
+    runs: Path = args.runs
+    folder: Path | None = args.resume
+    count: int | None = args.seeds
+    if folder is not None:
+        if args.words or count:
+            raise RecipeError("--resume takes the run folder only: the recipe and the seeds are in it")
+        if not (folder / "recipe.yaml").is_file():
+            raise RecipeError(f"--resume {folder}: no run folder (it has no recipe.yaml)")
+        name, recipe = load_recipe(str(folder / "recipe.yaml"))
+        # A teacher is kept beside the runs that use it.
+        runs = folder.parent
+        count = seed_count(folder) if is_seed_group(folder) else None
+        if is_seed_group(runs):
+            runs = runs.parent
+    else:
+        if not args.words or "=" in args.words[0]:
+            raise RecipeError(
+                "which recipe? `fastkd recipes` lists them, for instance: fastkd train glyphs/kd"
+            )
+        name, recipe = load_recipe(args.words[0], args.words[1:])
+
+    if count is None:
+        summaries = [run_recipe(name, recipe, runs=runs, console=console, folder=folder)]
+        folder = Path(summaries[0]["folder"])
+    else:
+        folder, summaries = run_seeds(name, recipe, count, runs=runs, console=console, folder=folder)
+    print_results(summaries, runs, console)
+    console.print(f"run folder: {folder}", soft_wrap=True)
+    return 0
+
+
+def _recipes(args: argparse.Namespace) -> int:
+    from .recipe import load_recipe
+    from .recipe_files import shipped_recipes
+
+    loaded = {name: load_recipe(name)[1] for name in shipped_recipes()}
+    width = max(map(len, loaded), default=0)
+    for name, recipe in loaded.items():
+        print(f"{name:{width}}  {recipe.description}")
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from fastkd.ops import doctor
+
+    print(doctor.report())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""What the loop measures as it runs, without making a GPU wait: loss terms, accuracy, time."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+from .errors import NonFiniteLossError
+
+PARTS = ("data", "teacher", "student", "loss", "other", "validation")
+
+
+class LossMeter:
+    """Running means of loss, terms and accuracy over an epoch, weighted by rows.
+
+    Values stay on the device and are fetched in one copy every ``interval`` steps: every step on a CPU, where
+    a value costs nothing, seldom on a GPU, where it costs a synchronisation. A loss that is not finite
+    is found when it is fetched.
+    """
+
+    def __init__(self, device: torch.device, epoch: int = 1) -> None:
+        self.interval = 1 if device.type == "cpu" else 20
+        self.epoch = epoch
+        self.steps = 0
+        self.rows = 0
+        self._names: tuple[str, ...] = ()
+        self._pending: list[tuple[int, Tensor]] = []
+        self._sums: list[float] = []
+        self._correct = 0.0
+        self._fetched_rows = 0
+
+    def add(self, loss: Tensor, terms: dict[str, Tensor], logits: Tensor, target: Tensor) -> None:
+        """Count one step: scalar loss and terms, logits [N, C], target [N]."""
+        self._names = tuple(terms)
+        correct = (logits.argmax(-1) == target).sum()
+        # Not in the logits' dtype: bfloat16 counts to 256 only.
+        values = torch.stack([v.detach().to(torch.float32) for v in (loss, *terms.values(), correct)])
+        self._pending.append((target.numel(), values))
+        self.steps += 1
+        self.rows += target.numel()
+        if len(self._pending) >= self.interval:
+            self.drain()
+
+    def drain(self) -> None:
+        """Fetch what is pending. Raises ``NonFiniteLossError``, naming step and terms."""
+        if not self._pending:
+            return
+        fetched = torch.stack([values for _, values in self._pending]).tolist()
+        first = self.steps - len(fetched) + 1
+        for step, ((rows, _), (*losses, correct)) in enumerate(
+            zip(self._pending, fetched, strict=True), start=first
+        ):
+            if not all(math.isfinite(value) for value in losses):
+                named = zip(("loss", *self._names), losses, strict=True)
+                raise NonFiniteLossError(
+                    f"the loss is not finite in epoch {self.epoch}, step {step}: "
+                    + ", ".join(f"{name} {value:.6g}" for name, value in named)
+                    + "; a lower learning rate or a higher temperature often helps"
+                )
+            self._sums = self._sums or [0.0] * len(losses)
+            self._sums = [total + value * rows for total, value in zip(self._sums, losses, strict=True)]
+            self._correct += correct
+            self._fetched_rows += rows
+        self._pending.clear()
+
+    @property
+    def loss(self) -> float:
+        return self._sums[0] / self._fetched_rows if self._fetched_rows else math.nan
+
+    @property
+    def terms(self) -> dict[str, float]:
+        if not self._fetched_rows:
+            return {}
+        return {
+            name: total / self._fetched_rows for name, total in zip(self._names, self._sums[1:], strict=True)
+        }
+
+    @property
+    def accuracy(self) -> float:
+        return self._correct / self._fetched_rows if self._fetched_rows else math.nan
+
+
+class Stopwatch:
+    """Seconds by part. ``lap(part)`` books the time since the last lap on ``part``.
+
+    On a CUDA device laps are events on the current stream, read long after they happened, so that the
+    host never waits; time in which the GPU waits for data falls to the part ``data``, time in which data
+    are prepared while the GPU is busy to none. Elsewhere it is the host's clock.
+    """
+
+    _PENDING = 2048
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._events: list[tuple[str, torch.cuda.Event]] = []
+        self._last_time = time.perf_counter()
+        if self._cuda:
+            self._events.append(("", self._event()))
+
+    def lap(self, part: str) -> None:
+        if self._cuda:
+            self._events.append((part, self._event()))
+            if len(self._events) >= self._PENDING:
+                self._read(self._PENDING // 2)
+            return
+        now = time.perf_counter()
+        self._seconds[part] += now - self._last_time
+        self._last_time = now
+
+    def seconds(self) -> dict[str, float]:
+        if self._cuda:
+            self._read(len(self._events))
+        return {part: self._seconds[part] for part in PARTS}
+
+    def _read(self, count: int) -> None:
+        self._events[count - 1][1].synchronize()
+        for (_, before), (part, after) in zip(self._events[: count - 1], self._events[1:count], strict=True):
+            self._seconds[part] += before.elapsed_time(after) / 1e3
+        del self._events[: count - 1]
+
+    @staticmethod
+    def _event() -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event

@@ -1,0 +1,66 @@
+"""The results of a run or of several seeds, beside teacher and student alone."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from .console import results_table, time_table
+from .run_folder import read_json
+
+
+def print_results(summaries: Sequence[dict[str, Any]], runs: Path, console: Console) -> None:
+    """Tables of accuracy (mean ± sample standard deviation over seeds) and of where the time went."""
+    first = summaries[0]
+    rows = []
+    if first["teacher"]:
+        best = first["teacher"].get("best_val_accuracy")
+        last = first["teacher"]["val_accuracy"]
+        rows.append(("teacher", "" if best is None else f"{best * 100:.2f}", f"{last * 100:.2f}"))
+    if first["loss"] != "cross_entropy":
+        alone = student_alone(runs, first["comparison"])
+        label = "student alone" + _over(alone)
+        rows.append(
+            (label, _mean(alone, "best"), _mean(alone, "last")) if alone else (label, "not known", "")
+        )
+        if not alone:
+            console.print(
+                "student alone is not known for these data and settings: run `fastkd train glyphs/student`"
+            )
+    rows.append((f"{first['name']}{_over(summaries)}", _mean(summaries, "best"), _mean(summaries, "last")))
+    console.print(results_table("results", rows))
+    parts = first["seconds"]
+    console.print(time_table({p: statistics.mean(s["seconds"][p] for s in summaries) for p in parts}))
+
+
+def student_alone(runs: Path, comparison: str) -> list[dict[str, Any]]:
+    """Finished cross-entropy runs that differ from this one in the loss only, the newest of each seed."""
+    newest: dict[int, tuple[float, dict[str, Any]]] = {}
+    for path in runs.glob("**/summary.json"):
+        summary = read_json(path)
+        if (
+            isinstance(summary, dict)
+            and summary.get("loss") == "cross_entropy"
+            and summary.get("comparison") == comparison
+        ):
+            made = path.stat().st_mtime
+            if made >= newest.get(summary["seed"], (made, {}))[0]:
+                newest[summary["seed"]] = (made, summary)
+    return [summary for _, (_, summary) in sorted(newest.items())]
+
+
+def _mean(summaries: Sequence[dict[str, Any]], which: str) -> str:
+    values = [100 * summary[which]["val_accuracy"] for summary in summaries]
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+def _over(summaries: Sequence[dict[str, Any]]) -> str:
+    if len(summaries) < 2:
+        return ""
+    return f", seeds {', '.join(str(summary['seed']) for summary in summaries)}"

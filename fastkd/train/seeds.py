@@ -1,0 +1,50 @@
+"""One recipe over several seeds: a folder of runs that can be gone on with as a whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from .recipe import Recipe
+from .run import Stopped, run_recipe
+from .run_folder import create_run_folder, read_json, write_json, write_recipe
+
+_GROUP = "seeds.json"
+
+
+def is_seed_group(folder: Path) -> bool:
+    return (folder / _GROUP).exists()
+
+
+def run_seeds(
+    name: str, recipe: Recipe, count: int, *, runs: Path, console: Console, folder: Path | None = None
+) -> tuple[Path, list[dict[str, Any]]]:
+    """Run seeds ``train.seed`` … ``train.seed + count - 1``; finished ones of ``folder`` are read, not run.
+
+    Returns the folder of the group and the summaries. Raises what ``run_recipe`` raises; ``Stopped`` names
+    the group.
+    """
+    if folder is None:
+        folder = create_run_folder(runs, name)
+        write_recipe(folder, name, recipe)
+        write_json(folder / _GROUP, {"count": count})
+    summaries = []
+    for seed in range(recipe.train.seed, recipe.train.seed + count):
+        run = folder / f"seed-{seed}"
+        run.mkdir(exist_ok=True)
+        summary = read_json(run / "summary.json")
+        if summary is None:
+            seeded = recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": seed})})
+            try:
+                summary = run_recipe(name, seeded, runs=runs, console=console, folder=run)
+            except KeyboardInterrupt:
+                raise Stopped(folder) from None
+        summaries.append(summary)
+    return folder, summaries
+
+
+def seed_count(folder: Path) -> int:
+    content = read_json(folder / _GROUP)
+    return int(content["count"]) if isinstance(content, dict) and "count" in content else 1
