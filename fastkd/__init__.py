@@ -6,11 +6,12 @@ from fastkd.backend import BackendUnavailable, get_backend, set_backend, use_bac
 from fastkd.checks import check_labels
 from fastkd.functional import binary_kl_loss, binary_kl_norm_loss, distill_loss, dkd_loss, kd_loss
 from fastkd.losses import BinaryKLLoss, BinaryKLNormLoss, DistillLoss, DKDLoss, KDLoss
+from fastkd.version import __version__
 
 if TYPE_CHECKING:
     from fastkd.train import fit
 
-__version__ = "0.1.0"
+
 
 __all__ = [
     "BackendUnavailable",
@@ -18,6 +19,7 @@ __all__ = [
     "BinaryKLNormLoss",
     "DKDLoss",
     "DistillLoss",
+    "__version__",
     "KDLoss",
     "binary_kl_loss",
     "binary_kl_norm_loss",

@@ -1,0 +1,169 @@
+// The operators of namespace fastkd_native: arguments unpacked, rows shared out over torch's threads.
+#include <stdexcept>
+#include <string>
+
+#include "cpu/kernels.h"
+#include "torch_abi.h"
+
+namespace fastkd {
+namespace {
+
+// ---- arguments -----------------------------------------------------------------------------------------------
+
+void check(bool condition, const char* message) {
+  if (!condition) throw std::runtime_error(std::string("fastkd_native: ") + message);
+}
+
+// A tensor argument: ours to release.
+class Tensor {
+ public:
+  explicit Tensor(StableIValue value) : handle_(reinterpret_cast<AtenTensorHandle>(value)) {}
+  ~Tensor() { torch_abi.aoti_torch_delete_tensor_object(handle_); }
+  Tensor(const Tensor&) = delete;
+  Tensor& operator=(const Tensor&) = delete;
+
+  int64_t numel() const {
+    int64_t value;
+    check(torch_abi.aoti_torch_get_numel(handle_, &value) == 0, "numel failed");
+    return value;
+  }
+  int64_t size(int dimension) const {
+    int64_t* sizes;
+    check(torch_abi.aoti_torch_get_sizes(handle_, &sizes) == 0, "sizes failed");
+    return sizes[dimension];
+  }
+  int64_t stride(int dimension) const {
+    int64_t* strides;
+    check(torch_abi.aoti_torch_get_strides(handle_, &strides) == 0, "strides failed");
+    return strides[dimension];
+  }
+  template <class T>
+  T* data_or_null() const {
+    if (numel() == 0) return nullptr;
+    void* data;
+    check(torch_abi.aoti_torch_get_data_ptr(handle_, &data) == 0, "data_ptr failed");
+    return static_cast<T*>(data);
+  }
+  Matrix matrix() const {
+    int32_t dtype;
+    check(torch_abi.aoti_torch_get_dtype(handle_, &dtype) == 0, "dtype failed");
+    check(dtype == int32_t(DType::kHalf) || dtype == int32_t(DType::kFloat) || dtype == int32_t(DType::kBFloat16),
+          "logits must be float32, bfloat16 or float16");
+    check(size(1) <= 1 || stride(1) == 1, "rows must be dense");
+    return {data_or_null<void>(), stride(0), DType(dtype)};
+  }
+
+ private:
+  AtenTensorHandle handle_;
+};
+
+double as_double(StableIValue value) {
+  double result;
+  static_assert(sizeof result == sizeof value, "a StableIValue holds a double");
+  __builtin_memcpy(&result, &value, sizeof result);
+  return result;
+}
+
+// The tensors that every row loss takes, in the order of its schema.
+struct RowArguments {
+  Tensor student, teacher, target, row_weight, losses, terms, gradient;
+
+  explicit RowArguments(const StableIValue* stack)
+      : student(stack[0]), teacher(stack[1]), target(stack[2]), row_weight(stack[3]), losses(stack[5]),
+        terms(stack[6]), gradient(stack[7]) {}
+
+  Rows rows(float scale) const {
+    return {student.matrix(), teacher.matrix(), gradient.matrix(), student.size(0), student.size(1),
+            target.data_or_null<int64_t>(), target.numel() > 0 ? target.stride(0) : 0,
+            row_weight.data_or_null<float>(), scale, losses.data_or_null<float>(), terms.data_or_null<float>()};
+  }
+};
+
+// ---- threads -------------------------------------------------------------------------------------------------
+
+template <class Body>
+void parallel_rows(int64_t count, int64_t classes, const Body& body) {
+  constexpr int64_t kElementsWorthAThread = 16384;
+  const int64_t grain = classes > 0 ? (kElementsWorthAThread + classes - 1) / classes : 1;
+  const auto call = [](int64_t begin, int64_t end, void* context) {
+    (*static_cast<const Body*>(context))(begin, end);
+  };
+  check(torch_abi.torch_parallel_for(0, count, grain, call, const_cast<Body*>(&body)) == 0, "parallel_for failed");
+}
+
+// ---- operators -----------------------------------------------------------------------------------------------
+
+#define FASTKD_ROW_SCHEMA                                                                                  \
+  "Tensor student_logits, Tensor teacher_logits, Tensor target, Tensor row_weight, float scale, "          \
+  "Tensor(a!) rows, Tensor(b!) terms, Tensor(c!) gradient, "
+
+constexpr const char* kSoftmaxSchema =
+    "softmax_rows(" FASTKD_ROW_SCHEMA
+    "float temperature, float ce_weight, float kd_weight, float tckd_weight, float nckd_weight, "
+    "float label_smoothing, float standardized) -> ()";
+
+void softmax_rows(StableIValue* stack, uint64_t, uint64_t) {
+  const RowArguments arguments(stack);
+  const Rows rows = arguments.rows(float(as_double(stack[4])));
+  float options[7];
+  for (int i = 0; i < 7; i++) options[i] = float(as_double(stack[8 + i]));
+  const SoftmaxOptions family{options[0], options[1], options[2], options[3], options[4], options[5],
+                              options[6] != 0};
+  parallel_rows(rows.count, rows.classes,
+                [&](int64_t begin, int64_t end) { kernels().softmax_rows(rows, family, begin, end); });
+}
+
+template <Pointwise kLoss>
+void pointwise_rows(StableIValue* stack, uint64_t, uint64_t) {
+  const RowArguments arguments(stack);
+  const Rows rows = arguments.rows(float(as_double(stack[4])));
+  const float temperature = float(as_double(stack[8]));
+  parallel_rows(rows.count, rows.classes, [&](int64_t begin, int64_t end) {
+    kernels().pointwise_rows(rows, kLoss, temperature, begin, end);
+  });
+}
+
+void scale_rows(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor gradient(stack[0]), upstream(stack[1]);
+  const Matrix matrix = gradient.matrix();
+  const float* factors = upstream.data_or_null<float>();
+  const int64_t classes = gradient.size(1), stride = upstream.stride(0);
+  parallel_rows(gradient.size(0), classes, [&](int64_t begin, int64_t end) {
+    kernels().scale_rows(matrix, factors, stride, classes, begin, end);
+  });
+}
+
+struct Operator {
+  const char* schema;
+  const char* name;
+  void (*kernel)(StableIValue*, uint64_t, uint64_t);
+};
+
+const Operator kOperators[] = {
+    {kSoftmaxSchema, "softmax_rows", softmax_rows},
+    {"binary_kl(" FASTKD_ROW_SCHEMA "float temperature) -> ()", "binary_kl", pointwise_rows<Pointwise::kBinaryKL>},
+    {"binary_kl_norm(" FASTKD_ROW_SCHEMA "float temperature) -> ()", "binary_kl_norm",
+     pointwise_rows<Pointwise::kBinaryKLNorm>},
+    {"scale_rows_(Tensor(a!) gradient, Tensor upstream) -> ()", "scale_rows_", scale_rows},
+};
+
+}  // namespace
+}  // namespace fastkd
+
+// Called once by fastkd/ops/native.py with the path of the torch library that is loaded. Returns nullptr, or why
+// the operators could not be registered.
+extern "C" __attribute__((visibility("default"))) const char* fastkd_register(const char* torch_library_path) {
+  using namespace fastkd;
+  if (const char* error = load_torch_abi(torch_library_path)) return error;
+  TorchLibraryHandle definitions, cpu;
+  bool failed = torch_abi.aoti_torch_library_init_fragment("fastkd_native", __FILE__, __LINE__, &definitions) != 0 ||
+                torch_abi.aoti_torch_library_init_impl("fastkd_native", "CPU", __FILE__, __LINE__, &cpu) != 0;
+  for (const Operator& op : kOperators)
+    failed = failed || torch_abi.aoti_torch_library_def(definitions, op.schema) != 0 ||
+             torch_abi.torch_library_impl(cpu, op.name, op.kernel, kTorchVersion) != 0;
+  return failed ? "torch refused the registration of the operators" : nullptr;
+}
+
+extern "C" __attribute__((visibility("default"))) const char* fastkd_instruction_set() {
+  return fastkd::kernels().name;
+}

@@ -1,0 +1,21 @@
+#if defined(__x86_64__)
+// Included before the target is raised: what the headers define inline stays runnable everywhere.
+#include <immintrin.h>
+
+#include "kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
+
+#define FASTKD_ISA avx512
+#define FASTKD_VECTOR_BYTES 64
+#define FASTKD_USE_AVX512
+#include "isa_kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

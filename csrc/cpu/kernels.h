@@ -1,0 +1,56 @@
+// What the instruction sets implement and the dispatcher chooses from.
+#pragma once
+
+#include <cstdint>
+
+#include "../row_math.h"
+
+namespace fastkd {
+
+enum class DType : int32_t { kHalf = 5, kFloat = 6, kBFloat16 = 15 };  // torch's ScalarType
+
+struct Matrix {
+  void* data;
+  int64_t stride;  // elements from row to row; a row is dense
+  DType dtype;
+};
+
+enum class Pointwise { kBinaryKL, kBinaryKLNorm };
+
+// The rows of one call. Pointers that may be null: target, row_weight, terms, gradient.data.
+struct Rows {
+  Matrix student, teacher, gradient;
+  int64_t count, classes;
+  const int64_t* target;
+  int64_t target_stride;
+  const float* row_weight;
+  float scale;
+  float* losses;
+  float* terms;  // [4, count]
+};
+
+FASTKD_ROW_FUNCTION float weight_of(const Rows& rows, int64_t row) {
+  return rows.row_weight == nullptr ? rows.scale : rows.scale * rows.row_weight[row];
+}
+
+struct Kernels {
+  const char* name;
+  void (*softmax_rows)(const Rows&, const SoftmaxOptions&, int64_t begin, int64_t end);
+  void (*pointwise_rows)(const Rows&, Pointwise, float temperature, int64_t begin, int64_t end);
+  void (*scale_rows)(const Matrix&, const float* upstream, int64_t upstream_stride, int64_t classes, int64_t begin,
+                     int64_t end);
+};
+
+extern const Kernels portable_kernels;
+#if defined(__x86_64__)
+extern const Kernels avx2_kernels;
+extern const Kernels avx512_kernels;
+#endif
+
+// The fastest set that this processor runs; FASTKD_ISA=portable|avx2|avx512 takes a lower one.
+const Kernels& kernels();
+
+// Scratch of the calling thread, at least `floats` long, 64-byte aligned, kept between calls.
+float* scratch(int64_t floats);
+
+}  // namespace fastkd

@@ -1,0 +1,98 @@
+// Losses that are a sum over classes of a function of two logits: one sweep, no row statistics.
+#pragma once
+
+#include "vector.h"
+
+namespace fastkd {
+namespace FASTKD_ISA {
+
+struct ValueAndSlope {
+  vf value, slope;
+};
+
+// KL(Bern(sigmoid(v)) || Bern(sigmoid(u))) and its derivative in u, sigmoid(u) - sigmoid(v).
+FASTKD_INLINE ValueAndSlope binary_kl(vf u, vf v) {
+  const vf e_u = exp_nonpositive(-absolute(u)), e_v = exp_nonpositive(-absolute(v));
+  const vf sigmoid_u = select(u > 0.0f, broadcast(1.0f), e_u) / (1.0f + e_u);
+  const vf sigmoid_v = select(v > 0.0f, broadcast(1.0f), e_v) / (1.0f + e_v);
+  // softplus(u) - softplus(v) = max(u, 0) - max(v, 0) + log((1 + e_u) / (1 + e_v)).
+  const vf log_ratio = twice_atanh((e_u - e_v) / (2.0f + e_u + e_v));
+  const vf hinges = select(u > 0.0f, u, vf{}) - select(v > 0.0f, v, vf{});
+  return {sigmoid_v * (v - u) + (hinges + log_ratio), sigmoid_u - sigmoid_v};
+}
+
+// log cosh(x) and its derivative tanh(x).
+FASTKD_INLINE ValueAndSlope log_cosh(vf x) {
+  const vf magnitude = absolute(x);
+  const Exponential e = exponential(at_least(-2.0f * magnitude, broadcast(-87.0f)));
+  const vf e_minus_one = e.scale * e.minus_one + (e.scale - 1.0f);  // e^{-2|x|} - 1, exact near 0
+  const vf tanh_magnitude = -e_minus_one / (2.0f + e_minus_one);
+  const vf tanh = select(x < 0.0f, -tanh_magnitude, tanh_magnitude);
+  // log((1 + e^{-2|x|}) / 2) = 2 atanh(E / (4 + E)); the series where it would cancel against |x|.
+  const vf s = x * x;
+  const vf series = s * (0.5f - s * (1.0f / 12 - s * (1.0f / 45 - s * (17.0f / 2520))));
+  const vf value = magnitude + twice_atanh(e_minus_one / (4.0f + e_minus_one));
+  return {select(magnitude < 0.2f, series, value), tanh};
+}
+
+template <Pointwise kLoss>
+FASTKD_INLINE ValueAndSlope pointwise(vf s, vf t, float inverse) {
+  if (kLoss == Pointwise::kBinaryKL) return binary_kl(s * inverse, t * inverse);
+  return log_cosh((s - t) * (0.5f * inverse));
+}
+
+template <Pointwise kLoss>
+static void pointwise_row(const Rows& rows, float temperature, int64_t row) {
+  const float weight = weight_of(rows, row), inverse = 1.0f / temperature;
+  // d loss / d z: T^2 f'(u) / T for BinaryKL, T^2 f'(x) / 2T for BinaryKL-Norm.
+  const float slope_weight = weight * temperature * (kLoss == Pointwise::kBinaryKL ? 1.0f : 0.5f);
+  const bool with_gradient = rows.gradient.data != nullptr;
+  if (weight == 0) {
+    rows.losses[row] = 0;
+    if (with_gradient) fill_row(rows.gradient, row, 0, rows.classes, 0);
+    return;
+  }
+  float z_s[kBlock], z_t[kBlock];
+  double total = 0;
+  for (int64_t offset = 0; offset < rows.classes; offset += kBlock) {
+    const int n = int(rows.classes - offset < kBlock ? rows.classes - offset : kBlock);
+    const int padded = load_block(rows.student, row, offset, n, z_s);
+    load_block(rows.teacher, row, offset, n, z_t);
+    vf sum = {};
+    for (int i = 0; i < padded; i += kLanes) {
+      const ValueAndSlope at = pointwise<kLoss>(load(z_s + i), load(z_t + i), inverse);
+      sum += at.value;
+      store(z_s + i, at.slope * slope_weight);
+    }
+    total += horizontal_sum(sum);
+    if (with_gradient)
+      store_block(rows.gradient, row, offset, n, [&](int i) __attribute__((always_inline)) { return load(z_s + i); });
+  }
+  rows.losses[row] = float(double(weight) * temperature * temperature * total);
+}
+
+static void pointwise_rows(const Rows& rows, Pointwise loss, float temperature, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; row++) {
+    if (loss == Pointwise::kBinaryKL) pointwise_row<Pointwise::kBinaryKL>(rows, temperature, row);
+    else pointwise_row<Pointwise::kBinaryKLNorm>(rows, temperature, row);
+  }
+}
+
+// gradient[row] *= upstream[row], in place; a row whose factor is 1 is not touched.
+static void scale_rows(const Matrix& gradient, const float* upstream, int64_t upstream_stride, int64_t classes,
+                       int64_t begin, int64_t end) {
+  float block[kBlock];
+  for (int64_t row = begin; row < end; row++) {
+    const float factor = upstream[row * upstream_stride];
+    if (factor == 1.0f) continue;
+    for (int64_t offset = 0; offset < classes; offset += kBlock) {
+      const int n = int(classes - offset < kBlock ? classes - offset : kBlock);
+      load_block(gradient, row, offset, n, block);
+      store_block(gradient, row, offset, n,
+                  [&](int i) __attribute__((always_inline)) { return load(block + i) * factor; });
+    }
+  }
+}
+
+}  // namespace FASTKD_ISA
+}  // namespace fastkd

@@ -1,0 +1,253 @@
+// A vector of floats in the instruction set that the including file targets, and the functions of it that the
+// kernels need. Compiled once for each instruction set, inside a namespace of its own (FASTKD_ISA), so that no
+// function of a newer set can be linked into an older one's code; for the same reason no std template is used.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+
+#define FASTKD_INLINE static inline __attribute__((always_inline))
+
+namespace fastkd {
+namespace FASTKD_ISA {
+
+constexpr int kLanes = FASTKD_VECTOR_BYTES / 4;
+
+typedef float vf __attribute__((vector_size(FASTKD_VECTOR_BYTES)));
+typedef int32_t vi __attribute__((vector_size(FASTKD_VECTOR_BYTES)));
+typedef uint32_t vu __attribute__((vector_size(FASTKD_VECTOR_BYTES)));
+typedef uint16_t vh __attribute__((vector_size(FASTKD_VECTOR_BYTES / 2)));
+
+FASTKD_INLINE vf broadcast(float x) { return x - vf{}; }
+FASTKD_INLINE vf as_float(vi x) { return (vf)x; }
+FASTKD_INLINE vi as_int(vf x) { return (vi)x; }
+FASTKD_INLINE vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
+FASTKD_INLINE vf absolute(vf x) { return as_float(as_int(x) & 0x7fffffff); }
+
+FASTKD_INLINE vf load(const float* p) {
+  vf x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+FASTKD_INLINE void store(float* p, vf x) { std::memcpy(p, &x, sizeof x); }
+
+// A NaN in `x` stays; one in `bound` must not occur.
+FASTKD_INLINE vf at_least(vf x, vf bound) {
+#if defined(FASTKD_USE_AVX512)
+  return (vf)_mm512_max_ps((__m512)bound, (__m512)x);
+#elif defined(FASTKD_USE_AVX2)
+  return (vf)_mm256_max_ps((__m256)bound, (__m256)x);
+#else
+  return x < bound ? bound : x;
+#endif
+}
+
+// The value as it is rounded: keeps the compiler from fusing the product into a later sum, which would leave
+// a rounding error where two equal products must cancel to 0.
+FASTKD_INLINE vf rounded(vf x) {
+#if defined(__x86_64__) && defined(FASTKD_USE_AVX512)
+  asm("" : "+v"(x));
+#elif defined(__x86_64__)
+  asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#else
+  asm("" : "+m"(x));
+#endif
+  return x;
+}
+
+FASTKD_INLINE float horizontal_sum(vf x) {
+  float sum = 0;
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; i++) x[i] += x[i + width];
+  sum = x[0];
+  return sum;
+}
+
+FASTKD_INLINE float horizontal_max(vf x) {
+  float largest = x[0];
+  for (int i = 1; i < kLanes; i++) largest = x[i] > largest ? x[i] : largest;
+  return largest;
+}
+
+// e^x = scale + scale * minus_one for -87 < x < 88: kept apart because e^x - 1 is wanted without cancellation.
+struct Exponential {
+  vf scale, minus_one;
+};
+
+FASTKD_INLINE Exponential exponential(vf x) {
+  // x = n ln 2 + r. Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits.
+  const vf shifted = rounded(x * 1.44269504f + 12582912.0f);
+  const vf n = shifted - 12582912.0f;
+  const vf r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  // Least-maximum-error fit of (e^r - 1 - r) / r^2, relative error of e^r 3e-9.
+  const vf tail = 0.499999934f + r * (0.166665204f + r * (0.0416683908f + r * (0.00836874512f + r * 0.00138145399f)));
+  const vi exponent = (as_int(shifted) + (127 - 0x4b400000)) << 23;
+  return {as_float(exponent), r + r * r * tail};
+}
+
+// e^x for x <= 0; exactly 0 where e^x is below float's normal range, NaN stays.
+FASTKD_INLINE vf exp_nonpositive(vf x) {
+  const Exponential e = exponential(at_least(x, broadcast(-87.33f)));
+  const vf value = e.scale + e.scale * e.minus_one;
+  return select(x < -87.33f, vf{}, value);
+}
+
+// 2 atanh(w) = log((1 + w) / (1 - w)) for |w| <= 1/3, relative error 4e-9.
+FASTKD_INLINE vf twice_atanh(vf w) {
+  const vf s = w * w;
+  return w * (2.0f + s * (0.666663094f + s * (0.400251554f + s * (0.279569799f + s * 0.281950615f))));
+}
+
+// ---- logits of any dtype ------------------------------------------------------------------------------------
+
+FASTKD_INLINE float half_to_float(uint16_t h) {
+  const uint32_t sign = uint32_t(h & 0x8000) << 16, magnitude = h & 0x7fff;
+  uint32_t bits = (magnitude << 13) + (112u << 23);
+  float value;
+  if (magnitude >= 0x7c00) bits += 112u << 23;  // inf, NaN
+  std::memcpy(&value, &bits, 4);
+  if (magnitude < 0x0400) value = float(magnitude) * 5.9604644775390625e-8f;  // subnormal: 2^-24 a step
+  std::memcpy(&bits, &value, 4);
+  bits |= sign;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+FASTKD_INLINE uint16_t float_to_half(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const uint16_t sign = uint16_t((bits >> 16) & 0x8000);
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) return sign | 0x7e00;
+  if (bits >= 0x47800000) return sign | 0x7c00;  // 2^16 and above, inf
+  if (bits < 0x38800000) {                        // subnormal: adding 0.5 leaves the rounded bits below
+    float shifted;
+    std::memcpy(&shifted, &bits, 4);
+    shifted += 0.5f;
+    std::memcpy(&bits, &shifted, 4);
+    return sign | uint16_t(bits - 0x3f000000);
+  }
+  bits += 0xc8000fff + ((bits >> 13) & 1);  // exponent 127 -> 15, round to nearest even
+  return sign | uint16_t(bits >> 13);
+}
+
+template <DType kType>
+struct Element;
+
+template <>
+struct Element<DType::kFloat> {
+  typedef float type;
+  FASTKD_INLINE vf load(const float* p) { return FASTKD_ISA::load(p); }
+  FASTKD_INLINE void store(float* p, vf x) { FASTKD_ISA::store(p, x); }
+};
+
+template <>
+struct Element<DType::kBFloat16> {
+  typedef uint16_t type;
+  FASTKD_INLINE vf load(const uint16_t* p) {
+    vh h;
+    std::memcpy(&h, p, sizeof h);
+    return (vf)(__builtin_convertvector(h, vu) << 16);
+  }
+  FASTKD_INLINE void store(uint16_t* p, vf x) {
+    const vu bits = (vu)x;
+    const vu nearest_even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const vh h = __builtin_convertvector((vu)(x == x ? (vi)nearest_even : (vi)(bits >> 16 | 0x40)), vh);
+    std::memcpy(p, &h, sizeof h);
+  }
+};
+
+template <>
+struct Element<DType::kHalf> {
+  typedef uint16_t type;
+  FASTKD_INLINE vf load(const uint16_t* p) {
+#if defined(FASTKD_USE_AVX512)
+    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(FASTKD_USE_AVX2)
+    return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+    vf x;
+    for (int i = 0; i < kLanes; i++) x[i] = half_to_float(p[i]);
+    return x;
+#endif
+  }
+  FASTKD_INLINE void store(uint16_t* p, vf x) {
+#if defined(FASTKD_USE_AVX512)
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(FASTKD_USE_AVX2)
+    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+    for (int i = 0; i < kLanes; i++) p[i] = float_to_half(x[i]);
+#endif
+  }
+};
+
+// ---- blocks: the only code that knows of dtypes and of a row's ragged end ---------------------------------
+
+// Logits are worked on in blocks that stay in the first-level cache, converted to float and padded to whole
+// vectors; a padded entry is a masked class, which adds nothing to any sum.
+constexpr int kBlock = 1024;
+
+// Copies n <= kBlock logits to `to`, raising what is below kMasked (-inf) to it; returns the padded length.
+template <DType kType>
+FASTKD_INLINE int load_block_as(const void* row, int64_t offset, int n, float* to) {
+  typedef Element<kType> E;
+  const typename E::type* from = (const typename E::type*)row + offset;
+  const vf masked = broadcast(kMasked);
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(to + i, at_least(E::load(from + i), masked));
+  if (i < n) {
+    typename E::type tail[kLanes] = {};
+    std::memcpy(tail, from + i, (n - i) * sizeof(tail[0]));
+    store(to + i, at_least(E::load(tail), masked));
+    for (int j = n - i; j < kLanes; j++) to[i + j] = kMasked;
+    i += kLanes;
+  }
+  return i;
+}
+
+FASTKD_INLINE int load_block(const Matrix& matrix, int64_t row, int64_t offset, int n, float* to) {
+  const int64_t start = row * matrix.stride + offset;
+  switch (matrix.dtype) {
+    case DType::kFloat: return load_block_as<DType::kFloat>(matrix.data, start, n, to);
+    case DType::kBFloat16: return load_block_as<DType::kBFloat16>(matrix.data, start, n, to);
+    default: return load_block_as<DType::kHalf>(matrix.data, start, n, to);
+  }
+}
+
+// Writes value(i) for i = 0, kLanes, ... to the n entries of a row from `offset` on, in the matrix's dtype.
+template <DType kType, class Value>
+FASTKD_INLINE void store_block_as(void* row, int64_t offset, int n, const Value& value) {
+  typedef Element<kType> E;
+  typename E::type* to = (typename E::type*)row + offset;
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) E::store(to + i, value(i));
+  if (i < n) {
+    typename E::type tail[kLanes];
+    E::store(tail, value(i));
+    std::memcpy(to + i, tail, (n - i) * sizeof(tail[0]));
+  }
+}
+
+template <class Value>
+FASTKD_INLINE void store_block(const Matrix& matrix, int64_t row, int64_t offset, int n, const Value& value) {
+  const int64_t start = row * matrix.stride + offset;
+  switch (matrix.dtype) {
+    case DType::kFloat: return store_block_as<DType::kFloat>(matrix.data, start, n, value);
+    case DType::kBFloat16: return store_block_as<DType::kBFloat16>(matrix.data, start, n, value);
+    default: return store_block_as<DType::kHalf>(matrix.data, start, n, value);
+  }
+}
+
+FASTKD_INLINE void fill_row(const Matrix& matrix, int64_t row, int64_t offset, int64_t n, float value) {
+  const vf vector = broadcast(value);
+  for (int64_t i = 0; i < n; i += kBlock)
+    store_block(matrix, row, offset + i, int(n - i < kBlock ? n - i : kBlock), [&](int) { return vector; });
+}
+
+}  // namespace FASTKD_ISA
+}  // namespace fastkd

@@ -1,0 +1,30 @@
+#include "torch_abi.h"
+
+#include <dlfcn.h>
+
+#include <string>
+
+namespace fastkd {
+
+TorchAbi torch_abi;
+
+const char* load_torch_abi(const char* path) {
+  static std::string error;
+  // torch is imported already: this only finds it, also where it was loaded with local symbols.
+  void* torch = dlopen(path, RTLD_LAZY | RTLD_NOLOAD);
+  if (torch == nullptr) {
+    error = std::string("torch's library is not loaded from ") + path;
+    return error.c_str();
+  }
+#define FASTKD_FIND(name)                                                              \
+  torch_abi.name = reinterpret_cast<decltype(torch_abi.name)>(dlsym(torch, #name));    \
+  if (torch_abi.name == nullptr) {                                                     \
+    error = "this torch has no " #name " in its stable ABI; torch 2.10 or newer has";  \
+    return error.c_str();                                                              \
+  }
+  FASTKD_TORCH_FUNCTIONS(FASTKD_FIND)
+#undef FASTKD_FIND
+  return nullptr;
+}
+
+}  // namespace fastkd

@@ -1,0 +1,72 @@
+// The part of PyTorch's stable C ABI that the extension uses.
+//
+// The functions are declared here rather than taken from torch's headers, so that the extension builds
+// without torch: an isolated build then needs a compiler and no second torch of several gigabytes. They
+// are looked up by name in the torch that is loaded (torch_abi.cpp), so nothing is linked either, and one
+// binary serves every torch from 2.10 on. tests/test_native_build.py compiles these declarations beside
+// torch's own headers, where a signature that differs is a compile error.
+#pragma once
+
+#include <cstdint>
+
+struct AtenTensorOpaque;
+class TorchLibraryOpaque;
+
+extern "C" {
+using AtenTensorHandle = AtenTensorOpaque*;
+using TorchLibraryHandle = TorchLibraryOpaque*;
+using AOTITorchError = int32_t;
+using StableIValue = uint64_t;
+
+AOTITorchError aoti_torch_get_data_ptr(AtenTensorHandle tensor, void** ret_data_ptr);
+AOTITorchError aoti_torch_get_dim(AtenTensorHandle tensor, int64_t* ret_dim);
+AOTITorchError aoti_torch_get_numel(AtenTensorHandle tensor, int64_t* ret_numel);
+AOTITorchError aoti_torch_get_sizes(AtenTensorHandle tensor, int64_t** ret_sizes);
+AOTITorchError aoti_torch_get_strides(AtenTensorHandle tensor, int64_t** ret_strides);
+AOTITorchError aoti_torch_get_dtype(AtenTensorHandle tensor, int32_t* ret_dtype);
+AOTITorchError aoti_torch_delete_tensor_object(AtenTensorHandle tensor);
+AOTITorchError aoti_torch_library_init_fragment(const char* ns, const char* file, uint32_t line,
+                                                TorchLibraryHandle* ret);
+AOTITorchError aoti_torch_library_init_impl(const char* ns, const char* k, const char* file, uint32_t line,
+                                            TorchLibraryHandle* ret);
+AOTITorchError aoti_torch_library_def(TorchLibraryHandle self, const char* schema);
+AOTITorchError torch_library_impl(TorchLibraryHandle self, const char* name,
+                                  void (*fn)(StableIValue*, uint64_t, uint64_t), uint64_t extension_build_version);
+AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t grain_size,
+                                  void (*func)(int64_t, int64_t, void*), void* ctx);
+AOTITorchError torch_get_num_threads(uint32_t* out_num_threads);
+}
+
+#define FASTKD_TORCH_FUNCTIONS(apply)       \
+  apply(aoti_torch_get_data_ptr)            \
+  apply(aoti_torch_get_dim)                 \
+  apply(aoti_torch_get_numel)               \
+  apply(aoti_torch_get_sizes)               \
+  apply(aoti_torch_get_strides)             \
+  apply(aoti_torch_get_dtype)               \
+  apply(aoti_torch_delete_tensor_object)    \
+  apply(aoti_torch_library_init_fragment)   \
+  apply(aoti_torch_library_init_impl)       \
+  apply(aoti_torch_library_def)             \
+  apply(torch_library_impl)                 \
+  apply(torch_parallel_for)                 \
+  apply(torch_get_num_threads)
+
+namespace fastkd {
+
+// The functions above, found in the loaded torch.
+struct TorchAbi {
+#define FASTKD_MEMBER(name) decltype(&::name) name;
+  FASTKD_TORCH_FUNCTIONS(FASTKD_MEMBER)
+#undef FASTKD_MEMBER
+};
+
+extern TorchAbi torch_abi;
+
+// Fills torch_abi from the torch library at `path`. Returns nullptr, or what is missing.
+const char* load_torch_abi(const char* path);
+
+// What the extension was written against: torch 2.10.
+constexpr uint64_t kTorchVersion = (uint64_t{2} << 56) | (uint64_t{10} << 48);
+
+}  // namespace fastkd

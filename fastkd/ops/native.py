@@ -1,0 +1,106 @@
+"""Loads the compiled extension (csrc/) and calls its operators."""
+
+import ctypes
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_FOLDER = Path(__file__).parent
+_BUILD_ERROR = _FOLDER / "_native_build_error.txt"
+
+
+def library_path() -> Path | None:
+    """The compiled library beside this file, or None."""
+    return next(iter(sorted(_FOLDER.glob("_native*.so"))), None)
+
+
+@cache
+def _loaded() -> ctypes.CDLL | str:
+    """The library with its operators registered, or what stopped it."""
+    path = library_path()
+    if path is None:
+        if _BUILD_ERROR.exists():
+            return f"its extension could not be built when fastkd was installed ({_BUILD_ERROR.read_text().strip()})"
+        return "its extension is not built (install with `pip install .`, which needs a C++17 compiler)"
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return f"its extension {path.name} does not load: {error}"
+    suffix = "dylib" if sys.platform == "darwin" else "so"
+    torch_library = Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}"
+    library.fastkd_register.restype = ctypes.c_char_p
+    library.fastkd_instruction_set.restype = ctypes.c_char_p
+    error = library.fastkd_register(str(torch_library).encode())
+    return error.decode() if error else library
+
+
+def missing(device_type: str) -> str | None:
+    """What stops the native backend on this kind of device; None where nothing does."""
+    if device_type != "cpu":
+        return f"it runs on the CPU, and there are no native kernels for {device_type} yet"
+    loaded = _loaded()
+    return loaded if isinstance(loaded, str) else None
+
+
+def instruction_set() -> str:
+    """The instruction set chosen for this processor: avx512, avx2 or portable."""
+    loaded = _loaded()
+    if isinstance(loaded, str):
+        raise RuntimeError(loaded)
+    return loaded.fastkd_instruction_set().decode()
+
+
+_OPERATORS = {"softmax": "softmax_rows", "binary_kl": "binary_kl", "binary_kl_norm": "binary_kl_norm"}
+
+
+@cache
+def _operator(name: str) -> Callable[..., None]:
+    return getattr(torch.ops.fastkd_native, name).default
+
+
+@cache
+def _absent() -> Tensor:
+    """Stands for an argument that is not given: an optional one costs an allocation a call."""
+    return torch.empty(0)
+
+
+def row_loss(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    row_weight: Tensor | None,
+    scale: float,
+    loss: str,
+    options: Sequence[float],
+    rows: Tensor,
+    terms: Tensor,
+    gradient: Tensor,
+) -> None:
+    """Fills ``rows``, ``terms`` and ``gradient`` (an empty one is not computed); see ``ops.library``."""
+    absent = _absent()
+    _operator(_OPERATORS[loss])(
+        student,
+        teacher,
+        absent if target is None else target,
+        absent if row_weight is None else row_weight,
+        scale,
+        rows,
+        terms,
+        gradient,
+        *options,
+    )
+
+
+def scale_rows_(gradient: Tensor, upstream: Tensor) -> None:
+    """``gradient[n] *= upstream[n]`` in place; rows whose factor is 1 are not touched."""
+    _operator("scale_rows_")(gradient, upstream)
+
+
+def describe() -> dict[str, Any]:
+    """What ``fastkd doctor`` prints of this backend."""
+    return {"library": library_path(), "instruction set": instruction_set()}

@@ -1,0 +1,1 @@
+"""The Triton kernels. Import nothing of this folder before ``runtime`` has said that Triton can run."""
