@@ -51,7 +51,7 @@ def plot_curves(
         accuracy.axhline(teacher_accuracy, color="0.45", linewidth=1, label=f"teacher {teacher_accuracy:.2%}")
     accuracy.set(title="accuracy", ylim=(0, 1), xlabel="epoch")
     accuracy.yaxis.set_major_formatter(PercentFormatter(1.0))
-    accuracy.legend(loc="lower right", frameon=False)
+    accuracy.legend(frameon=False)
 
     terms = list(history[-1]["terms"])
     if len(terms) != 1:
@@ -59,7 +59,7 @@ def plot_curves(
     for name, colour in zip(terms, _COLOURS * len(terms), strict=False):
         values = [r["terms"].get(name, float("nan")) for r in history]
         losses.plot(epochs, values, marker=marker, markersize=4, color=colour, label=name)
-    losses.set(title="loss and its unweighted terms (training)", xlabel="epoch")
+    losses.set(title="training loss, and its terms before weighting", xlabel="epoch")
     # A logarithm shows a late, small term; a term may be exactly 0, which it cannot show.
     if all(value > 0 for r in history for value in (r["loss"], *r["terms"].values())):
         losses.set_yscale("log")

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -212,7 +213,9 @@ def _render_faces(faces: Sequence[Face], points: Sequence[int]) -> Iterator[NDAr
         return
     # Not fork: torch may already run threads here.
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_leave_interrupts_to_the_parent
+    ) as pool:
         pending = []
         for face in faces:
             pending.append(pool.submit(render_face, str(face.path), face.index, points))
@@ -220,6 +223,10 @@ def _render_faces(faces: Sequence[Face], points: Sequence[int]) -> Iterator[NDAr
                 yield pending.pop(0).result()
         while pending:
             yield pending.pop(0).result()
+
+
+def _leave_interrupts_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def render_face(path: str, index: int, points: Sequence[int]) -> NDArray[np.uint8]:

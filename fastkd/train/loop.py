@@ -251,8 +251,9 @@ def frozen(model: nn.Module | None, device: torch.device) -> Iterator[None]:
 def set_epoch(loader: Any, epoch: int) -> None:
     """Tell a loader, or its sampler, which epoch comes: the convention of DistributedSampler."""
     for owner in (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
-        if callable(getattr(owner, "set_epoch", None)):
-            owner.set_epoch(epoch)
+        tell = getattr(owner, "set_epoch", None)
+        if callable(tell):
+            tell(epoch)
 
 
 def _value_and_terms(result: Any) -> tuple[Tensor, dict[str, Tensor]]:

@@ -100,19 +100,15 @@ def parse_scalar(text: str, key: str) -> Any:
 
 
 def dump_flat_yaml(values: Mapping[str, Any]) -> str:
-    lines = (
-        yaml.dump({key: value}, Dumper=_Dumper, default_flow_style=None, allow_unicode=True, width=10_000)
-        for key, value in values.items()
-    )
-    return "".join(lines)
+    return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000)
 
 
 def suggest(word: str, possible: Iterable[str]) -> str:
     """`` (did you mean a, b?)``, or nothing when no name is near."""
     possible = list(possible)
-    near = difflib.get_close_matches(word, possible, n=3, cutoff=0.6)
     # A bare option name (`epochs`) is far from `train.epochs` by edit distance, yet is what was meant.
-    near += [name for name in possible if name.endswith((f".{word}", f"/{word}")) and name not in near]
+    near = [name for name in possible if name.endswith((f".{word}", f"/{word}"))]
+    near += [n for n in difflib.get_close_matches(word, possible, n=3, cutoff=0.6) if n not in near]
     return f" (did you mean {', '.join(near)}?)" if near else ""
 
 

@@ -1,0 +1,289 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fastkd
+from fastkd.models import GlyphCNN
+from fastkd.train import FitResult, Watcher, evaluate, fit
+from fastkd.train.checkpoint import load_checkpoint, save_checkpoint
+from fastkd.train.errors import NonFiniteLossError, TrainError
+from fastkd.train.glyph_data import GlyphData, load_glyph_data
+from fastkd.train.meters import PARTS, LossMeter
+from fastkd.train.recipe import GlyphsData
+
+CPU = torch.device("cpu")
+KD = fastkd.DistillLoss(ce_weight=0.1, kd_weight=0.9)
+
+
+def cross_entropy(student: Tensor, teacher: Tensor | None, target: Tensor) -> Tensor:
+    return F.cross_entropy(student, target)
+
+
+@pytest.fixture
+def data(fonts: Path) -> GlyphData:
+    return load_glyph_data(GlyphsData(fonts=str(fonts), characters="41-5A,61-7A"))
+
+
+def network(data: GlyphData, width: int = 2, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return GlyphCNN(data.num_classes, width=width)
+
+
+def run(data: GlyphData, student: nn.Module, teacher: nn.Module | None, **options: Any) -> FitResult:
+    options = {"loss": KD if teacher else cross_entropy, "epochs": 2, "progress": False, **options}
+    return fit(student, teacher, data.train_loader(16, 0, CPU), data.val_loader(CPU), **options)
+
+
+class StopAfter(Watcher):
+    """Keeps the state of an epoch and stops there, as Ctrl-C would."""
+
+    def __init__(self, epoch: int, path: Path) -> None:
+        self.epoch = epoch
+        self.path = path
+
+    def epoch_done(self, record: dict[str, Any], state: Callable[[], dict[str, Any]]) -> None:
+        if record["epoch"] == self.epoch:
+            save_checkpoint(self.path, state())
+            raise KeyboardInterrupt
+
+
+def test_a_network_learns_real_glyphs(data: GlyphData) -> None:
+    student = network(data, width=4)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=6e-3)
+    result = run(data, student, None, epochs=12, optimizer=optimizer)
+    assert [record["epoch"] for record in result.history] == list(range(1, 13))
+    assert result.best["val_accuracy"] > 0.5
+    assert result.last["loss"] < result.history[0]["loss"] / 2
+    assert result.best["val_accuracy"] == max(r["val_accuracy"] for r in result.history)
+    accuracy, val_loss = evaluate(student, data.val_loader(CPU), device=CPU)
+    assert accuracy == result.last["val_accuracy"]
+    assert val_loss == result.last["val_loss"]
+
+
+def test_history_holds_terms_and_time(data: GlyphData) -> None:
+    result = run(data, network(data), network(data, 4, 1))
+    for record in result.history:
+        assert set(record["terms"]) == {"ce", "kd"}
+        weighted = 0.1 * record["terms"]["ce"] + 0.9 * record["terms"]["kd"]
+        assert record["loss"] == pytest.approx(weighted, rel=1e-4)
+        assert set(record["seconds"]) == set(PARTS)
+        assert all(record["seconds"][part] > 0 for part in PARTS)
+    assert result.seconds["loss"] == pytest.approx(sum(r["seconds"]["loss"] for r in result.history))
+
+
+def test_the_cut_graph_gives_the_gradient_of_the_whole(data: GlyphData) -> None:
+    teacher = network(data, 4, 1).eval()
+    images, target = next(iter(data.train_loader(64, 0, CPU)))
+
+    whole = network(data)
+    optimizer = torch.optim.SGD(whole.parameters(), lr=0.1)
+    with torch.no_grad():
+        teacher_logits = teacher(images)
+    KD(whole(images), teacher_logits, target)[0].backward()
+    optimizer.step()
+
+    cut = network(data)
+    optimizer = torch.optim.SGD(cut.parameters(), lr=0.1)
+    batch = [(images, target)]
+    fit(cut, teacher, batch, batch, loss=KD, epochs=1, optimizer=optimizer, progress=False)
+    for (name, expected), got in zip(whole.named_parameters(), cut.parameters(), strict=True):
+        torch.testing.assert_close(got, expected, msg=name)
+
+
+def test_the_teacher_is_as_before(data: GlyphData) -> None:
+    teacher = network(data, 4, 1).train()
+    teacher.stages[0].eval()
+    teacher.head.requires_grad_(False)
+    modes = [module.training for module in teacher.modules()]
+    flags = [parameter.requires_grad for parameter in teacher.parameters()]
+    weights = {key: value.clone() for key, value in teacher.state_dict().items()}
+    seen = []
+
+    def loss(student: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
+        seen.append((teacher.training, teacher_logits.requires_grad))
+        return KD(student, teacher_logits, target)[0]
+
+    run(data, network(data), teacher, loss=loss, epochs=1)
+    assert set(seen) == {(False, False)}
+
+    def fails(student: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
+        raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        run(data, network(data), teacher, loss=fails)
+    assert [module.training for module in teacher.modules()] == modes
+    assert [parameter.requires_grad for parameter in teacher.parameters()] == flags
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    for key, value in teacher.state_dict().items():
+        assert torch.equal(value, weights[key]), key  # batch norm statistics included
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+@pytest.mark.parametrize("interval", ["step", "epoch"])
+def test_a_resumed_run_ends_the_same_to_the_bit(
+    data: GlyphData, tmp_path: Path, stop: int, interval: str
+) -> None:
+    teacher = network(data, 4, 1)
+
+    def start(**options: Any) -> tuple[nn.Module, Callable[[], FitResult]]:
+        # Dropout draws from the global generator, which has to be put back as well.
+        student = nn.Sequential(nn.Dropout(0.1), network(data))
+        optimizer = torch.optim.AdamW(student.parameters(), lr=6e-3)
+        steps = 3 * (len(data.train_loader(16, 0, CPU)) if interval == "step" else 1)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, total_steps=steps)
+        shared = {"optimizer": optimizer, "scheduler": scheduler, "scheduler_interval": interval}
+        return student, lambda: run(data, student, teacher, epochs=3, **shared, **options)
+
+    whole, go = start()
+    expected = go().history
+
+    path = tmp_path / "last.pt"
+    _, go = start(watcher=StopAfter(stop, path))
+    with pytest.raises(KeyboardInterrupt):
+        go()
+    torch.rand(7)  # whatever happens in between
+    resumed, go = start(resume=load_checkpoint(path, remedy=""))
+    got = go().history
+
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+    for a, b in zip(expected, got, strict=True):
+        assert {k: v for k, v in a.items() if k != "seconds"} == {
+            k: v for k, v in b.items() if k != "seconds"
+        }
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_are_lost(data: GlyphData) -> None:
+    student = network(data)
+    calls = 0
+
+    def loss(logits: Tensor, teacher: Any, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        nonlocal calls
+        calls += 1
+        value = F.cross_entropy(logits, target) * (math.nan if calls == 3 else 1.0)
+        return value, {"ce": value.detach()}
+
+    with pytest.raises(NonFiniteLossError, match="epoch 1, step 3: loss nan, ce nan"):
+        run(data, student, None, loss=loss)
+    assert calls == 3
+    assert all(parameter.isfinite().all() for parameter in student.parameters())
+
+
+def test_the_meter_finds_a_bad_step_late_but_names_it() -> None:
+    meter = LossMeter(CPU, epoch=4)
+    meter.interval = 20  # as on a GPU
+    logits, target = torch.eye(4), torch.tensor([0, 1, 2, 0])
+    for value in (1.0, 3.0, math.inf, 2.0):
+        meter.add(torch.tensor(value), {"kd": torch.tensor(value)}, logits, target)
+    with pytest.raises(NonFiniteLossError, match="epoch 4, step 3: loss inf, kd inf"):
+        meter.drain()
+
+
+def test_the_meter_weights_by_rows() -> None:
+    meter = LossMeter(CPU)
+    meter.add(torch.tensor(1.0), {"ce": torch.tensor(2.0)}, torch.eye(3), torch.tensor([0, 1, 0]))
+    meter.add(torch.tensor(5.0), {"ce": torch.tensor(6.0)}, torch.eye(3)[:1], torch.tensor([0]))
+    assert meter.loss == pytest.approx(2.0)
+    assert meter.terms == pytest.approx({"ce": 3.0})
+    assert meter.accuracy == pytest.approx(3 / 4)
+
+
+def test_loaders_are_told_the_epoch(data: GlyphData) -> None:
+    images, target = next(iter(data.train_loader(32, 0, CPU)))
+
+    class Sampler:
+        def __init__(self) -> None:
+            self.epochs: list[int] = []
+
+        def set_epoch(self, epoch: int) -> None:
+            self.epochs.append(epoch)
+
+    class Loader:
+        sampler = Sampler()
+
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            yield images, target
+
+    loader = Loader()
+    fit(network(data), None, loader, loader, loss=cross_entropy, epochs=3, progress=False)
+    assert loader.sampler.epochs == [0, 1, 2]
+
+
+def test_plain_iterables_and_their_faults(data: GlyphData) -> None:
+    batches = list(data.train_loader(32, 0, CPU))
+    student = network(data)
+
+    def go(train: Any, val: Any = batches, loss: Any = cross_entropy) -> FitResult:
+        return fit(student, None, train, val, loss=loss, epochs=2, progress=False)
+
+    assert len(go(batches).history) == 2
+    assert student.training
+    with pytest.raises(TrainError, match="no batch in epoch 1"):
+        go([])
+    with pytest.raises(TrainError, match="no batch in epoch 2; a generator can be iterated once"):
+        go(batch for batch in batches)
+    with pytest.raises(TrainError, match="validation loader"):
+        go(batches, [])
+    with pytest.raises(TrainError, match="does not depend on student_logits"):
+        go(batches, loss=lambda s, t, y: torch.zeros(()))
+    with pytest.raises(TrainError, match="scalar"):
+        go(batches, loss=lambda s, t, y: s)
+    with pytest.raises(ValueError, match="epochs"):
+        fit(student, None, batches, batches, loss=cross_entropy, epochs=0)
+    with pytest.raises(ValueError, match="scheduler_interval"):
+        fit(student, None, batches, batches, loss=cross_entropy, epochs=1, scheduler_interval="batch")
+
+
+def test_bfloat16_networks(data: GlyphData) -> None:
+    dtypes = set()
+
+    def loss(student: Tensor, teacher: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        dtypes.update((student.dtype, teacher.dtype))
+        return KD(student, teacher, target)
+
+    result = run(data, network(data), network(data, 4, 1), loss=loss, epochs=1, precision="bfloat16")
+    assert dtypes == {torch.bfloat16}
+    assert math.isfinite(result.last["loss"])
+
+
+def test_evaluate_keeps_modes(data: GlyphData) -> None:
+    student = network(data).train()
+    student.stages[1].eval()
+    modes = [module.training for module in student.modules()]
+    before = {key: value.clone() for key, value in student.state_dict().items()}
+    evaluate(student, data.val_loader(CPU), device="cpu")
+    assert [module.training for module in student.modules()] == modes
+    for key, value in student.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+def test_fit_is_at_the_top_level() -> None:
+    assert fastkd.fit is fit
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu(data: GlyphData) -> None:
+    device = torch.device("cuda")
+    student, teacher = network(data), network(data, 4, 1)
+    result = fit(
+        student,
+        teacher,
+        data.train_loader(16, 0, device),
+        data.val_loader(device),
+        loss=KD,
+        epochs=2,
+        device=device,
+        progress=False,
+    )
+    assert next(student.parameters()).is_cuda
+    assert result.last["loss"] < result.history[0]["loss"]
+    for record in result.history:
+        assert all(record["seconds"][part] > 0 for part in PARTS)
