@@ -16,7 +16,7 @@ from setuptools.command.build_ext import build_ext
 SOURCES = sorted(str(path) for path in Path("csrc").glob("**/*.cpp"))
 HEADERS = sorted(str(path) for path in Path("csrc").glob("**/*.h"))
 FAILURE_NOTE = Path("fastkd/ops/_native_build_error.txt")
-# Fusion is set, not left to the compiler's default: csrc/cpu/vector.h guards the one place where it would harm.
+# Fusion is set, not left to the compiler's default: csrc/cpu/vector.h guards where it would harm.
 COMPILE_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden", "-g0"]
 
 
@@ -46,7 +46,10 @@ class BuildNative(build_ext):
 
     def note_failure(self, error: Exception) -> None:
         message = f"{type(error).__name__}: {error}"
-        print(f"fastkd: the native backend was not built, the install goes on without it ({message})", file=sys.stderr)
+        print(
+            f"fastkd: the native backend was not built, the install goes on without it ({message})",
+            file=sys.stderr,
+        )
         target = Path(self.build_lib, FAILURE_NOTE) if not self.inplace else FAILURE_NOTE
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(message + "\n")

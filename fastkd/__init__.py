@@ -12,15 +12,14 @@ if TYPE_CHECKING:
     from fastkd.train import fit
 
 
-
 __all__ = [
     "BackendUnavailable",
     "BinaryKLLoss",
     "BinaryKLNormLoss",
     "DKDLoss",
     "DistillLoss",
-    "__version__",
     "KDLoss",
+    "__version__",
     "binary_kl_loss",
     "binary_kl_norm_loss",
     "check_labels",

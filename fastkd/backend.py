@@ -61,22 +61,30 @@ def missing(backend: str, device_type: str) -> str | None:
     return _PROBES[backend](device_type)
 
 
-def resolve(device_type: str, *dtypes: torch.dtype) -> str:
-    """The backend that runs logits of these dtypes on this device, by the choice in force."""
+def resolve(chosen: str, device_type: str, *dtypes: torch.dtype) -> str:
+    """The backend that runs logits of these dtypes on this device, when ``chosen`` is the choice in force.
+
+    Evaluated while torch.compile traces, which sees a constant; it traces again when its arguments change.
+    """
     wide = next((dtype for dtype in dtypes if dtype not in FUSED_DTYPES), None)
-    if _chosen == "auto":
+    if chosen == "auto":
         return "eager" if wide is not None else _automatic(device_type)
-    if _chosen == "eager":
+    if chosen == "eager":
         return "eager"
     if wide is not None:
         raise BackendUnavailable(
-            f"backend {_chosen!r} computes in float32 and takes float32, bfloat16 and float16 logits, not "
+            f"backend {chosen!r} computes in float32 and takes float32, bfloat16 and float16 logits, not "
             f"{wide}; use set_backend('eager') or 'auto' for {wide}"
         )
-    reason = missing(_chosen, device_type)
+    reason = missing(chosen, device_type)
     if reason is not None:
-        raise BackendUnavailable(f"backend {_chosen!r} cannot run on {device_type}: {reason}")
-    return _chosen
+        raise BackendUnavailable(f"backend {chosen!r} cannot run on {device_type}: {reason}")
+    return chosen
+
+
+# What torch.compiler.assume_constant_result sets, without its import of the whole compiler (two seconds, and
+# Triton before its interpreter can be chosen).
+resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache

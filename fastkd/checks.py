@@ -14,7 +14,9 @@ def check_logits(student_logits: Tensor, teacher_logits: Tensor) -> None:
         if not isinstance(logits, Tensor):
             raise TypeError(f"{name} is a {type(logits).__name__}; expected a tensor of shape [..., C]")
         if logits.dtype not in LOGIT_DTYPES:
-            raise TypeError(f"{name} has dtype {logits.dtype}; expected float32, bfloat16, float16 or float64")
+            raise TypeError(
+                f"{name} has dtype {logits.dtype}; expected float32, bfloat16, float16 or float64"
+            )
         if logits.dim() < 1 or logits.shape[-1] < 2:
             raise ValueError(
                 f"{name} has shape {list(logits.shape)}; expected [..., C] with at least 2 classes"
@@ -46,14 +48,18 @@ def check_target(target: Tensor, student_logits: Tensor, ignore_index: int) -> N
     if not isinstance(target, Tensor):
         raise TypeError(f"target is a {type(target).__name__}; expected an int64 tensor of labels")
     if target.dtype != torch.int64:
-        raise TypeError(f"target has dtype {target.dtype}; expected int64 class indices (soft targets are not labels)")
+        raise TypeError(
+            f"target has dtype {target.dtype}; expected int64 class indices (soft targets are not labels)"
+        )
     if target.shape != student_logits.shape[:-1]:
         raise ValueError(
-            f"target has shape {list(target.shape)}; expected {list(student_logits.shape[:-1])}, one label for "
-            f"each row of student_logits {list(student_logits.shape)}"
+            f"target has shape {list(target.shape)}; expected {list(student_logits.shape[:-1])}, one label "
+            f"for each row of student_logits {list(student_logits.shape)}"
         )
     if target.device != student_logits.device:
-        raise ValueError(f"target is on {target.device} and student_logits on {student_logits.device}; expected one device")
+        raise ValueError(
+            f"target is on {target.device} and student_logits on {student_logits.device}; expected one device"
+        )
     if target.device.type == "cpu" and not torch.compiler.is_compiling():
         check_labels(target, student_logits.shape[-1], ignore_index)
 
@@ -68,14 +74,16 @@ def check_labels(target: Tensor, classes: int, ignore_index: int = -100) -> None
     if wrong.any():
         value = int(target[wrong][0])
         raise ValueError(
-            f"target has the label {value}; expected 0 to {classes - 1}, or ignore_index ({ignore_index}) for a "
-            "row to leave out"
+            f"target has the label {value}; expected 0 to {classes - 1}, or ignore_index ({ignore_index}) for "
+            "a row to leave out"
         )
 
 
 def check_temperature(temperature: float) -> None:
     if isinstance(temperature, Tensor):
-        raise TypeError("temperature is a tensor; expected a number (reading a tensor would wait for the device)")
+        raise TypeError(
+            "temperature is a tensor; expected a number (reading a tensor would wait for the device)"
+        )
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature is {temperature!r}; expected a finite number above 0")
 
@@ -93,8 +101,9 @@ def check_label_smoothing(label_smoothing: float) -> None:
 def check_reduction(reduction: str) -> None:
     if reduction == "mean":
         raise ValueError(
-            "reduction='mean' is refused: for torch.nn.KLDivLoss it divides by rows times classes, which makes "
-            "the loss weaker by the number of classes; use 'batchmean' (divide by the rows that count), 'sum' or 'none'"
+            "reduction='mean' is refused: for torch.nn.KLDivLoss it divides by rows times classes, which "
+            "makes the loss weaker by the number of classes; use 'batchmean' (divide by the rows that "
+            "count), 'sum' or 'none'"
         )
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}; expected one of {', '.join(REDUCTIONS)}")

@@ -8,7 +8,8 @@ Common to all of them:
 - T^2 is included: a weight means the same at every temperature.
 - ``reduction``: ``"batchmean"`` (sum over the rows that count, divided by their number), ``"sum"``, or
   ``"none"`` (one value a row, in the shape of the leading dimensions). ``"mean"`` is refused.
-- A row whose label is ``ignore_index`` adds nothing to loss, gradient or count; with no row left the loss is 0.
+- A row whose label is ``ignore_index`` adds nothing to loss, gradient or count; with no row left
+  the loss is 0.
 - The gradient is computed with the loss. It differentiates once; ``create_graph=True`` raises (use
   ``fastkd.set_backend("eager")`` for second derivatives).
 - TypeError and ValueError name the argument, its value and what is expected, before anything is computed.
@@ -152,9 +153,17 @@ def binary_kl_norm_loss(
     return _pointwise("binary_kl_norm", student_logits, teacher_logits, temperature, reduction)
 
 
-def _pointwise(loss: str, student_logits: Tensor, teacher_logits: Tensor, temperature: float, reduction: str) -> Tensor:
+def _pointwise(
+    loss: str, student_logits: Tensor, teacher_logits: Tensor, temperature: float, reduction: str
+) -> Tensor:
     value, _ = _reduced(
-        loss, (float(temperature),), student_logits, teacher_logits, None, uses_label=False, reduction=reduction
+        loss,
+        (float(temperature),),
+        student_logits,
+        teacher_logits,
+        None,
+        uses_label=False,
+        reduction=reduction,
     )
     return value
 
@@ -184,15 +193,17 @@ def _reduced(
     student, teacher = student_logits.reshape(-1, classes), teacher_logits.reshape(-1, classes)
     labels = None if target is None else target.reshape(-1)
     counted = None if labels is None else labels != ignore_index
-    row_weight, scale = _row_weight(counted, student.shape[0], reduction)
+    row_weight, divisor = _row_weight(counted, student.shape[0], reduction)
     label = labels if uses_label else None
-    chosen = backend.resolve(student.device.type, student.dtype, teacher.dtype)
+    chosen = backend.resolve(backend.get_backend(), student.device.type, student.dtype, teacher.dtype)
     if chosen == "eager":
         rows, terms = _eager(loss, options, student, teacher, label, counted)
-        rows, terms = (values * scale if row_weight is None else values * row_weight for values in (rows, terms))
+        rows, terms = (
+            values / divisor if row_weight is None else values * row_weight for values in (rows, terms)
+        )
     else:
         rows, terms = library.row_loss(
-            student, teacher, label, row_weight, scale, loss, options, chosen, with_terms=with_terms
+            student, teacher, label, row_weight, divisor, loss, options, chosen, with_terms=with_terms
         )
     terms = terms.detach()
     if reduction == "none":
@@ -200,15 +211,15 @@ def _reduced(
     return rows.sum(), terms.sum(-1)
 
 
-def _row_weight(counted: Tensor | None, rows: int, reduction: str) -> tuple[Tensor | None, float]:
-    """What each row's loss is multiplied by: a tensor [N] where rows may be left out, else one number.
+def _row_weight(counted: Tensor | None, rows: int, reduction: str) -> tuple[Tensor | None, int]:
+    """What each row's loss is multiplied by, where rows may be left out [N], and what all are divided by.
 
     The kernels apply it as they write the gradient, so that the reduction costs no pass of its own.
     """
     if counted is None:
-        return None, 1.0 / max(rows, 1) if reduction == "batchmean" else 1.0
+        return None, max(rows, 1) if reduction == "batchmean" else 1
     weight = counted.float()
-    return (weight / weight.sum().clamp_min(1.0) if reduction == "batchmean" else weight), 1.0
+    return (weight / weight.sum().clamp_min(1.0) if reduction == "batchmean" else weight), 1
 
 
 def _eager(

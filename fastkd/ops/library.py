@@ -14,8 +14,8 @@ TERMS = {"softmax": 4}
 
 _library = torch.library.Library("fastkd", "DEF")
 _library.define(
-    "row_loss(Tensor student_logits, Tensor teacher_logits, Tensor? target, Tensor? row_weight, float scale, "
-    "str loss, float[] options, str backend, bool with_terms, bool with_gradient) "
+    "row_loss(Tensor student_logits, Tensor teacher_logits, Tensor? target, Tensor? row_weight, "
+    "SymInt divisor, str loss, float[] options, str backend, bool with_terms, bool with_gradient) "
     "-> (Tensor rows, Tensor terms, Tensor gradient)"
 )
 _library.define("scale_rows_(Tensor(a!) gradient, Tensor upstream, str backend) -> ()")
@@ -26,26 +26,37 @@ def row_loss(
     teacher_logits: Tensor,
     target: Tensor | None,
     row_weight: Tensor | None,
-    scale: float,
+    divisor: int,
     loss: str,
     options: Sequence[float],
     backend: str,
     *,
     with_terms: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Row losses [N] and their terms [K, N] in float32, each times ``scale`` or its ``row_weight`` [N].
+    """Row losses [N] and their terms [K, N] in float32, times ``row_weight`` [N] and divided by ``divisor``.
 
     ``target`` [N] names the label of each row, where the loss uses one; a label out of range gives a NaN
     row. A row of weight 0 is not read. ``options`` are those of the loss in ``fastkd.reference``.
     """
     with_gradient = torch.is_grad_enabled() and student_logits.requires_grad
     rows, terms, _ = torch.ops.fastkd.row_loss(
-        student_logits, teacher_logits, target, row_weight, scale, loss, options, backend, with_terms, with_gradient
+        student_logits,
+        teacher_logits,
+        target,
+        row_weight,
+        divisor,
+        loss,
+        options,
+        backend,
+        with_terms,
+        with_gradient,
     )
     return rows, terms
 
 
-def _allocate(student: Tensor, loss: str, with_terms: bool, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _allocate(
+    student: Tensor, loss: str, with_terms: bool, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     rows, classes = student.shape
     return (
         student.new_empty(rows, dtype=torch.float32),
@@ -64,13 +75,13 @@ def _launcher(backend: str) -> Any:
     return launch
 
 
-@torch.library.impl(_library, "row_loss", "CompositeExplicitAutograd")
+@torch.library.impl("fastkd::row_loss", ("cpu", "cuda"), lib=_library)
 def _row_loss(
     student: Tensor,
     teacher: Tensor,
     target: Tensor | None,
     row_weight: Tensor | None,
-    scale: float,
+    divisor: int,
     loss: str,
     options: Sequence[float],
     backend: str,
@@ -79,9 +90,13 @@ def _row_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     outputs = _allocate(student, loss, with_terms, with_gradient)
     # Kernels take any row stride; only a row that is not dense is copied.
-    student, teacher = (logits if logits.stride(1) == 1 else logits.contiguous() for logits in (student, teacher))
+    student, teacher = (
+        logits if logits.stride(1) == 1 else logits.contiguous() for logits in (student, teacher)
+    )
     if student.shape[0]:
-        _launcher(backend).row_loss(student, teacher, target, row_weight, scale, loss, options, *outputs)
+        _launcher(backend).row_loss(
+            student, teacher, target, row_weight, 1.0 / divisor, loss, options, *outputs
+        )
     return outputs
 
 
@@ -91,7 +106,7 @@ def _row_loss_shapes(
     teacher: Tensor,
     target: Tensor | None,
     row_weight: Tensor | None,
-    scale: float,
+    divisor: int,
     loss: str,
     options: Sequence[float],
     backend: str,
@@ -101,7 +116,7 @@ def _row_loss_shapes(
     return _allocate(student, loss, with_terms, with_gradient)
 
 
-@torch.library.impl(_library, "scale_rows_", "CompositeExplicitAutograd")
+@torch.library.impl("fastkd::scale_rows_", ("cpu", "cuda"), lib=_library)
 def _scale_rows_(gradient: Tensor, upstream: Tensor, backend: str) -> None:
     if gradient.shape[0]:
         _launcher(backend).scale_rows_(gradient, upstream)
@@ -125,15 +140,16 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | Non
     nothing = (None,) * 9
     if upstream is None:
         return None, *nothing
-    compiling = torch.compiler.is_compiling()
-    if torch.is_grad_enabled() and not compiling:
+    traced = torch.compiler.is_compiling() or type(gradient) is not Tensor
+    if torch.is_grad_enabled() and not traced:
         raise RuntimeError(
-            "fastkd computes the gradient with the loss and does not differentiate it again (create_graph=True); "
-            "use fastkd.set_backend('eager') for second derivatives"
+            "fastkd computes the gradient with the loss and does not differentiate it again "
+            "(create_graph=True); use fastkd.set_backend('eager') for second derivatives"
         )
-    if compiling or torch._C._autograd._get_current_graph_task_keep_graph():
-        # Whoever keeps the graph may come again: the saved gradient must stay as it is.
-        gradient = gradient.clone()
+    # In place where the saved gradient is ours alone. Whoever keeps the graph may come again, and a compiler
+    # fuses a plain product with what follows.
+    if traced or torch._C._autograd._get_current_graph_task_keep_graph():
+        return (gradient * upstream[:, None]).to(gradient.dtype), *nothing
     torch.ops.fastkd.scale_rows_(gradient, upstream, ctx.backend)
     return gradient, *nothing
 

@@ -25,7 +25,8 @@ def _loaded() -> ctypes.CDLL | str:
     path = library_path()
     if path is None:
         if _BUILD_ERROR.exists():
-            return f"its extension could not be built when fastkd was installed ({_BUILD_ERROR.read_text().strip()})"
+            reason = _BUILD_ERROR.read_text().strip()
+            return f"its extension could not be built when fastkd was installed ({reason})"
         return "its extension is not built (install with `pip install .`, which needs a C++17 compiler)"
     try:
         library = ctypes.CDLL(str(path))
@@ -35,8 +36,8 @@ def _loaded() -> ctypes.CDLL | str:
     torch_library = Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}"
     library.fastkd_register.restype = ctypes.c_char_p
     library.fastkd_instruction_set.restype = ctypes.c_char_p
-    error = library.fastkd_register(str(torch_library).encode())
-    return error.decode() if error else library
+    refusal = library.fastkd_register(str(torch_library).encode())
+    return refusal.decode() if refusal else library
 
 
 def missing(device_type: str) -> str | None:
@@ -47,12 +48,16 @@ def missing(device_type: str) -> str | None:
     return loaded if isinstance(loaded, str) else None
 
 
-def instruction_set() -> str:
-    """The instruction set chosen for this processor: avx512, avx2 or portable."""
+def _library() -> ctypes.CDLL:
     loaded = _loaded()
     if isinstance(loaded, str):
-        raise RuntimeError(loaded)
-    return loaded.fastkd_instruction_set().decode()
+        raise RuntimeError(f"the native backend cannot run: {loaded}")
+    return loaded
+
+
+def instruction_set() -> str:
+    """The instruction set chosen for this processor: avx512, avx2 or portable."""
+    return _library().fastkd_instruction_set().decode()
 
 
 _OPERATORS = {"softmax": "softmax_rows", "binary_kl": "binary_kl", "binary_kl_norm": "binary_kl_norm"}
@@ -60,6 +65,7 @@ _OPERATORS = {"softmax": "softmax_rows", "binary_kl": "binary_kl", "binary_kl_no
 
 @cache
 def _operator(name: str) -> Callable[..., None]:
+    _library()
     return getattr(torch.ops.fastkd_native, name).default
 
 

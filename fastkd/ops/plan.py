@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 # A row of this many classes still fits into the registers of one program: every logit is read once.
-RESIDENT_CLASSES = 16384
+RESIDENT_CLASSES = 8192
 STREAMED_TILE = 4096
 
 

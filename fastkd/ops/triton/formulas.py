@@ -84,7 +84,7 @@ def softmax_family(
         teacher = temperature / sum_t * (w_kd * p_rest + w_n)
         target = temperature * (w_kd + w_t) * (q - p)
         if STANDARDIZED:
-            # The standardised logit is x = T u; sum_i g_i = 0, so G = sum g_i x_i may be taken about any point.
+            # The standardised logit is x = T u. As sum_i g_i = 0, G = sum g_i x_i may be taken about any x.
             inverse = slope_s * temperature
             moment_v = moment_t - dot + (max_v - max_u) * sum_t
             along = temperature * (student * moment_s - teacher * moment_v + target * (u - max_u))

@@ -203,7 +203,10 @@ def softmax_rows(
         label = tl.where(bad_label, 0, label)
         label_s = tl.load(student_row + label).to(tl.float32)
         label_t = tl.load(teacher_row + label).to(tl.float32)
-        label_logits = (tl.where(label_s < MASKED, MASKED, label_s), tl.where(label_t < MASKED, MASKED, label_t))
+        label_logits = (
+            tl.where(label_s < MASKED, MASKED, label_s),
+            tl.where(label_t < MASKED, MASKED, label_t),
+        )
 
     student_scale = (1.0 / temperature, 0.0, 0.0)
     teacher_scale = (1.0 / temperature, 0.0, 0.0)
@@ -306,7 +309,9 @@ def pointwise_rows(
         if GRADIENT:
             gradient = tl.where(weight == 0.0, 0.0, weight * slope_factor * slope)
             gradient_row = gradient_pointer + row * gradient_stride
-            tl.store(gradient_row + columns, gradient.to(gradient_row.dtype.element_ty), mask=columns < classes)
+            tl.store(
+                gradient_row + columns, gradient.to(gradient_row.dtype.element_ty), mask=columns < classes
+            )
     tl.store(loss_pointer + row, tl.where(weight == 0.0, 0.0, weight * temperature * temperature * total))
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from fastkd.ops.plan import plan_rows
 from fastkd.ops.triton import formulas, kernels
 
-# A fused multiply-add would leave a rounding error where two equal products must cancel to 0. Triton's default
-# changes between versions.
+# A fused multiply-add would leave a rounding error where two equal products must cancel to 0.
+# Triton's default changes between versions.
 _EXACT_PRODUCTS = {"enable_fp_fusion": False}
 
 
