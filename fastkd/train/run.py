@@ -176,7 +176,9 @@ def _own_teacher(
     facts = load_weights(
         model, path, num_classes=data.num_classes, remedy="delete it to have the teacher trained again"
     )
-    known: dict[str, Any] = {name: facts[name] for name in ("val_accuracy", "best_val_accuracy") if name in facts}
+    known: dict[str, Any] = {
+        name: facts[name] for name in ("val_accuracy", "best_val_accuracy") if name in facts
+    }
     if "val_accuracy" not in known:
         raise TrainError(f"checkpoint {path} lacks its accuracy; delete it to have the teacher trained again")
     return _TeacherInUse(model, {"checkpoint": str(path), **known})

@@ -15,7 +15,9 @@ from fastkd.train.random_state import get_random_state, set_random_state
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     path = tmp_path / "net.pt"
-    save_checkpoint(path, {"model": GlyphCNN(20, width=2).state_dict(), "num_classes": 20, "val_accuracy": 0.5})
+    save_checkpoint(
+        path, {"model": GlyphCNN(20, width=2).state_dict(), "num_classes": 20, "val_accuracy": 0.5}
+    )
     return path
 
 
@@ -106,4 +108,9 @@ def test_random_states_survive_a_checkpoint(tmp_path: Path) -> None:
     save_checkpoint(path, {"random": get_random_state()})
     first = (torch.rand(3).tolist(), numpy.random.rand(3).tolist(), random.random(), random.gauss(0, 1))
     set_random_state(load_checkpoint(path, remedy="")["random"])
-    assert first == (torch.rand(3).tolist(), numpy.random.rand(3).tolist(), random.random(), random.gauss(0, 1))
+    assert first == (
+        torch.rand(3).tolist(),
+        numpy.random.rand(3).tolist(),
+        random.random(),
+        random.gauss(0, 1),
+    )

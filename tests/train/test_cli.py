@@ -67,7 +67,14 @@ def test_a_run_from_nothing(tiny: list[str], workplace: Path, capsys: pytest.Cap
     assert matplotlib.image.imread(run / "curves.png").std() > 0.05
     (teacher,) = (workplace / "runs" / "teachers").iterdir()
     assert (teacher / "teacher.pt").exists()
-    for part in ("teacher epoch 2/2", "student epoch 3/3", "student alone", "not known", "best epoch", "loss"):
+    for part in (
+        "teacher epoch 2/2",
+        "student epoch 3/3",
+        "student alone",
+        "not known",
+        "best epoch",
+        "loss",
+    ):
         assert part in out
     assert "fastkd train glyphs/student" in out
     assert "run folder: runs/glyphs-kd-001" in out
@@ -94,9 +101,12 @@ def test_a_second_run_reuses_the_teacher_and_is_the_same(
 
 
 def test_other_data_or_settings_get_another_teacher(tiny: list[str], workplace: Path) -> None:
-    for more in ([], ["data.characters=41-5A,61-7A"], ["data.augment=0.5"], ["teacher.seed=1"], ["train.seed=5"]):
-        assert main(["train", "glyphs/kd", *tiny, "train.epochs=1", "teacher.epochs=1", *more]) == 0
-    assert len(list((workplace / "runs" / "teachers").iterdir())) == 4  # another student seed: the same teacher
+    short = [*tiny, "train.epochs=1", "teacher.epochs=1"]
+    for more in ([], ["data.characters=41-5A"], ["data.augment=0.5"], ["teacher.seed=1"], ["train.seed=5"]):
+        assert main(["train", "glyphs/kd", *short, *more]) == 0
+    assert (
+        len(list((workplace / "runs" / "teachers").iterdir())) == 4
+    )  # another student seed: the same teacher
 
 
 @pytest.mark.parametrize("name", ["dkd", "lskd", "binary-kl-norm"])
@@ -133,8 +143,9 @@ def test_seeds(workplace: Path, fonts: Path, capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.parametrize("during", ["teacher", "student"])
 def test_ctrl_c_and_going_on(tiny: list[str], workplace: Path, during: str) -> None:
-    slow = [*tiny, "train.epochs=40", "teacher.epochs=40"]
-    command = [sys.executable, "-m", "fastkd.train.cli", "train", "glyphs/kd", *slow]
+    epochs = {"teacher": (2, 25), "student": (25, 1)}[during]
+    long = [*tiny, "data.characters=41-5A", f"train.epochs={epochs[0]}", f"teacher.epochs={epochs[1]}"]
+    command = [sys.executable, "-m", "fastkd.train.cli", "train", "glyphs/kd", *long]
     root = str(Path(__file__).resolve().parents[2])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
     process = subprocess.Popen(
@@ -155,14 +166,14 @@ def test_ctrl_c_and_going_on(tiny: list[str], workplace: Path, during: str) -> N
     run = workplace / "runs" / "glyphs-kd-001"
     (stopped,) = workplace.glob(pattern)
     done = len(stopped.read_text().splitlines())
-    assert 1 <= done < 40
+    assert 1 <= done < 25
     assert not (run / "summary.json").exists()
     assert (stopped.parent / "curves.png").exists()
     assert weights(stopped.parent / "best.pt")
 
     assert main(["train", "--resume", "runs/glyphs-kd-001"]) == 0
-    assert len(metrics(run)) == 40
-    assert main(["train", "glyphs/kd", *slow, "--runs", "other"]) == 0
+    assert len(metrics(run)) == epochs[0]
+    assert main(["train", "glyphs/kd", *long, "--runs", "other"]) == 0
     never_stopped = workplace / "other" / "glyphs-kd-001"
     assert same_weights(run / "last.pt", never_stopped / "last.pt")
     assert without_time(metrics(run)) == without_time(metrics(never_stopped))
@@ -267,8 +278,9 @@ def test_unknown_options_are_refused() -> None:
 
 def test_importing_the_trainer_is_light() -> None:
     code = (
-        "import sys, fastkd.train; heavy = {'matplotlib', 'torchvision', 'PIL', 'pydantic', 'rich', 'fontTools'}; "
-        "sys.exit(', '.join(heavy & set(sys.modules)))"
+        "import sys, fastkd.train;"
+        "heavy = {'matplotlib', 'torchvision', 'PIL', 'pydantic', 'rich', 'fontTools'};"
+        "sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
     )
     root = str(Path(__file__).resolve().parents[2])
     done = subprocess.run(

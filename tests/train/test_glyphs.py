@@ -57,9 +57,7 @@ def test_characters_with_identical_images_are_one_class(fonts: Path) -> None:
     assert [ord("A"), 0x391] in glyphs.classes  # Latin A and Greek capital alpha
 
 
-def test_the_cache_is_used_and_mended(
-    fonts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_cache_is_used_and_mended(fonts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTKD_CACHE", str(tmp_path))
     first, images = load_glyphs(str(fonts), LETTERS, 1.0)
     expected = np.array(images)

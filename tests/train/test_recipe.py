@@ -104,7 +104,7 @@ def test_a_bad_override_is_refused_by_name(override: str, parts: list[str]) -> N
     ],
 )
 def test_a_file_that_is_no_recipe_is_refused(text: str, part: str) -> None:
-    with pytest.raises(RecipeError, match="here.yaml") as raised:
+    with pytest.raises(RecipeError, match=r"here\.yaml") as raised:
         parse_flat_yaml(text, "here.yaml")
     assert part in str(raised.value)
 
@@ -120,7 +120,7 @@ def test_missing_keys_are_named(tmp_path: Path) -> None:
 
 
 def test_an_unknown_recipe_gets_the_nearest_names() -> None:
-    with pytest.raises(RecipeError, match="did you mean .*glyphs/dkd"):
+    with pytest.raises(RecipeError, match=r"did you mean .*glyphs/dkd"):
         load_recipe("glyphs/dkdd")
     with pytest.raises(RecipeError, match="did you mean glyphs/lskd"):
         load_recipe("lskd")
