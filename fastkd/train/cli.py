@@ -115,7 +115,7 @@ def _train(args: argparse.Namespace) -> int:
     else:
         folder, summaries = run_seeds(name, recipe, count, runs=runs, console=console, folder=folder)
     print_results(summaries, runs, console)
-    console.print(f"run folder: {folder}", soft_wrap=True)
+    console.print(f"run folder: {folder}", soft_wrap=True, markup=False)
     return 0
 
 

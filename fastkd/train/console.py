@@ -19,9 +19,9 @@ _REFRESH_SECONDS = 0.25
 
 def make_console() -> Console:
     """A console that keeps tables whole when the output is a file or a pipe."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=160)
+        console = Console(highlight=False, emoji=False, width=160)
     return console
 
 

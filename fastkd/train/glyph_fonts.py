@@ -75,6 +75,7 @@ def read_faces(files: Sequence[FontFile], folder: Path) -> tuple[list[Face], lis
     faces: list[Face] = []
     skipped: list[str] = []
     names: set[str] = set()
+    coverages: dict[frozenset[int], frozenset[int]] = {}
     for file in files:
         try:
             read = list(_faces_of(file.path))
@@ -84,24 +85,27 @@ def read_faces(files: Sequence[FontFile], folder: Path) -> tuple[list[Face], lis
         for index, name, characters in read:
             unique = name if name not in names else f"{name} [{file.path.name}:{index}]"
             names.add(unique)
-            faces.append(Face(file.path, index, unique, characters))
+            # The weights of a CJK family cover the same 45,000 characters: one set of megabytes for all.
+            shared = coverages.setdefault(characters, characters)
+            faces.append(Face(file.path, index, unique, shared))
     if not faces:
         raise DataError(f"data.fonts: {folder} holds no usable font; could not read {some(skipped)}")
     return faces, skipped
 
 
 def _faces_of(path: Path) -> Iterable[tuple[int, str, frozenset[int]]]:
-    from fontTools.ttLib import TTCollection, TTFont
+    from fontTools.ttLib import TTFont
     from PIL import ImageFont
 
     logging.getLogger("fontTools").setLevel(logging.ERROR)  # it warns of harmless table versions
     with path.open("rb") as file:
-        is_collection = file.read(4) == b"ttcf"
-    opened = TTCollection(path, lazy=True) if is_collection else TTFont(path, lazy=True)
-    with opened:
-        for index, font in enumerate(opened.fonts if is_collection else [opened]):
-            # Pillow renders, so a face counts only if Pillow can open it as well.
-            ImageFont.truetype(str(path), 16, index=index)
+        header = file.read(12)
+    # A collection's header holds the number of its faces; a single font ignores fontNumber.
+    count = int.from_bytes(header[8:12], "big") if header[:4] == b"ttcf" else 1
+    for index in range(count):
+        # Pillow renders, so a face counts only if Pillow can open it as well.
+        ImageFont.truetype(str(path), 16, index=index)
+        with TTFont(path, fontNumber=index, lazy=True) as font:
             name = font["name"].getBestFullName() or f"{path.stem}:{index}"
             yield index, name, frozenset(font.getBestCmap() or ())
 

@@ -168,6 +168,8 @@ def _render_into(
             classes.setdefault(column.digest(), []).append(j)
     if len(classes) < _MIN_CLASSES:
         raise DataError(_too_few(source, kept, points, left_out, wanted is not None))
+    if blank.any():
+        notes.append(f"{int(blank.sum())} characters left out that are blank in some face")
     first = [members[0] for members in classes.values()]
 
     done = folder / "done"

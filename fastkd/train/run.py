@@ -48,56 +48,71 @@ def run_recipe(
 
     Raises ``TrainError`` for what a user can mend and ``Stopped`` at Ctrl-C.
     """
-    device = resolve_device(recipe.train.device)
-    if recipe.train.threads is not None:
-        torch.set_num_threads(recipe.train.threads)
-    console.print(f"[bold]{name}[/bold]: {recipe.description}")
-    data = load_glyph_data(recipe.data)
-    console.print(f"data: {data.describe()}")
-    for note in data.glyphs.notes:
-        console.print(f"  {note}")
-    # An unusable checkpoint must be found before anything is trained or written.
-    given = _load_given_teacher(recipe.teacher, data, device) if recipe.teacher else None
-
-    if folder is None:
-        folder = create_run_folder(runs, name)
     try:
+        device = resolve_device(recipe.train.device)
+        if recipe.train.threads is not None:
+            torch.set_num_threads(recipe.train.threads)
+        console.print(f"{name}: {recipe.description}", markup=False)
+        data = load_glyph_data(recipe.data)
+        console.print(f"data: {data.describe()}", markup=False)
+        for note in data.glyphs.notes:
+            console.print(f"  {note}", markup=False)
+        # An unusable checkpoint must be found before anything is trained or written.
+        teacher = _load_given_teacher(recipe.teacher, data, device) if recipe.teacher else None
+        if folder is None:
+            folder = create_run_folder(runs, name)
         write_recipe(folder, name, recipe)
-        teacher = given
         if recipe.teacher is not None and teacher is None:
             teacher = _own_teacher(recipe.teacher, data, runs, device, console)
         if teacher is not None:
-            console.print(f"teacher: {teacher.summary['val_accuracy']:.2%}, {teacher.summary['checkpoint']}")
-        result = _fit_in_folder(
-            folder,
-            "student",
-            recipe.student,
-            recipe.train,
-            data,
-            device,
-            console,
-            teacher=teacher.model if teacher else None,
-            objective=build_objective(recipe.loss),
-            precision=recipe.train.precision,
-            title=f"{name}, seed {recipe.train.seed}",
-            teacher_accuracy=teacher.summary["val_accuracy"] if teacher else None,
-        )
-        summary = {
-            "name": name,
-            "loss": recipe.loss.name,
-            "seed": recipe.train.seed,
-            "comparison": comparison_key(recipe, data),
-            "num_classes": data.num_classes,
-            "best": {"epoch": result.best["epoch"], "val_accuracy": result.best["val_accuracy"]},
-            "last": {"epoch": result.last["epoch"], "val_accuracy": result.last["val_accuracy"]},
-            "seconds": result.seconds,
-            "teacher": teacher.summary if teacher else None,
-            "made_with": _versions(device),
-        }
-        write_json(folder / "summary.json", summary)
+            accuracy, path = teacher.summary["val_accuracy"], teacher.summary["checkpoint"]
+            console.print(f"teacher: {accuracy:.2%}, {path}", markup=False)
+        summary = _distil(name, recipe, data, teacher, folder, device, console)
     except KeyboardInterrupt:
+        if folder is None:
+            raise
         raise Stopped(folder) from None
     return {**summary, "folder": str(folder)}
+
+
+def _distil(
+    name: str,
+    recipe: Recipe,
+    data: GlyphData,
+    teacher: _TeacherInUse | None,
+    folder: Path,
+    device: torch.device,
+    console: Console,
+) -> dict[str, Any]:
+    """Train the student and write the summary."""
+    result = _fit_in_folder(
+        folder,
+        "student",
+        recipe.student,
+        recipe.train,
+        data,
+        device,
+        console,
+        teacher=teacher.model if teacher else None,
+        objective=build_objective(recipe.loss),
+        precision=recipe.train.precision,
+        title=f"{name}, seed {recipe.train.seed}",
+        teacher_accuracy=teacher.summary["val_accuracy"] if teacher else None,
+    )
+    summary = {
+        "name": name,
+        "loss": recipe.loss.name,
+        "seed": recipe.train.seed,
+        "comparison": comparison_key(recipe, data),
+        "num_classes": data.num_classes,
+        "best": {"epoch": result.best["epoch"], "val_accuracy": result.best["val_accuracy"]},
+        "last": {"epoch": result.last["epoch"], "val_accuracy": result.last["val_accuracy"]},
+        "seconds": result.seconds,
+        "teacher": teacher.summary if teacher else None,
+        "made_with": _versions(device),
+    }
+    write_json(folder / "summary.json", summary)
+    return summary
 
 
 def resolve_device(name: str) -> torch.device:

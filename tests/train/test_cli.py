@@ -14,11 +14,12 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 import torch
-from conftest import tiny_student
 
 from fastkd.models import GlyphCNN
 from fastkd.train.checkpoint import save_checkpoint
 from fastkd.train.cli import main
+
+from .conftest import tiny_student
 
 
 @pytest.fixture(autouse=True)
@@ -149,7 +150,13 @@ def test_ctrl_c_and_going_on(tiny: list[str], workplace: Path, during: str) -> N
     root = str(Path(__file__).resolve().parents[2])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
     process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        # A test run in the background ignores SIGINT, and its children would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     pattern = "runs/teachers/*/metrics.jsonl" if during == "teacher" else "runs/glyphs-kd-001/metrics.jsonl"
     deadline = time.monotonic() + 90

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DEJAVU
 from fontTools.subset import Subsetter
 from fontTools.ttLib import TTCollection, TTFont
 
@@ -16,6 +15,8 @@ from fastkd.train.glyph_data import GlyphLoader, augment_batch, load_glyph_data
 from fastkd.train.glyph_fonts import DEJAVU_HOLDOUT, parse_characters, split_faces
 from fastkd.train.glyph_images import load_glyphs, render_face
 from fastkd.train.recipe import GlyphsData
+
+from .conftest import DEJAVU
 
 CPU = torch.device("cpu")
 LETTERS = "41-5A,61-7A"
