@@ -43,7 +43,7 @@ struct SoftmaxStatistics {
   float max_s, max_t;      // largest logits, in units of z
   Real sum_s, sum_t;       // sum exp(u - max u), sum exp(v - max v)
   Real dot;                // sum exp(v - max v) (v - u)
-  Real moment_s, moment_t; // sum exp(u - max u) (u - max u), and of v: for standardised logits
+  Real moment_s, moment_t; // sum exp(u - max u) u, sum exp(v - max v) u: for standardised logits
   Real sum_1;              // sum exp(z_s - max z_s): cross-entropy at T = 1
   Real logit_sum;          // sum z_s, the label included: label smoothing
 };
@@ -71,15 +71,15 @@ struct RowLabel {
 template <class Real>
 FASTKD_ROW_FUNCTION void rebase(SoftmaxStatistics<Real>& row, float max_s, float max_t, Real slope_s, Real slope_t) {
   if (max_s != row.max_s) {
-    const Real below = Real(row.max_s) - Real(max_s), shift = below * slope_s, factor = std::exp(shift);
-    row.moment_s = factor * (row.moment_s + shift * row.sum_s);
+    const Real below = Real(row.max_s) - Real(max_s), factor = std::exp(below * slope_s);
+    row.moment_s *= factor;
     row.sum_s *= factor;
     row.sum_1 *= std::exp(below);
     row.max_s = max_s;
   }
   if (max_t != row.max_t) {
-    const Real shift = (Real(row.max_t) - Real(max_t)) * slope_t, factor = std::exp(shift);
-    row.moment_t = factor * (row.moment_t + shift * row.sum_t);
+    const Real factor = std::exp((Real(row.max_t) - Real(max_t)) * slope_t);
+    row.moment_t *= factor;
     row.sum_t *= factor;
     row.dot *= factor;
     row.max_t = max_t;
@@ -110,16 +110,18 @@ FASTKD_ROW_FUNCTION SoftmaxResult<Real> softmax_family(const SoftmaxOptions& opt
   SoftmaxGradient<Real>& gradient = result.gradient;
 
   if (distils(options)) {
-    const Real max_u = (row.max_s - student.mean) * student.slope;
-    const Real max_v = (row.max_t - teacher.mean) * teacher.slope;
-    const Real lse_s = max_u + std::log(row.sum_s), lse_t = max_v + std::log(row.sum_t);
-    const Real nckd = row.dot / row.sum_t - lse_t + lse_s;
+    // Differences of logits come before the logarithms: large logits must not swallow them.
+    const Real log_s = std::log(row.sum_s), log_t = std::log(row.sum_t);
+    const Real max_v_minus_u = options.standardized ? (row.max_t - teacher.mean) * teacher.slope -
+                                                          (row.max_s - student.mean) * student.slope
+                                                    : (Real(row.max_t) - Real(row.max_s)) * student.slope;
+    const Real nckd = row.dot / row.sum_t - max_v_minus_u - (log_t - log_s);
     // Without a label nothing is left out, and KD is NCKD over all classes.
-    Real q = 0, p = 0, q_rest = 1, p_rest = 1, tckd = 0, u = 0;
+    Real q = 0, p = 0, q_rest = 1, p_rest = 1, tckd = 0, label_u = 0;
     if (label.present) {
-      u = (label.z_s - student.mean) * student.slope;
-      const Real v = (label.z_t - teacher.mean) * teacher.slope;
-      const Real odds_s = u - lse_s, odds_t = v - lse_t;
+      label_u = (Real(label.z_s) - student.mean) * student.slope;
+      const Real odds_s = (Real(label.z_s) - Real(row.max_s)) * student.slope - log_s;
+      const Real odds_t = (Real(label.z_t) - Real(row.max_t)) * teacher.slope - log_t;
       q = sigmoid(odds_s), q_rest = sigmoid(-odds_s);
       p = sigmoid(odds_t), p_rest = sigmoid(-odds_t);
       tckd = p * (odds_t - odds_s) + softplus(odds_s) - softplus(odds_t);
@@ -133,11 +135,10 @@ FASTKD_ROW_FUNCTION SoftmaxResult<Real> softmax_family(const SoftmaxOptions& opt
     gradient.teacher = temperature / row.sum_t * (w_kd * p_rest + w_n);
     gradient.label = temperature * (w_kd + w_t) * (q - p);
     if (options.standardized) {
-      // The standardised logit is x = T u; sum_i g_i = 0, so G = sum g_i x_i may be taken about any point.
+      // G = sum g_i x_i over the standardised logits x = T u.
       const Real inverse = student.slope * temperature;
-      const Real moment_v = row.moment_t - row.dot + (max_v - max_u) * row.sum_t;
-      const Real along = temperature * (gradient.student * row.moment_s - gradient.teacher * moment_v +
-                                        gradient.label * (label.present ? u - max_u : 0));
+      const Real along = temperature * (gradient.student * row.moment_s - gradient.teacher * row.moment_t +
+                                        gradient.label * label_u);
       gradient.affine =
           student.deviation > 0 ? -along * inverse / (Real(classes - 1) * student.deviation) : Real(0);
       gradient.student *= inverse;
@@ -149,7 +150,7 @@ FASTKD_ROW_FUNCTION SoftmaxResult<Real> softmax_family(const SoftmaxOptions& opt
 
   if (w_ce != 0) {
     const Real smoothing = options.label_smoothing;
-    const Real odds = label.z_s - (row.max_s + std::log(row.sum_1));
+    const Real odds = (Real(label.z_s) - Real(row.max_s)) - std::log(row.sum_1);
     const Real rest = sigmoid(-odds);
     result.terms[0] = softplus(-odds) + smoothing * (label.z_s - row.logit_sum / classes);
     gradient.cross_entropy = w_ce * rest / row.sum_1;

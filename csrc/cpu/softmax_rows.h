@@ -93,18 +93,19 @@ FASTKD_INLINE Statistics sweep_statistics(const Rows& rows, int64_t row, const S
       const vf s = load(z_s + i), t = load(z_t + i);
       const vf u = (s - base_s) * slope_s, v = (t - base_t) * slope_t;
       const vf exp_u = exp_nonpositive(u), exp_v = exp_nonpositive(v);
-      // Equal logits must differ by exactly 0, and masked ones by a number.
-      const vf difference = kStandardized ? rounded((t - mean_t) * slope_t) - rounded((s - mean_s) * slope_s)
-                                          : (t - s) * slope_t;
+      // Equal logits differ by exactly 0, and masked ones by a number.
+      vf difference = (t - s) * slope_t;
+      if (kStandardized) {
+        const vf centred_u = rounded((s - mean_s) * slope_s);
+        difference = rounded((t - mean_t) * slope_t) - centred_u;
+        moment_s += exp_u * centred_u;
+        moment_t += exp_v * centred_u;
+      }
       sum_s += exp_u;
       sum_t += exp_v;
       dot += exp_v * difference;
       store(kept.student + offset + i, exp_u);
       store(kept.teacher + offset + i, exp_v);
-      if (kStandardized) {
-        moment_s += exp_u * u;
-        moment_t += exp_v * v;
-      }
       if (kPlain) {
         const vf exp_z = exp_nonpositive(s - base_s);
         sum_1 += exp_z;

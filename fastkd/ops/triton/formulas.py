@@ -59,21 +59,24 @@ def softmax_family(
     affine = 0.0
     target = 0.0
     if DISTILS:
-        max_u = (max_s - mean_s) * slope_s
-        max_v = (max_t - mean_t) * slope_t
-        lse_s = max_u + tl.log(sum_s)
-        lse_t = max_v + tl.log(sum_t)
-        nckd = dot / sum_t - (lse_t - lse_s)
+        # Differences of logits come before the logarithms: large logits must not swallow them.
+        log_s = tl.log(sum_s)
+        log_t = tl.log(sum_t)
+        if STANDARDIZED:
+            max_v_minus_u = (max_t - mean_t) * slope_t - (max_s - mean_s) * slope_s
+        else:
+            max_v_minus_u = (max_t - max_s) * slope_s
+        nckd = dot / sum_t - max_v_minus_u - (log_t - log_s)
         # Without a label nothing is left out, and KD is NCKD over all classes.
         q = 0.0
         p = 0.0
         q_rest = 1.0
         p_rest = 1.0
-        u = max_u
+        label_u = 0.0
         if LABELLED:
-            u = (label_s - mean_s) * slope_s
-            odds_s = u - lse_s
-            odds_t = (label_t - mean_t) * slope_t - lse_t
+            label_u = (label_s - mean_s) * slope_s
+            odds_s = (label_s - max_s) * slope_s - log_s
+            odds_t = (label_t - max_t) * slope_t - log_t
             q = sigmoid(odds_s)
             q_rest = sigmoid(-odds_s)
             p = sigmoid(odds_t)
@@ -84,10 +87,9 @@ def softmax_family(
         teacher = temperature / sum_t * (w_kd * p_rest + w_n)
         target = temperature * (w_kd + w_t) * (q - p)
         if STANDARDIZED:
-            # The standardised logit is x = T u. As sum_i g_i = 0, G = sum g_i x_i may be taken about any x.
+            # G = sum g_i x_i over the standardised logits x = T u.
             inverse = slope_s * temperature
-            moment_v = moment_t - dot + (max_v - max_u) * sum_t
-            along = temperature * (student * moment_s - teacher * moment_v + target * (u - max_u))
+            along = temperature * (student * moment_s - teacher * moment_t + target * label_u)
             spread = (classes - 1) * deviation_s
             affine = tl.where(spread > 0, -along * inverse / tl.where(spread > 0, spread, 1.0), 0.0)
             student *= inverse
@@ -98,7 +100,7 @@ def softmax_family(
         tckd *= square
         nckd *= square
     if CROSS_ENTROPY:
-        odds = label_s - (max_s + tl.log(sum_1))
+        odds = (label_s - max_s) - tl.log(sum_1)
         rest = sigmoid(-odds)
         ce = softplus(-odds) + smoothing * (label_s - logit_sum / classes)
         plain = w_ce * rest / sum_1

@@ -55,17 +55,6 @@ def standardizing_scale(row, classes, temperature, TILE: tl.constexpr, ONE_TILE:
 
 
 @triton.jit
-def scaled_difference(student, teacher, student_scale, teacher_scale, STANDARDIZED: tl.constexpr):
-    """v - u, exactly 0 for equal logits."""
-    slope_s, mean_s, deviation_s = student_scale
-    slope_t, mean_t, deviation_t = teacher_scale
-    if STANDARDIZED:
-        return (teacher - mean_t) * slope_t - (student - mean_s) * slope_s
-    else:
-        return (teacher - student) * slope_t
-
-
-@triton.jit
 def update_statistics(
     before,
     student,
@@ -93,26 +82,24 @@ def update_statistics(
     teacher = tl.where(columns == label, MASKED, teacher)
 
     top_s = tl.maximum(max_s, tl.max(student))
-    u = (student - top_s) * slope_s
-    exp_u = tl.exp(u)
-    shift_s = (max_s - top_s) * slope_s
-    factor_s = tl.exp(shift_s)
-    if STANDARDIZED:
-        moment_s = factor_s * (moment_s + shift_s * sum_s) + tl.sum(exp_u * u)
+    exp_u = tl.exp((student - top_s) * slope_s)
+    factor_s = tl.exp((max_s - top_s) * slope_s)
     sum_s = factor_s * sum_s + tl.sum(exp_u)
     if PLAIN:
         sum_1 = tl.exp(max_s - top_s) * sum_1 + tl.sum(tl.exp(student - top_s))
     top_t = max_t
     if DISTILS:
         top_t = tl.maximum(max_t, tl.max(teacher))
-        v = (teacher - top_t) * slope_t
-        exp_v = tl.exp(v)
-        shift_t = (max_t - top_t) * slope_t
-        factor_t = tl.exp(shift_t)
-        if STANDARDIZED:
-            moment_t = factor_t * (moment_t + shift_t * sum_t) + tl.sum(exp_v * v)
+        exp_v = tl.exp((teacher - top_t) * slope_t)
+        factor_t = tl.exp((max_t - top_t) * slope_t)
         sum_t = factor_t * sum_t + tl.sum(exp_v)
-        difference = scaled_difference(student, teacher, student_scale, teacher_scale, STANDARDIZED)
+        if STANDARDIZED:
+            centred_u = (student - mean_s) * slope_s
+            difference = (teacher - mean_t) * slope_t - centred_u
+            moment_s = factor_s * moment_s + tl.sum(exp_u * centred_u)
+            moment_t = factor_t * moment_t + tl.sum(exp_v * centred_u)
+        else:
+            difference = (teacher - student) * slope_t  # exactly 0 for equal logits
         dot = factor_t * dot + tl.sum(exp_v * difference)
     return top_s, sum_s, moment_s, top_t, sum_t, moment_t, dot, sum_1, logit_sum
 

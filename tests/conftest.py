@@ -1,0 +1,31 @@
+"""What every test shares: the backends that run on this machine, and a fixed seed."""
+
+import os
+
+import pytest
+import torch
+
+# Where there is no GPU the Triton kernels run in its interpreter, which is chosen before Triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import fastkd
+from fastkd.backend import missing
+
+FUSED = [("native", "cpu"), ("triton", "cuda" if torch.cuda.is_available() else "cpu")]
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=FUSED, ids=[f"{name}-{device}" for name, device in FUSED])
+def fused(request):
+    """A fused backend in force for the test; gives the device its tensors belong on."""
+    name, device = request.param
+    reason = missing(name, device)
+    # A backend that cannot run is a failure, not a skip: it would hide that nothing was tested.
+    assert reason is None, f"{name} cannot run on {device}: {reason}"
+    with fastkd.use_backend(name):
+        yield device

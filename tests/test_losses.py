@@ -1,0 +1,233 @@
+"""Every loss on every fused backend against the reference in float64: value and gradient.
+
+Upstream gradients are random: a backward that ignores them, or scales all rows alike, fails.
+"""
+
+import pytest
+import torch
+
+import fastkd
+from tests.cases import BY_NAME, CASES, assert_matches, error, exact, loss_and_gradient, make_logits
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+CLASSES = [2, 3, 10, 100, 1000, 1023, 1025, 5000]
+
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+@each_case
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", CLASSES)
+def test_matches_reference(fused, case, classes, dtype):
+    student, teacher, target = make_logits(4, classes, dtype, fused)
+    target[1] = -100
+    # Two standardised classes are always +-0.7: the true gradient is 0, and rounding is held to a fixed scale.
+    floor = 1.0 if classes == 2 else 1e-2
+    assert_matches(case, student, teacher, target, torch.randn(4, device=fused), floor, reduction="none")
+
+
+@each_case
+@pytest.mark.parametrize("classes", [8193, 20902])
+def test_rows_of_several_tiles(fused, case, classes):
+    student, teacher, target = make_logits(2, classes, torch.float32, fused)
+    target[1] = classes - 1
+    assert_matches(case, student, teacher, target, torch.randn(2, device=fused), reduction="none")
+
+
+@each_case
+@pytest.mark.parametrize("reduction", ["batchmean", "sum", "none"])
+def test_reductions(fused, case, reduction):
+    student, teacher, target = make_logits(6, 17, torch.float32, fused)
+    target[torch.tensor([0, 4])] = -100
+    upstream = torch.randn(6 if reduction == "none" else (), device=fused)
+    assert_matches(case, student, teacher, target, upstream, reduction=reduction)
+
+
+@each_case
+@pytest.mark.parametrize(
+    "layout", ["transposed", "strided rows", "offset", "every second", "leading dimensions", "shared row"]
+)
+def test_layouts(fused, case, layout):
+    def view(logits):
+        match layout:
+            case "transposed":
+                return logits.t().contiguous().t()
+            case "strided rows":
+                return torch.cat([logits, logits + 1], 1)[:, : logits.shape[1]]
+            case "offset":
+                return torch.cat([logits.new_zeros(3), logits.flatten()])[3:].view_as(logits)
+            case "every second":
+                return torch.stack([logits, logits + 1], 2).flatten(1)[:, ::2]
+            case "leading dimensions":
+                return logits.view(2, 3, -1)
+            case "shared row":
+                return logits[:1].expand_as(logits)
+
+    student, teacher, target = make_logits(6, 45, torch.float32, fused)
+    student, teacher = view(student), view(teacher)
+    target = target.view(2, 3) if layout == "leading dimensions" else torch.stack([target, target], 1)[:, 0]
+    upstream = torch.randn(student.shape[:-1], device=fused)
+    assert_matches(case, student, teacher, target, upstream, reduction="none")
+
+
+@each_case
+def test_mixed_dtypes(fused, case):
+    student, teacher, target = make_logits(3, 50, torch.float32, fused)
+    assert_matches(case, student, teacher.bfloat16(), target, reduction="sum")
+    assert_matches(case, student.half(), teacher, target, reduction="sum")
+
+
+@each_case
+def test_equal_logits_give_an_exactly_zero_gradient(fused, case):
+    if "ce" in case.name:
+        pytest.skip("the cross-entropy's gradient is not 0 there")
+    for dtype in DTYPES:
+        student, _, target = make_logits(4, 1500, dtype, fused)
+        loss, gradient = loss_and_gradient(case, student, student.clone(), target, reduction="none")
+        assert gradient.count_nonzero() == 0
+        assert loss.abs().max() < 1e-4
+
+
+@each_case
+def test_near_equal_gradient_is_no_worse_than_eager(fused, case):
+    student, _, target = make_logits(8, 1000, torch.float32, fused)
+    teacher = student + 1e-3 * torch.randn_like(student)
+    _, gradient = loss_and_gradient(case, student, teacher, target)
+    _, true_gradient = exact(case, student, teacher, target)
+    with fastkd.use_backend("eager"):
+        _, eager_gradient = loss_and_gradient(case, student, teacher, target)
+    assert error(gradient, true_gradient) <= 1.5 * error(eager_gradient, true_gradient) + 1e-7
+
+
+@each_case
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_saturated_logits_stay_finite(fused, case, dtype):
+    student, teacher, target = make_logits(4, 33, dtype, fused)
+    for size in (100.0, 3e4, torch.finfo(dtype).max):
+        if size > 1e18 and "ls" in case.name:
+            continue  # the variance of such a row overflows
+        large_student, large_teacher = student.sign() * size, teacher.sign() * size
+        _, gradient = loss_and_gradient(case, large_student, large_teacher, target, reduction="none")
+        assert torch.isfinite(gradient).all()
+        if "ls" not in case.name and size < 1e5:
+            assert_matches(case, large_student, large_teacher, target, reduction="none")
+
+
+@each_case
+def test_confident_logits(fused, case):
+    """A margin of 60 and more: probabilities underflow where they are formed before their logarithm."""
+    student, teacher, target = make_logits(4, 100, torch.float32, fused)
+    student.scatter_(1, target[:, None], 60.0)
+    teacher.scatter_(1, (target[:, None] + torch.tensor([[0], [1], [0], [1]], device=fused)) % 100, 150.0)
+    assert_matches(case, student, teacher, target, reduction="none")
+
+
+@each_case
+def test_classes_masked_in_both_models_add_nothing(fused, case):
+    if "ls" in case.name or case.name in ("ce-kd-t1", "ce-dkd"):
+        pytest.skip("a mean over all classes, masked ones too, is not defined")
+    student, teacher, target = make_logits(4, 40, torch.float32, fused)
+    target %= 30
+    masked_student, masked_teacher = student.clone(), teacher.clone()
+    masked_student[:, 30:] = masked_teacher[:, 30:] = -torch.inf
+    loss, gradient = loss_and_gradient(case, masked_student, masked_teacher, target, reduction="none")
+    fewer = (student[:, :30], teacher[:, :30], target)
+    true_loss, true_gradient = exact(case, *fewer, reduction="none")
+    assert error(loss, true_loss) < 1e-5
+    assert error(gradient[:, :30], true_gradient) < 1e-5
+    assert gradient[:, 30:].count_nonzero() == 0
+
+
+@each_case
+def test_nonfinite_logits_are_not_hidden(fused, case):
+    for value in (torch.nan, torch.inf):
+        student, teacher, target = make_logits(3, 20, torch.float32, fused)
+        student[1, 7] = value
+        if value == torch.inf and "binary" in case.name:
+            continue  # a Bernoulli that is certain: its loss is infinite, not undefined
+        loss = case.loss(student, teacher, target, reduction="none")
+        assert torch.isnan(loss[1])
+        assert torch.isfinite(loss[[0, 2]]).all()
+
+
+@each_case
+def test_rows_left_out_are_not_read(fused, case):
+    if not case.ignores_rows:
+        pytest.skip("takes no labels")
+    student, teacher, target = make_logits(4, 30, torch.float32, fused)
+    target[2] = -7
+    student[2], teacher[2] = torch.nan, torch.inf
+    for reduction in ("batchmean", "sum", "none"):
+        options = {"reduction": reduction, "ignore_index": -7}
+        loss, gradient = loss_and_gradient(case, student, teacher, target, **options)
+        kept = torch.tensor([0, 1, 3])
+        true_loss, true_gradient = exact(case, student[kept], teacher[kept], target[kept], **options)
+        assert error(loss[kept] if reduction == "none" else loss, true_loss) < 1e-5
+        assert error(gradient[kept], true_gradient) < 1e-5
+        assert gradient[2].count_nonzero() == 0
+
+
+@each_case
+def test_no_row_that_counts(fused, case):
+    for rows in (0, 3):
+        if rows and not case.ignores_rows:
+            continue
+        student, teacher, target = make_logits(rows, 12, torch.float32, fused)
+        target.fill_(-100)
+        for reduction in ("batchmean", "sum"):
+            loss, gradient = loss_and_gradient(case, student, teacher, target, reduction=reduction)
+            assert loss == 0
+            assert gradient.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("reduction", ["batchmean", "sum", "none"])
+def test_distill_terms(fused, reduction):
+    student, teacher, target = make_logits(5, 60, torch.float32, fused)
+    target[3] = -100
+    weights = {"ce": 0.3, "kd": 0.9, "tckd": 1.1, "nckd": 2.0}
+    named = {f"{name}_weight": weight for name, weight in weights.items()}
+    student.requires_grad_()
+    loss, terms = fastkd.distill_loss(student, teacher, target, **named, reduction=reduction)
+    assert not any(term.requires_grad for term in terms.values())
+    torch.testing.assert_close(sum(weights[name] * terms[name] for name in weights), loss.detach())
+    torch.testing.assert_close(terms["kd"], fastkd.kd_loss(student, teacher, target=target, reduction=reduction).detach())
+    torch.testing.assert_close(
+        terms["ce"],
+        torch.nn.functional.cross_entropy(
+            student.detach(), target, reduction="mean" if reduction == "batchmean" else reduction
+        ),
+    )
+    _, few = fastkd.distill_loss(student, teacher, target, ce_weight=1.0, kd_weight=1.0)
+    assert list(few) == ["ce", "kd"]
+
+
+def test_binary_kl_norm_where_the_released_formula_overflows(fused):
+    student = torch.tensor([[100.0, -100.0, 40.0, 1e-4]], device=fused)
+    loss, gradient = loss_and_gradient(BY_NAME["binary-kl-norm"], student, torch.zeros_like(student), None)
+    expected = torch.tensor([[1.0, -1.0, 1.0, 0.25e-4]], device=fused)
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=0)
+    assert torch.isfinite(loss)
+
+
+def test_no_gradient_is_computed_for_a_student_that_needs_none(fused):
+    student, teacher, _ = make_logits(3, 9, torch.float32, fused)
+    assert not fastkd.kd_loss(student, teacher).requires_grad
+    with torch.no_grad():
+        loss = fastkd.kd_loss(student.requires_grad_(), teacher)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, fastkd.kd_loss(student, teacher).detach())
+
+
+def test_inputs_are_left_as_they_were(fused):
+    student, teacher, target = make_logits(3, 2000, torch.float32, fused)
+    before = student.clone(), teacher.clone(), target.clone()
+    loss_and_gradient(BY_NAME["ce-dkd"], student, teacher, target)
+    assert all(torch.equal(now, then) for now, then in zip((student, teacher, target), before, strict=True))
+
+
+def test_same_result_every_time(fused):
+    student, teacher, target = make_logits(5, 3000, torch.float32, fused)
+    first = loss_and_gradient(BY_NAME["ce-dkd"], student, teacher, target)
+    for _ in range(3):
+        again = loss_and_gradient(BY_NAME["ce-dkd"], student, teacher, target)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
