@@ -17,7 +17,7 @@ from fastkd.models import build_model
 
 from .checkpoint import load_weights, save_checkpoint
 from .console import ConsoleProgress
-from .errors import RecipeError, TrainError
+from .errors import NonFiniteLossError, RecipeError, TrainError
 from .glyph_data import GlyphData, load_glyph_data
 from .loop import FitResult, evaluate, fit
 from .objective import build_objective
@@ -72,6 +72,8 @@ def run_recipe(
         if folder is None:
             raise
         raise Stopped(folder) from None
+    except NonFiniteLossError as error:
+        raise NonFiniteLossError(f"{error}; the run folder {folder} keeps the epochs before") from None
     return {**summary, "folder": str(folder)}
 
 

@@ -266,6 +266,7 @@ def test_a_loss_that_explodes_is_an_error_with_its_terms(
     arguments = [*tiny_student(fonts), "train.lr=1e30", "train.schedule=constant"]
     text = refused(capsys, "glyphs/student", *arguments)
     assert "not finite in epoch" in text
+    assert "runs/glyphs-student-001" in text
     assert "ce " in text
 
 
