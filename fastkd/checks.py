@@ -1,6 +1,7 @@
 """Checks of a loss's arguments, made before any kernel runs and without reading the device."""
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -74,26 +75,28 @@ def check_labels(target: Tensor, classes: int, ignore_index: int = -100) -> None
     if wrong.any():
         value = int(target[wrong][0])
         raise ValueError(
-            f"target has the label {value}; expected 0 to {classes - 1}, or ignore_index ({ignore_index}) for "
-            "a row to leave out"
+            f"target has the label {value}; expected 0 to {classes - 1}, or ignore_index ({ignore_index}) "
+            "for a row to leave out"
         )
+
+
+def check_number(name: str, value: float) -> None:
+    if isinstance(value, Tensor):
+        raise TypeError(f"{name} is a tensor, which would have to be read back; expected a number")
+    if not isinstance(value, Real):
+        raise TypeError(f"{name} is {value!r}; expected a number")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}; expected a finite number")
 
 
 def check_temperature(temperature: float) -> None:
-    if isinstance(temperature, Tensor):
-        raise TypeError(
-            "temperature is a tensor; expected a number (reading a tensor would wait for the device)"
-        )
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature is {temperature!r}; expected a finite number above 0")
-
-
-def check_weight(name: str, weight: float) -> None:
-    if not math.isfinite(weight):
-        raise ValueError(f"{name} is {weight!r}; expected a finite number")
+    check_number("temperature", temperature)
+    if temperature <= 0:
+        raise ValueError(f"temperature is {temperature!r}; expected a number above 0")
 
 
 def check_label_smoothing(label_smoothing: float) -> None:
+    check_number("label_smoothing", label_smoothing)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing is {label_smoothing!r}; expected a number from 0 to 1")
 

@@ -42,7 +42,7 @@ def kd_loss(
     """
     loss, _ = _reduced(
         "softmax",
-        (float(temperature), 0.0, 1.0, 0.0, 0.0, 0.0, float(standardize)),
+        (temperature, 0.0, 1.0, 0.0, 0.0, 0.0, standardize),
         student_logits,
         teacher_logits,
         target,
@@ -72,11 +72,11 @@ def dkd_loss(
     [...] int64. Published: alpha 1, beta 8, T 4 for CIFAR-100 (beta 2 to 8 by pair), T 1 and beta 0.5 or 2
     for ImageNet, a cross-entropy of weight 1 beside it and a linear warm-up over 20 epochs.
     """
-    checks.check_weight("alpha", alpha)
-    checks.check_weight("beta", beta)
+    checks.check_number("alpha", alpha)
+    checks.check_number("beta", beta)
     loss, _ = _reduced(
         "softmax",
-        (float(temperature), 0.0, 0.0, float(alpha), float(beta), 0.0, float(standardize)),
+        (temperature, 0.0, 0.0, alpha, beta, 0.0, standardize),
         student_logits,
         teacher_logits,
         target,
@@ -113,11 +113,11 @@ def distill_loss(
     """
     weights = {"ce": ce_weight, "kd": kd_weight, "tckd": tckd_weight, "nckd": nckd_weight}
     for name, weight in weights.items():
-        checks.check_weight(f"{name}_weight", weight)
+        checks.check_number(f"{name}_weight", weight)
     checks.check_label_smoothing(label_smoothing)
     loss, terms = _reduced(
         "softmax",
-        (float(temperature), *map(float, weights.values()), float(label_smoothing), float(standardize)),
+        (temperature, *weights.values(), label_smoothing, standardize),
         student_logits,
         teacher_logits,
         target,
@@ -158,7 +158,7 @@ def _pointwise(
 ) -> Tensor:
     value, _ = _reduced(
         loss,
-        (float(temperature),),
+        (temperature,),
         student_logits,
         teacher_logits,
         None,
@@ -182,6 +182,7 @@ def _reduced(
 ) -> tuple[Tensor, Tensor]:
     """Check, flatten to rows, run the backend and reduce: the one way from logits to a loss."""
     checks.check_temperature(options[0])
+    options = tuple(map(float, options))
     checks.check_reduction(reduction)
     checks.check_logits(student_logits, teacher_logits)
     if target is None and uses_label:
@@ -207,7 +208,7 @@ def _reduced(
         )
     terms = terms.detach()
     if reduction == "none":
-        return rows.view(leading), terms.view(-1, *leading)
+        return rows.view(leading), terms.view(terms.shape[0], *leading)
     return rows.sum(), terms.sum(-1)
 
 

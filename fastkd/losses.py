@@ -18,7 +18,7 @@ class _Loss(nn.Module):
         checks.check_reduction(options["reduction"])
         for name, value in options.items():
             if name in ("alpha", "beta") or name.endswith("_weight"):
-                checks.check_weight(name, value)
+                checks.check_number(name, value)
         if "label_smoothing" in options:
             checks.check_label_smoothing(options["label_smoothing"])
         self.options = options

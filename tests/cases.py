@@ -24,7 +24,10 @@ def _distill(**options):
 CASES = [
     Case("kd", lambda s, t, y, **more: fastkd.kd_loss(s, t, target=y, **more)),
     Case("kd-t1", lambda s, t, y, **more: fastkd.kd_loss(s, t, temperature=1.0, target=y, **more)),
-    Case("lskd", lambda s, t, y, **more: fastkd.kd_loss(s, t, temperature=2.0, standardize=True, target=y, **more)),
+    Case(
+        "lskd",
+        lambda s, t, y, **more: fastkd.kd_loss(s, t, temperature=2.0, standardize=True, target=y, **more),
+    ),
     Case("dkd", lambda s, t, y, **more: fastkd.dkd_loss(s, t, y, **more), True),
     Case("ls-dkd", lambda s, t, y, **more: fastkd.dkd_loss(s, t, y, standardize=True, **more), True),
     Case("tckd", lambda s, t, y, **more: fastkd.dkd_loss(s, t, y, beta=0.0, **more), True),
@@ -34,12 +37,14 @@ CASES = [
     Case("ce-lskd", _distill(ce_weight=0.1, kd_weight=9.0, temperature=2.0, standardize=True), True),
     Case("ce", _distill(ce_weight=1.0), True),
     Case("binary-kl", lambda s, t, y, **more: fastkd.binary_kl_loss(s, t, **more), ignores_rows=False),
-    Case("binary-kl-norm", lambda s, t, y, **more: fastkd.binary_kl_norm_loss(s, t, **more), ignores_rows=False),
+    Case(
+        "binary-kl-norm", lambda s, t, y, **more: fastkd.binary_kl_norm_loss(s, t, **more), ignores_rows=False
+    ),
 ]
 BY_NAME = {case.name: case for case in CASES}
 
-# Relative to the norm of the reference. float32 is rounding of the sums; the half types are the rounding of the
-# gradient itself (Triton's interpreter truncates to bfloat16, a whole unit in the last place).
+# Relative to the norm of the reference. float32 is rounding of the sums, the half types are the rounding of
+# the gradient itself (Triton's interpreter truncates to bfloat16, a whole unit in the last place).
 LOSS_ERROR = 1e-5
 GRADIENT_ERROR = {torch.float32: 1e-5, torch.bfloat16: 2**-6.5, torch.float16: 2e-3}
 

@@ -87,7 +87,7 @@ static void scale_rows(const Matrix& gradient, const float* upstream, int64_t up
     if (factor == 1.0f) continue;
     for (int64_t offset = 0; offset < classes; offset += kBlock) {
       const int n = int(classes - offset < kBlock ? classes - offset : kBlock);
-      load_block(gradient, row, offset, n, block);
+      load_block(gradient, row, offset, n, block, -__builtin_inff());
       store_block(gradient, row, offset, n,
                   [&](int i) __attribute__((always_inline)) { return load(block + i) * factor; });
     }

@@ -192,30 +192,31 @@ struct Element<DType::kHalf> {
 // vectors; a padded entry is a masked class, which adds nothing to any sum.
 constexpr int kBlock = 1024;
 
-// Copies n <= kBlock logits to `to`, raising what is below kMasked (-inf) to it; returns the padded length.
+// Copies n <= kBlock values to `to`, raising what is below `lowest` to it; returns the padded length.
 template <DType kType>
-FASTKD_INLINE int load_block_as(const void* row, int64_t offset, int n, float* to) {
+FASTKD_INLINE int load_block_as(const void* row, int64_t offset, int n, float* to, float lowest) {
   typedef Element<kType> E;
   const typename E::type* from = (const typename E::type*)row + offset;
-  const vf masked = broadcast(kMasked);
+  const vf bound = broadcast(lowest);
   int i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(to + i, at_least(E::load(from + i), masked));
+  for (; i + kLanes <= n; i += kLanes) store(to + i, at_least(E::load(from + i), bound));
   if (i < n) {
     typename E::type tail[kLanes] = {};
     std::memcpy(tail, from + i, (n - i) * sizeof(tail[0]));
-    store(to + i, at_least(E::load(tail), masked));
+    store(to + i, at_least(E::load(tail), bound));
     for (int j = n - i; j < kLanes; j++) to[i + j] = kMasked;
     i += kLanes;
   }
   return i;
 }
 
-FASTKD_INLINE int load_block(const Matrix& matrix, int64_t row, int64_t offset, int n, float* to) {
+FASTKD_INLINE int load_block(const Matrix& matrix, int64_t row, int64_t offset, int n, float* to,
+                             float lowest = kMasked) {
   const int64_t start = row * matrix.stride + offset;
   switch (matrix.dtype) {
-    case DType::kFloat: return load_block_as<DType::kFloat>(matrix.data, start, n, to);
-    case DType::kBFloat16: return load_block_as<DType::kBFloat16>(matrix.data, start, n, to);
-    default: return load_block_as<DType::kHalf>(matrix.data, start, n, to);
+    case DType::kFloat: return load_block_as<DType::kFloat>(matrix.data, start, n, to, lowest);
+    case DType::kBFloat16: return load_block_as<DType::kBFloat16>(matrix.data, start, n, to, lowest);
+    default: return load_block_as<DType::kHalf>(matrix.data, start, n, to, lowest);
   }
 }
 

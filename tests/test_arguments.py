@@ -1,0 +1,152 @@
+"""Bad input: a clear error that names the argument, its value and what is expected, before anything runs."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastkd
+from tests.cases import make_logits
+
+S, T, Y = make_logits(4, 6)
+INT = torch.zeros(4, 6, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "message"),
+    [
+        (lambda: fastkd.kd_loss(S, T[:, :5]), ValueError, "6 classes and teacher_logits 5"),
+        (lambda: fastkd.kd_loss(S, T[:3]), ValueError, r"\[4, 6\] and teacher_logits \[3, 6\]"),
+        (lambda: fastkd.kd_loss(S[:, :1], T[:, :1]), ValueError, "at least 2 classes"),
+        (lambda: fastkd.kd_loss(torch.tensor(1.0), T), ValueError, r"student_logits has shape \[\]"),
+        (lambda: fastkd.kd_loss(S, T.to("meta")), ValueError, "on cpu and teacher_logits on meta"),
+        (lambda: fastkd.kd_loss(INT, T), TypeError, "student_logits has dtype torch.int64"),
+        (lambda: fastkd.kd_loss(S, T.tolist()), TypeError, "teacher_logits is a list"),
+        (lambda: fastkd.kd_loss(S, T.clone().requires_grad_()), ValueError, "teacher_logits requires grad"),
+        (lambda: fastkd.kd_loss(S, T, temperature=0.0), ValueError, "temperature is 0.0"),
+        (lambda: fastkd.kd_loss(S, T, temperature=-1), ValueError, "temperature is -1"),
+        (lambda: fastkd.kd_loss(S, T, temperature=float("inf")), ValueError, "temperature is inf"),
+        (lambda: fastkd.kd_loss(S, T, temperature=torch.tensor(4.0)), TypeError, "temperature is a tensor"),
+        (lambda: fastkd.kd_loss(S, T, temperature="4"), TypeError, "temperature is '4'"),
+        (lambda: fastkd.kd_loss(S, T, reduction="mean"), ValueError, "weaker by the number of classes"),
+        (lambda: fastkd.kd_loss(S, T, reduction="avg"), ValueError, "reduction is 'avg'"),
+        (lambda: fastkd.kd_loss(S, T, target=Y[:3]), ValueError, r"target has shape \[3\]; expected \[4\]"),
+        (lambda: fastkd.dkd_loss(S, T, None), TypeError, "target is None"),
+        (lambda: fastkd.dkd_loss(S, T, Y.int()), TypeError, "target has dtype torch.int32"),
+        (lambda: fastkd.dkd_loss(S, T, Y.to("meta")), ValueError, "target is on meta"),
+        (lambda: fastkd.dkd_loss(S, T, Y + 6), ValueError, r"target has the label \d+; expected 0 to 5"),
+        (lambda: fastkd.dkd_loss(S, T, Y - 7), ValueError, "target has the label -"),
+        (lambda: fastkd.dkd_loss(S, T, Y, alpha=float("nan")), ValueError, "alpha is nan"),
+        (
+            lambda: fastkd.distill_loss(S, T, Y, ce_weight=1, kd_weight=float("inf")),
+            ValueError,
+            "kd_weight is inf",
+        ),
+        (
+            lambda: fastkd.distill_loss(S, T, Y, ce_weight=1, label_smoothing=2),
+            ValueError,
+            "label_smoothing is 2",
+        ),
+        (lambda: fastkd.set_backend("cuda"), ValueError, "backend is 'cuda'"),
+        (lambda: fastkd.KDLoss(temperature=0), ValueError, "temperature is 0"),
+        (lambda: fastkd.DKDLoss(beta=float("inf")), ValueError, "beta is inf"),
+        (lambda: fastkd.BinaryKLNormLoss(reduction="mean"), ValueError, "weaker by the number of classes"),
+    ],
+)
+def test_message_names_what_is_wrong(call, kind, message):
+    with pytest.raises(kind, match=message):
+        call()
+
+
+def test_backend_asked_for_by_name_never_falls_back():
+    with fastkd.use_backend("native"), pytest.raises(fastkd.BackendUnavailable, match=r"not torch\.float64"):
+        fastkd.kd_loss(S.double(), T.double())
+    with fastkd.use_backend("native"), pytest.raises(fastkd.BackendUnavailable, match="meta"):
+        fastkd.kd_loss(S.to("meta"), T.to("meta"))
+
+
+def test_float64_goes_to_the_reference():
+    assert fastkd.kd_loss(S.double(), T.double()).dtype == torch.float64
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=300,
+    )
+
+
+def test_environment_chooses_the_backend():
+    code = "import fastkd; print(fastkd.get_backend())"
+    assert run_python(code, FASTKD_BACKEND="eager").stdout.strip() == "eager"
+    refused = run_python(code, FASTKD_BACKEND="fast")
+    assert refused.returncode != 0
+    assert "FASTKD_BACKEND is 'fast'; expected one of auto" in refused.stderr
+
+
+def test_triton_on_the_cpu_without_its_interpreter_says_what_to_set():
+    code = (
+        "import triton, torch, fastkd; fastkd.set_backend('triton'); "
+        "fastkd.kd_loss(torch.randn(2, 3), torch.randn(2, 3))"
+    )
+    refused = run_python(code, TRITON_INTERPRET="0", CUDA_VISIBLE_DEVICES="")
+    assert "BackendUnavailable" in refused.stderr
+    assert "TRITON_INTERPRET=1" in refused.stderr
+
+
+def test_missing_native_backend_warns_once_and_goes_on():
+    code = """
+import torch, warnings
+from fastkd.ops import native
+native.library_path = lambda: None
+import fastkd
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        assert torch.isfinite(fastkd.kd_loss(torch.randn(2, 3), torch.randn(2, 3)))
+ours = [str(w.message) for w in caught if "fastkd" in str(w.message)]
+assert len(ours) == 1, ours
+print(ours[0])
+from fastkd.ops import doctor
+print(doctor.report())
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    assert "eager backend on cpu, because native is not available" in done.stdout
+    assert "native  no: its extension is not built" in done.stdout
+
+
+def test_doctor_names_what_runs():
+    from fastkd.ops import doctor
+
+    report = doctor.report()
+    for expected in (fastkd.__version__, torch.__version__.split("+")[0], "native  runs", "auto takes"):
+        assert expected in report
+
+
+@given(
+    rows=st.integers(0, 5),
+    classes=st.integers(2, 70),
+    scale=st.floats(1e-4, 1e4),
+    temperature=st.floats(0.05, 50),
+    seed=st.integers(0, 2**31),
+)
+def test_native_kd_over_wide_inputs(rows, classes, scale, temperature, seed):
+    """Loss never negative beyond rounding, gradient finite, rows of the gradient summing to 0."""
+    generator = torch.Generator().manual_seed(seed)
+    student = (scale * torch.randn(rows, classes, generator=generator)).requires_grad_()
+    teacher = scale * torch.randn(rows, classes, generator=generator)
+    with fastkd.use_backend("native"):
+        loss = fastkd.kd_loss(student, teacher, temperature=temperature, reduction="none")
+    loss.sum().backward()
+    size = temperature * max(scale, temperature)
+    assert (loss >= -1e-5 * size).all()
+    assert torch.isfinite(student.grad).all()
+    assert (student.grad.sum(1).abs() <= 1e-4 * temperature).all()

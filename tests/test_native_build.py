@@ -1,0 +1,144 @@
+"""The extension's build: torch's ABI as declared, every instruction set, a wheel for any Python and torch."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastkd.ops import native
+
+ROOT = Path(__file__).parent.parent
+COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
+
+
+def test_the_declared_abi_is_torchs_own(tmp_path):
+    """Both declarations in one source file: a function that differs in its signature does not compile."""
+    source = tmp_path / "both.cpp"
+    source.write_text('#include <torch/csrc/stable/c/shim.h>\n#include "torch_abi.h"\n')
+    include = Path(torch.__file__).parent / "include"
+    command = [COMPILER, "-std=c++20", "-fsyntax-only", f"-I{include}", f"-I{ROOT / 'csrc'}", str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+    changed = (ROOT / "csrc/torch_abi.h").read_text().replace("int64_t* ret_dim", "int32_t* ret_dim")
+    (tmp_path / "changed.h").write_text(changed)
+    source.write_text('#include <torch/csrc/stable/c/shim.h>\n#include "changed.h"\n')
+    assert subprocess.run(command, capture_output=True).returncode != 0, "the check cannot fail"
+
+
+SUPPORTED = ["portable"]
+if native.missing("cpu") is None:
+    SUPPORTED += {"portable": [], "avx2": ["avx2"], "avx512": ["avx2", "avx512"]}[native.instruction_set()]
+
+
+@pytest.mark.parametrize("instruction_set", SUPPORTED)
+def test_every_instruction_set_of_this_processor(instruction_set):
+    """The rest of the suite runs the fastest set; this runs the others through the same comparison."""
+    code = """
+import torch, fastkd
+from fastkd.ops import native
+from tests.cases import CASES, assert_matches, make_logits
+print(native.instruction_set())
+fastkd.set_backend("native")
+torch.manual_seed(0)
+for case in CASES:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for classes in (2, 37, 1500):
+            student, teacher, target = make_logits(3, classes, dtype)
+            floor = 1.0 if classes == 2 else 1e-2
+            assert_matches(case, student, teacher, target, torch.randn(3), floor, reduction="none")
+    equal, _, target = make_logits(3, 1500)
+    if "ce" not in case.name:
+        equal.requires_grad_()
+        case.loss(equal, equal.detach().clone(), target).backward()
+        assert equal.grad.count_nonzero() == 0, case.name
+"""
+    environment = {**os.environ, "FASTKD_ISA": instruction_set}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == instruction_set
+
+
+def test_half_conversions_are_torchs(tmp_path):
+    """All 65,536 halves through the portable kernels, which convert in software."""
+    code = """
+import torch
+from fastkd.ops import native
+bits = torch.arange(65536, dtype=torch.int32).to(torch.int16)
+for dtype in (torch.float16, torch.bfloat16):
+    values = bits.view(dtype)
+    values = values[~values.isnan()].view(1, -1)
+    for factor in (-1.0, 0.3, 1e-3):
+        scaled = values.clone()
+        native.scale_rows_(scaled, torch.tensor([factor]))
+        assert torch.equal(scaled, (values.float() * factor).to(dtype)), (dtype, factor)
+"""
+    environment = {**os.environ, "FASTKD_ISA": "portable"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_library_needs_neither_torch_nor_python():
+    if not shutil.which("readelf"):
+        pytest.skip("readelf is not installed")
+    needed = subprocess.run(
+        ["readelf", "-d", str(native.library_path())], capture_output=True, text=True, check=True
+    ).stdout
+    assert "libtorch" not in needed
+    assert "libpython" not in needed
+
+
+@pytest.fixture
+def source_tree(tmp_path):
+    """A copy of what the build reads, so that building leaves nothing in the checkout."""
+    tree = tmp_path / "source"
+    for name in ("csrc", "fastkd", "recipes"):
+        shutil.copytree(
+            ROOT / name, tree / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "*build_error*")
+        )
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    return tree
+
+
+def build_wheel(tree: Path, destination: Path, **environment: str) -> tuple[zipfile.ZipFile, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(destination)],
+        capture_output=True, text=True, cwd=tree, env={**os.environ, **environment}, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = destination.glob("*.whl")
+    return zipfile.ZipFile(wheel), done.stdout + done.stderr
+
+
+def test_the_wheel_serves_every_python_and_torch(source_tree, tmp_path):
+    wheel, _ = build_wheel(source_tree, tmp_path / "dist")
+    names = wheel.namelist()
+    assert "-cp310-abi3-" in Path(wheel.filename).name
+    assert any(name.endswith("fastkd/ops/_native.abi3.so") for name in names)
+    assert any(name.endswith("recipes/glyphs/kd.yaml") for name in names)
+
+
+def test_without_a_compiler_the_install_succeeds_and_says_so(source_tree, tmp_path):
+    wheel, output = build_wheel(
+        source_tree, tmp_path / "dist", CC="/no/such/compiler", CXX="/no/such/compiler"
+    )
+    assert "the native backend was not built, the install goes on without it" in output
+    site = tmp_path / "site"
+    wheel.extractall(site)
+    code = "import fastkd; from fastkd.ops import doctor; print(fastkd.__file__); print(doctor.report())"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site)},
+    )  # fmt: skip
+    assert str(site) in done.stdout, done.stderr
+    assert "native  no: its extension could not be built when fastkd was installed" in done.stdout

@@ -1,0 +1,138 @@
+"""The torch operators: schema and shapes, autograd's contract, torch.compile, autocast."""
+
+import pytest
+import torch
+
+import fastkd
+from fastkd.ops import library
+from tests.cases import BY_NAME, CASES, exact, loss_and_gradient, make_logits
+
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+OPTIONS = {
+    "softmax": (4.0, 0.1, 0.9, 0.2, 0.3, 0.1, 0.0),
+    "binary_kl": (2.0,),
+    "binary_kl_norm": (2.0,),
+}
+
+
+@pytest.mark.parametrize("loss", OPTIONS)
+def test_opcheck(fused, loss):
+    student, teacher, target = make_logits(4, 11, torch.float32, fused)
+    arguments = (
+        target,
+        torch.rand(4, device=fused),
+        2,
+        loss,
+        OPTIONS[loss],
+        fastkd.get_backend(),
+        True,
+        True,
+    )
+    torch.library.opcheck(torch.ops.fastkd.row_loss.default, (student.requires_grad_(), teacher, *arguments))
+
+
+def test_opcheck_of_the_scaling(fused):
+    arguments = (torch.randn(4, 7, device=fused), torch.rand(4, device=fused), fastkd.get_backend())
+    torch.library.opcheck(torch.ops.fastkd.scale_rows_.default, arguments)
+
+
+def test_fake_shapes_are_the_real_ones(fused):
+    student, teacher, target = make_logits(5, 9, torch.bfloat16, fused)
+    for loss, options in OPTIONS.items():
+        for terms in (False, True):
+            arguments = (target, None, 1, loss, options, fastkd.get_backend(), terms, True)
+            real = torch.ops.fastkd.row_loss(student, teacher, *arguments)
+            meta = torch.ops.fastkd.row_loss(
+                student.to("meta"), teacher.to("meta"), target.to("meta"), *arguments[1:]
+            )
+            assert [(x.shape, x.dtype) for x in real] == [(x.shape, x.dtype) for x in meta]
+
+
+@each_case
+def test_backward_twice_over_a_kept_graph(fused, case):
+    student, teacher, target = make_logits(4, 33, torch.float32, fused)
+    student.requires_grad_()
+    loss = case.loss(student, teacher, target)
+    expected = exact(case, student.detach(), teacher, target)[1].float()
+    for factor in (0.0, 2.5, 1.0):
+        (gradient,) = torch.autograd.grad(loss * factor, student, retain_graph=True)
+        torch.testing.assert_close(gradient, factor * expected, rtol=1e-4, atol=1e-7)
+    loss.backward()
+    torch.testing.assert_close(student.grad, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_gradient_of_a_shared_loss_is_not_overwritten(fused):
+    """Two uses of one loss under different factors add up, and neither sees the other's scaling."""
+    student, teacher, target = make_logits(3, 20, torch.float32, fused)
+    student.requires_grad_()
+    hidden = student * 1.0
+    hidden.retain_grad()
+    loss = fastkd.dkd_loss(hidden, teacher, target)
+    (3 * loss + loss.detach() * hidden.sum()).backward()
+    expected = 3 * exact(BY_NAME["dkd"], student.detach(), teacher, target)[1].float() + loss.detach()
+    torch.testing.assert_close(student.grad, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(hidden.grad, expected, rtol=1e-4, atol=1e-6)
+
+
+@each_case
+def test_second_derivatives_are_refused(fused, case):
+    student, teacher, target = make_logits(3, 8, torch.float32, fused)
+    loss = case.loss(student.requires_grad_(), teacher, target)
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(loss, student, create_graph=True)
+
+
+def test_autocast_leaves_the_arithmetic_in_float32(fused):
+    student, teacher, target = make_logits(4, 50, torch.bfloat16, fused)
+    student.requires_grad_()
+    with torch.autocast(fused, dtype=torch.bfloat16):
+        inside = fastkd.kd_loss(student, teacher)
+    assert inside.dtype == torch.float32
+    torch.testing.assert_close(inside, fastkd.kd_loss(student, teacher))
+
+
+@pytest.mark.parametrize("name", ["kd", "ce-dkd", "lskd", "binary-kl-norm"])
+def test_compiles_whole_and_not_again_for_a_new_batch_size(fused, name):
+    case = BY_NAME[name]
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    compiled = torch.compile(lambda s, t, y: case.loss(1.0 * s, t, y), fullgraph=True)
+    for rows in (4, 7, 9, 12):
+        student, teacher, target = make_logits(rows, 21, torch.float32, fused)
+        expected = loss_and_gradient(case, student, teacher, target)
+        student.requires_grad_()
+        loss = compiled(student, teacher, target)
+        loss.backward()
+        torch.testing.assert_close((loss.detach(), student.grad), expected)
+    assert counters["stats"]["unique_graphs"] == 2, "one graph of fixed and one of any batch size"
+
+
+def test_compiled_code_follows_a_change_of_backend(fused):
+    torch._dynamo.reset()
+    student, teacher, _ = make_logits(4, 21, torch.float32, fused)
+    compiled = torch.compile(lambda s, t: fastkd.kd_loss(s, t), fullgraph=True)
+    first = compiled(student, teacher)
+    with fastkd.use_backend("eager"):
+        second = compiled(student, teacher)
+    torch.testing.assert_close(first, second)
+
+
+def test_a_label_out_of_range_poisons_its_row_where_no_check_is_made(fused):
+    """On a GPU labels are not read back, and a wrong one must show. Called below the checks of the CPU."""
+    student, teacher, target = make_logits(3, 9, torch.float32, fused)
+    target[1] = 9
+    rows, _ = library.row_loss(
+        student,
+        teacher,
+        target,
+        None,
+        1,
+        "softmax",
+        OPTIONS["softmax"],
+        fastkd.get_backend(),
+        with_terms=True,
+    )
+    assert torch.isnan(rows[1])
+    assert torch.isfinite(rows[[0, 2]]).all()
