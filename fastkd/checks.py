@@ -44,8 +44,11 @@ def check_logits(student_logits: Tensor, teacher_logits: Tensor) -> None:
         )
 
 
-def check_target(target: Tensor, student_logits: Tensor, ignore_index: int) -> None:
-    """Shape, dtype and device always; the range of the labels where reading them costs no sync (CPU)."""
+def check_target(target: Tensor, student_logits: Tensor, ignore_index: int) -> bool:
+    """Shape, dtype and device always; the range of the labels where reading them costs no sync (CPU).
+
+    Returns whether every row is known to count, that is, whether the labels were read and none is ignored.
+    """
     if not isinstance(target, Tensor):
         raise TypeError(f"target is a {type(target).__name__}; expected an int64 tensor of labels")
     if target.dtype != torch.int64:
@@ -62,15 +65,21 @@ def check_target(target: Tensor, student_logits: Tensor, ignore_index: int) -> N
             f"target is on {target.device} and student_logits on {student_logits.device}; expected one device"
         )
     if target.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_labels(target, student_logits.shape[-1], ignore_index)
+        return check_labels(target, student_logits.shape[-1], ignore_index)
+    return False
 
 
-def check_labels(target: Tensor, classes: int, ignore_index: int = -100) -> None:
-    """Raise if a label is neither in 0..classes-1 nor ``ignore_index``.
+def check_labels(target: Tensor, classes: int, ignore_index: int = -100) -> bool:
+    """Raise if a label is neither in 0..classes-1 nor ``ignore_index``; return whether none is ignored.
 
     The losses do this themselves on the CPU. On a GPU it would wait for the device, so there the losses
     give a row with such a label a NaN loss, and this function is for those who want the check.
     """
+    if target.numel() == 0:
+        return True
+    lowest, highest = (int(bound) for bound in target.aminmax())
+    if lowest >= 0 and highest < classes and not lowest <= ignore_index <= highest:
+        return True
     wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
     if wrong.any():
         value = int(target[wrong][0])
@@ -78,6 +87,7 @@ def check_labels(target: Tensor, classes: int, ignore_index: int = -100) -> None
             f"target has the label {value}; expected 0 to {classes - 1}, or ignore_index ({ignore_index}) "
             "for a row to leave out"
         )
+    return False
 
 
 def check_number(name: str, value: float) -> None:

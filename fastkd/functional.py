@@ -187,13 +187,14 @@ def _reduced(
     checks.check_logits(student_logits, teacher_logits)
     if target is None and uses_label:
         raise TypeError("target is None; expected an int64 tensor of labels")
-    if target is not None:
-        checks.check_target(target, student_logits, ignore_index)
+    all_count = target is None or checks.check_target(target, student_logits, ignore_index)
 
     leading, classes = student_logits.shape[:-1], student_logits.shape[-1]
-    student, teacher = student_logits.reshape(-1, classes), teacher_logits.reshape(-1, classes)
-    labels = None if target is None else target.reshape(-1)
-    counted = None if labels is None else labels != ignore_index
+    student, teacher, labels = student_logits, teacher_logits, target
+    if student_logits.dim() != 2:
+        student, teacher = student_logits.reshape(-1, classes), teacher_logits.reshape(-1, classes)
+        labels = None if target is None else target.reshape(-1)
+    counted = None if labels is None or all_count else labels != ignore_index
     row_weight, divisor = _row_weight(counted, student.shape[0], reduction)
     label = labels if uses_label else None
     chosen = backend.resolve(backend.get_backend(), student.device.type, student.dtype, teacher.dtype)
@@ -206,10 +207,11 @@ def _reduced(
         rows, terms = library.row_loss(
             student, teacher, label, row_weight, divisor, loss, options, chosen, with_terms=with_terms
         )
-    terms = terms.detach()
     if reduction == "none":
-        return rows.view(leading), terms.view(terms.shape[0], *leading)
-    return rows.sum(), terms.sum(-1)
+        rows, terms = rows.view(leading), terms.view(terms.shape[0], *leading)
+    else:
+        rows, terms = rows.sum(), terms.sum(-1) if with_terms else terms
+    return rows, terms.detach()
 
 
 def _row_weight(counted: Tensor | None, rows: int, reduction: str) -> tuple[Tensor | None, int]:

@@ -32,11 +32,6 @@ def test_opcheck(fused, loss):
     torch.library.opcheck(torch.ops.fastkd.row_loss.default, (student.requires_grad_(), teacher, *arguments))
 
 
-def test_opcheck_of_the_scaling(fused):
-    arguments = (torch.randn(4, 7, device=fused), torch.rand(4, device=fused), fastkd.get_backend())
-    torch.library.opcheck(torch.ops.fastkd.scale_rows_.default, arguments)
-
-
 def test_fake_shapes_are_the_real_ones(fused):
     student, teacher, target = make_logits(5, 9, torch.bfloat16, fused)
     for loss, options in OPTIONS.items():

@@ -24,14 +24,17 @@ FASTKD_INLINE ValueAndSlope binary_kl(vf u, vf v) {
 // log cosh(x) and its derivative tanh(x).
 FASTKD_INLINE ValueAndSlope log_cosh(vf x) {
   const vf magnitude = absolute(x);
-  const Exponential e = exponential(at_least(-2.0f * magnitude, broadcast(-87.0f)));
-  const vf e_minus_one = e.scale * e.minus_one + (e.scale - 1.0f);  // e^{-2|x|} - 1, exact near 0
-  const vf tanh_magnitude = -e_minus_one / (2.0f + e_minus_one);
+  const PowerOfTwo e = power_of_two(at_least(magnitude * (-2.0f * kLog2E), broadcast(-126.0f)));
+  const vf e_minus_one = e.scale * e.minus_one + (e.scale - 1.0f);  // E = e^{-2|x|} - 1, exact near 0
+  // tanh|x| = -E / (2 + E) and log((1 + e^{-2|x|}) / 2) = 2 atanh(E / (4 + E)), with one division.
+  const vf two = 2.0f + e_minus_one, four = 4.0f + e_minus_one;
+  const vf ratio = e_minus_one / (two * four);
+  const vf tanh_magnitude = -ratio * four;
   const vf tanh = select(x < 0.0f, -tanh_magnitude, tanh_magnitude);
-  // log((1 + e^{-2|x|}) / 2) = 2 atanh(E / (4 + E)); the series where it would cancel against |x|.
+  // The series where log cosh would cancel against |x|.
   const vf s = x * x;
   const vf series = s * (0.5f - s * (1.0f / 12 - s * (1.0f / 45 - s * (17.0f / 2520))));
-  const vf value = magnitude + twice_atanh(e_minus_one / (4.0f + e_minus_one));
+  const vf value = magnitude + twice_atanh(ratio * two);
   return {select(magnitude < 0.2f, series, value), tanh};
 }
 

@@ -64,23 +64,26 @@ FASTKD_INLINE Statistics sweep_statistics(const Rows& rows, int64_t row, const S
   Statistics total{};
   total.max_s = total.max_t = kMasked;
   const vf slope_s = broadcast(float(student.slope)), slope_t = broadcast(float(teacher.slope));
+  const vf power_s = broadcast(float(student.slope * 1.4426950408889634));
+  const vf power_t = broadcast(float(teacher.slope * 1.4426950408889634));
   const vf mean_s = broadcast(float(student.mean)), mean_t = broadcast(float(teacher.mean));
 
   for (int64_t offset = 0, block = 0; offset < rows.classes; offset += kBlock, block++) {
     const int n = int(rows.classes - offset < kBlock ? rows.classes - offset : kBlock);
-    const int padded = load_block(rows.student, row, offset, n, z_s);
-    load_block(rows.teacher, row, offset, n, z_t);
+    const vf top_before_s = broadcast(total.max_s), top_before_t = broadcast(total.max_t);
+    vf top_s = top_before_s, top_t = top_before_t;
+    const int padded = load_block(rows.student, row, offset, n, z_s, kMasked, top_s);
+    load_block(rows.teacher, row, offset, n, z_t, kMasked, top_t);
     const bool here = label.present && label_class >= offset && label_class < offset + n;
     if (here) {
       label.z_s = z_s[label_class - offset];
       label.z_t = z_t[label_class - offset];
       z_s[label_class - offset] = z_t[label_class - offset] = kMasked;
-    }
-
-    vf top_s = broadcast(total.max_s), top_t = broadcast(total.max_t);
-    for (int i = 0; i < padded; i += kLanes) {
-      top_s = at_least(load(z_s + i), top_s);
-      top_t = at_least(load(z_t + i), top_t);
+      top_s = top_before_s, top_t = top_before_t;
+      for (int i = 0; i < padded; i += kLanes) {
+        top_s = at_least(load(z_s + i), top_s);
+        top_t = at_least(load(z_t + i), top_t);
+      }
     }
     const float max_s = horizontal_max(top_s), max_t = horizontal_max(top_t);
     rebase(total, max_s, max_t, student.slope, teacher.slope);
@@ -91,10 +94,10 @@ FASTKD_INLINE Statistics sweep_statistics(const Rows& rows, int64_t row, const S
     vf sum_s = {}, sum_t = {}, dot = {}, sum_1 = {}, moment_s = {}, moment_t = {};
     for (int i = 0; i < padded; i += kLanes) {
       const vf s = load(z_s + i), t = load(z_t + i);
-      const vf u = (s - base_s) * slope_s, v = (t - base_t) * slope_t;
-      const vf exp_u = exp_nonpositive(u), exp_v = exp_nonpositive(v);
-      // Equal logits differ by exactly 0, and masked ones by a number.
-      vf difference = (t - s) * slope_t;
+      const vf exp_u = power_of_two_nonpositive((s - base_s) * power_s);
+      const vf exp_v = power_of_two_nonpositive((t - base_t) * power_t);
+      // Equal logits differ by exactly 0, and masked ones by a number. The slope follows after the sum.
+      vf difference = t - s;
       if (kStandardized) {
         const vf centred_u = rounded((s - mean_s) * slope_s);
         difference = rounded((t - mean_t) * slope_t) - centred_u;
@@ -114,7 +117,7 @@ FASTKD_INLINE Statistics sweep_statistics(const Rows& rows, int64_t row, const S
     }
     total.sum_s += horizontal_sum(sum_s);
     total.sum_t += horizontal_sum(sum_t);
-    total.dot += horizontal_sum(dot);
+    total.dot += horizontal_sum(dot) * (kStandardized ? 1.0 : teacher.slope);
     total.sum_1 += horizontal_sum(sum_1);
     total.moment_s += horizontal_sum(moment_s);
     total.moment_t += horizontal_sum(moment_t);

@@ -73,28 +73,33 @@ FASTKD_INLINE float horizontal_max(vf x) {
   return largest;
 }
 
-// e^x = scale + scale * minus_one for -87 < x < 88: kept apart because e^x - 1 is wanted without cancellation.
-struct Exponential {
+// 2^y = scale + scale * minus_one for -127 <= y < 127: kept apart because 2^y - 1 is wanted without cancellation.
+struct PowerOfTwo {
   vf scale, minus_one;
 };
 
-FASTKD_INLINE Exponential exponential(vf x) {
-  // x = n ln 2 + r. Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits.
-  const vf shifted = rounded(x * 1.44269504f + 12582912.0f);
-  const vf n = shifted - 12582912.0f;
-  const vf r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  // Least-maximum-error fit of (e^r - 1 - r) / r^2, relative error of e^r 3e-9.
-  const vf tail = 0.499999934f + r * (0.166665204f + r * (0.0416683908f + r * (0.00836874512f + r * 0.00138145399f)));
-  const vi exponent = (as_int(shifted) + (127 - 0x4b400000)) << 23;
-  return {as_float(exponent), r + r * r * tail};
+FASTKD_INLINE PowerOfTwo power_of_two(vf y) {
+  // y = n + f. Adding 1.5 * 2^23 rounds y to the integer n, which then stands in the low bits of the sum; with
+  // 127 added, those bits are the exponent of 2^n.
+  constexpr float kRounder = 12582912.0f + 127.0f;
+  const vf shifted = rounded(y + kRounder);
+  const vf f = y - (shifted - kRounder);
+  // Least-maximum-error fit of (2^f - 1) / f, relative error 1e-8.
+  const vf slope = 
+      0.693147188f + f * (0.240226498f + f * (0.0555035722f +
+      f * (0.00961823793f + f * (0.00133908498f + f * 0.000154035126f))));
+  return {as_float(as_int(shifted) << 23), f * slope};
 }
 
-// e^x for x <= 0; exactly 0 where e^x is below float's normal range, NaN stays.
-FASTKD_INLINE vf exp_nonpositive(vf x) {
-  const Exponential e = exponential(at_least(x, broadcast(-87.33f)));
-  const vf value = e.scale + e.scale * e.minus_one;
-  return select(x < -87.33f, vf{}, value);
+// 2^y for y <= 0; exactly 0 below 2^-126, NaN stays.
+FASTKD_INLINE vf power_of_two_nonpositive(vf y) {
+  const PowerOfTwo power = power_of_two(at_least(y, broadcast(-127.0f)));  // whose scale is 0
+  return power.scale + power.scale * power.minus_one;
 }
+
+constexpr float kLog2E = 1.44269504f;
+
+FASTKD_INLINE vf exp_nonpositive(vf x) { return power_of_two_nonpositive(x * kLog2E); }
 
 // 2 atanh(w) = log((1 + w) / (1 - w)) for |w| <= 1/3, relative error 4e-9.
 FASTKD_INLINE vf twice_atanh(vf w) {
@@ -192,32 +197,46 @@ struct Element<DType::kHalf> {
 // vectors; a padded entry is a masked class, which adds nothing to any sum.
 constexpr int kBlock = 1024;
 
-// Copies n <= kBlock values to `to`, raising what is below `lowest` to it; returns the padded length.
+// Copies n <= kBlock values to `to`, raising what is below `lowest` to it, and `largest` to the largest of them;
+// returns the padded length.
 template <DType kType>
-FASTKD_INLINE int load_block_as(const void* row, int64_t offset, int n, float* to, float lowest) {
+FASTKD_INLINE int load_block_as(const void* row, int64_t offset, int n, float* to, float lowest, vf& largest) {
   typedef Element<kType> E;
   const typename E::type* from = (const typename E::type*)row + offset;
   const vf bound = broadcast(lowest);
   int i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(to + i, at_least(E::load(from + i), bound));
+  vf top = largest;
+  for (; i + kLanes <= n; i += kLanes) {
+    const vf x = at_least(E::load(from + i), bound);
+    top = at_least(x, top);
+    store(to + i, x);
+  }
   if (i < n) {
     typename E::type tail[kLanes] = {};
     std::memcpy(tail, from + i, (n - i) * sizeof(tail[0]));
     store(to + i, at_least(E::load(tail), bound));
     for (int j = n - i; j < kLanes; j++) to[i + j] = kMasked;
+    top = at_least(load(to + i), top);
     i += kLanes;
   }
+  largest = top;
   return i;
+}
+
+FASTKD_INLINE int load_block(const Matrix& matrix, int64_t row, int64_t offset, int n, float* to, float lowest,
+                             vf& largest) {
+  const int64_t start = row * matrix.stride + offset;
+  switch (matrix.dtype) {
+    case DType::kFloat: return load_block_as<DType::kFloat>(matrix.data, start, n, to, lowest, largest);
+    case DType::kBFloat16: return load_block_as<DType::kBFloat16>(matrix.data, start, n, to, lowest, largest);
+    default: return load_block_as<DType::kHalf>(matrix.data, start, n, to, lowest, largest);
+  }
 }
 
 FASTKD_INLINE int load_block(const Matrix& matrix, int64_t row, int64_t offset, int n, float* to,
                              float lowest = kMasked) {
-  const int64_t start = row * matrix.stride + offset;
-  switch (matrix.dtype) {
-    case DType::kFloat: return load_block_as<DType::kFloat>(matrix.data, start, n, to, lowest);
-    case DType::kBFloat16: return load_block_as<DType::kBFloat16>(matrix.data, start, n, to, lowest);
-    default: return load_block_as<DType::kHalf>(matrix.data, start, n, to, lowest);
-  }
+  vf unused = {};
+  return load_block(matrix, row, offset, n, to, lowest, unused);
 }
 
 // Writes value(i) for i = 0, kLanes, ... to the n entries of a row from `offset` on, in the matrix's dtype.

@@ -18,7 +18,6 @@ _library.define(
     "SymInt divisor, str loss, float[] options, str backend, bool with_terms, bool with_gradient) "
     "-> (Tensor rows, Tensor terms, Tensor gradient)"
 )
-_library.define("scale_rows_(Tensor(a!) gradient, Tensor upstream, str backend) -> ()")
 
 
 def row_loss(
@@ -39,7 +38,8 @@ def row_loss(
     row. A row of weight 0 is not read. ``options`` are those of the loss in ``fastkd.reference``.
     """
     with_gradient = torch.is_grad_enabled() and student_logits.requires_grad
-    rows, terms, _ = torch.ops.fastkd.row_loss(
+    run = torch.ops.fastkd.row_loss if torch.compiler.is_compiling() else _RowLoss.apply
+    rows, terms, _ = run(
         student_logits,
         teacher_logits,
         target,
@@ -75,7 +75,6 @@ def _launcher(backend: str) -> Any:
     return launch
 
 
-@torch.library.impl("fastkd::row_loss", ("cpu", "cuda"), lib=_library)
 def _row_loss(
     student: Tensor,
     teacher: Tensor,
@@ -100,6 +99,9 @@ def _row_loss(
     return outputs
 
 
+torch.library.impl("fastkd::row_loss", ("cpu", "cuda"), _row_loss, lib=_library)
+
+
 @torch.library.register_fake("fastkd::row_loss", lib=_library)
 def _row_loss_shapes(
     student: Tensor,
@@ -114,17 +116,6 @@ def _row_loss_shapes(
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _allocate(student, loss, with_terms, with_gradient)
-
-
-@torch.library.impl("fastkd::scale_rows_", ("cpu", "cuda"), lib=_library)
-def _scale_rows_(gradient: Tensor, upstream: Tensor, backend: str) -> None:
-    if gradient.shape[0]:
-        _launcher(backend).scale_rows_(gradient, upstream)
-
-
-@torch.library.register_fake("fastkd::scale_rows_", lib=_library)
-def _scale_rows_shapes(gradient: Tensor, upstream: Tensor, backend: str) -> None:
-    return None
 
 
 def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -150,8 +141,21 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | Non
     # fuses a plain product with what follows.
     if traced or torch._C._autograd._get_current_graph_task_keep_graph():
         return (gradient * upstream[:, None]).to(gradient.dtype), *nothing
-    torch.ops.fastkd.scale_rows_(gradient, upstream, ctx.backend)
+    if gradient.shape[0]:
+        _launcher(ctx.backend).scale_rows_(gradient, upstream)
     return gradient, *nothing
 
 
 torch.library.register_autograd("fastkd::row_loss", _backward, setup_context=_keep_gradient, lib=_library)
+
+
+class _RowLoss(torch.autograd.Function):
+    """The operator without the dispatcher, which outside of a compiler costs more than a small loss."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        output = _row_loss(*inputs)
+        _keep_gradient(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward)

@@ -1,0 +1,149 @@
+"""Compiles every Triton kernel in every planned configuration, without a GPU, and prints what it uses.
+
+    python benchmarks/compile_kernels.py [--quick]
+
+For sm_80, sm_90, sm_100 and gfx942, through Triton's ahead-of-time compiler. Exit status 1 where a kernel
+does not compile, spills registers or uses local memory (NVIDIA; read from the binary with cuobjdump, which ships
+with Triton). The kernels are not run: this says nothing of their speed.
+"""
+
+import argparse
+import itertools
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastkd.ops.plan import plan_rows
+from fastkd.ops.triton import formulas, kernels
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+POINTERS = {
+    "target_pointer": "*i64",
+    "weight_pointer": "*fp32",
+    "loss_pointer": "*fp32",
+    "terms_pointer": "*fp32",
+    "upstream_pointer": "*fp32",
+}
+SWITCHES = (
+    "LABELLED",
+    "WEIGHTED",
+    "TERMS",
+    "GRADIENT",
+    "DISTILS",
+    "CROSS_ENTROPY",
+    "PLAIN",
+    "SMOOTHED",
+    "STANDARDIZED",
+)
+LOSSES = {
+    "kd": ("GRADIENT", "DISTILS"),
+    "kd, no gradient": ("DISTILS",),
+    "kd, ignored rows": ("GRADIENT", "DISTILS", "WEIGHTED"),
+    "lskd": ("GRADIENT", "DISTILS", "STANDARDIZED"),
+    "dkd": ("GRADIENT", "DISTILS", "LABELLED", "WEIGHTED"),
+    "ce": ("GRADIENT", "LABELLED", "WEIGHTED", "CROSS_ENTROPY", "TERMS"),
+    "ce + kd": ("GRADIENT", "DISTILS", "LABELLED", "WEIGHTED", "CROSS_ENTROPY", "PLAIN", "TERMS"),
+    "everything": SWITCHES,
+}
+CLASSES = (10, 100, 1000, 4096, 8192, 20902)
+
+
+def configurations(quick: bool) -> Iterator[tuple[str, object, dict, int, str]]:
+    """(name, kernel, constants, warps, dtype) of every kernel as ops/triton/launch.py launches it."""
+    dtypes = ("bf16",) if quick else ("fp32", "bf16", "fp16")
+    sizes = (1000, 20902) if quick else CLASSES
+    for classes, dtype in itertools.product(sizes, dtypes):
+        plan = plan_rows(classes)
+        for loss, on in LOSSES.items():
+            constants = {name: name in on for name in SWITCHES} | {
+                "TILE": plan.tile,
+                "ONE_TILE": plan.one_tile,
+            }
+            yield f"{loss}, C {classes}", kernels.softmax_rows, constants, plan.warps, dtype
+        plan = plan_rows(min(classes, 4096))
+        for formula in (formulas.binary_kl, formulas.binary_kl_norm):
+            constants = {"FORMULA": formula, "WEIGHTED": True, "GRADIENT": True, "TILE": plan.tile}
+            yield f"{formula.__name__}, C {classes}", kernels.pointwise_rows, constants, plan.warps, dtype
+        yield f"scale, C {classes}", kernels.scale_rows, {"TILE": plan.tile}, plan.warps, dtype
+
+
+def compile_kernel(kernel, constants: dict, warps: int, dtype: str, target: GPUTarget):
+    names = [parameter.name for parameter in kernel.params]
+    signature = {}
+    for name in names:
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_pointer"):
+            signature[name] = POINTERS.get(name, f"*{dtype}")
+        elif name in ("count", "classes") or name.endswith("_stride"):
+            signature[name] = "i32"
+        else:
+            signature[name] = "fp32"
+    values = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs={})
+    return triton.compile(source, target=target, options={"num_warps": warps, "enable_fp_fusion": False})
+
+
+def resources(compiled) -> dict[str, int]:
+    """Registers, stack and local memory of an NVIDIA binary."""
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
+        binary.write(compiled.asm["cubin"])
+        binary.flush()
+        text = subprocess.run(
+            [cuobjdump, "--dump-resource-usage", binary.name], capture_output=True, text=True, check=True
+        ).stdout
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="two row lengths in bf16, for continuous integration"
+    )
+    quick = parser.parse_args().quick
+    print(
+        f"triton {triton.__version__}; registers a thread, bytes of shared memory; stack and local memory must be 0"
+    )
+    failures = compiled_kernels = 0
+    for name, kernel, constants, warps, dtype in configurations(quick):
+        cells = []
+        for architecture, target in TARGETS.items():
+            try:
+                compiled = compile_kernel(kernel, constants, warps, dtype, target)
+            except Exception as error:  # whatever a compiler raises is this row's result
+                failures += 1
+                cells.append(f"{architecture} FAILED ({type(error).__name__}: {error})")
+                continue
+            compiled_kernels += 1
+            if "cubin" not in compiled.asm:
+                cells.append(f"{architecture} ok")
+                continue
+            used = resources(compiled)
+            bad = used["STACK"] or used["LOCAL"]
+            failures += bool(bad)
+            cells.append(f"{architecture} {used['REG']:3d} reg" + (f" SPILLS {used}" if bad else ""))
+        print(f"{name:28s} {dtype:5s} {warps:2d} warps  " + "  ".join(cells), flush=True)
+    print(f"{compiled_kernels} kernels compiled, {failures} failed or spilled")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
