@@ -3,8 +3,8 @@
     python benchmarks/compile_kernels.py [--quick]
 
 For sm_80, sm_90, sm_100 and gfx942, through Triton's ahead-of-time compiler. Exit status 1 where a kernel
-does not compile, spills registers or uses local memory (NVIDIA; read from the binary with cuobjdump, which ships
-with Triton). The kernels are not run: this says nothing of their speed.
+does not compile, spills registers or uses local memory (NVIDIA; read from the binary with cuobjdump, which
+ships with Triton). The kernels are not run: this says nothing of their speed.
 """
 
 import argparse
@@ -119,9 +119,7 @@ def main() -> int:
         "--quick", action="store_true", help="two row lengths in bf16, for continuous integration"
     )
     quick = parser.parse_args().quick
-    print(
-        f"triton {triton.__version__}; registers a thread, bytes of shared memory; stack and local memory must be 0"
-    )
+    print(f"triton {triton.__version__}; registers a thread; stack and local memory must be 0")
     failures = compiled_kernels = 0
     for name, kernel, constants, warps, dtype in configurations(quick):
         cells = []
