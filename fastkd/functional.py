@@ -199,7 +199,8 @@ def dckd_loss(
     """T^2 (alpha g TCKD + beta NCKD), g = 1 where the teacher is the surer of the label, else 0.
 
     A reading of DCKD (doi 10.1371/journal.pone.0314267), whose abstract alone was at hand: what the student
-    has acquired is fixed, so the target term never pulls its certainty of the label back towards the teacher's.
+    has acquired is fixed, so the target term never pulls its certainty of the label back towards the
+    teacher's.
     ``fix_acquired=False`` is ``dkd_loss``.
     """
     checks.check_number("alpha", alpha)
@@ -261,7 +262,8 @@ def ttm_loss(
     """KL(softmax(gamma z_t) || softmax(z_s)): transformed teacher matching (Zheng and Yang 2024).
 
     The student is matched at T = 1. ``weighted`` (WTTM) multiplies each row by sum_i softmax(z_t)_i^gamma,
-    which is large where the teacher is unsure. ``gamma`` is above 0 and the inverse of the teacher's temperature.
+    which is large where the teacher is unsure. ``gamma`` is above 0, the inverse of the teacher's
+    temperature.
     """
     checks.check_positive("gamma", gamma)
     return _unlabelled("ttm", (gamma, weighted), student_logits, teacher_logits, weight, reduction)

@@ -19,3 +19,9 @@ def plan_rows(classes: int) -> Plan:
         tile = max(16, 1 << (classes - 1).bit_length())
         return Plan(tile, True, min(16, max(1, tile // 512)))
     return Plan(STREAMED_TILE, False, 8)
+
+
+def plan_tile(classes: int) -> tuple[int, int]:
+    """Tile and warps of a kernel that walks along the row."""
+    plan = plan_rows(min(classes, STREAMED_TILE))
+    return plan.tile, plan.warps
