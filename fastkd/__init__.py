@@ -28,6 +28,7 @@ from fastkd.losses import (
     ReverseKLLoss,
     TTMLoss,
 )
+from fastkd.ops.plan import explain
 from fastkd.version import __version__
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ __all__ = [
     "dckd_loss",
     "distill_loss",
     "dkd_loss",
+    "explain",
     "fit",
     "get_backend",
     "jsd_loss",

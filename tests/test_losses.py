@@ -111,8 +111,8 @@ def test_near_equal_gradient_is_no_worse_than_eager(fused, case):
 def test_saturated_logits_stay_finite(fused, case, dtype):
     student, teacher, target = make_logits(4, 33, dtype, fused)
     for size in (100.0, 3e4, torch.finfo(dtype).max):
-        if size > 1e18 and "ls" in case.name:
-            continue  # the variance of such a row overflows
+        if size > 1e18 and ("ls" in case.name or case.name == "reverse-kl"):
+            continue  # the variance of such a row overflows; the gradient of reverse KL grows with the logits
         large_student, large_teacher = student.sign() * size, teacher.sign() * size
         _, gradient = loss_and_gradient(case, large_student, large_teacher, target, reduction="none")
         assert torch.isfinite(gradient).all()
