@@ -2,9 +2,9 @@
 
     python benchmarks/accuracy.py > docs/accuracy.md
 
-Run from the repository's root. For each loss, backend, dtype and regime of logits: the norm of the difference
-to the float64 reference on the same logits, relative to the reference's norm, median of three draws. "Eager" is
-fastkd's own reference in float32 arithmetic, which is as exact as a careful use of torch gets.
+Run from the repository's root. For each loss, backend, dtype and regime of logits: the norm of the
+difference to the float64 reference on the same logits, relative to its norm, median of three draws. "Eager"
+is fastkd's own reference in float32 arithmetic, which is as exact as a careful use of torch gets.
 """
 
 import os
@@ -79,10 +79,11 @@ def main() -> None:
     where = torch.cuda.get_device_name() if gpu else "Triton in its interpreter, on the CPU"
     print("# Accuracy\n")
     print(
-        f"Made by `python benchmarks/accuracy.py > docs/accuracy.md` (torch {torch.__version__}, {where}).\n"
-        "Each cell: error of the row losses / error of the gradient, relative to the float64 reference on the\n"
-        f"same {ROWS} x {CLASSES} logits, median of {DRAWS} draws. A half type's gradient cannot be closer than\n"
-        "its own rounding, about 2e-3 for bfloat16 and 2e-4 for float16; Triton's interpreter truncates to\n"
+        "Made by `python benchmarks/accuracy.py > docs/accuracy.md` "
+        f"(torch {torch.__version__}, {where}).\n"
+        "Each cell: error of the row losses / error of the gradient, relative to the float64 reference on\n"
+        f"the same {ROWS} x {CLASSES} logits, median of {DRAWS} draws. A half type's gradient cannot be\n"
+        "closer than its own rounding, about 2e-3 for bfloat16 and 2e-4 for float16; Triton's interpreter truncates to\n"
         "bfloat16, which doubles that. Near-equal is a difference of 1e-3, where a loss of 1e-7 is lost to\n"
         "rounding and its gradient is not. Masked is -inf for half of the classes in both models.\n"
     )
