@@ -23,8 +23,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastkd.ops.plan import plan_rows
-from fastkd.ops.triton import formulas, kernels
+from fastkd.ops.plan import plan_rows, plan_tile
+from fastkd.ops.triton import formulas
+from fastkd.ops.triton.launch import EXACT_PRODUCTS, softmax_switches
+from fastkd.ops.triton.mixture_rows import jsd_rows
+from fastkd.ops.triton.pointwise_rows import pointwise_rows, scale_rows
+from fastkd.ops.triton.softmax_rows import softmax_rows
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -39,26 +43,20 @@ POINTERS = {
     "terms_pointer": "*fp32",
     "upstream_pointer": "*fp32",
 }
-SWITCHES = (
-    "LABELLED",
-    "WEIGHTED",
-    "TERMS",
-    "GRADIENT",
-    "DISTILS",
-    "CROSS_ENTROPY",
-    "PLAIN",
-    "SMOOTHED",
-    "STANDARDIZED",
-)
-LOSSES = {
-    "kd": ("GRADIENT", "DISTILS"),
-    "kd, no gradient": ("DISTILS",),
-    "kd, ignored rows": ("GRADIENT", "DISTILS", "WEIGHTED"),
-    "lskd": ("GRADIENT", "DISTILS", "STANDARDIZED"),
-    "dkd": ("GRADIENT", "DISTILS", "LABELLED", "WEIGHTED"),
-    "ce": ("GRADIENT", "LABELLED", "WEIGHTED", "CROSS_ENTROPY", "TERMS"),
-    "ce + kd": ("GRADIENT", "DISTILS", "LABELLED", "WEIGHTED", "CROSS_ENTROPY", "PLAIN", "TERMS"),
-    "everything": SWITCHES,
+# Losses by name, options and what the call asks for.
+LABELLED = {"LABELLED": True, "WEIGHTED": True, "GRADIENT": True, "TERMS": False}
+UNLABELLED = {"LABELLED": False, "WEIGHTED": False, "GRADIENT": True, "TERMS": False}
+LOSSES: dict[str, tuple[str, tuple[float, ...], dict[str, bool]]] = {
+    "kd": ("softmax", (4.0, 0, 1, 0, 0, 0, 0, 0), UNLABELLED),
+    "kd, no gradient": ("softmax", (4.0, 0, 1, 0, 0, 0, 0, 0), UNLABELLED | {"GRADIENT": False}),
+    "lskd": ("softmax", (2.0, 0, 1, 0, 0, 0, 1, 0), UNLABELLED),
+    "dkd": ("softmax", (4.0, 0, 0, 1, 8, 0, 0, 0), LABELLED),
+    "ce": ("softmax", (4.0, 1, 0, 0, 0, 0, 0, 0), LABELLED | {"TERMS": True}),
+    "ce + kd": ("softmax", (4.0, 0.1, 0.9, 0, 0, 0, 0, 0), LABELLED | {"TERMS": True}),
+    "ce + lskd": ("softmax", (2.0, 0.1, 9, 0, 0, 0.1, 1, 0), LABELLED | {"TERMS": True}),
+    "nkd": ("nkd", (3.0, 1.5), LABELLED),
+    "ttm": ("ttm", (0.25, 1.0), UNLABELLED),
+    "reverse kl": ("reverse_kl", (1.0,), UNLABELLED),
 }
 CLASSES = (10, 100, 1000, 4096, 8192, 20902)
 
@@ -69,17 +67,18 @@ def configurations(quick: bool) -> Iterator[tuple[str, object, dict, int, str]]:
     sizes = (1000, 20902) if quick else CLASSES
     for classes, dtype in itertools.product(sizes, dtypes):
         plan = plan_rows(classes)
-        for loss, on in LOSSES.items():
-            constants = {name: name in on for name in SWITCHES} | {
-                "TILE": plan.tile,
-                "ONE_TILE": plan.one_tile,
-            }
-            yield f"{loss}, C {classes}", kernels.softmax_rows, constants, plan.warps, dtype
-        plan = plan_rows(min(classes, 4096))
-        for formula in (formulas.binary_kl, formulas.binary_kl_norm):
-            constants = {"FORMULA": formula, "WEIGHTED": True, "GRADIENT": True, "TILE": plan.tile}
-            yield f"{formula.__name__}, C {classes}", kernels.pointwise_rows, constants, plan.warps, dtype
-        yield f"scale, C {classes}", kernels.scale_rows, {"TILE": plan.tile}, plan.warps, dtype
+        for name, (loss, options, call) in LOSSES.items():
+            constants = (
+                softmax_switches(loss, options) | call | {"TILE": plan.tile, "ONE_TILE": plan.one_tile}
+            )
+            yield f"{name}, C {classes}", softmax_rows, constants, plan.warps, dtype
+        tile, warps = plan_tile(classes)
+        walk = {"WEIGHTED": True, "GRADIENT": True, "TILE": tile}
+        yield f"jsd, C {classes}", jsd_rows, walk, warps, dtype
+        for formula in ("binary_kl", "binary_kl_norm"):
+            constants = walk | {"FORMULA": getattr(formulas, formula)}
+            yield f"{formula}, C {classes}", pointwise_rows, constants, warps, dtype
+        yield f"scale, C {classes}", scale_rows, {"TILE": tile}, warps, dtype
 
 
 def compile_kernel(kernel, constants: dict, warps: int, dtype: str, target: GPUTarget):
@@ -96,7 +95,7 @@ def compile_kernel(kernel, constants: dict, warps: int, dtype: str, target: GPUT
             signature[name] = "fp32"
     values = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs={})
-    return triton.compile(source, target=target, options={"num_warps": warps, "enable_fp_fusion": False})
+    return triton.compile(source, target=target, options={"num_warps": warps, **EXACT_PRODUCTS})
 
 
 def resources(compiled) -> dict[str, int]:

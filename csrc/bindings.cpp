@@ -93,42 +93,32 @@ void parallel_rows(int64_t count, int64_t classes, const Body& body) {
 
 // ---- operators -----------------------------------------------------------------------------------------------
 
-#define FASTKD_ROW_SCHEMA                                                                                  \
-  "Tensor student_logits, Tensor teacher_logits, Tensor target, Tensor row_weight, float scale, "          \
-  "Tensor(a!) rows, Tensor(b!) terms, Tensor(c!) gradient, "
+constexpr const char* kRowLossSchema =
+    "row_loss(Tensor student_logits, Tensor teacher_logits, Tensor target, Tensor row_weight, float scale, "
+    "Tensor(a!) rows, Tensor(b!) terms, Tensor(c!) gradient, int loss, float o0, float o1, float o2, float o3, "
+    "float o4, float o5, float o6, float o7) -> ()";
 
-constexpr const char* kSoftmaxSchema =
-    "softmax_rows(" FASTKD_ROW_SCHEMA
-    "float temperature, float ce_weight, float kd_weight, float tckd_weight, float nckd_weight, "
-    "float label_smoothing, float standardized) -> ()";
-
-void softmax_rows(StableIValue* stack, uint64_t, uint64_t) {
+void row_loss(StableIValue* stack, uint64_t, uint64_t) {
   const RowArguments arguments(stack);
   const Rows rows = arguments.rows(float(as_double(stack[4])));
-  float options[7];
-  for (int i = 0; i < 7; i++) options[i] = float(as_double(stack[8 + i]));
-  const SoftmaxOptions family{options[0], options[1], options[2], options[3], options[4], options[5],
-                              options[6] != 0};
+  LossOptions options;
+  options.loss = Loss(int32_t(int64_t(stack[8])));
+  for (int i = 0; i < kOptions; i++) options.values[i] = float(as_double(stack[9 + i]));
   parallel_rows(rows.count, rows.classes,
-                [&](int64_t begin, int64_t end) { kernels().softmax_rows(rows, family, begin, end); });
-}
-
-template <Pointwise kLoss>
-void pointwise_rows(StableIValue* stack, uint64_t, uint64_t) {
-  const RowArguments arguments(stack);
-  const Rows rows = arguments.rows(float(as_double(stack[4])));
-  const float temperature = float(as_double(stack[8]));
-  parallel_rows(rows.count, rows.classes, [&](int64_t begin, int64_t end) {
-    kernels().pointwise_rows(rows, kLoss, temperature, begin, end);
-  });
+                [&](int64_t begin, int64_t end) { kernels().row_loss(rows, options, begin, end); });
 }
 
 void scale_rows(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor gradient(stack[0]), upstream(stack[1]);
   const Matrix matrix = gradient.matrix();
   const float* factors = upstream.data_or_null<float>();
-  const int64_t classes = gradient.size(1), stride = upstream.stride(0);
-  parallel_rows(gradient.size(0), classes, [&](int64_t begin, int64_t end) {
+  const int64_t count = gradient.size(0), classes = gradient.size(1), stride = upstream.stride(0);
+  // Mostly all factors are 1: then no thread is woken.
+  const int64_t distinct = stride == 0 ? 1 : count;
+  bool all_ones = true;
+  for (int64_t row = 0; row < distinct; row++) all_ones = all_ones && factors[row * stride] == 1.0f;
+  if (all_ones) return;
+  parallel_rows(count, classes, [&](int64_t begin, int64_t end) {
     kernels().scale_rows(matrix, factors, stride, classes, begin, end);
   });
 }
@@ -140,10 +130,7 @@ struct Operator {
 };
 
 const Operator kOperators[] = {
-    {kSoftmaxSchema, "softmax_rows", softmax_rows},
-    {"binary_kl(" FASTKD_ROW_SCHEMA "float temperature) -> ()", "binary_kl", pointwise_rows<Pointwise::kBinaryKL>},
-    {"binary_kl_norm(" FASTKD_ROW_SCHEMA "float temperature) -> ()", "binary_kl_norm",
-     pointwise_rows<Pointwise::kBinaryKLNorm>},
+    {kRowLossSchema, "row_loss", row_loss},
     {"scale_rows_(Tensor(a!) gradient, Tensor upstream) -> ()", "scale_rows_", scale_rows},
 };
 

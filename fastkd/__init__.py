@@ -4,8 +4,31 @@ from typing import TYPE_CHECKING, Any
 
 from fastkd.backend import BackendUnavailable, get_backend, set_backend, use_backend
 from fastkd.checks import check_labels
-from fastkd.functional import binary_kl_loss, binary_kl_norm_loss, distill_loss, dkd_loss, kd_loss
-from fastkd.losses import BinaryKLLoss, BinaryKLNormLoss, DistillLoss, DKDLoss, KDLoss
+from fastkd.functional import (
+    binary_kl_loss,
+    binary_kl_norm_loss,
+    dckd_loss,
+    distill_loss,
+    dkd_loss,
+    jsd_loss,
+    kd_loss,
+    nkd_loss,
+    reverse_kl_loss,
+    ttm_loss,
+)
+from fastkd.losses import (
+    BinaryKLLoss,
+    BinaryKLNormLoss,
+    DCKDLoss,
+    DistillLoss,
+    DKDLoss,
+    JSDLoss,
+    KDLoss,
+    NKDLoss,
+    ReverseKLLoss,
+    TTMLoss,
+)
+from fastkd.ops.plan import explain
 from fastkd.version import __version__
 
 if TYPE_CHECKING:
@@ -16,19 +39,30 @@ __all__ = [
     "BackendUnavailable",
     "BinaryKLLoss",
     "BinaryKLNormLoss",
+    "DCKDLoss",
     "DKDLoss",
     "DistillLoss",
+    "JSDLoss",
     "KDLoss",
+    "NKDLoss",
+    "ReverseKLLoss",
+    "TTMLoss",
     "__version__",
     "binary_kl_loss",
     "binary_kl_norm_loss",
     "check_labels",
+    "dckd_loss",
     "distill_loss",
     "dkd_loss",
+    "explain",
     "fit",
     "get_backend",
+    "jsd_loss",
     "kd_loss",
+    "nkd_loss",
+    "reverse_kl_loss",
     "set_backend",
+    "ttm_loss",
     "use_backend",
 ]
 

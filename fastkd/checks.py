@@ -90,6 +90,28 @@ def check_labels(target: Tensor, classes: int, ignore_index: int = -100) -> bool
     return False
 
 
+def check_row_weight(weight: Tensor, student_logits: Tensor) -> None:
+    if not isinstance(weight, Tensor):
+        raise TypeError(
+            f"weight is a {type(weight).__name__}; expected a tensor with one number for each row"
+        )
+    if not weight.is_floating_point():
+        raise TypeError(f"weight has dtype {weight.dtype}; expected a floating-point tensor")
+    if weight.shape != student_logits.shape[:-1]:
+        raise ValueError(
+            f"weight has shape {list(weight.shape)}; expected {list(student_logits.shape[:-1])}, one number "
+            f"for each row of student_logits {list(student_logits.shape)}"
+        )
+    if weight.device != student_logits.device:
+        raise ValueError(
+            f"weight is on {weight.device} and student_logits on {student_logits.device}; expected one device"
+        )
+    if weight.requires_grad:
+        raise ValueError(
+            "weight requires grad, but it is a constant of every fastkd loss; pass weight.detach()"
+        )
+
+
 def check_number(name: str, value: float) -> None:
     if isinstance(value, Tensor):
         raise TypeError(f"{name} is a tensor, which would have to be read back; expected a number")
@@ -99,10 +121,14 @@ def check_number(name: str, value: float) -> None:
         raise ValueError(f"{name} is {value!r}; expected a finite number")
 
 
+def check_positive(name: str, value: float) -> None:
+    check_number(name, value)
+    if value <= 0:
+        raise ValueError(f"{name} is {value!r}; expected a number above 0")
+
+
 def check_temperature(temperature: float) -> None:
-    check_number("temperature", temperature)
-    if temperature <= 0:
-        raise ValueError(f"temperature is {temperature!r}; expected a number above 0")
+    check_positive("temperature", temperature)
 
 
 def check_label_smoothing(label_smoothing: float) -> None:

@@ -8,6 +8,7 @@ Common to all of them:
 - T^2 is included: a weight means the same at every temperature.
 - ``reduction``: ``"batchmean"`` (sum over the rows that count, divided by their number), ``"sum"``, or
   ``"none"`` (one value a row, in the shape of the leading dimensions). ``"mean"`` is refused.
+- ``weight`` [...], where given, multiplies each row's loss; "batchmean" still divides by the number of rows.
 - A row whose label is ``ignore_index`` adds nothing to loss, gradient or count; with no row left
   the loss is 0.
 - The gradient is computed with the loss. It differentiates once; ``create_graph=True`` raises (use
@@ -21,7 +22,18 @@ from torch import Tensor
 from fastkd import backend, checks, reference
 from fastkd.ops import library
 
-__all__ = ["binary_kl_loss", "binary_kl_norm_loss", "distill_loss", "dkd_loss", "kd_loss"]
+__all__ = [
+    "binary_kl_loss",
+    "binary_kl_norm_loss",
+    "dckd_loss",
+    "distill_loss",
+    "dkd_loss",
+    "jsd_loss",
+    "kd_loss",
+    "nkd_loss",
+    "reverse_kl_loss",
+    "ttm_loss",
+]
 
 
 def kd_loss(
@@ -32,6 +44,7 @@ def kd_loss(
     standardize: bool = False,
     target: Tensor | None = None,
     ignore_index: int = -100,
+    weight: Tensor | None = None,
     reduction: str = "batchmean",
 ) -> Tensor:
     """T^2 KL(softmax(z_t / T) || softmax(z_s / T)): knowledge distillation (Hinton et al. 2015).
@@ -48,6 +61,7 @@ def kd_loss(
         target,
         uses_label=False,
         ignore_index=ignore_index,
+        weight=weight,
         reduction=reduction,
     )
     return loss
@@ -63,6 +77,7 @@ def dkd_loss(
     temperature: float = 4.0,
     standardize: bool = False,
     ignore_index: int = -100,
+    weight: Tensor | None = None,
     reduction: str = "batchmean",
 ) -> Tensor:
     """T^2 (alpha TCKD + beta NCKD): decoupled knowledge distillation (Zhao et al. 2022).
@@ -82,6 +97,7 @@ def dkd_loss(
         target,
         uses_label=True,
         ignore_index=ignore_index,
+        weight=weight,
         reduction=reduction,
     )
     return loss
@@ -99,50 +115,63 @@ def distill_loss(
     temperature: float = 4.0,
     label_smoothing: float = 0.0,
     standardize: bool = False,
+    fix_acquired: bool = False,
     ignore_index: int = -100,
+    weight: Tensor | None = None,
     reduction: str = "batchmean",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """w_ce CE + T^2 (w_kd KD + w_t TCKD + w_n NCKD), in one pass over the same logits.
 
     CE is the cross-entropy of the raw student logits at T = 1, with torch's ``label_smoothing``; the
-    distillation terms are those of ``kd_loss`` and ``dkd_loss``. Published: KD with w_ce 0.1 and w_kd 0.9 at
-    T 4 (CIFAR-100), 0.5 and 0.5 at T 1 (ImageNet).
+    distillation terms are those of ``kd_loss`` and ``dkd_loss``, or ``dckd_loss`` with ``fix_acquired``.
+    Published: KD with w_ce 0.1 and w_kd 0.9 at T 4 (CIFAR-100), 0.5 and 0.5 at T 1 (ImageNet).
 
     Returns ``(loss, terms)``; ``terms`` holds, detached and for logging, the unweighted value of each term of
     non-zero weight ("ce", "kd", "tckd", "nckd"; T^2 included) under the same reduction as the loss.
     """
     weights = {"ce": ce_weight, "kd": kd_weight, "tckd": tckd_weight, "nckd": nckd_weight}
-    for name, weight in weights.items():
-        checks.check_number(f"{name}_weight", weight)
+    for name, value in weights.items():
+        checks.check_number(f"{name}_weight", value)
     checks.check_label_smoothing(label_smoothing)
     loss, terms = _reduced(
         "softmax",
-        (temperature, *weights.values(), label_smoothing, standardize),
+        (temperature, *weights.values(), label_smoothing, standardize, fix_acquired),
         student_logits,
         teacher_logits,
         target,
         uses_label=True,
         ignore_index=ignore_index,
+        weight=weight,
         reduction=reduction,
         with_terms=True,
     )
     named = zip(weights.items(), terms, strict=True)
-    return loss, {name: term for (name, weight), term in named if weight}
+    return loss, {name: term for (name, value), term in named if value}
 
 
 def binary_kl_loss(
-    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 2.0, reduction: str = "batchmean"
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 2.0,
+    weight: Tensor | None = None,
+    reduction: str = "batchmean",
 ) -> Tensor:
     """T^2 sum_i KL(Bern(sigmoid(z_t,i / T)) || Bern(sigmoid(z_s,i / T))) (Yang et al. 2024, DHKD).
 
     Every class is a yes-or-no question of its own: no softmax ties the classes together. Summed over the
     classes; ``"batchmean"`` divides by the rows alone. Published with T 2.
     """
-    return _pointwise("binary_kl", student_logits, teacher_logits, temperature, reduction)
+    return _unlabelled("binary_kl", (temperature,), student_logits, teacher_logits, weight, reduction)
 
 
 def binary_kl_norm_loss(
-    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 2.0, reduction: str = "batchmean"
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 2.0,
+    weight: Tensor | None = None,
+    reduction: str = "batchmean",
 ) -> Tensor:
     """T^2 sum_i KL(Bern(1/2) || Bern(sigmoid((z_s,i - z_t,i) / T))) (Yang et al. 2024, DHKD).
 
@@ -150,19 +179,149 @@ def binary_kl_norm_loss(
     finite at any logits, where the released formula overflows from (z_s - z_t) / T of about 17. "Norm" is the
     difference to the teacher, not a z-score. Summed over the classes. Published with T 2.
     """
-    return _pointwise("binary_kl_norm", student_logits, teacher_logits, temperature, reduction)
+    return _unlabelled("binary_kl_norm", (temperature,), student_logits, teacher_logits, weight, reduction)
 
 
-def _pointwise(
-    loss: str, student_logits: Tensor, teacher_logits: Tensor, temperature: float, reduction: str
+def dckd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    *,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    temperature: float = 4.0,
+    fix_acquired: bool = True,
+    standardize: bool = False,
+    ignore_index: int = -100,
+    weight: Tensor | None = None,
+    reduction: str = "batchmean",
+) -> Tensor:
+    """T^2 (alpha g TCKD + beta NCKD), g = 1 where the teacher is the surer of the label, else 0.
+
+    A reading of DCKD (doi 10.1371/journal.pone.0314267), whose abstract alone was at hand: what the student
+    has acquired is fixed, so the target term never pulls its certainty of the label back towards the
+    teacher's.
+    ``fix_acquired=False`` is ``dkd_loss``.
+    """
+    checks.check_number("alpha", alpha)
+    checks.check_number("beta", beta)
+    loss, _ = _reduced(
+        "softmax",
+        (temperature, 0.0, 0.0, alpha, beta, 0.0, standardize, fix_acquired),
+        student_logits,
+        teacher_logits,
+        target,
+        uses_label=True,
+        ignore_index=ignore_index,
+        weight=weight,
+        reduction=reduction,
+    )
+    return loss
+
+
+def nkd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    *,
+    gamma: float = 1.5,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    weight: Tensor | None = None,
+    reduction: str = "batchmean",
+) -> Tensor:
+    """-p_y log q_y - gamma T^2 sum over i != y of p-hat_i log q-hat_i: normalised KD (Yang et al. 2023).
+
+    The target term is at T = 1, the non-target distributions at T. Cross-entropy stands beside it.
+    Published: gamma 1.5 and T 1 for ImageNet.
+    """
+    checks.check_number("gamma", gamma)
+    loss, _ = _reduced(
+        "nkd",
+        (temperature, gamma),
+        student_logits,
+        teacher_logits,
+        target,
+        uses_label=True,
+        ignore_index=ignore_index,
+        weight=weight,
+        reduction=reduction,
+    )
+    return loss
+
+
+def ttm_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    gamma: float,
+    weighted: bool = False,
+    weight: Tensor | None = None,
+    reduction: str = "batchmean",
+) -> Tensor:
+    """KL(softmax(gamma z_t) || softmax(z_s)): transformed teacher matching (Zheng and Yang 2024).
+
+    The student is matched at T = 1. ``weighted`` (WTTM) multiplies each row by sum_i softmax(z_t)_i^gamma,
+    which is large where the teacher is unsure. ``gamma`` is above 0, the inverse of the teacher's
+    temperature.
+    """
+    checks.check_positive("gamma", gamma)
+    return _unlabelled("ttm", (gamma, weighted), student_logits, teacher_logits, weight, reduction)
+
+
+def reverse_kl_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    weight: Tensor | None = None,
+    reduction: str = "batchmean",
+) -> Tensor:
+    """KL(softmax(z_s / T) || softmax(z_t / T)): the mode-seeking direction, for language models. No T^2."""
+    return _unlabelled("reverse_kl", (temperature,), student_logits, teacher_logits, weight, reduction)
+
+
+def jsd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    weight: Tensor | None = None,
+    reduction: str = "batchmean",
+) -> Tensor:
+    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q: generalised JSD, as in GKD. No T^2.
+
+    ``beta`` is from 0 to 1; by convention 0 is KL(p || q) and 1 is KL(q || p).
+    """
+    checks.check_number("beta", beta)
+    checks.check_temperature(temperature)
+    if not 0.0 <= beta <= 1.0:
+        raise ValueError(f"beta is {beta!r}; expected a number from 0 to 1")
+    if beta == 0.0:
+        forward = (temperature, 0.0, 1.0 / temperature**2, 0.0, 0.0, 0.0, 0.0)
+        return _unlabelled("softmax", forward, student_logits, teacher_logits, weight, reduction)
+    if beta == 1.0:
+        return _unlabelled("reverse_kl", (temperature,), student_logits, teacher_logits, weight, reduction)
+    return _unlabelled("jsd", (temperature, beta), student_logits, teacher_logits, weight, reduction)
+
+
+def _unlabelled(
+    loss: str,
+    options: tuple[float, ...],
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    weight: Tensor | None,
+    reduction: str,
 ) -> Tensor:
     value, _ = _reduced(
         loss,
-        (temperature,),
+        options,
         student_logits,
         teacher_logits,
         None,
         uses_label=False,
+        weight=weight,
         reduction=reduction,
     )
     return value
@@ -177,6 +336,7 @@ def _reduced(
     *,
     uses_label: bool,
     ignore_index: int = -100,
+    weight: Tensor | None,
     reduction: str,
     with_terms: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -187,42 +347,52 @@ def _reduced(
     checks.check_logits(student_logits, teacher_logits)
     if target is None and uses_label:
         raise TypeError("target is None; expected an int64 tensor of labels")
+    if weight is not None:
+        checks.check_row_weight(weight, student_logits)
     all_count = target is None or checks.check_target(target, student_logits, ignore_index)
 
+    reduced = reduction != "none"
     leading, classes = student_logits.shape[:-1], student_logits.shape[-1]
     student, teacher, labels = student_logits, teacher_logits, target
     if student_logits.dim() != 2:
         student, teacher = student_logits.reshape(-1, classes), teacher_logits.reshape(-1, classes)
         labels = None if target is None else target.reshape(-1)
+        weight = None if weight is None else weight.reshape(-1)
     counted = None if labels is None or all_count else labels != ignore_index
-    row_weight, divisor = _row_weight(counted, student.shape[0], reduction)
+    row_weight, divisor = _row_weight(weight, counted, student.shape[0], reduction)
     label = labels if uses_label else None
     chosen = backend.resolve(backend.get_backend(), student.device.type, student.dtype, teacher.dtype)
     if chosen == "eager":
         rows, terms = _eager(loss, options, student, teacher, label, counted)
         rows, terms = (
-            values / divisor if row_weight is None else values * row_weight for values in (rows, terms)
+            (values if row_weight is None else values * row_weight) / divisor for values in (rows, terms)
         )
+        if reduced:
+            rows, terms = rows.sum(), terms.sum(-1)
     else:
         rows, terms = library.row_loss(
-            student, teacher, label, row_weight, divisor, loss, options, chosen, with_terms=with_terms
-        )
-    if reduction == "none":
+            student, teacher, label, row_weight, divisor, loss, options, chosen,
+            reduced=reduced, with_terms=with_terms,
+        )  # fmt: skip
+    if not reduced:
         rows, terms = rows.view(leading), terms.view(terms.shape[0], *leading)
-    else:
-        rows, terms = rows.sum(), terms.sum(-1) if with_terms else terms
     return rows, terms.detach()
 
 
-def _row_weight(counted: Tensor | None, rows: int, reduction: str) -> tuple[Tensor | None, int]:
-    """What each row's loss is multiplied by, where rows may be left out [N], and what all are divided by.
+def _row_weight(
+    weight: Tensor | None, counted: Tensor | None, rows: int, reduction: str
+) -> tuple[Tensor | None, int]:
+    """What each row's loss is multiplied by, where rows differ in it [N], and what all are divided by.
 
     The kernels apply it as they write the gradient, so that the reduction costs no pass of its own.
     """
+    mean = reduction == "batchmean"
+    row_weight = None if weight is None else weight.float()
     if counted is None:
-        return None, max(rows, 1) if reduction == "batchmean" else 1
-    weight = counted.float()
-    return (weight / weight.sum().clamp_min(1.0) if reduction == "batchmean" else weight), 1
+        return row_weight, max(rows, 1) if mean else 1
+    present = counted.float()
+    row_weight = present if row_weight is None else torch.where(counted, row_weight, 0.0)
+    return (row_weight / present.sum().clamp_min(1.0) if mean else row_weight), 1
 
 
 def _eager(

@@ -68,11 +68,13 @@ def softmax_rows(
     nckd_weight: float,
     label_smoothing: float,
     standardized: float,
+    one_sided: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """w_ce CE + T^2 (w_kd KD + w_t TCKD + w_n NCKD): the row loss [N] and its four terms [4, N].
 
     Terms are unweighted (T^2 included), a term of weight 0 is 0. CE is of the raw student logits at
-    T = 1, even where the distillation terms are standardised. Hinton et al. 2015; Zhao et al. 2022.
+    T = 1, even where the distillation terms are standardised. With ``one_sided`` TCKD is 0 where the
+    student is at least as sure of the label as the teacher. Hinton et al. 2015; Zhao et al. 2022.
     """
     z_s, z_t = as_float(student_logits), as_float(teacher_logits)
     u, v = (standardize(z_s), standardize(z_t)) if standardized else (z_s, z_t)
@@ -87,11 +89,65 @@ def softmax_rows(
             ce = F.cross_entropy(z_s, target, reduction="none", label_smoothing=label_smoothing)
         if tckd_weight:
             tckd = square * target_kl(u, v, target)
+            if one_sided:
+                surer = label_log_odds(v, target) > label_log_odds(u, target)
+                tckd = torch.where(surer, tckd, 0.0)
         if nckd_weight:
             nckd = square * nontarget_kl(u, v, target)
     terms = torch.stack([ce, kd, tckd, nckd])
     loss = ce_weight * ce + kd_weight * kd + tckd_weight * tckd + nckd_weight * nckd
     return loss, terms
+
+
+def nkd_rows(
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor, temperature: float, gamma: float
+) -> tuple[Tensor, Tensor]:
+    """NKD: -p_y log q_y at T = 1, minus gamma T^2 sum over i != y of p-hat_i log q-hat_i (Yang 2023)."""
+    z_s, z_t = as_float(student_logits), as_float(teacher_logits)
+    label = target[:, None]
+    p_y = label_log_odds(z_t, target).sigmoid()
+    log_p_hat = (z_t / temperature).scatter(1, label, MASKED).log_softmax(-1)
+    log_q_hat = (z_s / temperature).scatter(1, label, MASKED).log_softmax(-1)
+    nontarget = -(log_p_hat.exp() * log_q_hat).scatter(1, label, 0.0).sum(-1)
+    row = p_y * softplus(-label_log_odds(z_s, target)) + gamma * temperature * temperature * nontarget
+    return row, no_terms(row)
+
+
+def ttm_rows(
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None, gamma: float, weighted: float
+) -> tuple[Tensor, Tensor]:
+    """TTM: KL(softmax(gamma z_t) || softmax(z_s)); ``weighted`` (WTTM) times sum_i softmax(z_t)_i^gamma.
+    Zheng and Yang 2024."""
+    z_s, z_t = as_float(student_logits), as_float(teacher_logits)
+    row = kl_from_logits(z_s, gamma * z_t)
+    if weighted:
+        row = row * (gamma * z_t.log_softmax(-1)).exp().sum(-1)
+    return row, no_terms(row)
+
+
+def reverse_kl_rows(
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """KL(q || p), without T^2."""
+    row = kl_from_logits(as_float(teacher_logits) / temperature, as_float(student_logits) / temperature)
+    return row, no_terms(row)
+
+
+def jsd_rows(
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None, temperature: float, beta: float
+) -> tuple[Tensor, Tensor]:
+    """Generalised JSD: beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q, without T^2."""
+    log_q = (as_float(student_logits) / temperature).log_softmax(-1)
+    log_p = (as_float(teacher_logits) / temperature).log_softmax(-1)
+    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    student = (log_q.exp() * (log_q - log_m)).sum(-1)
+    teacher = (log_p.exp() * (log_p - log_m)).sum(-1)
+    row = beta * teacher + (1 - beta) * student
+    return row, no_terms(row)
+
+
+def no_terms(row: Tensor) -> Tensor:
+    return row.new_zeros(0, row.shape[0])
 
 
 def binary_kl_rows(
@@ -100,7 +156,7 @@ def binary_kl_rows(
     """BinaryKL: T^2 sum_i KL(Bern(sigmoid(v_i)) || Bern(sigmoid(u_i))). Yang et al. 2024 (DHKD)."""
     u, v = as_float(student_logits) / temperature, as_float(teacher_logits) / temperature
     row = v.sigmoid() * (v - u) + softplus(u) - softplus(v)
-    return temperature * temperature * row.sum(-1), row.new_zeros(0, row.shape[0])
+    return temperature * temperature * row.sum(-1), no_terms(row)
 
 
 def binary_kl_norm_rows(
@@ -110,7 +166,7 @@ def binary_kl_norm_rows(
     T^2 sum_i log cosh((z_s - z_t) / 2T). Yang et al. 2024 (DHKD)."""
     x = (as_float(student_logits) - as_float(teacher_logits)) / (2 * temperature)
     row = log_cosh(x).sum(-1)
-    return temperature * temperature * row, row.new_zeros(0, row.shape[0])
+    return temperature * temperature * row, no_terms(row)
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -131,6 +187,10 @@ def log_cosh(x: Tensor) -> Tensor:
 
 ROW_LOSSES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "softmax": softmax_rows,
+    "nkd": nkd_rows,
+    "ttm": ttm_rows,
+    "reverse_kl": reverse_kl_rows,
+    "jsd": jsd_rows,
     "binary_kl": binary_kl_rows,
     "binary_kl_norm": binary_kl_norm_rows,
 }

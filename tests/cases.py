@@ -15,6 +15,7 @@ class Case:
     loss: Callable[..., Tensor]  # (student, teacher, target, reduction=...) -> loss
     uses_label: bool = False
     ignores_rows: bool = True
+    vanishes: bool = True  # no gradient at equal logits
 
 
 def _distill(**options):
@@ -31,11 +32,63 @@ CASES = [
     Case("dkd", lambda s, t, y, **more: fastkd.dkd_loss(s, t, y, **more), True),
     Case("ls-dkd", lambda s, t, y, **more: fastkd.dkd_loss(s, t, y, standardize=True, **more), True),
     Case("tckd", lambda s, t, y, **more: fastkd.dkd_loss(s, t, y, beta=0.0, **more), True),
-    Case("ce-kd", _distill(ce_weight=0.1, kd_weight=0.9), True),
-    Case("ce-kd-t1", _distill(ce_weight=0.5, kd_weight=0.5, temperature=1.0, label_smoothing=0.1), True),
-    Case("ce-dkd", _distill(ce_weight=1.0, tckd_weight=1.0, nckd_weight=8.0, label_smoothing=0.1), True),
-    Case("ce-lskd", _distill(ce_weight=0.1, kd_weight=9.0, temperature=2.0, standardize=True), True),
-    Case("ce", _distill(ce_weight=1.0), True),
+    Case("ce-kd", _distill(ce_weight=0.1, kd_weight=0.9), True, vanishes=False),
+    Case(
+        "ce-kd-t1",
+        _distill(ce_weight=0.5, kd_weight=0.5, temperature=1.0, label_smoothing=0.1),
+        True,
+        vanishes=False,
+    ),
+    Case(
+        "ce-dkd",
+        _distill(ce_weight=1.0, tckd_weight=1.0, nckd_weight=8.0, label_smoothing=0.1),
+        True,
+        vanishes=False,
+    ),
+    Case(
+        "ce-lskd",
+        _distill(ce_weight=0.1, kd_weight=9.0, temperature=2.0, standardize=True),
+        True,
+        vanishes=False,
+    ),
+    Case("ce", _distill(ce_weight=1.0), True, vanishes=False),
+    Case("dckd", lambda s, t, y, **more: fastkd.dckd_loss(s, t, y, **more), True),
+    Case(
+        "ce-dckd",
+        _distill(ce_weight=1.0, tckd_weight=1.0, nckd_weight=2.0, fix_acquired=True),
+        True,
+        vanishes=False,
+    ),
+    Case("nkd", lambda s, t, y, **more: fastkd.nkd_loss(s, t, y, **more), True, vanishes=False),
+    Case(
+        "nkd-t3",
+        lambda s, t, y, **more: fastkd.nkd_loss(s, t, y, gamma=3.5, temperature=3.0, **more),
+        True,
+        vanishes=False,
+    ),
+    Case(
+        "ttm",
+        lambda s, t, y, **more: fastkd.ttm_loss(s, t, gamma=0.25, **more),
+        ignores_rows=False,
+        vanishes=False,
+    ),
+    Case(
+        "wttm",
+        lambda s, t, y, **more: fastkd.ttm_loss(s, t, gamma=0.25, weighted=True, **more),
+        ignores_rows=False,
+        vanishes=False,
+    ),
+    Case(
+        "reverse-kl",
+        lambda s, t, y, **more: fastkd.reverse_kl_loss(s, t, temperature=2.0, **more),
+        ignores_rows=False,
+    ),
+    Case("jsd", lambda s, t, y, **more: fastkd.jsd_loss(s, t, **more), ignores_rows=False),
+    Case(
+        "jsd-0.1",
+        lambda s, t, y, **more: fastkd.jsd_loss(s, t, beta=0.1, temperature=2.0, **more),
+        ignores_rows=False,
+    ),
     Case("binary-kl", lambda s, t, y, **more: fastkd.binary_kl_loss(s, t, **more), ignores_rows=False),
     Case(
         "binary-kl-norm", lambda s, t, y, **more: fastkd.binary_kl_norm_loss(s, t, **more), ignores_rows=False

@@ -10,14 +10,19 @@ from tests.cases import BY_NAME, CASES, exact, loss_and_gradient, make_logits
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 OPTIONS = {
-    "softmax": (4.0, 0.1, 0.9, 0.2, 0.3, 0.1, 0.0),
+    "softmax": (4.0, 0.1, 0.9, 0.2, 0.3, 0.1, 0.0, 0.0),
+    "nkd": (4.0, 1.5),
+    "ttm": (0.5, 1.0),
+    "reverse_kl": (2.0,),
+    "jsd": (2.0, 0.3),
     "binary_kl": (2.0,),
     "binary_kl_norm": (2.0,),
 }
 
 
+@pytest.mark.parametrize("reduced", [True, False])
 @pytest.mark.parametrize("loss", OPTIONS)
-def test_opcheck(fused, loss):
+def test_opcheck(fused, loss, reduced):
     student, teacher, target = make_logits(4, 11, torch.float32, fused)
     arguments = (
         target,
@@ -26,6 +31,7 @@ def test_opcheck(fused, loss):
         loss,
         OPTIONS[loss],
         fastkd.get_backend(),
+        reduced,
         True,
         True,
     )
@@ -35,8 +41,8 @@ def test_opcheck(fused, loss):
 def test_fake_shapes_are_the_real_ones(fused):
     student, teacher, target = make_logits(5, 9, torch.bfloat16, fused)
     for loss, options in OPTIONS.items():
-        for terms in (False, True):
-            arguments = (target, None, 1, loss, options, fastkd.get_backend(), terms, True)
+        for reduced, terms in ((False, False), (False, True), (True, False), (True, True)):
+            arguments = (target, None, 1, loss, options, fastkd.get_backend(), reduced, terms, True)
             real = torch.ops.fastkd.row_loss(student, teacher, *arguments)
             meta = torch.ops.fastkd.row_loss(
                 student.to("meta"), teacher.to("meta"), target.to("meta"), *arguments[1:]
@@ -119,15 +125,8 @@ def test_a_label_out_of_range_poisons_its_row_where_no_check_is_made(fused):
     student, teacher, target = make_logits(3, 9, torch.float32, fused)
     target[1] = 9
     rows, _ = library.row_loss(
-        student,
-        teacher,
-        target,
-        None,
-        1,
-        "softmax",
-        OPTIONS["softmax"],
-        fastkd.get_backend(),
-        with_terms=True,
-    )
+        student, teacher, target, None, 1, "softmax", OPTIONS["softmax"], fastkd.get_backend(),
+        reduced=False, with_terms=True,
+    )  # fmt: skip
     assert torch.isnan(rows[1])
     assert torch.isfinite(rows[[0, 2]]).all()

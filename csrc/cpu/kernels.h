@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "../row_math.h"
+#include "../row_formulas.h"
 
 namespace fastkd {
 
@@ -14,8 +14,6 @@ struct Matrix {
   int64_t stride;  // elements from row to row; a row is dense
   DType dtype;
 };
-
-enum class Pointwise { kBinaryKL, kBinaryKLNorm };
 
 // The rows of one call. Pointers that may be null: target, row_weight, terms, gradient.data.
 struct Rows {
@@ -35,8 +33,7 @@ FASTKD_ROW_FUNCTION float weight_of(const Rows& rows, int64_t row) {
 
 struct Kernels {
   const char* name;
-  void (*softmax_rows)(const Rows&, const SoftmaxOptions&, int64_t begin, int64_t end);
-  void (*pointwise_rows)(const Rows&, Pointwise, float temperature, int64_t begin, int64_t end);
+  void (*row_loss)(const Rows&, const LossOptions&, int64_t begin, int64_t end);
   void (*scale_rows)(const Matrix&, const float* upstream, int64_t upstream_stride, int64_t classes, int64_t begin,
                      int64_t end);
 };

@@ -38,27 +38,23 @@ FASTKD_INLINE ValueAndSlope log_cosh(vf x) {
   return {select(magnitude < 0.2f, series, value), tanh};
 }
 
-template <Pointwise kLoss>
+template <Loss kLoss>
 FASTKD_INLINE ValueAndSlope pointwise(vf s, vf t, float inverse) {
-  if (kLoss == Pointwise::kBinaryKL) return binary_kl(s * inverse, t * inverse);
+  if (kLoss == Loss::kBinaryKL) return binary_kl(s * inverse, t * inverse);
   return log_cosh((s - t) * (0.5f * inverse));
 }
 
-template <Pointwise kLoss>
-static void pointwise_row(const Rows& rows, float temperature, int64_t row) {
+template <Loss kLoss>
+static void pointwise_row(const Rows& rows, const LossOptions& options, int64_t row) {
+  const float temperature = options.values[0];
   const float weight = weight_of(rows, row), inverse = 1.0f / temperature;
   // d loss / d z: T^2 f'(u) / T for BinaryKL, T^2 f'(x) / 2T for BinaryKL-Norm.
-  const float slope_weight = weight * temperature * (kLoss == Pointwise::kBinaryKL ? 1.0f : 0.5f);
+  const float slope_weight = weight * temperature * (kLoss == Loss::kBinaryKL ? 1.0f : 0.5f);
   const bool with_gradient = rows.gradient.data != nullptr;
-  if (weight == 0) {
-    rows.losses[row] = 0;
-    if (with_gradient) fill_row(rows.gradient, row, 0, rows.classes, 0);
-    return;
-  }
   float z_s[kBlock], z_t[kBlock];
   double total = 0;
   for (int64_t offset = 0; offset < rows.classes; offset += kBlock) {
-    const int n = int(rows.classes - offset < kBlock ? rows.classes - offset : kBlock);
+    const int n = block_size(rows.classes, offset);
     const int padded = load_block(rows.student, row, offset, n, z_s);
     load_block(rows.teacher, row, offset, n, z_t);
     vf sum = {};
@@ -74,13 +70,6 @@ static void pointwise_row(const Rows& rows, float temperature, int64_t row) {
   rows.losses[row] = float(double(weight) * temperature * temperature * total);
 }
 
-static void pointwise_rows(const Rows& rows, Pointwise loss, float temperature, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; row++) {
-    if (loss == Pointwise::kBinaryKL) pointwise_row<Pointwise::kBinaryKL>(rows, temperature, row);
-    else pointwise_row<Pointwise::kBinaryKLNorm>(rows, temperature, row);
-  }
-}
-
 // gradient[row] *= upstream[row], in place; a row whose factor is 1 is not touched.
 static void scale_rows(const Matrix& gradient, const float* upstream, int64_t upstream_stride, int64_t classes,
                        int64_t begin, int64_t end) {
@@ -89,7 +78,7 @@ static void scale_rows(const Matrix& gradient, const float* upstream, int64_t up
     const float factor = upstream[row * upstream_stride];
     if (factor == 1.0f) continue;
     for (int64_t offset = 0; offset < classes; offset += kBlock) {
-      const int n = int(classes - offset < kBlock ? classes - offset : kBlock);
+      const int n = block_size(classes, offset);
       load_block(gradient, row, offset, n, block, -__builtin_inff());
       store_block(gradient, row, offset, n,
                   [&](int i) __attribute__((always_inline)) { return load(block + i) * factor; });

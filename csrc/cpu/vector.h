@@ -107,6 +107,15 @@ FASTKD_INLINE vf twice_atanh(vf w) {
   return w * (2.0f + s * (0.666663094f + s * (0.400251554f + s * (0.279569799f + s * 0.281950615f))));
 }
 
+// log(x) for x > 0 in the normal range.
+FASTKD_INLINE vf natural_log(vf x) {
+  // x = 2^n y with y from sqrt(1/2) to sqrt(2), so that w = (y - 1) / (y + 1) is at most 0.172.
+  const vi bits = as_int(x), above = bits - 0x3f3504f3;
+  const vf n = __builtin_convertvector(above >> 23, vf);
+  const vf y = as_float(bits - (above & int32_t(0xff800000)));
+  return twice_atanh((y - 1.0f) / (y + 1.0f)) + n * 0.693147181f;
+}
+
 // ---- logits of any dtype ------------------------------------------------------------------------------------
 
 FASTKD_INLINE float half_to_float(uint16_t h) {
@@ -197,6 +206,11 @@ struct Element<DType::kHalf> {
 // vectors; a padded entry is a masked class, which adds nothing to any sum.
 constexpr int kBlock = 1024;
 
+// How many of the `classes` logits are in the block that starts at `offset`.
+FASTKD_INLINE int block_size(int64_t classes, int64_t offset) {
+  return int(classes - offset < kBlock ? classes - offset : kBlock);
+}
+
 // Copies n <= kBlock values to `to`, raising what is below `lowest` to it, and `largest` to the largest of them;
 // returns the padded length.
 template <DType kType>
@@ -266,7 +280,14 @@ FASTKD_INLINE void store_block(const Matrix& matrix, int64_t row, int64_t offset
 FASTKD_INLINE void fill_row(const Matrix& matrix, int64_t row, int64_t offset, int64_t n, float value) {
   const vf vector = broadcast(value);
   for (int64_t i = 0; i < n; i += kBlock)
-    store_block(matrix, row, offset + i, int(n - i < kBlock ? n - i : kBlock), [&](int) { return vector; });
+    store_block(matrix, row, offset + i, block_size(n, i), [&](int) { return vector; });
+}
+
+// Loss, terms and gradient of a row that has none: 0 for one left out, NaN for one that cannot be computed.
+FASTKD_INLINE void write_whole_row(const Rows& rows, int64_t index, float value) {
+  rows.losses[index] = value;
+  for (int term = 0; term < 4 && rows.terms != nullptr; term++) rows.terms[term * rows.count + index] = value;
+  if (rows.gradient.data != nullptr) fill_row(rows.gradient, index, 0, rows.classes, value);
 }
 
 }  // namespace FASTKD_ISA

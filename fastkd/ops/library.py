@@ -15,7 +15,8 @@ TERMS = {"softmax": 4}
 _library = torch.library.Library("fastkd", "DEF")
 _library.define(
     "row_loss(Tensor student_logits, Tensor teacher_logits, Tensor? target, Tensor? row_weight, "
-    "SymInt divisor, str loss, float[] options, str backend, bool with_terms, bool with_gradient) "
+    "SymInt divisor, str loss, float[] options, str backend, bool reduced, bool with_terms, "
+    "bool with_gradient) "
     "-> (Tensor rows, Tensor terms, Tensor gradient)"
 )
 
@@ -30,9 +31,11 @@ def row_loss(
     options: Sequence[float],
     backend: str,
     *,
+    reduced: bool,
     with_terms: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Row losses [N] and their terms [K, N] in float32, times ``row_weight`` [N] and divided by ``divisor``.
+    """Row losses [N] and their terms [K, N] in float32, times ``row_weight`` [N] and divided by ``divisor``;
+    ``reduced``, their sums over the rows.
 
     ``target`` [N] names the label of each row, where the loss uses one; a label out of range gives a NaN
     row. A row of weight 0 is not read. ``options`` are those of the loss in ``fastkd.reference``.
@@ -48,6 +51,7 @@ def row_loss(
         loss,
         options,
         backend,
+        reduced,
         with_terms,
         with_gradient,
     )
@@ -84,19 +88,22 @@ def _row_loss(
     loss: str,
     options: Sequence[float],
     backend: str,
+    reduced: bool,
     with_terms: bool,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    outputs = _allocate(student, loss, with_terms, with_gradient)
+    rows, terms, gradient = _allocate(student, loss, with_terms, with_gradient)
     # Kernels take any row stride; only a row that is not dense is copied.
     student, teacher = (
         logits if logits.stride(1) == 1 else logits.contiguous() for logits in (student, teacher)
     )
     if student.shape[0]:
         _launcher(backend).row_loss(
-            student, teacher, target, row_weight, 1.0 / divisor, loss, options, *outputs
+            student, teacher, target, row_weight, 1.0 / divisor, loss, options, rows, terms, gradient
         )
-    return outputs
+    if reduced:
+        return rows.sum(), terms.sum(-1) if with_terms else terms, gradient
+    return rows, terms, gradient
 
 
 torch.library.impl("fastkd::row_loss", ("cpu", "cuda"), _row_loss, lib=_library)
@@ -112,10 +119,14 @@ def _row_loss_shapes(
     loss: str,
     options: Sequence[float],
     backend: str,
+    reduced: bool,
     with_terms: bool,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _allocate(student, loss, with_terms, with_gradient)
+    rows, terms, gradient = _allocate(student, loss, with_terms, with_gradient)
+    if reduced:
+        return rows.new_empty(()), terms.new_empty(terms.shape[0]) if with_terms else terms, gradient
+    return rows, terms, gradient
 
 
 def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -128,7 +139,7 @@ def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     (gradient,) = ctx.saved_tensors
-    nothing = (None,) * 9
+    nothing = (None,) * 10
     if upstream is None:
         return None, *nothing
     traced = torch.compiler.is_compiling() or type(gradient) is not Tensor
@@ -140,9 +151,9 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | Non
     # In place where the saved gradient is ours alone. Whoever keeps the graph may come again, and a compiler
     # fuses a plain product with what follows.
     if traced or torch._C._autograd._get_current_graph_task_keep_graph():
-        return (gradient * upstream[:, None]).to(gradient.dtype), *nothing
+        return (gradient * upstream.unsqueeze(-1)).to(gradient.dtype), *nothing
     if gradient.shape[0]:
-        _launcher(ctx.backend).scale_rows_(gradient, upstream)
+        _launcher(ctx.backend).scale_rows_(gradient, upstream.expand(gradient.shape[0]))
     return gradient, *nothing
 
 

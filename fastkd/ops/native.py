@@ -60,7 +60,12 @@ def instruction_set() -> str:
     return _library().fastkd_instruction_set().decode()
 
 
-_OPERATORS = {"softmax": "softmax_rows", "binary_kl": "binary_kl", "binary_kl_norm": "binary_kl_norm"}
+# The order of csrc/row_formulas.h.
+_CODES = {
+    name: code
+    for code, name in enumerate(("softmax", "nkd", "ttm", "reverse_kl", "jsd", "binary_kl", "binary_kl_norm"))
+}
+_OPTIONS = 8
 
 
 @cache
@@ -89,7 +94,7 @@ def row_loss(
 ) -> None:
     """Fills ``rows``, ``terms`` and ``gradient`` (an empty one is not computed); see ``ops.library``."""
     absent = _absent()
-    _operator(_OPERATORS[loss])(
+    _operator("row_loss")(
         student,
         teacher,
         absent if target is None else target,
@@ -98,7 +103,9 @@ def row_loss(
         rows,
         terms,
         gradient,
+        _CODES[loss],
         *options,
+        *(0.0,) * (_OPTIONS - len(options)),
     )
 
 

@@ -26,8 +26,33 @@ def sigmoid(x):
 
 
 @triton.jit
-def softmax_family(
-    statistics,
+def max_v_minus_u(sums, student_scale, teacher_scale, OWN_SLOPES: tl.constexpr):
+    """Differences of logits come before logarithms: large logits must not swallow them."""
+    max_s, sum_s, dot_s, moment_s, plain_s, max_t, sum_t, dot_t, moment_t, entropy_t, plain_t, total = sums
+    slope_s, mean_s, deviation_s = student_scale
+    slope_t, mean_t, deviation_t = teacher_scale
+    if OWN_SLOPES:
+        return (max_t - mean_t) * slope_t - (max_s - mean_s) * slope_s
+    else:
+        return (max_t - max_s) * slope_s
+
+
+@triton.jit
+def forward_kl(sums, student_scale, teacher_scale, OWN_SLOPES: tl.constexpr):
+    """KL(p-hat || q-hat) over the classes of the sums: NCKD / T^2 with a label, KD / T^2 without."""
+    max_s, sum_s, dot_s, moment_s, plain_s, max_t, sum_t, dot_t, moment_t, entropy_t, plain_t, total = sums
+    gap = max_v_minus_u(sums, student_scale, teacher_scale, OWN_SLOPES)
+    return dot_t / sum_t - gap - (tl.log(sum_t) - tl.log(sum_s))
+
+
+# A formula takes the statistics of a row and returns its loss, four terms and seven numbers of its gradient:
+# g_i = (student + tilt (v_i - u_i)) e^{u_i - max u} - teacher e^{v_i - max v} + plain e^{z_i - max z}
+#       + constant + affine (z_i - mean), and g_y = target.
+
+
+@triton.jit
+def softmax(
+    sums,
     options,
     student_scale,
     teacher_scale,
@@ -38,13 +63,9 @@ def softmax_family(
     CROSS_ENTROPY: tl.constexpr,
     STANDARDIZED: tl.constexpr,
 ):
-    """w_ce CE + T^2 (w_kd KD + w_t TCKD + w_n NCKD): loss, four terms, six numbers of the gradient.
-
-    g_i = student e^{u_i - max u} - teacher e^{v_i - max v} + plain e^{z_i - max z} + constant
-          + affine (z_i - mean), and g_y = target.
-    """
-    max_s, sum_s, moment_s, max_t, sum_t, moment_t, dot, sum_1, logit_sum = statistics
-    temperature, w_ce, w_kd, w_t, w_n, smoothing = options
+    """w_ce CE + T^2 (w_kd KD + w_t TCKD + w_n NCKD); one-sided, TCKD only where the teacher is the surer."""
+    max_s, sum_s, dot_s, moment_s, plain_s, max_t, sum_t, dot_t, moment_t, entropy_t, plain_t, total = sums
+    temperature, w_ce, w_kd, w_t, w_n, smoothing, plain_sided = options
     slope_s, mean_s, deviation_s = student_scale
     slope_t, mean_t, deviation_t = teacher_scale
     label_s, label_t = label
@@ -59,33 +80,29 @@ def softmax_family(
     affine = 0.0
     target = 0.0
     if DISTILS:
-        # Differences of logits come before the logarithms: large logits must not swallow them.
-        log_s = tl.log(sum_s)
-        log_t = tl.log(sum_t)
-        if STANDARDIZED:
-            max_v_minus_u = (max_t - mean_t) * slope_t - (max_s - mean_s) * slope_s
-        else:
-            max_v_minus_u = (max_t - max_s) * slope_s
-        nckd = dot / sum_t - max_v_minus_u - (log_t - log_s)
+        nckd = forward_kl(sums, student_scale, teacher_scale, STANDARDIZED)
         # Without a label nothing is left out, and KD is NCKD over all classes.
         q = 0.0
         p = 0.0
         q_rest = 1.0
         p_rest = 1.0
         label_u = 0.0
+        gate = 1.0
         if LABELLED:
             label_u = (label_s - mean_s) * slope_s
-            odds_s = (label_s - max_s) * slope_s - log_s
-            odds_t = (label_t - max_t) * slope_t - log_t
+            odds_s = (label_s - max_s) * slope_s - tl.log(sum_s)
+            odds_t = (label_t - max_t) * slope_t - tl.log(sum_t)
             q = sigmoid(odds_s)
             q_rest = sigmoid(-odds_s)
             p = sigmoid(odds_t)
             p_rest = sigmoid(-odds_t)
             tckd = p * (odds_t - odds_s) + (softplus(odds_s) - softplus(odds_t))
+            gate = tl.where((plain_sided != 0) & (odds_t <= odds_s), 0.0, 1.0)
         kd = tckd + p_rest * nckd
-        student = temperature / sum_s * (w_kd * q_rest + w_t * (p - q) + w_n)
+        tckd = gate * tckd
+        student = temperature / sum_s * (w_kd * q_rest + w_t * gate * (p - q) + w_n)
         teacher = temperature / sum_t * (w_kd * p_rest + w_n)
-        target = temperature * (w_kd + w_t) * (q - p)
+        target = temperature * (w_kd + w_t * gate) * (q - p)
         if STANDARDIZED:
             # G = sum g_i x_i over the standardised logits x = T u.
             inverse = slope_s * temperature
@@ -100,14 +117,86 @@ def softmax_family(
         tckd *= square
         nckd *= square
     if CROSS_ENTROPY:
-        odds = (label_s - max_s) - tl.log(sum_1)
+        odds = (label_s - max_s) - tl.log(plain_s)
         rest = sigmoid(-odds)
-        ce = softplus(-odds) + smoothing * (label_s - logit_sum / classes)
-        plain = w_ce * rest / sum_1
+        ce = softplus(-odds) + smoothing * (label_s - total / classes)
+        plain = w_ce * rest / plain_s
         constant = -w_ce * smoothing / classes
         target += w_ce * (smoothing - rest) + constant
     loss = w_ce * ce + w_kd * kd + w_t * tckd + w_n * nckd
-    return loss, (ce, kd, tckd, nckd), (student, teacher, plain, constant, affine, target)
+    return loss, (ce, kd, tckd, nckd), (student, teacher, plain, constant, affine, 0.0, target)
+
+
+@triton.jit
+def nkd(
+    sums,
+    options,
+    student_scale,
+    teacher_scale,
+    label,
+    classes,
+    LABELLED: tl.constexpr,
+    DISTILS: tl.constexpr,
+    CROSS_ENTROPY: tl.constexpr,
+    STANDARDIZED: tl.constexpr,
+):
+    """-p_y log q_y at T = 1, minus gamma T^2 sum over i != y of p-hat_i log q-hat_i."""
+    max_s, sum_s, dot_s, moment_s, plain_s, max_t, sum_t, dot_t, moment_t, entropy_t, plain_t, total = sums
+    temperature, gamma, o2, o3, o4, o5, o6 = options
+    label_s, label_t = label
+    odds_s = (label_s - max_s) - tl.log(plain_s)
+    odds_t = (label_t - max_t) - tl.log(plain_t)
+    p = sigmoid(odds_t)
+    rest = sigmoid(-odds_s)
+    entropy = tl.log(sum_t) - entropy_t / sum_t
+    nontarget = forward_kl(sums, student_scale, teacher_scale, False) + entropy
+    loss = p * softplus(-odds_s) + gamma * temperature * temperature * nontarget
+    scale = gamma * temperature
+    coefficients = (scale / sum_s, scale / sum_t, p * rest / plain_s, 0.0, 0.0, 0.0, -p * rest)
+    return loss, (0.0, 0.0, 0.0, 0.0), coefficients
+
+
+@triton.jit
+def ttm(
+    sums,
+    options,
+    student_scale,
+    teacher_scale,
+    label,
+    classes,
+    LABELLED: tl.constexpr,
+    DISTILS: tl.constexpr,
+    CROSS_ENTROPY: tl.constexpr,
+    STANDARDIZED: tl.constexpr,
+):
+    """KL(softmax(gamma z_t) || softmax(z_s)), weighted by sum_i softmax(z_t)_i^gamma."""
+    max_s, sum_s, dot_s, moment_s, plain_s, max_t, sum_t, dot_t, moment_t, entropy_t, plain_t, total = sums
+    gamma, weighted, o2, o3, o4, o5, o6 = options
+    weight = tl.where(weighted != 0, tl.exp(tl.log(sum_t) - gamma * tl.log(plain_t)), 1.0)
+    loss = weight * forward_kl(sums, student_scale, teacher_scale, True)
+    return loss, (0.0, 0.0, 0.0, 0.0), (weight / sum_s, weight / sum_t, 0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+@triton.jit
+def reverse_kl(
+    sums,
+    options,
+    student_scale,
+    teacher_scale,
+    label,
+    classes,
+    LABELLED: tl.constexpr,
+    DISTILS: tl.constexpr,
+    CROSS_ENTROPY: tl.constexpr,
+    STANDARDIZED: tl.constexpr,
+):
+    """KL(q || p); its gradient is q_i (d_i - KL) / T with d = log q - log p."""
+    max_s, sum_s, dot_s, moment_s, plain_s, max_t, sum_t, dot_t, moment_t, entropy_t, plain_t, total = sums
+    slope_s, mean_s, deviation_s = student_scale
+    gap = max_v_minus_u(sums, student_scale, teacher_scale, False)
+    loss = gap + (tl.log(sum_t) - tl.log(sum_s)) - dot_s / sum_s
+    scale = slope_s / sum_s
+    return loss, (0.0, 0.0, 0.0, 0.0), (scale * (dot_s / sum_s), 0.0, 0.0, 0.0, 0.0, -scale, 0.0)
 
 
 @triton.jit
