@@ -84,8 +84,8 @@ def main() -> None:
         "Each cell: error of the row losses / error of the gradient, relative to the float64 reference on\n"
         f"the same {ROWS} x {CLASSES} logits, median of {DRAWS} draws. A half type's gradient cannot be\n"
         "closer than its own rounding, about 2e-3 for bfloat16 and 2e-4 for float16; Triton's interpreter\n"
-        "truncates to bfloat16, which doubles that. Near-equal is a difference of 1e-3, where a loss of 1e-7\n"
-        "is lost to rounding and its gradient is not. Masked is -inf for half of the classes in both models.\n"
+        "truncates to bfloat16, which doubles that. Near-equal is a difference of 1e-3, where a loss of\n"
+        "1e-7 is lost to rounding and its gradient is not. Masked is -inf for half the classes of both.\n"
     )
     for dtype in DTYPES:
         torch.manual_seed(0)
