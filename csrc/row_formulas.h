@@ -121,9 +121,10 @@ FASTKD_ROW_FUNCTION SoftmaxResult<Real> softmax_formula(const SoftmaxOptions& op
     if (row.label.present) {
       const Real odds_s = (Real(row.label.z_s) - Real(sums.max_s)) * row.student.slope - std::log(sums.sum_s);
       const Real odds_t = (Real(row.label.z_t) - Real(sums.max_t)) * row.teacher.slope - std::log(sums.sum_t);
-      q = sigmoid(odds_s), q_rest = sigmoid(-odds_s);
-      p = sigmoid(odds_t), p_rest = sigmoid(-odds_t);
-      tckd = p * (odds_t - odds_s) + softplus(odds_s) - softplus(odds_t);
+      const Odds<Real> of_student = from_log_odds(odds_s), of_teacher = from_log_odds(odds_t);
+      q = of_student.yes, q_rest = of_student.no;
+      p = of_teacher.yes, p_rest = of_teacher.no;
+      tckd = p * (odds_t - odds_s) + of_student.softplus - of_teacher.softplus;
       gate = options.one_sided != 0 && !(odds_t > odds_s) ? 0 : 1;
     }
     const Real w_t = options.tckd_weight * gate;
@@ -153,8 +154,9 @@ FASTKD_ROW_FUNCTION SoftmaxResult<Real> softmax_formula(const SoftmaxOptions& op
   if (w_ce != 0) {
     const Real smoothing = options.label_smoothing;
     const Real odds = (Real(row.label.z_s) - Real(sums.max_s)) - std::log(sums.plain_s);
-    const Real rest = sigmoid(-odds);
-    result.terms[0] = softplus(-odds) + smoothing * (row.label.z_s - sums.logit_sum / row.classes);
+    const Odds<Real> of_rest = from_log_odds(-odds);
+    const Real rest = of_rest.yes;
+    result.terms[0] = of_rest.softplus + smoothing * (row.label.z_s - sums.logit_sum / row.classes);
     gradient.plain = w_ce * rest / sums.plain_s;
     gradient.constant = -w_ce * smoothing / row.classes;
     gradient.label += w_ce * (smoothing - rest) + gradient.constant;
@@ -171,10 +173,11 @@ FASTKD_ROW_FUNCTION SoftmaxResult<Real> nkd_formula(const NKDOptions& options, c
   const Real temperature = options.temperature, gamma = options.gamma;
   const Real odds_s = (Real(row.label.z_s) - Real(sums.max_s)) - std::log(sums.plain_s);
   const Real odds_t = (Real(row.label.z_t) - Real(sums.max_t)) - std::log(sums.plain_t);
-  const Real p = sigmoid(odds_t), rest = sigmoid(-odds_s);
+  const Odds<Real> of_rest = from_log_odds(-odds_s);
+  const Real p = from_log_odds(odds_t).yes, rest = of_rest.yes;
   const Real entropy = std::log(sums.sum_t) - sums.entropy_t / sums.sum_t;
   SoftmaxResult<Real> result{};
-  result.loss = p * softplus(-odds_s) + gamma * temperature * temperature * (forward_kl(row) + entropy);
+  result.loss = p * of_rest.softplus + gamma * temperature * temperature * (forward_kl(row) + entropy);
   result.gradient.student = gamma * temperature / sums.sum_s;
   result.gradient.teacher = gamma * temperature / sums.sum_t;
   result.gradient.plain = p * rest / sums.plain_s;

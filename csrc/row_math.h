@@ -58,30 +58,31 @@ struct RowLabel {
 // Brings sums that are relative to smaller largest logits to the larger ones of the next part.
 template <class Real>
 FASTKD_ROW_FUNCTION void rebase(SoftmaxStatistics<Real>& row, float max_s, float max_t, Real slope_s, Real slope_t) {
-  if (max_s != row.max_s) {
+  if (max_s != row.max_s && row.sum_s != 0) {
     const Real below = Real(row.max_s) - Real(max_s), factor = std::exp(below * slope_s);
     row.sum_s *= factor, row.dot_s *= factor, row.moment_s *= factor;
-    row.plain_s *= std::exp(below);
-    row.max_s = max_s;
+    if (row.plain_s != 0) row.plain_s *= std::exp(below);
   }
-  if (max_t != row.max_t) {
+  if (max_t != row.max_t && row.sum_t != 0) {
     const Real below = Real(row.max_t) - Real(max_t), shift = below * slope_t, factor = std::exp(shift);
     row.entropy_t = factor * (row.entropy_t + shift * row.sum_t);
     row.sum_t *= factor, row.dot_t *= factor, row.moment_t *= factor;
-    row.plain_t *= std::exp(below);
-    row.max_t = max_t;
+    if (row.plain_t != 0) row.plain_t *= std::exp(below);
   }
+  row.max_s = max_s;
+  row.max_t = max_t;
 }
 
+// What a log odds x means: sigmoid(x), sigmoid(-x) and softplus(x) = -log sigmoid(-x), from one exponential.
 template <class Real>
-FASTKD_ROW_FUNCTION Real softplus(Real x) {
-  return (x > 0 ? x : 0) + std::log1p(std::exp(x > 0 ? -x : x));
-}
+struct Odds {
+  Real yes, no, softplus;
+};
 
 template <class Real>
-FASTKD_ROW_FUNCTION Real sigmoid(Real x) {
-  const Real e = std::exp(x > 0 ? -x : x);
-  return (x > 0 ? 1 : e) / (1 + e);
+FASTKD_ROW_FUNCTION Odds<Real> from_log_odds(Real x) {
+  const Real e = std::exp(x > 0 ? -x : x), surer = 1 / (1 + e), other = e * surer;
+  return x > 0 ? Odds<Real>{surer, other, x + std::log1p(e)} : Odds<Real>{other, surer, std::log1p(e)};
 }
 
 }  // namespace fastkd

@@ -159,11 +159,12 @@ FASTKD_INLINE void sweep_gradient(const Rows& rows, int64_t index, const Row<dou
     const int n = block_size(row.classes, offset);
     const double below_s = double(kept.max_s[block]) - row.sums.max_s;
     const double below_t = double(kept.max_t[block]) - row.sums.max_t;
-    const double factor_s = __builtin_exp(below_s * row.student.slope);
-    const vf a = broadcast(float(g.student * factor_s));
-    const vf b = broadcast(float(g.teacher * __builtin_exp(below_t * row.teacher.slope)));
-    const vf tilt = broadcast(float(g.tilt * factor_s * row.student.slope));
-    const vf c = broadcast(kNeeds & kPlainStudent ? float(g.plain * __builtin_exp(below_s)) : 0.0f);
+    // Mostly the largest logit came early, and the factors are 1.
+    const double factor_s = below_s == 0 ? 1.0 : __builtin_exp(below_s * row.student.slope);
+    const double factor_t = below_t == 0 ? 1.0 : __builtin_exp(below_t * row.teacher.slope);
+    const double factor_1 = (kNeeds & kPlainStudent) && below_s != 0 ? __builtin_exp(below_s) : 1.0;
+    const vf a = broadcast(float(g.student * factor_s)), b = broadcast(float(g.teacher * factor_t));
+    const vf c = broadcast(float(g.plain * factor_1)), tilt = broadcast(float(g.tilt * factor_s * row.student.slope));
     const float *exp_u = kept.student + offset, *exp_v = kept.teacher + offset, *exp_z = kept.plain + offset;
     if (kNeeds & (kStandardized | kTilt)) load_block(rows.student, index, offset, n, z_s);
     if (kNeeds & kTilt) load_block(rows.teacher, index, offset, n, z_t);
