@@ -50,7 +50,8 @@ class BuildNative(build_ext):
             f"fastkd: the native backend was not built, the install goes on without it ({message})",
             file=sys.stderr,
         )
-        target = Path(self.build_lib, FAILURE_NOTE) if not self.inplace else FAILURE_NOTE
+        beside_the_source = self.inplace or getattr(self, "editable_mode", False)
+        target = FAILURE_NOTE if beside_the_source else Path(self.build_lib, FAILURE_NOTE)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(message + "\n")
         self.extensions = []

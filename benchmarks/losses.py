@@ -25,7 +25,10 @@ from torch import Tensor
 
 import fastkd
 
-SHAPES = [(256, 1000), (128, 21841), (32, 131072)]
+SHAPES = {
+    "cpu": [(256, 1000), (128, 21841), (32, 131072)],
+    "cuda": [(256, 1000), (8192, 32768), (4096, 131072), (256, 1_000_000)],
+}
 INPUT_SETS = 3
 T_KD, T_BINARY = 4.0, 2.0
 
@@ -182,7 +185,7 @@ def main() -> None:
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     results = []
     names = ["KD", "DKD"] if arguments.quick else list(LOSSES)
-    for rows, classes in SHAPES[:2] if arguments.quick else SHAPES:
+    for rows, classes in SHAPES[device][: 2 if arguments.quick else None]:
         for name in names:
             torch._dynamo.reset()
             dtype = getattr(torch, arguments.dtype)

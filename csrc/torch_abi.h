@@ -19,7 +19,6 @@ using AOTITorchError = int32_t;
 using StableIValue = uint64_t;
 
 AOTITorchError aoti_torch_get_data_ptr(AtenTensorHandle tensor, void** ret_data_ptr);
-AOTITorchError aoti_torch_get_dim(AtenTensorHandle tensor, int64_t* ret_dim);
 AOTITorchError aoti_torch_get_numel(AtenTensorHandle tensor, int64_t* ret_numel);
 AOTITorchError aoti_torch_get_sizes(AtenTensorHandle tensor, int64_t** ret_sizes);
 AOTITorchError aoti_torch_get_strides(AtenTensorHandle tensor, int64_t** ret_strides);
@@ -34,12 +33,10 @@ AOTITorchError torch_library_impl(TorchLibraryHandle self, const char* name,
                                   void (*fn)(StableIValue*, uint64_t, uint64_t), uint64_t extension_build_version);
 AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t grain_size,
                                   void (*func)(int64_t, int64_t, void*), void* ctx);
-AOTITorchError torch_get_num_threads(uint32_t* out_num_threads);
 }
 
 #define FASTKD_TORCH_FUNCTIONS(apply)       \
   apply(aoti_torch_get_data_ptr)            \
-  apply(aoti_torch_get_dim)                 \
   apply(aoti_torch_get_numel)               \
   apply(aoti_torch_get_sizes)               \
   apply(aoti_torch_get_strides)             \
@@ -49,8 +46,7 @@ AOTITorchError torch_get_num_threads(uint32_t* out_num_threads);
   apply(aoti_torch_library_init_impl)       \
   apply(aoti_torch_library_def)             \
   apply(torch_library_impl)                 \
-  apply(torch_parallel_for)                 \
-  apply(torch_get_num_threads)
+  apply(torch_parallel_for)
 
 namespace fastkd {
 

@@ -25,7 +25,7 @@ def test_the_declared_abi_is_torchs_own(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
-    changed = (ROOT / "csrc/torch_abi.h").read_text().replace("int64_t* ret_dim", "int32_t* ret_dim")
+    changed = (ROOT / "csrc/torch_abi.h").read_text().replace("int64_t* ret_numel", "int32_t* ret_numel")
     (tmp_path / "changed.h").write_text(changed)
     source.write_text('#include <torch/csrc/stable/c/shim.h>\n#include "changed.h"\n')
     assert subprocess.run(command, capture_output=True).returncode != 0, "the check cannot fail"
