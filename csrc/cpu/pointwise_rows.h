@@ -58,7 +58,13 @@ static void pointwise_row(const Rows& rows, const LossOptions& options, int64_t 
     const int padded = load_block(rows.student, row, offset, n, z_s);
     load_block(rows.teacher, row, offset, n, z_t);
     vf sum = {};
+    const Ahead next_s = ahead_of_block(rows.student, rows, row, offset);
+    const Ahead next_t = ahead_of_block(rows.teacher, rows, row, offset);
+    const Ahead gradient = ahead_at(rows.gradient, row, offset);
     for (int i = 0; i < padded; i += kLanes) {
+      fetch(next_s, i);
+      fetch(next_t, i);
+      if (with_gradient) fetch_to_write(gradient, i);
       const ValueAndSlope at = pointwise<kLoss>(load(z_s + i), load(z_t + i), inverse);
       sum += at.value;
       store(z_s + i, at.slope * slope_weight);

@@ -60,6 +60,7 @@ FASTKD_INLINE void sweep_statistics(const Rows& rows, int64_t index, int64_t lab
                                     const Kept& kept) {
   float z_s[kBlock], z_t[kBlock];
   SoftmaxStatistics<double>& total = row.sums;
+  const bool with_gradient = rows.gradient.data != nullptr;
   total.max_s = total.max_t = kMasked;
   const vf slope_s = broadcast(float(row.student.slope)), slope_t = broadcast(float(row.teacher.slope));
   const vf power_s = broadcast(float(row.student.slope * kLog2EDouble));
@@ -90,7 +91,13 @@ FASTKD_INLINE void sweep_statistics(const Rows& rows, int64_t index, int64_t lab
     const vf base_s = broadcast(max_s), base_t = broadcast(max_t);
     vf sum_s = {}, sum_t = {}, dot_s = {}, dot_t = {}, moment_s = {}, moment_t = {}, entropy_t = {};
     vf plain_s = {}, plain_t = {};
+    const Ahead next_s = ahead_of_block(rows.student, rows, index, offset);
+    const Ahead next_t = ahead_of_block(rows.teacher, rows, index, offset);
+    const Ahead gradient = ahead_at(rows.gradient, index, offset);
     for (int i = 0; i < padded; i += kLanes) {
+      fetch(next_s, i);
+      fetch(next_t, i);
+      if (with_gradient) fetch_to_write(gradient, i);
       const vf s = load(z_s + i), t = load(z_t + i);
       const vf exp_u = power_of_two_nonpositive((s - base_s) * power_s);
       const vf exp_v = power_of_two_nonpositive((t - base_t) * power_t);

@@ -211,6 +211,29 @@ FASTKD_INLINE int block_size(int64_t classes, int64_t offset) {
   return int(classes - offset < kBlock ? classes - offset : kBlock);
 }
 
+// The memory that is wanted after the present block. It is fetched while this one is computed: the processor's own
+// prefetching stops at each page, which a block fills, and arithmetic and memory would take turns.
+struct Ahead {
+  const char* data;
+  int width;
+};
+
+FASTKD_INLINE Ahead ahead_at(const Matrix& matrix, int64_t row, int64_t offset) {
+  const int width = matrix.dtype == DType::kFloat ? 4 : 2;
+  return {(const char*)matrix.data + (row * matrix.stride + offset) * width, width};
+}
+
+// The logits of the next block, or of the next row's first.
+FASTKD_INLINE Ahead ahead_of_block(const Matrix& matrix, const Rows& rows, int64_t row, int64_t offset) {
+  if (offset + kBlock < rows.classes) return ahead_at(matrix, row, offset + kBlock);
+  return ahead_at(matrix, row + 1 < rows.count ? row + 1 : row, 0);
+}
+
+FASTKD_INLINE void fetch(const Ahead& ahead, int i) { __builtin_prefetch(ahead.data + int64_t(i) * ahead.width); }
+FASTKD_INLINE void fetch_to_write(const Ahead& ahead, int i) {
+  __builtin_prefetch(ahead.data + int64_t(i) * ahead.width, 1);
+}
+
 // Copies n <= kBlock values to `to`, raising what is below `lowest` to it, and `largest` to the largest of them;
 // returns the padded length.
 template <DType kType>

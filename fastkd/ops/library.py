@@ -152,7 +152,9 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | Non
     # fuses a plain product with what follows.
     if traced or torch._C._autograd._get_current_graph_task_keep_graph():
         return (gradient * upstream.unsqueeze(-1)).to(gradient.dtype), *nothing
-    if gradient.shape[0]:
+    # A number on the CPU is read without waiting for anything; on a GPU the kernel decides.
+    unscaled = upstream.dim() == 0 and upstream.device.type == "cpu" and float(upstream) == 1.0
+    if gradient.shape[0] and not unscaled:
         _launcher(ctx.backend).scale_rows_(gradient, upstream.expand(gradient.shape[0]))
     return gradient, *nothing
 
