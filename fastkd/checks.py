@@ -44,6 +44,18 @@ def check_logits(student_logits: Tensor, teacher_logits: Tensor) -> None:
         )
 
 
+def check_one_a_row(name: str, values: Tensor, what: str, student_logits: Tensor) -> None:
+    if values.shape != student_logits.shape[:-1]:
+        raise ValueError(
+            f"{name} has shape {list(values.shape)}; expected {list(student_logits.shape[:-1])}, one {what} "
+            f"for each row of student_logits {list(student_logits.shape)}"
+        )
+    if values.device != student_logits.device:
+        raise ValueError(
+            f"{name} is on {values.device} and student_logits on {student_logits.device}; expected one device"
+        )
+
+
 def check_target(target: Tensor, student_logits: Tensor, ignore_index: int) -> bool:
     """Shape, dtype and device always; the range of the labels where reading them costs no sync (CPU).
 
@@ -55,15 +67,7 @@ def check_target(target: Tensor, student_logits: Tensor, ignore_index: int) -> b
         raise TypeError(
             f"target has dtype {target.dtype}; expected int64 class indices (soft targets are not labels)"
         )
-    if target.shape != student_logits.shape[:-1]:
-        raise ValueError(
-            f"target has shape {list(target.shape)}; expected {list(student_logits.shape[:-1])}, one label "
-            f"for each row of student_logits {list(student_logits.shape)}"
-        )
-    if target.device != student_logits.device:
-        raise ValueError(
-            f"target is on {target.device} and student_logits on {student_logits.device}; expected one device"
-        )
+    check_one_a_row("target", target, "label", student_logits)
     if target.device.type == "cpu" and not torch.compiler.is_compiling():
         return check_labels(target, student_logits.shape[-1], ignore_index)
     return False
@@ -97,15 +101,7 @@ def check_row_weight(weight: Tensor, student_logits: Tensor) -> None:
         )
     if not weight.is_floating_point():
         raise TypeError(f"weight has dtype {weight.dtype}; expected a floating-point tensor")
-    if weight.shape != student_logits.shape[:-1]:
-        raise ValueError(
-            f"weight has shape {list(weight.shape)}; expected {list(student_logits.shape[:-1])}, one number "
-            f"for each row of student_logits {list(student_logits.shape)}"
-        )
-    if weight.device != student_logits.device:
-        raise ValueError(
-            f"weight is on {weight.device} and student_logits on {student_logits.device}; expected one device"
-        )
+    check_one_a_row("weight", weight, "number", student_logits)
     if weight.requires_grad:
         raise ValueError(
             "weight requires grad, but it is a constant of every fastkd loss; pass weight.detach()"

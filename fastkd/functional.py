@@ -87,20 +87,19 @@ def dkd_loss(
     [...] int64. Published: alpha 1, beta 8, T 4 for CIFAR-100 (beta 2 to 8 by pair), T 1 and beta 0.5 or 2
     for ImageNet, a cross-entropy of weight 1 beside it and a linear warm-up over 20 epochs.
     """
-    checks.check_number("alpha", alpha)
-    checks.check_number("beta", beta)
-    loss, _ = _reduced(
-        "softmax",
-        (temperature, 0.0, 0.0, alpha, beta, 0.0, standardize),
+    return dckd_loss(
         student_logits,
         teacher_logits,
         target,
-        uses_label=True,
+        alpha=alpha,
+        beta=beta,
+        temperature=temperature,
+        fix_acquired=False,
+        standardize=standardize,
         ignore_index=ignore_index,
         weight=weight,
         reduction=reduction,
     )
-    return loss
 
 
 def distill_loss(

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,8 +111,3 @@ def row_loss(
 def scale_rows_(gradient: Tensor, upstream: Tensor) -> None:
     """``gradient[n] *= upstream[n]`` in place; rows whose factor is 1 are not touched."""
     _operator("scale_rows_")(gradient, upstream)
-
-
-def describe() -> dict[str, Any]:
-    """What ``fastkd doctor`` prints of this backend."""
-    return {"library": library_path(), "instruction set": instruction_set()}
