@@ -81,9 +81,23 @@ struct RowArguments {
 
 // ---- threads -------------------------------------------------------------------------------------------------
 
+constexpr int64_t kElementsWorthAThread = 16384;
+
+void parallel_parts(int64_t count, void (*body)(int64_t, int64_t, void*), void* context) {
+  check(torch_abi.torch_parallel_for(0, count, 1, body, context) == 0, "parallel_for failed");
+}
+
+// More than one where there are fewer rows than threads, and enough classes for all of them.
+int parts_a_row(const Rows& rows) {
+  uint32_t threads;
+  check(torch_abi.torch_get_num_threads(&threads) == 0, "get_num_threads failed");
+  if (rows.count == 0 || rows.count >= int64_t(threads)) return 1;
+  const int64_t wanted = (threads + rows.count - 1) / rows.count, worth = rows.classes / kElementsWorthAThread;
+  return int(wanted < worth ? wanted : worth);
+}
+
 template <class Body>
 void parallel_rows(int64_t count, int64_t classes, const Body& body) {
-  constexpr int64_t kElementsWorthAThread = 16384;
   const int64_t grain = classes > 0 ? (kElementsWorthAThread + classes - 1) / classes : 1;
   const auto call = [](int64_t begin, int64_t end, void* context) {
     (*static_cast<const Body*>(context))(begin, end);
@@ -104,8 +118,11 @@ void row_loss(StableIValue* stack, uint64_t, uint64_t) {
   LossOptions options;
   options.loss = Loss(int32_t(int64_t(stack[8])));
   for (int i = 0; i < kOptions; i++) options.values[i] = float(as_double(stack[9 + i]));
-  parallel_rows(rows.count, rows.classes,
-                [&](int64_t begin, int64_t end) { kernels().row_loss(rows, options, begin, end); });
+  const int parts = parts_a_row(rows);
+  if (parts > 1) kernels().row_loss_in_parts(rows, options, parts, parallel_parts);
+  else
+    parallel_rows(rows.count, rows.classes,
+                  [&](int64_t begin, int64_t end) { kernels().row_loss(rows, options, begin, end); });
 }
 
 void scale_rows(StableIValue* stack, uint64_t, uint64_t) {

@@ -73,6 +73,17 @@ FASTKD_ROW_FUNCTION void rebase(SoftmaxStatistics<Real>& row, float max_s, float
   row.max_t = max_t;
 }
 
+// Adds the sums of a part that is relative to the same largest logits.
+template <class Real>
+FASTKD_ROW_FUNCTION void add_sums(SoftmaxStatistics<Real>& row, const SoftmaxStatistics<Real>& part) {
+  row.sum_s += part.sum_s, row.sum_t += part.sum_t;
+  row.dot_s += part.dot_s, row.dot_t += part.dot_t;
+  row.moment_s += part.moment_s, row.moment_t += part.moment_t;
+  row.entropy_t += part.entropy_t;
+  row.plain_s += part.plain_s, row.plain_t += part.plain_t;
+  row.logit_sum += part.logit_sum;
+}
+
 // What a log odds x means: sigmoid(x), sigmoid(-x) and softplus(x) = -log sigmoid(-x), from one exponential.
 template <class Real>
 struct Odds {

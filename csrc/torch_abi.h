@@ -31,6 +31,7 @@ AOTITorchError aoti_torch_library_init_impl(const char* ns, const char* k, const
 AOTITorchError aoti_torch_library_def(TorchLibraryHandle self, const char* schema);
 AOTITorchError torch_library_impl(TorchLibraryHandle self, const char* name,
                                   void (*fn)(StableIValue*, uint64_t, uint64_t), uint64_t extension_build_version);
+AOTITorchError torch_get_num_threads(uint32_t* out_num_threads);
 AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t grain_size,
                                   void (*func)(int64_t, int64_t, void*), void* ctx);
 }
@@ -46,6 +47,7 @@ AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t grain_size
   apply(aoti_torch_library_init_impl)       \
   apply(aoti_torch_library_def)             \
   apply(torch_library_impl)                 \
+  apply(torch_get_num_threads)              \
   apply(torch_parallel_for)
 
 namespace fastkd {

@@ -44,6 +44,26 @@ def test_rows_of_several_tiles(fused, case, classes):
 
 
 @each_case
+@pytest.mark.parametrize("rows,classes", [(1, 70_001), (2, 150_001), (3, 270_001)])
+def test_long_rows_on_three_threads(case, rows, classes):
+    """On the CPU: rows shared by threads, and rows too long to keep their exponentials."""
+    threads = torch.get_num_threads()
+    student, teacher, target = make_logits(rows, classes)
+    student, teacher = student.half(), teacher.bfloat16()
+    target[0] = classes - 1
+    try:
+        torch.set_num_threads(3)
+        with fastkd.use_backend("native"):
+            assert_matches(case, student, teacher, target, torch.randn(rows), reduction="none")
+            first, again = (loss_and_gradient(case, student, teacher, target) for _ in range(2))
+            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+            loss, _ = loss_and_gradient(case, student, teacher, target)
+            torch.testing.assert_close(case.loss(student, teacher, target), loss)  # without a gradient
+    finally:
+        torch.set_num_threads(threads)
+
+
+@each_case
 @pytest.mark.parametrize("reduction", ["batchmean", "sum", "none"])
 def test_reductions(fused, case, reduction):
     student, teacher, target = make_logits(6, 17, torch.float32, fused)

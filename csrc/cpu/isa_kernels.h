@@ -13,25 +13,111 @@
 namespace fastkd {
 namespace FASTKD_ISA {
 
-static RowFunction row_function_for(const LossOptions& options) {
+static const Phases& phases_of(const LossOptions& options) {
   switch (options.loss) {
-    case Loss::kJSD: return jsd_row;
-    case Loss::kBinaryKL: return pointwise_row<Loss::kBinaryKL>;
-    case Loss::kBinaryKLNorm: return pointwise_row<Loss::kBinaryKLNorm>;
-    default: return softmax_row_for(options);
+    case Loss::kJSD: return kMixturePhases;
+    case Loss::kBinaryKL: return pointwise_phases<Loss::kBinaryKL>();
+    case Loss::kBinaryKLNorm: return pointwise_phases<Loss::kBinaryKLNorm>();
+    default: return softmax_phases_for(options);
   }
 }
 
-static void row_loss(const Rows& rows, const LossOptions& options, int64_t begin, int64_t end) {
-  const RowFunction compute = row_function_for(options);
-  for (int64_t index = begin; index < end; index++) {
-    if (weight_of(rows, index) == 0) write_whole_row(rows, index, 0.0f);  // left out, and not read
-    else compute(rows, options, index);
+// Longer rows than this leave the second-level cache between their sweeps, and keeping their exponentials gains
+// less than it costs.
+constexpr int64_t kKeptClasses = 1 << 18;
+
+static Kept keep(const Rows& rows, const LossOptions& options) {
+  if (rows.gradient.data == nullptr && options.loss != Loss::kJSD) return {};
+  if (rows.classes > kKeptClasses) return {};
+  const bool with_plain = needs_of(options) & kPlainStudent;
+  const int64_t blocks = (rows.classes + kBlock - 1) / kBlock, floats = blocks * kBlock;
+  float* data = scratch((with_plain ? 3 : 2) * floats + 2 * blocks);
+  if (data == nullptr) return {};
+  float* after = data + (with_plain ? 3 : 2) * floats;
+  return {data, data + floats, with_plain ? data + 2 * floats : nullptr, after, after + blocks};
+}
+
+// Starts on a row; false where it is finished with that: left out, or without a valid label.
+static bool start_row(RowJob& job, const Rows& rows, const LossOptions& options, int64_t index) {
+  job = {&rows, &options, index, -1, {}, {}, 0, {}};
+  if (weight_of(rows, index) == 0) {
+    write_whole_row(rows, index, 0.0f);  // and not read
+    return false;
   }
+  if (uses_label(options) && rows.target != nullptr) {
+    job.label_class = rows.target[index * rows.target_stride];
+    if (job.label_class < 0 || job.label_class >= rows.classes) {
+      write_whole_row(rows, index, __builtin_nanf(""));
+      return false;
+    }
+  }
+  job.row.classes = rows.classes;
+  slopes_of(options, job.row.student.slope, job.row.teacher.slope);
+  return true;
+}
+
+static bool runs_phase(const Phases& phases, int phase, const Rows& rows) {
+  return phase == 0 || phase + 1 < phases.count || rows.gradient.data != nullptr;
+}
+
+static void row_loss(const Rows& rows, const LossOptions& options, int64_t begin, int64_t end) {
+  const Phases& phases = phases_of(options);
+  const Kept kept = keep(rows, options);
+  for (int64_t index = begin; index < end; index++) {
+    RowJob job;
+    if (!start_row(job, rows, options, index)) continue;
+    job.kept = kept;
+    for (int phase = 0; phase < phases.count && runs_phase(phases, phase, rows); phase++) {
+      RowPart part{};
+      phases.run[phase](job, 0, rows.classes, part);
+      phases.combine[phase](job, &part, 1);
+    }
+  }
+}
+
+// The same with each row in `parts` parts, which `parallel(count, body, context)` shares out over threads.
+static void row_loss_in_parts(const Rows& rows, const LossOptions& options, int parts, Parallel parallel) {
+  struct Call {
+    const Rows& rows;
+    const LossOptions& options;
+    const Phases& phases;
+    RowJob* jobs;
+    bool* started;
+    RowPart* results;
+    int64_t parts;
+    int phase;
+  };
+  RowJob* jobs = new RowJob[rows.count];
+  bool* started = new bool[rows.count];
+  RowPart* results = new RowPart[rows.count * parts];
+  Call call = {rows, options, phases_of(options), jobs, started, results, parts, 0};
+  for (int64_t index = 0; index < rows.count; index++) started[index] = start_row(jobs[index], rows, options, index);
+  for (; call.phase < call.phases.count && runs_phase(call.phases, call.phase, rows); call.phase++) {
+    parallel(
+        rows.count * parts,
+        [](int64_t begin, int64_t end, void* context) {
+          const Call& call = *static_cast<Call*>(context);
+          const int64_t blocks = (call.rows.classes + kBlock - 1) / kBlock;
+          for (int64_t i = begin; i < end; i++) {
+            const int64_t index = i / call.parts, part = i % call.parts;
+            const int64_t from = blocks * part / call.parts * kBlock, to = blocks * (part + 1) / call.parts * kBlock;
+            call.results[i] = {};
+            if (call.started[index])
+              call.phases.run[call.phase](call.jobs[index], from, to < call.rows.classes ? to : call.rows.classes,
+                                          call.results[i]);
+          }
+        },
+        &call);
+    for (int64_t index = 0; index < rows.count; index++)
+      if (started[index]) call.phases.combine[call.phase](jobs[index], results + index * parts, parts);
+  }
+  delete[] jobs;
+  delete[] started;
+  delete[] results;
 }
 
 }  // namespace FASTKD_ISA
 
 extern const Kernels FASTKD_JOIN(FASTKD_ISA, _kernels) = {FASTKD_QUOTE(FASTKD_ISA), FASTKD_ISA::row_loss,
-                                                          FASTKD_ISA::scale_rows};
+                                                          FASTKD_ISA::row_loss_in_parts, FASTKD_ISA::scale_rows};
 }  // namespace fastkd

@@ -14,50 +14,93 @@ FASTKD_INLINE vf times_log_ratio(vf x, vf m) {
   return x * natural_log(ratio);
 }
 
-static void jsd_row(const Rows& rows, const LossOptions& options, int64_t index) {
-  const double temperature = options.values[0], beta = options.values[1];
-  Row<double> row{};
-  row.classes = rows.classes;
-  slopes_of(options, row.student.slope, row.teacher.slope);
-  const Kept kept = keep(rows.classes, false);
-  sweep_statistics<0>(rows, index, -1, row, kept);
+struct MixtureSums {
+  double student_kl, teacher_kl;
+};
 
-  // q and q log(q / m) take the places of the exponentials.
-  double student_kl = 0, teacher_kl = 0;
+// Of a block, from its exponentials times `factor`: q to `to_q`, q log(q / m) to `to_q_log`, and the two KLs' sums.
+FASTKD_INLINE MixtureSums mix_block(const float* exp_u, const float* exp_v, double factor_s, double factor_t,
+                                    double beta, int padded, float* to_q, float* to_q_log) {
   const vf weight_p = broadcast(float(beta)), weight_q = broadcast(float(1 - beta));
-  for (int64_t offset = 0, block = 0; offset < row.classes; offset += kBlock, block++) {
-    const int padded = (block_size(row.classes, offset) + kLanes - 1) / kLanes * kLanes;
-    const double below_s = double(kept.max_s[block]) - row.sums.max_s;
-    const double below_t = double(kept.max_t[block]) - row.sums.max_t;
-    const vf a = broadcast(float(__builtin_exp(below_s * row.student.slope) / row.sums.sum_s));
-    const vf b = broadcast(float(__builtin_exp(below_t * row.teacher.slope) / row.sums.sum_t));
-    vf sum_q = {}, sum_p = {};
-    for (int i = 0; i < padded; i += kLanes) {
-      float *at_s = kept.student + offset + i, *at_t = kept.teacher + offset + i;
-      const vf q = a * load(at_s), p = b * load(at_t);
-      // m from the difference: at p = q it is q exactly, and both logarithms are 0.
-      const vf difference = rounded(p) - rounded(q);
-      const vf m = beta <= 0.5 ? q + weight_p * difference : p - weight_q * difference;
-      const vf q_log = times_log_ratio(q, m);
-      sum_q += q_log;
-      sum_p += times_log_ratio(p, m);
-      store(at_s, q);
-      store(at_t, q_log);
-    }
-    student_kl += horizontal_sum(sum_q);
-    teacher_kl += horizontal_sum(sum_p);
+  const vf a = broadcast(float(factor_s)), b = broadcast(float(factor_t));
+  vf sum_q = {}, sum_p = {};
+  for (int i = 0; i < padded; i += kLanes) {
+    const vf q = a * load(exp_u + i), p = b * load(exp_v + i);
+    // m from the difference: at p = q it is q exactly, and both logarithms are 0.
+    const vf difference = rounded(p) - rounded(q);
+    const vf m = beta <= 0.5 ? q + weight_p * difference : p - weight_q * difference;
+    const vf q_log = times_log_ratio(q, m);
+    sum_q += q_log;
+    sum_p += times_log_ratio(p, m);
+    store(to_q + i, q);
+    store(to_q_log + i, q_log);
   }
-  const double weight = weight_of(rows, index);
-  rows.losses[index] = float(weight * (beta * teacher_kl + (1 - beta) * student_kl));
-  if (rows.gradient.data == nullptr) return;
+  return {horizontal_sum(sum_q), horizontal_sum(sum_p)};
+}
 
-  const vf scale = broadcast(float(weight * (1 - beta) / temperature)), mean = broadcast(float(student_kl));
-  for (int64_t offset = 0; offset < row.classes; offset += kBlock) {
-    const float *q = kept.student + offset, *q_log = kept.teacher + offset;
-    store_block(rows.gradient, index, offset, block_size(row.classes, offset),
+// The block at `offset` of a row whose exponentials were kept (q and q log(q / m) take their places) or are computed
+// again, into `q` and `q_log`.
+FASTKD_INLINE MixtureSums mix_again(const RowJob& job, int64_t offset, int n, float* q, float* q_log) {
+  float z_s[kBlock], z_t[kBlock];
+  const SoftmaxStatistics<double>& sums = job.row.sums;
+  const int padded = load_block(job.rows->student, job.index, offset, n, z_s);
+  load_block(job.rows->teacher, job.index, offset, n, z_t);
+  const Exponents exponents = exponents_of(job.row, sums.max_s, sums.max_t);
+  for (int i = 0; i < padded; i += kLanes) {
+    store(z_s + i, student_exponential(exponents, load(z_s + i)));
+    store(z_t + i, teacher_exponential(exponents, load(z_t + i)));
+  }
+  return mix_block(z_s, z_t, 1 / sums.sum_s, 1 / sums.sum_t, job.options->values[1], padded, q, q_log);
+}
+
+static void sweep_mixture(const RowJob& job, int64_t begin, int64_t end, RowPart& part) {
+  float q[kBlock], q_log[kBlock];
+  const SoftmaxStatistics<double>& sums = job.row.sums;
+  const Kept& kept = job.kept;
+  for (int64_t offset = begin; offset < end; offset += kBlock) {
+    const int n = block_size(end, offset);
+    MixtureSums of_block;
+    if (kept.student != nullptr) {
+      float *exp_u = kept.student + offset, *exp_v = kept.teacher + offset;
+      const double below_s = double(kept.max_s[offset / kBlock]) - sums.max_s;
+      const double below_t = double(kept.max_t[offset / kBlock]) - sums.max_t;
+      of_block = mix_block(exp_u, exp_v, __builtin_exp(below_s * job.row.student.slope) / sums.sum_s,
+                           __builtin_exp(below_t * job.row.teacher.slope) / sums.sum_t, job.options->values[1],
+                           (n + kLanes - 1) / kLanes * kLanes, exp_u, exp_v);
+    } else {
+      of_block = mix_again(job, offset, n, q, q_log);
+    }
+    part.student_sum += of_block.student_kl;
+    part.teacher_sum += of_block.teacher_kl;
+  }
+}
+
+static void combine_mixture(RowJob& job, const RowPart* parts, int count) {
+  double teacher_kl = 0;
+  job.student_kl = 0;
+  for (int i = 0; i < count; i++) job.student_kl += parts[i].student_sum, teacher_kl += parts[i].teacher_sum;
+  const double beta = job.options->values[1];
+  write_loss(job, beta * teacher_kl + (1 - beta) * job.student_kl);
+}
+
+static void sweep_mixture_gradient(const RowJob& job, int64_t begin, int64_t end, RowPart&) {
+  float again_q[kBlock], again_q_log[kBlock];
+  const double temperature = job.options->values[0], beta = job.options->values[1];
+  const vf scale = broadcast(float(weight_of(*job.rows, job.index) * (1 - beta) / temperature));
+  const vf mean = broadcast(float(job.student_kl));
+  for (int64_t offset = begin; offset < end; offset += kBlock) {
+    const int n = block_size(end, offset);
+    const float *q = again_q, *q_log = again_q_log;
+    if (job.kept.student != nullptr) q = job.kept.student + offset, q_log = job.kept.teacher + offset;
+    else mix_again(job, offset, n, again_q, again_q_log);
+    store_block(job.rows->gradient, job.index, offset, n,
                 [&](int i) __attribute__((always_inline)) { return scale * (load(q_log + i) - load(q + i) * mean); });
   }
 }
+
+constexpr Phases kMixturePhases = {3,
+                                   {sweep_statistics<0>, sweep_mixture, sweep_mixture_gradient},
+                                   {combine_sums, combine_mixture, nothing_to_combine}};
 
 }  // namespace FASTKD_ISA
 }  // namespace fastkd

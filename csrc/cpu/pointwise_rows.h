@@ -1,6 +1,7 @@
 // Losses that are a sum over classes of a function of two logits: one sweep, no row statistics.
 #pragma once
 
+#include "row_phases.h"
 #include "vector.h"
 
 namespace fastkd {
@@ -45,22 +46,22 @@ FASTKD_INLINE ValueAndSlope pointwise(vf s, vf t, float inverse) {
 }
 
 template <Loss kLoss>
-static void pointwise_row(const Rows& rows, const LossOptions& options, int64_t row) {
-  const float temperature = options.values[0];
-  const float weight = weight_of(rows, row), inverse = 1.0f / temperature;
+static void sweep_pointwise(const RowJob& job, int64_t begin, int64_t end, RowPart& part) {
+  const Rows& rows = *job.rows;
+  const float temperature = job.options->values[0];
+  const float weight = weight_of(rows, job.index), inverse = 1.0f / temperature;
   // d loss / d z: T^2 f'(u) / T for BinaryKL, T^2 f'(x) / 2T for BinaryKL-Norm.
   const float slope_weight = weight * temperature * (kLoss == Loss::kBinaryKL ? 1.0f : 0.5f);
   const bool with_gradient = rows.gradient.data != nullptr;
   float z_s[kBlock], z_t[kBlock];
-  double total = 0;
-  for (int64_t offset = 0; offset < rows.classes; offset += kBlock) {
-    const int n = block_size(rows.classes, offset);
-    const int padded = load_block(rows.student, row, offset, n, z_s);
-    load_block(rows.teacher, row, offset, n, z_t);
+  for (int64_t offset = begin; offset < end; offset += kBlock) {
+    const int n = block_size(end, offset);
+    const int padded = load_block(rows.student, job.index, offset, n, z_s);
+    load_block(rows.teacher, job.index, offset, n, z_t);
     vf sum = {};
-    const Ahead next_s = ahead_of_block(rows.student, rows, row, offset);
-    const Ahead next_t = ahead_of_block(rows.teacher, rows, row, offset);
-    const Ahead gradient = ahead_at(rows.gradient, row, offset);
+    const Ahead next_s = ahead_of_block(rows.student, rows, job.index, offset);
+    const Ahead next_t = ahead_of_block(rows.teacher, rows, job.index, offset);
+    const Ahead gradient = ahead_at(rows.gradient, job.index, offset);
     for (int i = 0; i < padded; i += kLanes) {
       fetch(next_s, i);
       fetch(next_t, i);
@@ -69,11 +70,24 @@ static void pointwise_row(const Rows& rows, const LossOptions& options, int64_t 
       sum += at.value;
       store(z_s + i, at.slope * slope_weight);
     }
-    total += horizontal_sum(sum);
+    part.student_sum += horizontal_sum(sum);
     if (with_gradient)
-      store_block(rows.gradient, row, offset, n, [&](int i) __attribute__((always_inline)) { return load(z_s + i); });
+      store_block(rows.gradient, job.index, offset, n,
+                  [&](int i) __attribute__((always_inline)) { return load(z_s + i); });
   }
-  rows.losses[row] = float(double(weight) * temperature * temperature * total);
+}
+
+static void combine_pointwise(RowJob& job, const RowPart* parts, int count) {
+  const double temperature = job.options->values[0];
+  double total = 0;
+  for (int i = 0; i < count; i++) total += parts[i].student_sum;
+  write_loss(job, temperature * temperature * total);
+}
+
+template <Loss kLoss>
+static const Phases& pointwise_phases() {
+  static constexpr Phases phases = {1, {sweep_pointwise<kLoss>, nullptr, nullptr}, {combine_pointwise, nullptr, nullptr}};
+  return phases;
 }
 
 // gradient[row] *= upstream[row], in place; a row whose factor is 1 is not touched.

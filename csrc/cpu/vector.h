@@ -163,15 +163,28 @@ template <>
 struct Element<DType::kBFloat16> {
   typedef uint16_t type;
   FASTKD_INLINE vf load(const uint16_t* p) {
+#if defined(FASTKD_USE_AVX512)
+    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(FASTKD_USE_AVX2)
+    return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
     vh h;
     std::memcpy(&h, p, sizeof h);
     return (vf)(__builtin_convertvector(h, vu) << 16);
+#endif
   }
   FASTKD_INLINE void store(uint16_t* p, vf x) {
     const vu bits = (vu)x;
     const vu nearest_even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    const vh h = __builtin_convertvector((vu)(x == x ? (vi)nearest_even : (vi)(bits >> 16 | 0x40)), vh);
+    const vu rounded_bits = (vu)select(x == x, (vf)nearest_even, (vf)(vu{} + 0x7fc0));
+#if defined(FASTKD_USE_AVX2) && !defined(FASTKD_USE_AVX512)
+    // Two halves packed: the compiler's own narrowing masks what is known to be narrow.
+    const __m256i wide = (__m256i)rounded_bits;
+    _mm_storeu_si128((__m128i*)p, _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1)));
+#else
+    const vh h = __builtin_convertvector(rounded_bits, vh);
     std::memcpy(p, &h, sizeof h);
+#endif
   }
 };
 
@@ -274,6 +287,16 @@ FASTKD_INLINE int load_block(const Matrix& matrix, int64_t row, int64_t offset, 
                              float lowest = kMasked) {
   vf unused = {};
   return load_block(matrix, row, offset, n, to, lowest, unused);
+}
+
+// The sum of a loaded block's n entries, without the padding.
+FASTKD_INLINE float sum_of_block(const float* block, int n) {
+  vf sums = {};
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) sums += load(block + i);
+  float total = horizontal_sum(sums);
+  for (; i < n; i++) total += block[i];
+  return total;
 }
 
 // Writes value(i) for i = 0, kLanes, ... to the n entries of a row from `offset` on, in the matrix's dtype.

@@ -1,0 +1,55 @@
+// A row is computed in phases, each one sweep over its classes. A phase runs over parts of the row, whose results
+// are combined before the next: one part where rows are shared out over threads, several where a row is.
+#pragma once
+
+#include "kernels.h"
+
+namespace fastkd {
+namespace FASTKD_ISA {
+
+// Of logits: how many, their mean, and the sum of their squared deviations from it.
+struct Moments {
+  double count, mean, squares;
+};
+
+// What one part of a row gives in a phase; each phase uses its own.
+struct RowPart {
+  Moments student, teacher;
+  SoftmaxStatistics<double> sums;
+  RowLabel label;
+  double student_sum, teacher_sum;
+};
+
+// What a sweep keeps of a whole row for a later one, so that no exponential is computed twice. Null where the row
+// is too long to stay in cache, or is shared by threads: then the later sweep computes them again.
+struct Kept {
+  float *student, *teacher, *plain;  // one number a class, by block
+  float *max_s, *max_t;              // what each block's exponentials are relative to
+};
+
+// A row on its way: what the phases so far have found.
+struct RowJob {
+  const Rows* rows;
+  const LossOptions* options;
+  int64_t index, label_class;  // -1: no label
+  Row<double> row;
+  SoftmaxGradient<double> gradient;
+  double student_kl;
+  Kept kept;
+};
+
+// The phases of a loss. `run` sweeps the classes from `begin` to `end` (`begin` a multiple of kBlock).
+struct Phases {
+  int count;
+  void (*run[3])(const RowJob&, int64_t begin, int64_t end, RowPart&);
+  void (*combine[3])(RowJob&, const RowPart* parts, int count);
+};
+
+static void write_loss(const RowJob& job, double value) {
+  job.rows->losses[job.index] = float(double(weight_of(*job.rows, job.index)) * value);
+}
+
+static void nothing_to_combine(RowJob&, const RowPart*, int) {}
+
+}  // namespace FASTKD_ISA
+}  // namespace fastkd
