@@ -23,9 +23,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastkd.ops.plan import plan_rows, plan_tile
+from fastkd.ops.plan import MAX_PARTS, Device, plan_rows
 from fastkd.ops.triton import formulas
-from fastkd.ops.triton.launch import EXACT_PRODUCTS, softmax_switches
+from fastkd.ops.triton.launch import EXACT_PRODUCTS, mixture_phases, softmax_phases, softmax_switches
 from fastkd.ops.triton.mixture_rows import jsd_rows
 from fastkd.ops.triton.pointwise_rows import pointwise_rows, scale_rows
 from fastkd.ops.triton.softmax_rows import softmax_rows
@@ -42,13 +42,18 @@ POINTERS = {
     "loss_pointer": "*fp32",
     "terms_pointer": "*fp32",
     "upstream_pointer": "*fp32",
+    "moments_pointer": "*fp32",
+    "sums_pointer": "*fp32",
+    "kl_pointer": "*fp32",
 }
+DEVICE = Device(multiprocessors=132, cache_bytes=50 << 20)
+MANY, FEW = 100_000, 4  # rows
 # Losses by name, options and what the call asks for.
-LABELLED = {"LABELLED": True, "WEIGHTED": True, "GRADIENT": True, "TERMS": False}
-UNLABELLED = {"LABELLED": False, "WEIGHTED": False, "GRADIENT": True, "TERMS": False}
+LABELLED = {"LABELLED": True, "WEIGHTED": True, "WITH_GRADIENT": True, "TERMS": False}
+UNLABELLED = {"LABELLED": False, "WEIGHTED": False, "WITH_GRADIENT": True, "TERMS": False}
 LOSSES: dict[str, tuple[str, tuple[float, ...], dict[str, bool]]] = {
     "kd": ("softmax", (4.0, 0, 1, 0, 0, 0, 0, 0), UNLABELLED),
-    "kd, no gradient": ("softmax", (4.0, 0, 1, 0, 0, 0, 0, 0), UNLABELLED | {"GRADIENT": False}),
+    "kd, no gradient": ("softmax", (4.0, 0, 1, 0, 0, 0, 0, 0), UNLABELLED | {"WITH_GRADIENT": False}),
     "lskd": ("softmax", (2.0, 0, 1, 0, 0, 0, 1, 0), UNLABELLED),
     "dkd": ("softmax", (4.0, 0, 0, 1, 8, 0, 0, 0), LABELLED),
     "ce": ("softmax", (4.0, 1, 0, 0, 0, 0, 0, 0), LABELLED | {"TERMS": True}),
@@ -58,27 +63,52 @@ LOSSES: dict[str, tuple[str, tuple[float, ...], dict[str, bool]]] = {
     "ttm": ("ttm", (0.25, 1.0), UNLABELLED),
     "reverse kl": ("reverse_kl", (1.0,), UNLABELLED),
 }
+# Those compiled for every path where time is short: the smallest and the one that needs most registers.
+QUICK = ("kd", "ce + lskd")
 CLASSES = (10, 100, 1000, 4096, 8192, 20902)
 
 
 def configurations(quick: bool) -> Iterator[tuple[str, object, dict, int, str]]:
     """(name, kernel, constants, warps, dtype) of every kernel as ops/triton/launch.py launches it."""
     dtypes = ("bf16",) if quick else ("fp32", "bf16", "fp16")
-    sizes = (1000, 20902) if quick else CLASSES
+    sizes = (100, 1000, 20902) if quick else CLASSES
     for classes, dtype in itertools.product(sizes, dtypes):
-        plan = plan_rows(classes)
-        for name, (loss, options, call) in LOSSES.items():
-            constants = (
-                softmax_switches(loss, options) | call | {"TILE": plan.tile, "ONE_TILE": plan.one_tile}
-            )
-            yield f"{name}, C {classes}", softmax_rows, constants, plan.warps, dtype
-        tile, warps = plan_tile(classes)
-        walk = {"WEIGHTED": True, "GRADIENT": True, "TILE": tile}
-        yield f"jsd, C {classes}", jsd_rows, walk, warps, dtype
-        for formula in ("binary_kl", "binary_kl_norm"):
-            constants = walk | {"FORMULA": getattr(formulas, formula)}
-            yield f"{formula}, C {classes}", pointwise_rows, constants, warps, dtype
-        yield f"scale, C {classes}", scale_rows, {"TILE": tile}, warps, dtype
+        # Few long rows are shared by programs, one launch a phase.
+        for rows in (MANY, FEW) if classes > max(CLASSES[:-1]) else (MANY,):
+            yield from kernels(rows, classes, dtype, quick)
+
+
+def kernels(rows: int, classes: int, dtype: str, quick: bool) -> Iterator[tuple[str, object, dict, int, str]]:
+    where = f"C {classes}" + (", few rows" if rows == FEW else "")
+
+    def planned(loss: str):
+        plan = plan_rows(loss, rows, classes, 4 if dtype == "fp32" else 2, DEVICE)
+        return plan, {"ROWS": plan.rows, "TILE": plan.tile}
+
+    for name, (loss, options, call) in LOSSES.items():
+        if quick and name not in QUICK and (rows == FEW or classes == 100):
+            continue
+        plan, shape = planned(loss)
+        switches = softmax_switches(loss, options)
+        for phase in softmax_phases(plan, switches["STANDARDIZED"]):
+            constants = switches | call | shape
+            constants |= {"ONE_TILE": plan.one_tile, "PARTS": MAX_PARTS, "PHASE": phase}
+            yield f"{name}, {where}{phase_name(phase)}", softmax_rows, constants, plan.warps, dtype
+    weighted = {"WEIGHTED": True, "WITH_GRADIENT": True}
+    plan, shape = planned("jsd")
+    for phase in mixture_phases(plan):
+        constants = weighted | shape | {"PARTS": MAX_PARTS, "PHASE": phase}
+        yield f"jsd, {where}{phase_name(phase)}", jsd_rows, constants, plan.warps, dtype
+    for formula in ("binary_kl", "binary_kl_norm"):
+        plan, shape = planned(formula)
+        constants = weighted | shape | {"FORMULA": getattr(formulas, formula)}
+        yield f"{formula}, {where}", pointwise_rows, constants, plan.warps, dtype
+    plan, shape = planned("scale")
+    yield f"scale, {where}", scale_rows, {"TILE": plan.tile}, plan.warps, dtype
+
+
+def phase_name(phase: int) -> str:
+    return ("", ", moments", ", statistics", ", gradient", ", mixture")[phase]
 
 
 def compile_kernel(kernel, constants: dict, warps: int, dtype: str, target: GPUTarget):
@@ -87,9 +117,13 @@ def compile_kernel(kernel, constants: dict, warps: int, dtype: str, target: GPUT
     for name in names:
         if name in constants:
             signature[name] = "constexpr"
+        elif name.endswith("_pointers"):
+            signature[name] = (f"*{dtype}",)  # one pair of logits
         elif name.endswith("_pointer"):
             signature[name] = POINTERS.get(name, f"*{dtype}")
-        elif name in ("count", "classes") or name.endswith("_stride"):
+        elif name == "options":
+            signature[name] = ("fp32",) * 7
+        elif name in ("count", "blocks", "parts", "classes") or name.endswith("_stride"):
             signature[name] = "i32"
         else:
             signature[name] = "fp32"
@@ -137,7 +171,7 @@ def main() -> int:
             bad = used["STACK"] or used["LOCAL"]
             failures += bool(bad)
             cells.append(f"{architecture} {used['REG']:3d} reg" + (f" SPILLS {used}" if bad else ""))
-        print(f"{name:28s} {dtype:5s} {warps:2d} warps  " + "  ".join(cells), flush=True)
+        print(f"{name:36s} {dtype:5s} {warps:2d} warps  " + "  ".join(cells), flush=True)
     print(f"{compiled_kernels} kernels compiled, {failures} failed or spilled")
     return 1 if failures else 0
 

@@ -1,6 +1,7 @@
 """Checks of a loss's arguments, made before any kernel runs and without reading the device."""
 
 import math
+from collections.abc import Sequence
 from numbers import Real
 
 import torch
@@ -10,8 +11,10 @@ LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("batchmean", "sum", "none")
 
 
-def check_logits(student_logits: Tensor, teacher_logits: Tensor) -> None:
-    for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+def check_logits(student_logits: Tensor, teacher_logits: Tensor, which: str = "") -> None:
+    """Of one pair; ``which`` says in messages which one of several."""
+    student_name, teacher_name = f"student_logits{which}", f"teacher_logits{which}"
+    for name, logits in ((student_name, student_logits), (teacher_name, teacher_logits)):
         if not isinstance(logits, Tensor):
             raise TypeError(f"{name} is a {type(logits).__name__}; expected a tensor of shape [..., C]")
         if logits.dtype not in LOGIT_DTYPES:
@@ -24,24 +27,58 @@ def check_logits(student_logits: Tensor, teacher_logits: Tensor) -> None:
             )
     if student_logits.shape[-1] != teacher_logits.shape[-1]:
         raise ValueError(
-            f"student_logits has {student_logits.shape[-1]} classes and teacher_logits "
+            f"{student_name} has {student_logits.shape[-1]} classes and {teacher_name} "
             f"{teacher_logits.shape[-1]}; both models must score the same classes"
         )
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
-            f"student_logits has shape {list(student_logits.shape)} and teacher_logits "
+            f"{student_name} has shape {list(student_logits.shape)} and {teacher_name} "
             f"{list(teacher_logits.shape)}; expected equal shapes"
         )
     if student_logits.device != teacher_logits.device:
         raise ValueError(
-            f"student_logits is on {student_logits.device} and teacher_logits on {teacher_logits.device}; "
+            f"{student_name} is on {student_logits.device} and {teacher_name} on {teacher_logits.device}; "
             "expected one device"
         )
     if teacher_logits.requires_grad:
         raise ValueError(
-            "teacher_logits requires grad, but the teacher is a constant of every fastkd loss; compute it "
+            f"{teacher_name} requires grad, but the teacher is a constant of every fastkd loss; compute it "
             "under torch.no_grad() or pass teacher_logits.detach()"
         )
+
+
+def check_pairs(
+    student_logits: Tensor | Sequence[Tensor], teacher_logits: Tensor | Sequence[Tensor]
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Two tensors, or two lists of them that are alike; returned as lists."""
+    if isinstance(student_logits, Tensor) and isinstance(teacher_logits, Tensor):
+        check_logits(student_logits, teacher_logits)
+        return [student_logits], [teacher_logits]
+    one_tensor = isinstance(student_logits, Tensor) or isinstance(teacher_logits, Tensor)
+    for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+        if one_tensor and not isinstance(logits, Tensor):
+            raise TypeError(
+                f"{name} is a {type(logits).__name__} beside one tensor; expected two tensors of shape "
+                "[..., C], or two lists of them"
+            )
+        if not one_tensor and (not isinstance(logits, list | tuple) or not logits):
+            raise TypeError(f"{name} is {logits!r}; expected a tensor of shape [..., C], or a list of them")
+    if len(student_logits) != len(teacher_logits):
+        raise ValueError(
+            f"student_logits has {len(student_logits)} tensors and teacher_logits {len(teacher_logits)}; "
+            "expected one teacher for each student"
+        )
+    for index, (student, teacher) in enumerate(zip(student_logits, teacher_logits, strict=True)):
+        check_logits(student, teacher, f"[{index}]")
+        for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+            first, one = logits[0], logits[index]
+            if (one.shape, one.dtype, one.device) != (first.shape, first.dtype, first.device):
+                raise ValueError(
+                    f"{name}[{index}] is {one.dtype} {list(one.shape)} on {one.device} and {name}[0] "
+                    f"{first.dtype} {list(first.shape)} on {first.device}; pairs of one call must be alike, "
+                    "others need a call of their own"
+                )
+    return student_logits, teacher_logits
 
 
 def check_one_a_row(name: str, values: Tensor, what: str, student_logits: Tensor) -> None:

@@ -5,6 +5,9 @@ Common to all of them:
 - Logits are ``[..., C]`` in float32, bfloat16 or float16 (float64 through the eager backend), student and
   teacher of equal shape on one device; leading dimensions are rows. Arithmetic is in float32, the gradient
   comes back in the student's dtype. The teacher is a constant and must not require grad.
+- Several pairs of logits of equal shape, such as the heads of a multi-head student, go through one call as
+  two lists: one launch on a GPU, and a result with a first dimension for the pairs (``[H]``, or ``[H, ...]``
+  for "none"). ``target`` and ``weight`` hold for every pair. Heads of different classes need a call each.
 - T^2 is included: a weight means the same at every temperature.
 - ``reduction``: ``"batchmean"`` (sum over the rows that count, divided by their number), ``"sum"``, or
   ``"none"`` (one value a row, in the shape of the leading dimensions). ``"mean"`` is refused.
@@ -15,6 +18,9 @@ Common to all of them:
   ``fastkd.set_backend("eager")`` for second derivatives).
 - TypeError and ValueError name the argument, its value and what is expected, before anything is computed.
 """
+
+from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -35,10 +41,12 @@ __all__ = [
     "ttm_loss",
 ]
 
+Logits: TypeAlias = Tensor | Sequence[Tensor]
+
 
 def kd_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
+    student_logits: Logits,
+    teacher_logits: Logits,
     *,
     temperature: float = 4.0,
     standardize: bool = False,
@@ -68,8 +76,8 @@ def kd_loss(
 
 
 def dkd_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
+    student_logits: Logits,
+    teacher_logits: Logits,
     target: Tensor,
     *,
     alpha: float = 1.0,
@@ -103,8 +111,8 @@ def dkd_loss(
 
 
 def distill_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
+    student_logits: Logits,
+    teacher_logits: Logits,
     target: Tensor,
     *,
     ce_weight: float,
@@ -149,8 +157,8 @@ def distill_loss(
 
 
 def binary_kl_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
+    student_logits: Logits,
+    teacher_logits: Logits,
     *,
     temperature: float = 2.0,
     weight: Tensor | None = None,
@@ -165,8 +173,8 @@ def binary_kl_loss(
 
 
 def binary_kl_norm_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
+    student_logits: Logits,
+    teacher_logits: Logits,
     *,
     temperature: float = 2.0,
     weight: Tensor | None = None,
@@ -182,8 +190,8 @@ def binary_kl_norm_loss(
 
 
 def dckd_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
+    student_logits: Logits,
+    teacher_logits: Logits,
     target: Tensor,
     *,
     alpha: float = 1.0,
@@ -219,8 +227,8 @@ def dckd_loss(
 
 
 def nkd_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
+    student_logits: Logits,
+    teacher_logits: Logits,
     target: Tensor,
     *,
     gamma: float = 1.5,
@@ -250,8 +258,8 @@ def nkd_loss(
 
 
 def ttm_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
+    student_logits: Logits,
+    teacher_logits: Logits,
     *,
     gamma: float,
     weighted: bool = False,
@@ -269,8 +277,8 @@ def ttm_loss(
 
 
 def reverse_kl_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
+    student_logits: Logits,
+    teacher_logits: Logits,
     *,
     temperature: float = 1.0,
     weight: Tensor | None = None,
@@ -281,8 +289,8 @@ def reverse_kl_loss(
 
 
 def jsd_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
+    student_logits: Logits,
+    teacher_logits: Logits,
     *,
     beta: float = 0.5,
     temperature: float = 1.0,
@@ -308,8 +316,8 @@ def jsd_loss(
 def _unlabelled(
     loss: str,
     options: tuple[float, ...],
-    student_logits: Tensor,
-    teacher_logits: Tensor,
+    student_logits: Logits,
+    teacher_logits: Logits,
     weight: Tensor | None,
     reduction: str,
 ) -> Tensor:
@@ -329,8 +337,8 @@ def _unlabelled(
 def _reduced(
     loss: str,
     options: tuple[float, ...],
-    student_logits: Tensor,
-    teacher_logits: Tensor,
+    student_logits: Logits,
+    teacher_logits: Logits,
     target: Tensor | None,
     *,
     uses_label: bool,
@@ -343,38 +351,37 @@ def _reduced(
     checks.check_temperature(options[0])
     options = tuple(map(float, options))
     checks.check_reduction(reduction)
-    checks.check_logits(student_logits, teacher_logits)
+    students, teachers = checks.check_pairs(student_logits, teacher_logits)
+    student = students[0]
     if target is None and uses_label:
         raise TypeError("target is None; expected an int64 tensor of labels")
     if weight is not None:
-        checks.check_row_weight(weight, student_logits)
-    all_count = target is None or checks.check_target(target, student_logits, ignore_index)
+        checks.check_row_weight(weight, student)
+    all_count = target is None or checks.check_target(target, student, ignore_index)
 
     reduced = reduction != "none"
-    leading, classes = student_logits.shape[:-1], student_logits.shape[-1]
-    student, teacher, labels = student_logits, teacher_logits, target
-    if student_logits.dim() != 2:
-        student, teacher = student_logits.reshape(-1, classes), teacher_logits.reshape(-1, classes)
+    leading, classes = student.shape[:-1], student.shape[-1]
+    labels = target
+    if student.dim() != 2:
+        students = [logits.reshape(-1, classes) for logits in students]
+        teachers = [logits.reshape(-1, classes) for logits in teachers]
         labels = None if target is None else target.reshape(-1)
         weight = None if weight is None else weight.reshape(-1)
     counted = None if labels is None or all_count else labels != ignore_index
-    row_weight, divisor = _row_weight(weight, counted, student.shape[0], reduction)
+    row_weight, divisor = _row_weight(weight, counted, students[0].shape[0], reduction)
     label = labels if uses_label else None
-    chosen = backend.resolve(backend.get_backend(), student.device.type, student.dtype, teacher.dtype)
+    chosen = backend.resolve(backend.get_backend(), student.device.type, student.dtype, teachers[0].dtype)
     if chosen == "eager":
-        rows, terms = _eager(loss, options, student, teacher, label, counted)
-        rows, terms = (
-            (values if row_weight is None else values * row_weight) / divisor for values in (rows, terms)
-        )
-        if reduced:
-            rows, terms = rows.sum(), terms.sum(-1)
+        rows, terms = _eager(loss, options, students, teachers, label, counted, row_weight, divisor, reduced)
     else:
         rows, terms = library.row_loss(
-            student, teacher, label, row_weight, divisor, loss, options, chosen,
+            students, teachers, label, row_weight, divisor, loss, options, chosen,
             reduced=reduced, with_terms=with_terms,
         )  # fmt: skip
-    if not reduced:
-        rows, terms = rows.view(leading), terms.view(terms.shape[0], *leading)
+    of_pairs = () if isinstance(student_logits, Tensor) else (len(students),)
+    shape = of_pairs if reduced else of_pairs + leading
+    if rows.shape != shape:
+        rows, terms = rows.view(shape), terms.view(terms.shape[0], *shape)
     return rows, terms.detach()
 
 
@@ -397,13 +404,25 @@ def _row_weight(
 def _eager(
     loss: str,
     options: tuple[float, ...],
-    student: Tensor,
-    teacher: Tensor,
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
     label: Tensor | None,
     counted: Tensor | None,
+    row_weight: Tensor | None,
+    divisor: int,
+    reduced: bool,
 ) -> tuple[Tensor, Tensor]:
+    """``library.row_loss`` in plain torch: rows [H, N] and terms [K, H, N], or their sums over N."""
     if counted is not None:
         # A row left out may hold anything, also what would make 0 * its gradient NaN.
-        student, teacher = (torch.where(counted[:, None], logits, 0.0) for logits in (student, teacher))
+        students, teachers = (
+            [torch.where(counted[:, None], one, 0.0) for one in logits] for logits in (students, teachers)
+        )
         label = None if label is None else torch.where(counted, label, 0)
-    return reference.ROW_LOSSES[loss](student, teacher, label, *options)
+    row_loss = reference.ROW_LOSSES[loss]
+    pairs = [row_loss(s, t, label, *options) for s, t in zip(students, teachers, strict=True)]
+    rows, terms = torch.stack([rows for rows, _ in pairs]), torch.stack([terms for _, terms in pairs], 1)
+    rows, terms = (
+        (values if row_weight is None else values * row_weight) / divisor for values in (rows, terms)
+    )
+    return (rows.sum(-1), terms.sum(-1)) if reduced else (rows, terms)

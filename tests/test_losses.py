@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import fastkd
+from fastkd.ops.plan import Device
 from tests.cases import (
     BY_NAME,
     CASES,
@@ -44,7 +45,7 @@ def test_rows_of_several_tiles(fused, case, classes):
 
 
 @each_case
-@pytest.mark.parametrize("rows,classes", [(1, 70_001), (2, 150_001), (3, 270_001)])
+@pytest.mark.parametrize(("rows", "classes"), [(1, 70_001), (2, 150_001), (3, 270_001)])
 def test_long_rows_on_three_threads(case, rows, classes):
     """On the CPU: rows shared by threads, and rows too long to keep their exponentials."""
     threads = torch.get_num_threads()
@@ -97,6 +98,68 @@ def test_layouts(fused, case, layout):
     target = target.view(2, 3) if layout == "leading dimensions" else torch.stack([target, target], 1)[:, 0]
     upstream = torch.randn(student.shape[:-1], device=fused)
     assert_matches(case, student, teacher, target, upstream, reduction="none")
+
+
+@each_case
+def test_more_rows_than_a_program_takes(fused, case):
+    student, teacher, target = make_logits(70, 10, torch.float32, fused)
+    target[3] = -100
+    assert_matches(case, student, teacher, target, torch.randn(70, device=fused), reduction="none")
+
+
+@each_case
+def test_rows_in_flight_are_bounded(monkeypatch, case):
+    """More long rows than programs: each program takes several, one after another."""
+    launch = pytest.importorskip("fastkd.ops.triton.launch")
+    monkeypatch.setattr(launch, "device_of", lambda device: Device(multiprocessors=2, cache_bytes=0))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    student, teacher, target = make_logits(5, 9000, torch.float32, device)
+    with fastkd.use_backend("triton"):
+        assert_matches(case, student, teacher, target, torch.randn(5, device=device), reduction="none")
+
+
+@each_case
+@pytest.mark.parametrize("reduction", ["batchmean", "none"])
+def test_a_list_of_pairs_gives_a_loss_a_pair(fused, case, reduction):
+    pairs = [make_logits(4, 33, torch.float32, fused)[:2] for _ in range(3)]
+    target = torch.tensor([2, 30, -100, 7], device=fused)
+    students = [student.requires_grad_() for student, _ in pairs]
+    students[1] = students[1].t().contiguous().t()  # of another stride
+    upstream = torch.randn((3, 4) if reduction == "none" else 3, device=fused)
+    losses = case.loss(students, [teacher for _, teacher in pairs], target, reduction=reduction)
+    gradients = torch.autograd.grad(losses, students, upstream)
+    for pair, (student, teacher) in enumerate(pairs):
+        given = (student.detach(), teacher, target, upstream[pair])
+        loss, gradient = loss_and_gradient(case, *given, reduction=reduction)
+        torch.testing.assert_close(losses[pair].detach(), loss, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(gradients[pair], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_terms_of_a_list_of_pairs(fused):
+    students, teachers = zip(*[make_logits(4, 33, torch.float32, fused)[:2] for _ in range(2)], strict=True)
+    target = torch.tensor([2, 30, 1, 7], device=fused)
+    for reduction in ("sum", "none"):
+        options = {"ce_weight": 1.0, "kd_weight": 2.0, "reduction": reduction}
+        loss, terms = fastkd.distill_loss(students, teachers, target, **options)
+        for pair in range(2):
+            alone, terms_alone = fastkd.distill_loss(students[pair], teachers[pair], target, **options)
+            torch.testing.assert_close(loss[pair], alone)
+            torch.testing.assert_close({name: term[pair] for name, term in terms.items()}, terms_alone)
+    single = fastkd.kd_loss(students[:1], teachers[:1])
+    torch.testing.assert_close(single, fastkd.kd_loss(students[0], teachers[0]).unsqueeze(0))
+
+
+@each_case
+def test_rows_further_apart_than_32_bits_reach(fused, case):
+    """Offsets of more than 2^31 elements, in memory of which only the rows are ever touched."""
+    apart, classes = 2**31 + 64, 40
+    student, teacher, target = make_logits(2, classes, torch.bfloat16, fused)
+
+    def far_apart(logits):
+        place = torch.empty(apart + classes, dtype=logits.dtype, device=fused)
+        return place.as_strided((2, classes), (apart, 1)).copy_(logits)
+
+    assert_matches(case, far_apart(student), far_apart(teacher), target, reduction="sum")
 
 
 @each_case

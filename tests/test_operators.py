@@ -35,7 +35,9 @@ def test_opcheck(fused, loss, reduced):
         True,
         True,
     )
-    torch.library.opcheck(torch.ops.fastkd.row_loss.default, (student.requires_grad_(), teacher, *arguments))
+    pairs = ([student.requires_grad_(), (student.detach() + 1).requires_grad_()], [teacher, teacher - 1])
+    for inputs in (pairs, (pairs[0][:1], pairs[1][:1])):
+        torch.library.opcheck(torch.ops.fastkd.row_loss.default, (*inputs, *arguments))
 
 
 def test_fake_shapes_are_the_real_ones(fused):
@@ -43,11 +45,12 @@ def test_fake_shapes_are_the_real_ones(fused):
     for loss, options in OPTIONS.items():
         for reduced, terms in ((False, False), (False, True), (True, False), (True, True)):
             arguments = (target, None, 1, loss, options, fastkd.get_backend(), reduced, terms, True)
-            real = torch.ops.fastkd.row_loss(student, teacher, *arguments)
-            meta = torch.ops.fastkd.row_loss(
-                student.to("meta"), teacher.to("meta"), target.to("meta"), *arguments[1:]
-            )
-            assert [(x.shape, x.dtype) for x in real] == [(x.shape, x.dtype) for x in meta]
+            for pairs in (1, 2):
+                inputs = ([student] * pairs, [teacher] * pairs)
+                meta_inputs = [[logits.to("meta") for logits in one] for one in inputs]
+                real = torch.ops.fastkd.row_loss(*inputs, *arguments)
+                meta = torch.ops.fastkd.row_loss(*meta_inputs, target.to("meta"), *arguments[1:])
+                assert [(x.shape, x.dtype) for x in real] == [(x.shape, x.dtype) for x in meta]
 
 
 @each_case
@@ -125,8 +128,51 @@ def test_a_label_out_of_range_poisons_its_row_where_no_check_is_made(fused):
     student, teacher, target = make_logits(3, 9, torch.float32, fused)
     target[1] = 9
     rows, _ = library.row_loss(
-        student, teacher, target, None, 1, "softmax", OPTIONS["softmax"], fastkd.get_backend(),
+        [student], [teacher], target, None, 1, "softmax", OPTIONS["softmax"], fastkd.get_backend(),
         reduced=False, with_terms=True,
     )  # fmt: skip
     assert torch.isnan(rows[1])
     assert torch.isfinite(rows[[0, 2]]).all()
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+
+@needs_cuda
+@each_case
+def test_cuda_graph_capture(case):
+    student, teacher, target = make_logits(6, 1000, torch.float32, "cuda")
+    student.requires_grad_()
+
+    def step():
+        student.grad = None
+        loss = case.loss(student, teacher, target)
+        loss.backward()
+        return loss
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+    with torch.no_grad():
+        student.copy_(torch.randn_like(student))
+    graph.replay()
+    expected = loss_and_gradient(case, student.detach(), teacher, target)
+    torch.testing.assert_close((loss.detach(), student.grad), expected)
+
+
+@needs_cuda
+@each_case
+def test_cuda_runs_without_waiting_for_the_device(case):
+    student, teacher, target = make_logits(6, 1000, torch.float32, "cuda")
+    target[1] = -100
+    loss_and_gradient(case, student, teacher, target)  # compiles
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        loss_and_gradient(case, student, teacher, target, torch.tensor(2.0).cuda(non_blocking=True))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

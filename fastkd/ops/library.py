@@ -14,7 +14,7 @@ TERMS = {"softmax": 4}
 
 _library = torch.library.Library("fastkd", "DEF")
 _library.define(
-    "row_loss(Tensor student_logits, Tensor teacher_logits, Tensor? target, Tensor? row_weight, "
+    "row_loss(Tensor[] student_logits, Tensor[] teacher_logits, Tensor? target, Tensor? row_weight, "
     "SymInt divisor, str loss, float[] options, str backend, bool reduced, bool with_terms, "
     "bool with_gradient) "
     "-> (Tensor rows, Tensor terms, Tensor gradient)"
@@ -22,8 +22,8 @@ _library.define(
 
 
 def row_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
+    student_logits: Sequence[Tensor],
+    teacher_logits: Sequence[Tensor],
     target: Tensor | None,
     row_weight: Tensor | None,
     divisor: int,
@@ -34,39 +34,40 @@ def row_loss(
     reduced: bool,
     with_terms: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Row losses [N] and their terms [K, N] in float32, times ``row_weight`` [N] and divided by ``divisor``;
-    ``reduced``, their sums over the rows.
+    """Losses [H N] of the rows of H pairs of logits [N, C], pair by pair, and their terms [K, H N], in
+    float32, times ``row_weight`` [N] and divided by ``divisor``; ``reduced``, each pair's sums over its rows:
+    [H] and [K, H], or [] and [K] for one pair.
 
     ``target`` [N] names the label of each row, where the loss uses one; a label out of range gives a NaN
     row. A row of weight 0 is not read. ``options`` are those of the loss in ``fastkd.reference``.
     """
-    with_gradient = torch.is_grad_enabled() and student_logits.requires_grad
-    run = torch.ops.fastkd.row_loss if torch.compiler.is_compiling() else _RowLoss.apply
-    rows, terms, _ = run(
-        student_logits,
-        teacher_logits,
-        target,
-        row_weight,
-        divisor,
-        loss,
-        options,
-        backend,
-        reduced,
-        with_terms,
-        with_gradient,
-    )
+    with_gradient = torch.is_grad_enabled() and any(logits.requires_grad for logits in student_logits)
+    settings = (target, row_weight, divisor, loss, options, backend, reduced, with_terms, with_gradient)
+    if torch.compiler.is_compiling():
+        rows, terms, _ = torch.ops.fastkd.row_loss(student_logits, teacher_logits, *settings)
+    else:
+        rows, terms, _ = _RowLoss.apply(*settings, *student_logits, *teacher_logits)
     return rows, terms
 
 
 def _allocate(
-    student: Tensor, loss: str, with_terms: bool, with_gradient: bool
+    students: Sequence[Tensor], loss: str, with_terms: bool, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows, classes = student.shape
+    rows, classes = students[0].shape
+    rows = rows * len(students)
     return (
-        student.new_empty(rows, dtype=torch.float32),
-        student.new_empty((TERMS.get(loss, 0) if with_terms else 0, rows), dtype=torch.float32),
-        student.new_empty((rows, classes) if with_gradient else (0, classes)),
+        students[0].new_empty(rows, dtype=torch.float32),
+        students[0].new_empty((TERMS.get(loss, 0) if with_terms else 0, rows), dtype=torch.float32),
+        students[0].new_empty((rows, classes) if with_gradient else (0, classes)),
     )
+
+
+def _reduce(rows: Tensor, terms: Tensor, pairs: int, with_terms: bool) -> tuple[Tensor, Tensor]:
+    """Sums over the rows of each pair."""
+    if pairs == 1:  # without a view, which costs as much as the sum
+        return rows.sum(), terms.sum(-1) if with_terms else terms
+    rows = rows.view(pairs, rows.shape[0] // pairs)
+    return rows.sum(-1), terms.view(terms.shape[0], *rows.shape).sum(-1) if with_terms else terms
 
 
 def _launcher(backend: str) -> Any:
@@ -79,9 +80,17 @@ def _launcher(backend: str) -> Any:
     return launch
 
 
+def _dense_rows(logits: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Kernels take any row stride, the same for all pairs; only a row that is not dense is copied."""
+    stride = logits[0].stride()
+    if stride[1] == 1 and all(other.stride() == stride for other in logits[1:]):
+        return logits
+    return [one.contiguous() for one in logits]
+
+
 def _row_loss(
-    student: Tensor,
-    teacher: Tensor,
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
     target: Tensor | None,
     row_weight: Tensor | None,
     divisor: int,
@@ -92,17 +101,14 @@ def _row_loss(
     with_terms: bool,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows, terms, gradient = _allocate(student, loss, with_terms, with_gradient)
-    # Kernels take any row stride; only a row that is not dense is copied.
-    student, teacher = (
-        logits if logits.stride(1) == 1 else logits.contiguous() for logits in (student, teacher)
-    )
-    if student.shape[0]:
+    rows, terms, gradient = _allocate(students, loss, with_terms, with_gradient)
+    students, teachers = _dense_rows(students), _dense_rows(teachers)
+    if rows.shape[0]:
         _launcher(backend).row_loss(
-            student, teacher, target, row_weight, 1.0 / divisor, loss, options, rows, terms, gradient
+            students, teachers, target, row_weight, 1.0 / divisor, loss, options, rows, terms, gradient
         )
     if reduced:
-        return rows.sum(), terms.sum(-1) if with_terms else terms, gradient
+        rows, terms = _reduce(rows, terms, len(students), with_terms)
     return rows, terms, gradient
 
 
@@ -111,8 +117,8 @@ torch.library.impl("fastkd::row_loss", ("cpu", "cuda"), _row_loss, lib=_library)
 
 @torch.library.register_fake("fastkd::row_loss", lib=_library)
 def _row_loss_shapes(
-    student: Tensor,
-    teacher: Tensor,
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
     target: Tensor | None,
     row_weight: Tensor | None,
     divisor: int,
@@ -123,43 +129,57 @@ def _row_loss_shapes(
     with_terms: bool,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows, terms, gradient = _allocate(student, loss, with_terms, with_gradient)
+    rows, terms, gradient = _allocate(students, loss, with_terms, with_gradient)
     if reduced:
-        return rows.new_empty(()), terms.new_empty(terms.shape[0]) if with_terms else terms, gradient
+        of_pairs = (len(students),) if len(students) > 1 else ()
+        rows = rows.new_empty(of_pairs)
+        terms = terms.new_empty(terms.shape[0], *of_pairs) if with_terms else terms
     return rows, terms, gradient
 
 
-def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _keep_gradient(ctx: Any, pairs: int, backend: str, output: tuple[Tensor, Tensor, Tensor]) -> None:
     _, terms, gradient = output
     ctx.mark_non_differentiable(terms, gradient)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(gradient)
-    ctx.backend = inputs[7]
+    ctx.pairs = pairs
+    ctx.backend = backend
 
 
-def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, upstream: Tensor | None) -> Sequence[Tensor | None]:
+    """Of each student's logits: the gradient computed with the loss, times what comes from upstream."""
     (gradient,) = ctx.saved_tensors
-    nothing = (None,) * 10
     if upstream is None:
-        return None, *nothing
+        return [None] * ctx.pairs
     traced = torch.compiler.is_compiling() or type(gradient) is not Tensor
     if torch.is_grad_enabled() and not traced:
         raise RuntimeError(
             "fastkd computes the gradient with the loss and does not differentiate it again "
             "(create_graph=True); use fastkd.set_backend('eager') for second derivatives"
         )
+    of_pair = gradient.shape[0] // ctx.pairs
+    # A number on the CPU is read without waiting for anything; on a GPU the kernel decides.
+    unscaled = upstream.dim() == 0 and upstream.device.type == "cpu" and not traced and float(upstream) == 1.0
+    if upstream.numel() != gradient.shape[0]:  # one number a pair
+        upstream = upstream.expand(of_pair) if ctx.pairs == 1 else upstream.repeat_interleave(of_pair)
     # In place where the saved gradient is ours alone. Whoever keeps the graph may come again, and a compiler
     # fuses a plain product with what follows.
     if traced or torch._C._autograd._get_current_graph_task_keep_graph():
-        return (gradient * upstream.unsqueeze(-1)).to(gradient.dtype), *nothing
-    # A number on the CPU is read without waiting for anything; on a GPU the kernel decides.
-    unscaled = upstream.dim() == 0 and upstream.device.type == "cpu" and float(upstream) == 1.0
-    if gradient.shape[0] and not unscaled:
-        _launcher(ctx.backend).scale_rows_(gradient, upstream.expand(gradient.shape[0]))
-    return gradient, *nothing
+        gradient = (gradient * upstream.unsqueeze(-1)).to(gradient.dtype)
+    elif of_pair and not unscaled:
+        _launcher(ctx.backend).scale_rows_(gradient, upstream)
+    return [gradient] if ctx.pairs == 1 else gradient.split(of_pair)
 
 
-torch.library.register_autograd("fastkd::row_loss", _backward, setup_context=_keep_gradient, lib=_library)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _keep_gradient(ctx, len(inputs[0]), inputs[7], output)
+
+
+def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
+    return list(_gradients(ctx, upstream)), [None] * ctx.pairs, *(None,) * 9
+
+
+torch.library.register_autograd("fastkd::row_loss", _backward, setup_context=_setup_context, lib=_library)
 
 
 class _RowLoss(torch.autograd.Function):
@@ -167,8 +187,12 @@ class _RowLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        output = _row_loss(*inputs)
-        _keep_gradient(ctx, inputs, output)
+        settings, logits = inputs[:9], inputs[9:]
+        pairs = len(logits) // 2
+        output = _row_loss(logits[:pairs], logits[pairs:], *settings)
+        _keep_gradient(ctx, pairs, settings[5], output)
         return output
 
-    backward = staticmethod(_backward)
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
+        return *(None,) * 9, *_gradients(ctx, upstream), *(None,) * ctx.pairs

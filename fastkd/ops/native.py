@@ -80,8 +80,8 @@ def _absent() -> Tensor:
 
 
 def row_loss(
-    student: Tensor,
-    teacher: Tensor,
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
     target: Tensor | None,
     row_weight: Tensor | None,
     scale: float,
@@ -93,19 +93,21 @@ def row_loss(
 ) -> None:
     """Fills ``rows``, ``terms`` and ``gradient`` (an empty one is not computed); see ``ops.library``."""
     absent = _absent()
-    _operator("row_loss")(
-        student,
-        teacher,
-        absent if target is None else target,
-        absent if row_weight is None else row_weight,
-        scale,
-        rows,
-        terms,
-        gradient,
-        _CODES[loss],
-        *options,
-        *(0.0,) * (_OPTIONS - len(options)),
-    )
+    labels = absent if target is None else target
+    weights = absent if row_weight is None else row_weight
+    settings = (_CODES[loss], *options, *(0.0,) * (_OPTIONS - len(options)))
+    count = students[0].shape[0]
+    if len(students) == 1:
+        _operator("row_loss")(
+            students[0], teachers[0], labels, weights, scale, rows, terms, gradient, *settings
+        )
+        return
+    for pair, (student, teacher) in enumerate(zip(students, teachers, strict=True)):
+        of_pair = slice(pair * count, (pair + 1) * count)
+        terms_of_pair = terms.new_empty(terms.shape[0], count)
+        outputs = rows[of_pair], terms_of_pair, gradient[of_pair]
+        _operator("row_loss")(student, teacher, labels, weights, scale, *outputs, *settings)
+        terms[:, of_pair] = terms_of_pair
 
 
 def scale_rows_(gradient: Tensor, upstream: Tensor) -> None:

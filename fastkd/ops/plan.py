@@ -14,6 +14,13 @@ RESIDENT_CLASSES = 8192
 # Sixteen warps: with eight the standardised losses spill registers on sm_80 (benchmarks/compile_kernels.py).
 STREAMED_TILE = 4096
 STREAMED_WARPS = 16
+# Logits of a row that one warp works on; shorter rows share a program of up to four warps.
+ELEMENTS_A_WARP = 512
+# Of the second-level cache, what the rows in flight may fill between their two sweeps.
+CACHE_SHARE = 0.6
+MAX_PARTS = 256
+# The CPU: longer rows leave the second-level cache between their sweeps (csrc/cpu/isa_kernels.h).
+KEPT_CLASSES = 1 << 18
 
 ELEMENT_BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2, torch.float64: 8}
 POINTWISE = ("binary_kl", "binary_kl_norm")
@@ -22,24 +29,52 @@ EXTRA_SWEEPS = {"jsd": 1, "lskd": 1}
 LOSSES = ("kd", "lskd", "dkd", "dckd", "ce_kd", "nkd", "ttm", "reverse_kl", "jsd", *POINTWISE)
 
 
+class Device(NamedTuple):
+    """What the planner wants to know of a GPU."""
+
+    multiprocessors: int
+    cache_bytes: int
+
+
 class Plan(NamedTuple):
+    """How the Triton kernels share out rows; the numbers of programs do not change the compiled kernel."""
+
+    rows: int  # to a program
     tile: int
     one_tile: bool
     warps: int
+    parts: int  # programs to a row
+    programs: int  # of one part of the rows, at most
 
 
-def plan_rows(classes: int) -> Plan:
-    """One tile where the row fits on chip (3 accesses an element), else two sweeps of tiles (5)."""
-    if classes <= RESIDENT_CLASSES:
+@cache
+def device_of(device: torch.device) -> Device:
+    if device.type != "cuda":
+        return Device(132, 50 << 20)  # Triton's interpreter: planned as for an H100
+    properties = torch.cuda.get_device_properties(device)
+    return Device(properties.multi_processor_count, properties.L2_cache_size)
+
+
+def plan_rows(loss: str, rows: int, classes: int, element_bytes: int, device: Device) -> Plan:
+    """Rows that fit on chip are read once (3 accesses an element); longer ones are swept twice (5).
+
+    ``loss`` is its name in ``fastkd.reference``, or "scale" for the scaling of a gradient. The kernel that is
+    compiled depends on ``loss`` and ``classes`` alone, not on the number of rows.
+    """
+    resident = loss not in ("jsd", "scale", *POINTWISE)
+    longest = RESIDENT_CLASSES if resident else STREAMED_TILE
+    if classes <= longest:
         tile = max(16, 1 << (classes - 1).bit_length())
-        return Plan(tile, True, min(16, max(1, tile // 512)))
-    return Plan(STREAMED_TILE, False, STREAMED_WARPS)
-
-
-def plan_tile(classes: int) -> tuple[int, int]:
-    """Tile and warps of a kernel that walks along the row."""
-    plan = plan_rows(min(classes, STREAMED_TILE))
-    return plan.tile, plan.warps
+        together = 1 if loss == "scale" else max(1, ELEMENTS_A_WARP // tile)
+        warps = min(4, together) if together > 1 else min(16, max(1, tile // ELEMENTS_A_WARP))
+        return Plan(together, tile, resident, warps, 1, rows)
+    tiles = -(-classes // STREAMED_TILE)
+    parts = 1
+    if rows < device.multiprocessors:
+        parts = min(tiles, MAX_PARTS, -(-2 * device.multiprocessors // max(rows, 1)))
+    cached_rows = int(CACHE_SHARE * device.cache_bytes) // (2 * classes * element_bytes)
+    programs = max(device.multiprocessors, cached_rows)
+    return Plan(1, STREAMED_TILE, False, STREAMED_WARPS, parts, programs)
 
 
 @dataclass(frozen=True)
@@ -92,30 +127,49 @@ def explain(
         raise TypeError(f"dtype is {dtype}; expected float32, bfloat16, float16 or float64")
     kind = torch.device(device).type
     chosen = backend.resolve(backend.get_backend(), kind, dtype)
-    path, tile, warps, accesses = _path(chosen, classes, loss)
-    moved = accesses * rows * classes * ELEMENT_BYTES[dtype]
-    return Explanation(
-        loss, rows, classes, dtype, device, chosen, path, tile, warps, accesses, moved, copy_bandwidth(device)
-    )
+    path = _path(chosen, loss, rows, classes, dtype, torch.device(device))
+    moved = path.accesses * rows * classes * ELEMENT_BYTES[dtype]
+    return Explanation(loss, rows, classes, dtype, device, chosen, *path, moved, copy_bandwidth(device))
 
 
-def _path(chosen: str, classes: int, loss: str) -> tuple[str, int, int | None, int]:
-    """(words, tile, warps, memory accesses an element)."""
+class _Path(NamedTuple):
+    words: str
+    tile: int
+    warps: int | None
+    accesses: int  # of memory, an element
+
+
+def _path(chosen: str, loss: str, rows: int, classes: int, dtype: torch.dtype, device: torch.device) -> _Path:
     if chosen == "eager":
-        return "plain torch, one kernel an operation", classes, None, 19
+        return _Path("plain torch, one kernel an operation", classes, None, 19)
     if chosen == "native":
+        threads = torch.get_num_threads()
+        sharing = "rows over threads" if rows >= threads else "each row over several threads"
         if loss in POINTWISE:
-            return "rows over threads, one sweep", 1024, None, 3
-        words = "rows over threads; logits read once in blocks, exponentials kept in cache for the gradient"
-        return words, 1024, None, 3
+            return _Path(f"{sharing}, one sweep", 1024, None, 3)
+        words = "logits read once in blocks, exponentials kept in cache for the gradient"
+        if rows < threads or classes > KEPT_CLASSES:
+            words = "two sweeps in blocks, exponentials computed in both"
+        return _Path(f"{sharing}; {words}", 1024, None, 3 if classes <= KEPT_CLASSES else 5)
+    family = loss if loss in ("jsd", *POINTWISE) else "softmax"
+    plan = plan_rows(family, rows, classes, ELEMENT_BYTES[dtype], device_of(device))
+    if plan.parts > 1:
+        sharing = f"{plan.parts} programs a row"
+    elif plan.rows > 1:
+        sharing = f"{plan.rows} rows a program"
+    else:
+        sharing = "one program a row"
     if loss in POINTWISE:
-        return "one program a row, one sweep of tiles", *plan_tile(classes), 3
-    plan = plan_rows(classes)
-    if loss == "jsd" or not plan.one_tile:
-        tile, warps = plan_tile(classes) if loss == "jsd" else (plan.tile, plan.warps)
-        sweeps = 2 + EXTRA_SWEEPS.get(loss, 0)
-        return f"one program a row, {sweeps} sweeps of tiles", tile, warps, 2 * sweeps + 1
-    return "one program a row, the row in registers, one launch", plan.tile, plan.warps, 3
+        return _Path(f"{sharing}, one sweep of tiles", plan.tile, plan.warps, 3)
+    if plan.one_tile:
+        return _Path(f"{sharing}, the row in registers, one launch", plan.tile, plan.warps, 3)
+    sweeps = 2 + EXTRA_SWEEPS.get(loss, 0)
+    words = f"{sharing}, {sweeps} sweeps of tiles"
+    if plan.parts > 1:
+        words += f", {sweeps} launches"
+    elif plan.programs < rows:
+        words += f", {plan.programs} rows at a time"
+    return _Path(words, plan.tile, plan.warps, 2 * sweeps + 1)
 
 
 @cache

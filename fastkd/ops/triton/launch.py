@@ -7,11 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.ops.plan import plan_rows, plan_tile
-from fastkd.ops.triton import formulas
-from fastkd.ops.triton.mixture_rows import jsd_rows
+from fastkd.ops.plan import MAX_PARTS, Plan, device_of, plan_rows
+from fastkd.ops.triton import formulas, mixture_rows, softmax_rows
 from fastkd.ops.triton.pointwise_rows import pointwise_rows, scale_rows
-from fastkd.ops.triton.softmax_rows import softmax_rows
 
 # A fused multiply-add would leave a rounding error where two equal products must cancel to 0.
 # Triton's default changes between versions.
@@ -23,8 +21,8 @@ def on_device(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 def row_loss(
-    student: Tensor,
-    teacher: Tensor,
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
     target: Tensor | None,
     row_weight: Tensor | None,
     scale: float,
@@ -35,41 +33,71 @@ def row_loss(
     gradient: Tensor,
 ) -> None:
     """Fills ``rows``, ``terms`` and ``gradient`` (an empty one is not computed); see ``ops.library``."""
+    student, teacher = students[0], teachers[0]
     count, classes = student.shape
-    logits = (student, teacher)
+    pairs = len(students)
+    plan = plan_rows(loss, pairs * count, classes, student.element_size(), device_of(student.device))
+    blocks = -(-count // plan.rows)
+    grid = (min(blocks, plan.programs), plan.parts, pairs)
+    logits = (tuple(students), tuple(teachers))
     strides = (student.stride(0), teacher.stride(0))
     # A pointer that is not used still has to be one.
     weight = rows if row_weight is None else row_weight
-    switches = {"WEIGHTED": row_weight is not None, "GRADIENT": gradient.shape[0] > 0}
+    shape = {"ROWS": plan.rows, "TILE": plan.tile, "num_warps": plan.warps, **EXACT_PRODUCTS}
+    switches = {"WEIGHTED": row_weight is not None, "WITH_GRADIENT": gradient.shape[0] > 0}
     with on_device(student):
         if loss == "jsd":
             temperature, beta = options
-            tile, warps = plan_tile(classes)
-            jsd_rows[(count,)](
-                *logits, weight, rows, gradient, classes, *strides, gradient.stride(0),
-                scale, 1.0 / temperature, beta,
-                **switches, TILE=tile, num_warps=warps, **EXACT_PRODUCTS,
-            )  # fmt: skip
+            kl, sums = partials(student, pairs, plan, 2), partials(student, pairs, plan, 12)
+            for phase in mixture_phases(plan):
+                mixture_rows.jsd_rows[grid](
+                    *logits, weight, rows, gradient, kl, sums,
+                    count, blocks, plan.parts, classes, *strides, gradient.stride(0),
+                    scale, 1.0 / temperature, beta, **switches, PHASE=phase, PARTS=MAX_PARTS, **shape,
+                )  # fmt: skip
         elif loss in ("binary_kl", "binary_kl_norm"):
             temperature = options[0]
-            tile, warps = plan_tile(classes)
-            pointwise_rows[(count,)](
-                *logits, weight, rows, gradient, classes, *strides, gradient.stride(0),
+            of_parts = rows if plan.parts == 1 else rows.new_empty(pairs * count, plan.parts)
+            pointwise_rows[blocks, plan.parts, pairs](
+                *logits, weight, of_parts, gradient, count, plan.parts, classes, *strides, gradient.stride(0),
                 scale, temperature, temperature * (0.5 if loss == "binary_kl_norm" else 1.0),
-                FORMULA=getattr(formulas, loss),
-                **switches, TILE=tile, num_warps=warps, **EXACT_PRODUCTS,
+                FORMULA=getattr(formulas, loss), **switches, **shape,
             )  # fmt: skip
+            if plan.parts > 1:
+                torch.sum(of_parts, 1, out=rows)
         else:
-            plan = plan_rows(classes)
             label = target if loss in ("softmax", "nkd") else None
-            softmax_rows[(count,)](
-                *logits, student if label is None else label, weight, rows, terms, gradient,
-                count, classes, *strides, 0 if label is None else label.stride(0), gradient.stride(0),
-                scale, *slopes(loss, options), *kernel_options(loss, options),
-                **softmax_switches(loss, options), **switches,
-                LABELLED=label is not None, TERMS=terms.shape[0] > 0,
-                TILE=plan.tile, ONE_TILE=plan.one_tile, num_warps=plan.warps, **EXACT_PRODUCTS,
-            )  # fmt: skip
+            needs = softmax_switches(loss, options)
+            moments, sums = partials(student, pairs, plan, 6), partials(student, pairs, plan, 12)
+            for phase in softmax_phases(plan, needs["STANDARDIZED"]):
+                softmax_rows.softmax_rows[grid](
+                    *logits, student if label is None else label, weight, rows, terms, gradient,
+                    moments, sums, count, blocks, plan.parts, classes, *strides,
+                    0 if label is None else label.stride(0), gradient.stride(0),
+                    scale, *slopes(loss, options), kernel_options(loss, options),
+                    **needs, **switches, LABELLED=label is not None, TERMS=terms.shape[0] > 0,
+                    PHASE=phase, ONE_TILE=plan.one_tile, PARTS=MAX_PARTS, **shape,
+                )  # fmt: skip
+
+
+def partials(student: Tensor, pairs: int, plan: Plan, values: int) -> Tensor:
+    """Room for what each part of each row hands on; where a row has one part, nothing is handed on."""
+    count = student.shape[0] if plan.parts > 1 else 0
+    return student.new_empty(pairs * count * plan.parts * values, dtype=torch.float32)
+
+
+def softmax_phases(plan: Plan, standardized: bool) -> list[int]:
+    """The launches: one, or where a row is shared by programs one for each time that its parts meet."""
+    if plan.parts == 1:
+        return [softmax_rows.WHOLE.value]
+    moments = [softmax_rows.MOMENTS.value] if standardized else []
+    return [*moments, softmax_rows.STATISTICS.value, softmax_rows.GRADIENT.value]
+
+
+def mixture_phases(plan: Plan) -> list[int]:
+    if plan.parts == 1:
+        return [softmax_rows.WHOLE.value]
+    return [softmax_rows.STATISTICS.value, mixture_rows.MIXTURE.value, softmax_rows.GRADIENT.value]
 
 
 def slopes(loss: str, options: Sequence[float]) -> tuple[float, float]:
@@ -77,10 +105,10 @@ def slopes(loss: str, options: Sequence[float]) -> tuple[float, float]:
     return (1.0, options[0]) if loss == "ttm" else (1.0 / options[0],) * 2
 
 
-def kernel_options(loss: str, options: Sequence[float]) -> list[float]:
+def kernel_options(loss: str, options: Sequence[float]) -> tuple[float, ...]:
     """The seven numbers a formula takes; ``standardized`` is a switch and not among them."""
     values = [*options[:6], *options[7:]] if loss == "softmax" else list(options)
-    return values + [0.0] * (7 - len(values))
+    return tuple(values + [0.0] * (7 - len(values)))
 
 
 def softmax_switches(loss: str, options: Sequence[float]) -> dict[str, Any]:
@@ -126,8 +154,10 @@ def softmax_switches(loss: str, options: Sequence[float]) -> dict[str, Any]:
 def scale_rows_(gradient: Tensor, upstream: Tensor) -> None:
     """``gradient[n] *= upstream[n]`` in place; rows whose factor is 1 are not touched."""
     count, classes = gradient.shape
-    tile, warps = plan_tile(classes)
+    device = device_of(gradient.device)
+    plan = plan_rows("scale", count, classes, gradient.element_size(), device)
     with on_device(gradient):
-        scale_rows[(count,)](
-            gradient, upstream, classes, gradient.stride(0), upstream.stride(0), TILE=tile, num_warps=warps
-        )
+        scale_rows[count, plan.parts](
+            gradient, upstream, classes, gradient.stride(0), upstream.stride(0), plan.parts,
+            TILE=plan.tile, num_warps=plan.warps,
+        )  # fmt: skip

@@ -1,133 +1,52 @@
 """The row skeleton of the softmax family: sums, a formula, the gradient.
 
-One program a row. A row that fits into one tile is read once and its gradient written once, with loss and
-gradient in the same launch; a longer row is swept twice.
+Rows that fit into a tile are read once and their gradient written once, several short rows to a program. A
+longer row is swept twice; where there are few of them each is shared by several programs, a launch a phase.
 """
 
 import triton
 import triton.language as tl
 
-from fastkd.ops.triton.tiles import MASKED, load_logits, row_weight, store_tile
+from fastkd.ops.triton.statistics import (
+    combine_moments,
+    combine_statistics,
+    scale_of_moments,
+    store_partial,
+    sweep_moments,
+    sweep_statistics,
+)
+from fastkd.ops.triton.tiles import (
+    load_logits,
+    of_pair,
+    rows_of_block,
+    store_tile,
+    tiles_of_part,
+    weight_of_rows,
+)
 
-STANDARDIZE_EPSILON = tl.constexpr(1e-7)
-
-
-@triton.jit
-def combine_moments(mean, squares, seen, columns, logits, classes):
-    """Mean and sum of squared deviations of the part seen so far and one tile more (Chan et al.)."""
-    inside = columns < classes
-    count = tl.sum(inside.to(tl.float32))
-    tile_mean = tl.sum(tl.where(inside, logits, 0.0)) / count
-    centred = tl.where(inside, logits - tile_mean, 0.0)
-    step = tile_mean - mean
-    total = seen + count
-    squares += tl.sum(centred * centred) + step * step * (seen * count / total)
-    return mean + step * (count / total), squares, total
-
-
-@triton.jit
-def standardizing_scale(row, classes, temperature, TILE: tl.constexpr, ONE_TILE: tl.constexpr):
-    """(slope, mean, deviation) that bring a row to (z - mean) / (std + epsilon) / T."""
-    mean = 0.0
-    squares = 0.0
-    seen = 0.0
-    if ONE_TILE:
-        columns = tl.arange(0, TILE)
-        logits = load_logits(row, columns, classes, "evict_last")
-        mean, squares, seen = combine_moments(mean, squares, seen, columns, logits, classes)
-    else:
-        for start in range(0, classes, TILE):
-            columns = start + tl.arange(0, TILE)
-            logits = load_logits(row, columns, classes, "evict_last")
-            mean, squares, seen = combine_moments(mean, squares, seen, columns, logits, classes)
-    deviation = tl.sqrt(squares / (classes - 1))
-    return 1.0 / ((deviation + STANDARDIZE_EPSILON) * temperature), mean, deviation
+# What a launch does: all of a row; or, of a row that programs share, one phase over what the last one found.
+WHOLE = tl.constexpr(0)
+MOMENTS = tl.constexpr(1)
+STATISTICS = tl.constexpr(2)
+GRADIENT = tl.constexpr(3)
 
 
 @triton.jit
-def update_statistics(
-    before,
+def gradient_tile(
     student,
     teacher,
     columns,
     label,
-    classes,
-    student_scale,
-    teacher_scale,
-    DISTILS: tl.constexpr,
-    PLAIN: tl.constexpr,
-    PLAIN_TEACHER: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    TILT: tl.constexpr,
-    SMOOTHED: tl.constexpr,
-    OWN_SLOPES: tl.constexpr,
-    STANDARDIZED: tl.constexpr,
-):
-    """The statistics of the part seen so far and one tile more, relative to the largest logits of both.
-
-    The label is left out of every sum but that of the logits, so that nothing cancels. csrc/row_math.h names
-    the sums; PLAIN to STANDARDIZED say which of them the formula needs.
-    """
-    max_s, sum_s, dot_s, moment_s, plain_s, max_t, sum_t, dot_t, moment_t, entropy_t, plain_t, total = before
-    slope_s, mean_s, deviation_s = student_scale
-    slope_t, mean_t, deviation_t = teacher_scale
-    if SMOOTHED:
-        total += tl.sum(tl.where(columns < classes, student, 0.0))
-    student = tl.where(columns == label, MASKED, student)
-    teacher = tl.where(columns == label, MASKED, teacher)
-
-    top_s = tl.maximum(max_s, tl.max(student))
-    exp_u = tl.exp((student - top_s) * slope_s)
-    factor_s = tl.exp((max_s - top_s) * slope_s)
-    sum_s = factor_s * sum_s + tl.sum(exp_u)
-    if PLAIN:
-        plain_s = tl.exp(max_s - top_s) * plain_s + tl.sum(tl.exp(student - top_s))
-    top_t = max_t
-    if DISTILS:
-        top_t = tl.maximum(max_t, tl.max(teacher))
-        exp_v = tl.exp((teacher - top_t) * slope_t)
-        shift_t = (max_t - top_t) * slope_t
-        factor_t = tl.exp(shift_t)
-        difference = (teacher - student) * slope_t  # exactly 0 for equal logits
-        if OWN_SLOPES:
-            u = (student - mean_s) * slope_s
-            difference = (teacher - mean_t) * slope_t - u
-            if STANDARDIZED:
-                moment_s = factor_s * moment_s + tl.sum(exp_u * u)
-                moment_t = factor_t * moment_t + tl.sum(exp_v * u)
-        if ENTROPY:
-            above = tl.sum(exp_v * ((teacher - top_t) * slope_t))
-            entropy_t = factor_t * (entropy_t + shift_t * sum_t) + above
-        if PLAIN_TEACHER:
-            plain_t = tl.exp(max_t - top_t) * plain_t + tl.sum(tl.exp(teacher - top_t))
-        sum_t = factor_t * sum_t + tl.sum(exp_v)
-        if TILT:
-            dot_s = factor_s * dot_s + tl.sum(exp_u * difference)
-        else:
-            dot_t = factor_t * dot_t + tl.sum(exp_v * difference)
-    return top_s, sum_s, dot_s, moment_s, plain_s, top_t, sum_t, dot_t, moment_t, entropy_t, plain_t, total
-
-
-@triton.jit
-def store_gradient(
-    row,
-    student,
-    teacher,
-    columns,
-    label,
-    classes,
     maxima,
     coefficients,
     student_scale,
     teacher_scale,
     weight,
-    bad_label,
     DISTILS: tl.constexpr,
     PLAIN: tl.constexpr,
     TILT: tl.constexpr,
     STANDARDIZED: tl.constexpr,
 ):
-    """One tile of the gradient, in the student's dtype."""
     max_s, max_t = maxima
     by_student, by_teacher, by_plain, constant, affine, tilt, at_label = coefficients
     slope_s, mean_s, deviation_s = student_scale
@@ -143,40 +62,27 @@ def store_gradient(
         value += by_plain * tl.exp(student - max_s)
     if STANDARDIZED:
         value += affine * (student - mean_s)
-    value = tl.where(columns == label, at_label, value + constant) * weight
-    store_tile(row, columns, classes, value, weight, bad_label)
+    return tl.where(columns == label, at_label, value + constant) * weight
 
 
-@triton.jit(do_not_specialize=["count"])
-def softmax_rows(
-    student_pointer,
-    teacher_pointer,
+@triton.jit
+def softmax_block(
+    block,
+    logits,
     target_pointer,
     weight_pointer,
-    loss_pointer,
-    terms_pointer,
-    gradient_pointer,
-    count,
-    classes,
-    student_stride,
-    teacher_stride,
-    target_stride,
-    gradient_stride,
+    outputs,
+    partials,
+    sizes,
+    strides,
     scale,
-    slope_s,
-    slope_t,
-    o0,
-    o1,
-    o2,
-    o3,
-    o4,
-    o5,
-    o6,
+    slopes,
+    options,
     FORMULA: tl.constexpr,
     LABELLED: tl.constexpr,
     WEIGHTED: tl.constexpr,
     TERMS: tl.constexpr,
-    GRADIENT: tl.constexpr,
+    WITH_GRADIENT: tl.constexpr,
     DISTILS: tl.constexpr,
     CROSS_ENTROPY: tl.constexpr,
     PLAIN: tl.constexpr,
@@ -186,97 +92,205 @@ def softmax_rows(
     SMOOTHED: tl.constexpr,
     OWN_SLOPES: tl.constexpr,
     STANDARDIZED: tl.constexpr,
+    PHASE: tl.constexpr,
+    ROWS: tl.constexpr,
     TILE: tl.constexpr,
     ONE_TILE: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """Loss, terms and gradient of row ``program_id(0)``, which FORMULA makes of the row's statistics.
+    """One block of rows, or this program's part of it."""
+    students, teachers = logits
+    loss_pointer, terms_pointer, gradient_pointer = outputs
+    moments_pointer, sums_pointer = partials
+    count, parts, classes = sizes
+    student_stride, teacher_stride, target_stride, gradient_stride = strides
+    slope_s, slope_t = slopes
 
-    ``o0`` to ``o6`` are its options. DISTILS: the teacher is read. PLAIN to STANDARDIZED: update_statistics.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    student_row = student_pointer + row * student_stride
-    teacher_row = teacher_pointer + row * teacher_stride
-    weight = row_weight(weight_pointer, row, scale, WEIGHTED)
-    label = -1
-    label_logits = (0.0, 0.0)
-    bad_label = False
-    if LABELLED:
-        label = tl.load(target_pointer + row * target_stride)
-        bad_label = (label < 0) | (label >= classes)
-        label = tl.where(bad_label, 0, label)
-        label_s = tl.load(student_row + label).to(tl.float32)
-        label_t = tl.load(teacher_row + label).to(tl.float32)
-        label_logits = (
-            tl.where(label_s < MASKED, MASKED, label_s),
-            tl.where(label_t < MASKED, MASKED, label_t),
+    part = tl.program_id(1)
+    first_tile, end_tile = tiles_of_part(part, parts, classes, TILE)
+    index, exists = rows_of_block(block, count, ROWS)
+    result = tl.program_id(2).to(tl.int64) * count + index
+    student_rows = students + index * student_stride
+    teacher_rows = teachers + index * teacher_stride
+    partial = result * parts + part
+
+    if PHASE == MOMENTS:
+        student_moments = sweep_moments(
+            student_rows, classes, exists, first_tile, end_tile, ROWS, TILE, ONE_TILE
         )
-
-    student_scale = (slope_s, 0.0, 0.0)
-    teacher_scale = (slope_t, 0.0, 0.0)
-    if STANDARDIZED:
-        student_scale = standardizing_scale(student_row, classes, o0, TILE, ONE_TILE)
-        teacher_scale = standardizing_scale(teacher_row, classes, o0, TILE, ONE_TILE)
-
-    lowest = tl.full((), MASKED, tl.float32)
-    sums = (lowest, 0.0, 0.0, 0.0, 0.0, lowest, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
-    if ONE_TILE:
-        columns = tl.arange(0, TILE)
-        student = load_logits(student_row, columns, classes, "evict_first")
-        teacher = load_logits(teacher_row, columns, classes, "evict_first") if DISTILS else student
-        sums = update_statistics(
-            sums, student, teacher, columns, label, classes, student_scale, teacher_scale,
-            DISTILS, PLAIN, PLAIN_TEACHER, ENTROPY, TILT, SMOOTHED, OWN_SLOPES, STANDARDIZED,
-        )  # fmt: skip
+        teacher_moments = sweep_moments(
+            teacher_rows, classes, exists, first_tile, end_tile, ROWS, TILE, ONE_TILE
+        )
+        store_partial(moments_pointer + partial * 6, student_moments, exists)
+        store_partial(moments_pointer + partial * 6 + 3, teacher_moments, exists)
     else:
-        for start in range(0, classes, TILE):
-            columns = start + tl.arange(0, TILE)
-            student = load_logits(student_row, columns, classes, "evict_last")
-            teacher = load_logits(teacher_row, columns, classes, "evict_last") if DISTILS else student
-            sums = update_statistics(
-                sums, student, teacher, columns, label, classes, student_scale, teacher_scale,
-                DISTILS, PLAIN, PLAIN_TEACHER, ENTROPY, TILT, SMOOTHED, OWN_SLOPES, STANDARDIZED,
-            )  # fmt: skip
-    max_s, sum_s, dot_s, moment_s, plain_s, max_t, sum_t, dot_t, moment_t, entropy_t, plain_t, total = sums
-    # Where a formula reads sums at T = 1 that were not taken, T is 1.
-    if not PLAIN:
-        plain_s = sum_s
-    if not PLAIN_TEACHER:
-        plain_t = sum_t
-    sums = (
-        max_s, sum_s, dot_s, moment_s, plain_s, max_t, sum_t, dot_t, moment_t, entropy_t, plain_t, total,
-    )  # fmt: skip
+        label = tl.full((ROWS, 1), -1, tl.int64)
+        label_logits = (0.0, 0.0)
+        bad_label = False
+        if LABELLED:
+            label = tl.load(target_pointer + index * target_stride, mask=exists, other=0)
+            bad_label = (label < 0) | (label >= classes)
+            label = tl.where(bad_label, 0, label)
+            label_logits = (
+                load_logits(student_rows, label, classes, exists, ""),
+                load_logits(teacher_rows, label, classes, exists, ""),
+            )
+        student_scale = (slope_s, 0.0, 0.0)
+        teacher_scale = (slope_t, 0.0, 0.0)
+        if STANDARDIZED:
+            if PHASE == WHOLE:
+                student_moments = sweep_moments(
+                    student_rows, classes, exists, first_tile, end_tile, ROWS, TILE, ONE_TILE
+                )
+                teacher_moments = sweep_moments(
+                    teacher_rows, classes, exists, first_tile, end_tile, ROWS, TILE, ONE_TILE
+                )
+            else:
+                moments_of_row = moments_pointer + result * parts * 6
+                student_moments = combine_moments(moments_of_row, parts, PARTS)
+                teacher_moments = combine_moments(moments_of_row + 3, parts, PARTS)
+            student_scale = scale_of_moments(student_moments, options[0])
+            teacher_scale = scale_of_moments(teacher_moments, options[0])
 
-    options = (o0, o1, o2, o3, o4, o5, o6)
-    loss, terms, coefficients = FORMULA(
-        sums, options, student_scale, teacher_scale, label_logits, classes,
-        LABELLED, DISTILS, CROSS_ENTROPY, STANDARDIZED,
-    )  # fmt: skip
-    invalid = float("nan")
-    tl.store(loss_pointer + row, tl.where(weight == 0.0, 0.0, tl.where(bad_label, invalid, weight * loss)))
-    if TERMS:
-        for term in tl.static_range(4):
-            value = tl.where(weight == 0.0, 0.0, tl.where(bad_label, invalid, weight * terms[term]))
-            tl.store(terms_pointer + term * count.to(tl.int64) + row, value)
-    if GRADIENT:
-        by_student, by_teacher, by_plain, constant, affine, tilt, at_label = coefficients
-        if not PLAIN:
-            by_student += by_plain
-        coefficients = (by_student, by_teacher, by_plain, constant, affine, tilt, at_label)
-        maxima = (max_s, max_t)
-        gradient_row = gradient_pointer + row * gradient_stride
-        if ONE_TILE:
-            store_gradient(
-                gradient_row, student, teacher, columns, label, classes, maxima, coefficients,
-                student_scale, teacher_scale, weight, bad_label, DISTILS, PLAIN, TILT, STANDARDIZED,
-            )  # fmt: skip
+        if PHASE == GRADIENT:
+            sums = combine_statistics(
+                sums_pointer + result * parts * 12, parts, student_scale, teacher_scale, PARTS
+            )
         else:
-            # Last tile first: it is the one still in cache.
-            tiles = tl.cdiv(classes, TILE)
-            for step in range(0, tiles):
-                columns = (tiles - 1 - step) * TILE + tl.arange(0, TILE)
-                student = load_logits(student_row, columns, classes, "evict_first")
-                teacher = load_logits(teacher_row, columns, classes, "evict_first") if DISTILS else student
-                store_gradient(
-                    gradient_row, student, teacher, columns, label, classes, maxima, coefficients,
-                    student_scale, teacher_scale, weight, bad_label, DISTILS, PLAIN, TILT, STANDARDIZED,
-                )  # fmt: skip
+            sums, student, teacher, columns = sweep_statistics(
+                student_rows, teacher_rows, label, classes, exists, student_scale, teacher_scale,
+                first_tile, end_tile,
+                DISTILS, PLAIN, PLAIN_TEACHER, ENTROPY, TILT, SMOOTHED, OWN_SLOPES, STANDARDIZED,
+                ROWS, TILE, ONE_TILE,
+            )  # fmt: skip
+
+        if PHASE == STATISTICS:
+            store_partial(sums_pointer + partial * 12, sums, exists)
+        else:
+            (
+                max_s, sum_s, dot_s, moment_s, plain_s,
+                max_t, sum_t, dot_t, moment_t, entropy_t, plain_t, total,
+            ) = sums  # fmt: skip
+            # Where a formula reads sums at T = 1 that were not taken, T is 1.
+            if not PLAIN:
+                plain_s = sum_s
+            if not PLAIN_TEACHER:
+                plain_t = sum_t
+            sums = (
+                max_s, sum_s, dot_s, moment_s, plain_s,
+                max_t, sum_t, dot_t, moment_t, entropy_t, plain_t, total,
+            )  # fmt: skip
+            loss, terms, coefficients = FORMULA(
+                sums, options, student_scale, teacher_scale, label_logits, classes,
+                LABELLED, DISTILS, CROSS_ENTROPY, STANDARDIZED,
+            )  # fmt: skip
+            weight = weight_of_rows(weight_pointer, index, exists, scale, WEIGHTED)
+            invalid = float("nan")
+            if part == 0:
+                value = tl.where(weight == 0.0, 0.0, tl.where(bad_label, invalid, weight * loss))
+                tl.store(loss_pointer + result, value, mask=exists)
+                if TERMS:
+                    stride = tl.num_programs(2).to(tl.int64) * count
+                    for term in tl.static_range(4):
+                        value = weight * terms[term]
+                        value = tl.where(weight == 0.0, 0.0, tl.where(bad_label, invalid, value))
+                        tl.store(terms_pointer + term * stride + result, value, mask=exists)
+            if WITH_GRADIENT:
+                by_student, by_teacher, by_plain, constant, affine, tilt, at_label = coefficients
+                if not PLAIN:
+                    by_student += by_plain
+                coefficients = (by_student, by_teacher, by_plain, constant, affine, tilt, at_label)
+                maxima = (max_s, max_t)
+                gradient_rows = gradient_pointer + result * gradient_stride
+                if ONE_TILE:
+                    value = gradient_tile(
+                        student, teacher, columns, label, maxima, coefficients,
+                        student_scale, teacher_scale, weight, DISTILS, PLAIN, TILT, STANDARDIZED,
+                    )  # fmt: skip
+                    store_tile(gradient_rows, columns, classes, exists, value, weight, bad_label)
+                else:
+                    # Last tile first: it is the one still in cache.
+                    for step in range(first_tile, end_tile):
+                        of_tile = (first_tile + end_tile - 1 - step) * TILE + tl.arange(0, TILE)[None, :]
+                        logits_s = load_logits(student_rows, of_tile, classes, exists, "evict_first")
+                        logits_t = logits_s
+                        if DISTILS:
+                            logits_t = load_logits(teacher_rows, of_tile, classes, exists, "evict_first")
+                        value = gradient_tile(
+                            logits_s, logits_t, of_tile, label, maxima, coefficients,
+                            student_scale, teacher_scale, weight, DISTILS, PLAIN, TILT, STANDARDIZED,
+                        )  # fmt: skip
+                        store_tile(gradient_rows, of_tile, classes, exists, value, weight, bad_label)
+
+
+@triton.jit(do_not_specialize=["count", "blocks", "parts"])
+def softmax_rows(
+    student_pointers,
+    teacher_pointers,
+    target_pointer,
+    weight_pointer,
+    loss_pointer,
+    terms_pointer,
+    gradient_pointer,
+    moments_pointer,
+    sums_pointer,
+    count,
+    blocks,
+    parts,
+    classes,
+    student_stride,
+    teacher_stride,
+    target_stride,
+    gradient_stride,
+    scale,
+    slope_s,
+    slope_t,
+    options,
+    FORMULA: tl.constexpr,
+    LABELLED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    TERMS: tl.constexpr,
+    WITH_GRADIENT: tl.constexpr,
+    DISTILS: tl.constexpr,
+    CROSS_ENTROPY: tl.constexpr,
+    PLAIN: tl.constexpr,
+    PLAIN_TEACHER: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    TILT: tl.constexpr,
+    SMOOTHED: tl.constexpr,
+    OWN_SLOPES: tl.constexpr,
+    STANDARDIZED: tl.constexpr,
+    PHASE: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Loss, terms and gradient of ``count`` rows of each pair: what FORMULA makes of their statistics.
+
+    Programs: (blocks of ROWS rows, parts of a row, pairs). ``options`` are the loss's numbers. DISTILS: the
+    teacher is read. PLAIN to STANDARDIZED: statistics.update_statistics. PARTS: the most ``parts`` may be.
+    """
+    pair = tl.program_id(2)
+    logits = (of_pair(student_pointers, pair), of_pair(teacher_pointers, pair))
+    outputs = (loss_pointer, terms_pointer, gradient_pointer)
+    partials = (moments_pointer, sums_pointer)
+    sizes = (count, parts, classes)
+    strides = (student_stride, teacher_stride, target_stride, gradient_stride)
+    slopes = (slope_s, slope_t)
+    if PHASE == WHOLE and not ONE_TILE:
+        # Fewer programs than rows where more rows at once would leave the cache between their sweeps.
+        for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
+            softmax_block(
+                block, logits, target_pointer, weight_pointer, outputs, partials, sizes, strides, scale,
+                slopes, options, FORMULA, LABELLED, WEIGHTED, TERMS, WITH_GRADIENT, DISTILS, CROSS_ENTROPY,
+                PLAIN, PLAIN_TEACHER, ENTROPY, TILT, SMOOTHED, OWN_SLOPES, STANDARDIZED,
+                PHASE, ROWS, TILE, ONE_TILE, PARTS,
+            )  # fmt: skip
+    else:
+        softmax_block(
+            tl.program_id(0), logits, target_pointer, weight_pointer, outputs, partials, sizes, strides,
+            scale, slopes, options, FORMULA, LABELLED, WEIGHTED, TERMS, WITH_GRADIENT, DISTILS, CROSS_ENTROPY,
+            PLAIN, PLAIN_TEACHER, ENTROPY, TILT, SMOOTHED, OWN_SLOPES, STANDARDIZED,
+            PHASE, ROWS, TILE, ONE_TILE, PARTS,
+        )  # fmt: skip
