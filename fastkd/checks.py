@@ -54,15 +54,16 @@ def check_pairs(
     if isinstance(student_logits, Tensor) and isinstance(teacher_logits, Tensor):
         check_logits(student_logits, teacher_logits)
         return [student_logits], [teacher_logits]
-    one_tensor = isinstance(student_logits, Tensor) or isinstance(teacher_logits, Tensor)
-    for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
-        if one_tensor and not isinstance(logits, Tensor):
-            raise TypeError(
-                f"{name} is a {type(logits).__name__} beside one tensor; expected two tensors of shape "
-                "[..., C], or two lists of them"
-            )
-        if not one_tensor and (not isinstance(logits, list | tuple) or not logits):
-            raise TypeError(f"{name} is {logits!r}; expected a tensor of shape [..., C], or a list of them")
+    if isinstance(student_logits, Tensor) or isinstance(teacher_logits, Tensor):
+        name = "teacher_logits" if isinstance(student_logits, Tensor) else "student_logits"
+        other = teacher_logits if isinstance(student_logits, Tensor) else student_logits
+        raise TypeError(
+            f"{name} is a {type(other).__name__} beside one tensor; expected two tensors [..., C], or "
+            "two lists of them"
+        )
+    for name, several in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+        if not isinstance(several, list | tuple) or not several:
+            raise TypeError(f"{name} is {several!r}; expected a tensor of shape [..., C], or a list of them")
     if len(student_logits) != len(teacher_logits):
         raise ValueError(
             f"student_logits has {len(student_logits)} tensors and teacher_logits {len(teacher_logits)}; "

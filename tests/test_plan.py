@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 import fastkd
 from fastkd.ops import plan
 
-
 H100 = plan.Device(multiprocessors=132, cache_bytes=50 << 20)
 
 

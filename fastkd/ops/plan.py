@@ -18,7 +18,7 @@ STREAMED_WARPS = 16
 ELEMENTS_A_WARP = 512
 # Of the second-level cache, what the rows in flight may fill between their two sweeps.
 CACHE_SHARE = 0.6
-MAX_PARTS = 256
+MAX_PARTS = 128
 # The CPU: longer rows leave the second-level cache between their sweeps (csrc/cpu/isa_kernels.h).
 KEPT_CLASSES = 1 << 18
 
