@@ -176,3 +176,21 @@ def test_cuda_runs_without_waiting_for_the_device(case):
         loss_and_gradient(case, student, teacher, target, torch.tensor(2.0).cuda(non_blocking=True))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_cuda
+def test_cuda_kernels_are_compiled_once_for_all_batch_sizes():
+    from fastkd.ops.triton import pointwise_rows, softmax_rows
+
+    def compiled():
+        device = torch.cuda.current_device()
+        kernels = (softmax_rows.softmax_rows, pointwise_rows.pointwise_rows, pointwise_rows.scale_rows)
+        return [len(kernel.device_caches[device][0]) for kernel in kernels]
+
+    before = None
+    for rows in (16, 1, 7, 131, 1000):
+        student, teacher, target = make_logits(rows, 1000, torch.float32, "cuda")
+        for name in ("dkd", "binary-kl-norm"):
+            loss_and_gradient(BY_NAME[name], student, teacher, target, torch.tensor(2.0, device="cuda"))
+        before = before or compiled()
+        assert compiled() == before

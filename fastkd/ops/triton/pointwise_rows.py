@@ -61,7 +61,7 @@ def pointwise_rows(
     tl.store(loss_pointer + result * parts + part, loss, mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def scale_rows(
     gradient_pointer, upstream_pointer, classes, gradient_stride, upstream_stride, parts, TILE: tl.constexpr
 ):
