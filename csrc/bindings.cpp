@@ -1,8 +1,10 @@
-// The operators of namespace fastkd_native: arguments unpacked, rows shared out over torch's threads.
+// The operators of namespace fastkd_native: arguments unpacked, rows shared out over torch's threads, or put into a
+// CUDA stream.
 #include <stdexcept>
 #include <string>
 
 #include "cpu/kernels.h"
+#include "cuda/launch.h"
 #include "torch_abi.h"
 
 namespace fastkd {
@@ -36,6 +38,13 @@ class Tensor {
     int64_t* strides;
     check(torch_abi.aoti_torch_get_strides(handle_, &strides) == 0, "strides failed");
     return strides[dimension];
+  }
+  // The stream that torch puts its own kernels into, on this tensor's device.
+  cuda::Stream stream() const {
+    cuda::Stream current;
+    check(torch_abi.aoti_torch_get_device_index(handle_, &current.device) == 0, "device_index failed");
+    check(torch_abi.aoti_torch_get_current_cuda_stream(current.device, &current.handle) == 0, "no current stream");
+    return current;
   }
   template <class T>
   T* data_or_null() const {
@@ -93,19 +102,39 @@ void parallel_rows(int64_t count, int64_t classes, const Body& body) {
 
 // ---- operators -----------------------------------------------------------------------------------------------
 
+// The last four numbers are a plan of fastkd/ops/team_plan.py, of which the CPU knows nothing.
+#define FASTKD_PLAN_SCHEMA "int threads_a_row=0, int rows_a_block=0, int blocks_a_row=0, int slots=0) -> ()"
+
 constexpr const char* kRowLossSchema =
     "row_loss(Tensor student_logits, Tensor teacher_logits, Tensor target, Tensor row_weight, float scale, "
     "Tensor(a!) rows, Tensor(b!) terms, Tensor(c!) gradient, int loss, float o0, float o1, float o2, float o3, "
-    "float o4, float o5, float o6, float o7) -> ()";
+    "float o4, float o5, float o6, float o7, " FASTKD_PLAN_SCHEMA;
+constexpr const char* kScaleRowsSchema = "scale_rows_(Tensor(a!) gradient, Tensor upstream, " FASTKD_PLAN_SCHEMA;
+
+LossOptions loss_options(const StableIValue* stack) {
+  LossOptions options;
+  options.loss = Loss(int32_t(int64_t(stack[8])));
+  for (int i = 0; i < kOptions; i++) options.values[i] = float(as_double(stack[9 + i]));
+  return options;
+}
+
+cuda::TeamPlan team_plan(const StableIValue* stack) {
+  return {int32_t(stack[0]), int32_t(stack[1]), int32_t(stack[2]), int32_t(stack[3])};
+}
 
 void row_loss(StableIValue* stack, uint64_t, uint64_t) {
   const RowArguments arguments(stack);
   const Rows rows = arguments.rows(float(as_double(stack[4])));
-  LossOptions options;
-  options.loss = Loss(int32_t(int64_t(stack[8])));
-  for (int i = 0; i < kOptions; i++) options.values[i] = float(as_double(stack[9 + i]));
+  const LossOptions options = loss_options(stack);
   parallel_rows(rows.count, rows.classes,
                 [&](int64_t begin, int64_t end) { kernels().row_loss(rows, options, begin, end); });
+}
+
+void row_loss_cuda(StableIValue* stack, uint64_t, uint64_t) {
+  const RowArguments arguments(stack);
+  const Rows rows = arguments.rows(float(as_double(stack[4])));
+  if (rows.count == 0) return;
+  cuda::launch_row_loss(&rows, 1, loss_options(stack), team_plan(stack + 17), arguments.student.stream());
 }
 
 void scale_rows(StableIValue* stack, uint64_t, uint64_t) {
@@ -123,34 +152,51 @@ void scale_rows(StableIValue* stack, uint64_t, uint64_t) {
   });
 }
 
+void scale_rows_cuda(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor gradient(stack[0]), upstream(stack[1]);
+  if (gradient.numel() == 0) return;
+  cuda::launch_scale_rows(gradient.matrix(), upstream.data_or_null<float>(), upstream.stride(0), gradient.size(0),
+                          gradient.size(1), team_plan(stack + 2), gradient.stream());
+}
+
 struct Operator {
   const char* schema;
   const char* name;
-  void (*kernel)(StableIValue*, uint64_t, uint64_t);
+  void (*cpu)(StableIValue*, uint64_t, uint64_t);
+  void (*cuda)(StableIValue*, uint64_t, uint64_t);
 };
 
 const Operator kOperators[] = {
-    {kRowLossSchema, "row_loss", row_loss},
-    {"scale_rows_(Tensor(a!) gradient, Tensor upstream) -> ()", "scale_rows_", scale_rows},
+    {kRowLossSchema, "row_loss", row_loss, row_loss_cuda},
+    {kScaleRowsSchema, "scale_rows_", scale_rows, scale_rows_cuda},
 };
 
 }  // namespace
 }  // namespace fastkd
 
-// Called once by fastkd/ops/native.py with the path of the torch library that is loaded. Returns nullptr, or why
+#define FASTKD_EXPORT extern "C" __attribute__((visibility("default")))
+
+// Called once by fastkd/ops/native.py with the paths of the torch libraries that are loaded. Returns nullptr, or why
 // the operators could not be registered.
-extern "C" __attribute__((visibility("default"))) const char* fastkd_register(const char* torch_library_path) {
+FASTKD_EXPORT const char* fastkd_register(const char* torch_library_path, const char* torch_cuda_library_path) {
   using namespace fastkd;
-  if (const char* error = load_torch_abi(torch_library_path)) return error;
-  TorchLibraryHandle definitions, cpu;
+  if (const char* error = load_torch_abi(torch_library_path, torch_cuda_library_path)) return error;
+  const bool with_cuda = torch_abi.aoti_torch_get_current_cuda_stream != nullptr && cuda::absent() == nullptr;
+  const auto implementations = [](const char* key, TorchLibraryHandle* library) {
+    return torch_abi.aoti_torch_library_init_impl("fastkd_native", key, __FILE__, __LINE__, library);
+  };
+  TorchLibraryHandle definitions, on_cpu, on_cuda;
   bool failed = torch_abi.aoti_torch_library_init_fragment("fastkd_native", __FILE__, __LINE__, &definitions) != 0 ||
-                torch_abi.aoti_torch_library_init_impl("fastkd_native", "CPU", __FILE__, __LINE__, &cpu) != 0;
+                implementations("CPU", &on_cpu) != 0 || (with_cuda && implementations("CUDA", &on_cuda) != 0);
   for (const Operator& op : kOperators)
     failed = failed || torch_abi.aoti_torch_library_def(definitions, op.schema) != 0 ||
-             torch_abi.torch_library_impl(cpu, op.name, op.kernel, kTorchVersion) != 0;
+             torch_abi.torch_library_impl(on_cpu, op.name, op.cpu, kTorchVersion) != 0 ||
+             (with_cuda && torch_abi.torch_library_impl(on_cuda, op.name, op.cuda, kTorchVersion) != 0);
   return failed ? "torch refused the registration of the operators" : nullptr;
 }
 
-extern "C" __attribute__((visibility("default"))) const char* fastkd_instruction_set() {
-  return fastkd::kernels().name;
-}
+FASTKD_EXPORT const char* fastkd_instruction_set() { return fastkd::kernels().name; }
+
+// Why there are no CUDA kernels in this build, or none that run on this device; nullptr where there are.
+FASTKD_EXPORT const char* fastkd_cuda_absent() { return fastkd::cuda::absent(); }
+FASTKD_EXPORT const char* fastkd_cuda_missing(int32_t device) { return fastkd::cuda::missing(device); }

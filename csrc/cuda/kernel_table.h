@@ -1,6 +1,8 @@
 // Which kernel computes a loss, and with which numbers: the same for a device and for the tests' emulation.
 #pragma once
 
+#include <initializer_list>
+
 #include "mixture_rows.h"
 #include "pointwise_rows.h"
 
@@ -33,10 +35,9 @@ inline RowKernel row_kernel_for(const LossOptions& options) {
 }
 
 // What a launch may not be asked: nullptr, or why the arguments cannot be right.
-inline const char* refusal(int64_t classes, int pairs, const TeamPlan& plan) {
+inline const char* refusal(int64_t classes, const TeamPlan& plan) {
   const auto is_power_of_two = [](int n) { return n > 0 && (n & (n - 1)) == 0; };
   const int threads = plan.threads_a_row * plan.rows_a_block;
-  if (pairs < 1 || pairs > kMostPairs) return "a launch takes 1 to 8 pairs of logits";
   if (!is_power_of_two(plan.threads_a_row) || plan.rows_a_block < 1 || threads > kMostThreads || threads % kWarp != 0)
     return "threads_a_row must be a power of two, and the threads of a block whole warps, at most 512 threads";
   if (plan.rows_a_block > 1 && (plan.threads_a_row > kWarp || plan.blocks_a_row > 1))
@@ -48,6 +49,17 @@ inline const char* refusal(int64_t classes, int pairs, const TeamPlan& plan) {
   if (plan.slots < kAhead && (vectors + team - 1) / team > plan.slots)
     return "slots must hold all vectors of a thread, or at least 4 of them";
   return nullptr;
+}
+
+inline const char* refusal(const Rows* pairs, int count, const TeamPlan& plan) {
+  if (count < 1 || count > kMostPairs) return "a launch takes 1 to 8 pairs of logits";
+  for (int i = 1; i < count; i++) {
+    if (pairs[i].count != pairs[0].count || pairs[i].classes != pairs[0].classes)
+      return "the pairs of a launch must have equal rows and classes";
+    if (pairs[i].student.dtype != pairs[0].student.dtype || pairs[i].teacher.dtype != pairs[0].teacher.dtype)
+      return "the pairs of a launch must have the same dtypes";
+  }
+  return refusal(pairs[0].classes, plan);
 }
 
 inline RowLossArguments arguments_of(const Rows* pairs, int count, const LossOptions& options, const TeamPlan& plan) {
@@ -69,15 +81,22 @@ struct Grid {
   int64_t shared_bytes;
 };
 
-inline Grid grid_of(int64_t rows, int pairs, const TeamPlan& plan, DType student, DType teacher) {
+// Of a kernel that reads logits of these dtypes, one beside the other.
+inline Grid grid_of(int64_t rows, int pairs, const TeamPlan& plan, std::initializer_list<DType> dtypes) {
   const int64_t teams = (rows + plan.rows_a_block - 1) / plan.rows_a_block;
+  int chunks_a_vector = 0;
+  for (DType dtype : dtypes) chunks_a_vector += dtype == DType::kFloat ? 2 : 1;
   return {teams * plan.blocks_a_row, pairs, plan.threads_a_row * plan.rows_a_block, plan.blocks_a_row,
-          shared_chunks(plan, student, teacher) * int64_t(sizeof(Chunk))};
+          shared_chunks(plan, chunks_a_vector) * int64_t(sizeof(Chunk))};
+}
+
+inline Grid row_loss_grid(const Rows* pairs, int count, const TeamPlan& plan) {
+  return grid_of(pairs[0].count, count, plan, {pairs[0].student.dtype, pairs[0].teacher.dtype});
 }
 
 // No cluster: the blocks of a row are on their own.
 inline Grid scale_grid(int64_t rows, const TeamPlan& plan, DType gradient) {
-  Grid grid = grid_of(rows, 1, plan, gradient, gradient);
+  Grid grid = grid_of(rows, 1, plan, {gradient});
   grid.cluster = 1;
   return grid;
 }

@@ -77,15 +77,14 @@ void launch(void (*kernel)(Arguments), const Arguments& arguments, const Grid& g
 void launch_row_loss(const Rows* pairs, int count, const LossOptions& options, const TeamPlan& plan,
                      const Stream& stream) {
   const RowKernel kernel = row_kernel_for(options);
-  const char* reason = kernel == nullptr ? "there is no such loss" : refusal(pairs[0].classes, count, plan);
+  const char* reason = kernel == nullptr ? "there is no such loss" : refusal(pairs, count, plan);
   if (reason != nullptr) throw std::runtime_error(std::string("fastkd_native: ") + reason);
-  const Grid grid = grid_of(pairs[0].count, count, plan, pairs[0].student.dtype, pairs[0].teacher.dtype);
-  launch(kernel, arguments_of(pairs, count, options, plan), grid, stream);
+  launch(kernel, arguments_of(pairs, count, options, plan), row_loss_grid(pairs, count, plan), stream);
 }
 
 void launch_scale_rows(const Matrix& gradient, const float* upstream, int64_t upstream_stride, int64_t count,
                        int64_t classes, const TeamPlan& plan, const Stream& stream) {
-  if (const char* reason = refusal(classes, 1, plan)) throw std::runtime_error(std::string("fastkd_native: ") + reason);
+  if (const char* reason = refusal(classes, plan)) throw std::runtime_error(std::string("fastkd_native: ") + reason);
   const ScaleArguments arguments{gradient, upstream, upstream_stride, count, classes, plan};
   launch(scale_rows, arguments, scale_grid(count, plan, gradient.dtype), stream);
 }

@@ -13,7 +13,7 @@ struct Stream {
   int32_t device;
 };
 
-// The pairs, 1 to kMostPairs, have equal row count and class count, and dtypes of equal size.
+// The pairs, 1 to kMostPairs, have equal rows, classes and dtypes.
 void launch_row_loss(const Rows* pairs, int count, const LossOptions& options, const TeamPlan& plan, const Stream&);
 
 // gradient[row] *= upstream[row] in place.

@@ -98,10 +98,9 @@ class Share {
   Chunk* memory_;
 };
 
-// How many 16-byte chunks of shared memory a block needs. The host sizes the launch with it.
-inline int64_t shared_chunks(const TeamPlan& plan, DType student, DType teacher) {
-  const int chunks = (student == DType::kFloat ? 2 : 1) + (teacher == DType::kFloat ? 2 : 1);
-  return kExchangeChunks + int64_t(plan.slots) * chunks * plan.threads_a_row * plan.rows_a_block;
+// How many chunks of shared memory a block needs, for vectors of so many chunks. The host sizes the launch with it.
+inline int64_t shared_chunks(const TeamPlan& plan, int chunks_a_vector) {
+  return kExchangeChunks + int64_t(plan.slots) * chunks_a_vector * plan.threads_a_row * plan.rows_a_block;
 }
 
 }  // namespace cuda

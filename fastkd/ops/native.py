@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastkd.ops.team_plan import plan_team
+
 _FOLDER = Path(__file__).parent
 _BUILD_ERROR = _FOLDER / "_native_build_error.txt"
 
@@ -32,19 +34,43 @@ def _loaded() -> ctypes.CDLL | str:
     except OSError as error:
         return f"its extension {path.name} does not load: {error}"
     suffix = "dylib" if sys.platform == "darwin" else "so"
-    torch_library = Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}"
-    library.fastkd_register.restype = ctypes.c_char_p
-    library.fastkd_instruction_set.restype = ctypes.c_char_p
-    refusal = library.fastkd_register(str(torch_library).encode())
+    torch_libraries = (
+        str(Path(torch.__file__).parent / "lib" / f"libtorch_{part}.{suffix}").encode()
+        for part in ("cpu", "cuda")
+    )
+    for function in ("register", "instruction_set", "cuda_absent", "cuda_missing"):
+        getattr(library, f"fastkd_{function}").restype = ctypes.c_char_p
+    refusal = library.fastkd_register(*torch_libraries)
     return refusal.decode() if refusal else library
 
 
 def missing(device_type: str) -> str | None:
     """What stops the native backend on this kind of device; None where nothing does."""
-    if device_type != "cpu":
-        return f"it runs on the CPU, and there are no native kernels for {device_type} yet"
+    if device_type not in ("cpu", "cuda"):
+        return f"it runs on CPUs and CUDA devices, not on {device_type}"
     loaded = _loaded()
-    return loaded if isinstance(loaded, str) else None
+    if isinstance(loaded, str):
+        return loaded
+    return _cuda_missing() if device_type == "cuda" else None
+
+
+def cuda_kernels_absent() -> str | None:
+    """Why the extension was built without CUDA kernels; None where it has them, whatever the devices."""
+    reason = _library().fastkd_cuda_absent()
+    return reason.decode() if reason else None
+
+
+@cache
+def _cuda_missing() -> str | None:
+    absent = cuda_kernels_absent()
+    if absent is not None:
+        return f"its extension has no CUDA kernels: {absent}"
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    reason = _library().fastkd_cuda_missing(torch.cuda.current_device())
+    return reason.decode() if reason else None
 
 
 def _library() -> ctypes.CDLL:
@@ -74,9 +100,24 @@ def _operator(name: str) -> Callable[..., None]:
 
 
 @cache
-def _absent() -> Tensor:
+def _absent(device: torch.device) -> Tensor:
     """Stands for an argument that is not given: an optional one costs an allocation a call."""
-    return torch.empty(0)
+    return torch.empty(0, device=device)
+
+
+@cache
+def _machine(device: torch.device) -> tuple[tuple[int, int], int]:
+    """Compute capability and multiprocessors of a CUDA device."""
+    properties = torch.cuda.get_device_properties(device)
+    return (properties.major, properties.minor), properties.multi_processor_count
+
+
+def _team(logits: Tensor, element_bytes: int, keeps: bool) -> Sequence[int]:
+    """How a CUDA kernel shares a row; the CPU needs no such plan."""
+    if not logits.is_cuda:
+        return ()
+    rows, classes = logits.shape
+    return plan_team(rows, classes, element_bytes, *_machine(logits.device), keeps)
 
 
 def row_loss(
@@ -92,7 +133,9 @@ def row_loss(
     gradient: Tensor,
 ) -> None:
     """Fills ``rows``, ``terms`` and ``gradient`` (an empty one is not computed); see ``ops.library``."""
-    absent = _absent()
+    absent = _absent(student.device)
+    # A kernel of one sweep has no use for the row again.
+    keeps = gradient.shape[0] > 0 and loss not in ("binary_kl", "binary_kl_norm")
     _operator("row_loss")(
         student,
         teacher,
@@ -105,9 +148,10 @@ def row_loss(
         _CODES[loss],
         *options,
         *(0.0,) * (_OPTIONS - len(options)),
+        *_team(student, student.element_size() + teacher.element_size(), keeps),
     )
 
 
 def scale_rows_(gradient: Tensor, upstream: Tensor) -> None:
     """``gradient[n] *= upstream[n]`` in place; rows whose factor is 1 are not touched."""
-    _operator("scale_rows_")(gradient, upstream)
+    _operator("scale_rows_")(gradient, upstream, *_team(gradient, gradient.element_size(), False))

@@ -1,16 +1,16 @@
 """How the native CUDA kernels share a row among threads, blocks and shared memory.
 
-A row belongs to a *team*: ``threads_a_row`` threads of each of ``blocks_a_row`` blocks. A thread takes every n-th
-vector of eight logits of both models and keeps them in shared memory between the sweeps, as far as there is room; what
-is not kept is read again. csrc/cuda/share.h does what is planned here. The figures are reckoned from the sizes of the
+A row belongs to a *team*: ``threads_a_row`` threads of each of ``blocks_a_row`` blocks. A thread takes every
+n-th vector of eight logits of both models and keeps them in shared memory between the sweeps, as far as there
+is room; what is not kept is read again (csrc/cuda/share.h). The figures are reckoned from the sizes of the
 machines and have not been tuned on one.
 """
 
 from functools import lru_cache
 from typing import NamedTuple
 
-# The constants of csrc/cuda/: logits of a vector, vectors under way to a thread, threads of a block, blocks of a
-# cluster, and the bytes in which teams exchange their sums.
+# The constants of csrc/cuda/: logits of a vector, vectors under way to a thread, threads of a block, blocks
+# of a cluster, and the bytes in which teams exchange their sums.
 VECTOR = 8
 AHEAD = 4
 WARP = 32
@@ -23,7 +23,7 @@ SMALL_BLOCK = 128
 BLOCK = 256
 # A multiprocessor that holds so many threads has enough loads under way.
 BUSY_THREADS = 512
-# What a block keeps of a row where a cluster can hold the whole of it: three such blocks fit a multiprocessor.
+# What a block keeps of a row where a cluster can hold all of it: three such blocks fit a multiprocessor.
 KEPT_BYTES = 72 * 1024
 KIB_A_MULTIPROCESSOR = {(8, 0): 164, (8, 7): 164, (9, 0): 228, (10, 0): 228, (10, 3): 228, (11, 0): 228}
 RESERVED_BYTES = 1024  # of shared memory, a block
@@ -31,8 +31,8 @@ KEEP_FROM = 0.25  # the least share of a row that is worth keeping
 
 
 class TeamPlan(NamedTuple):
-    """``threads_a_row`` threads in each of ``blocks_a_row`` blocks to a row, ``rows_a_block`` rows to a block, and
-    room in shared memory for ``slots`` vectors of each model a thread."""
+    """``threads_a_row`` threads in each of ``blocks_a_row`` blocks to a row, ``rows_a_block`` rows to a
+    block, and room in shared memory for ``slots`` vectors of each model a thread."""
 
     threads_a_row: int
     rows_a_block: int
@@ -108,8 +108,8 @@ def plan_team(
 
 
 def _plan_long_row(vectors: int, vector_bytes: int, capability: tuple[int, int], blocks: int) -> TeamPlan:
-    """Two blocks to a multiprocessor if the row fits them, else one that has all of its shared memory and, of the
-    registers, as many threads as they serve."""
+    """Two blocks to a multiprocessor if the row fits, else one that has all of its shared memory and, where
+    its registers are of use, more threads."""
     whole = KIB_A_MULTIPROCESSOR.get(capability, 100) * 1024
     for threads, share in ((BLOCK, whole // 2), (MOST_THREADS, whole), (BLOCK, whole)):
         needed = -(-vectors // (threads * blocks))

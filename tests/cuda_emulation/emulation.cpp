@@ -8,15 +8,15 @@ extern "C" const char* emulated_row_loss(const Rows* pairs, int count, const Los
                                          const TeamPlan* plan) {
   const RowKernel kernel = row_kernel_for(*options);
   if (kernel == nullptr) return "there is no such loss";
-  if (const char* reason = refusal(pairs[0].classes, count, *plan)) return reason;
-  const Grid grid = grid_of(pairs[0].count, count, *plan, pairs[0].student.dtype, pairs[0].teacher.dtype);
+  if (const char* reason = refusal(pairs, count, *plan)) return reason;
+  const Grid grid = row_loss_grid(pairs, count, *plan);
   return emulation::launch(kernel, arguments_of(pairs, count, *options, *plan), grid.blocks_x, grid.blocks_y,
                            grid.threads, grid.cluster, grid.shared_bytes);
 }
 
 extern "C" const char* emulated_scale_rows(const Matrix* gradient, const float* upstream, int64_t upstream_stride,
                                            int64_t count, int64_t classes, const TeamPlan* plan) {
-  if (const char* reason = refusal(classes, 1, *plan)) return reason;
+  if (const char* reason = refusal(classes, *plan)) return reason;
   const Grid grid = scale_grid(count, *plan, gradient->dtype);
   return emulation::launch(scale_rows, ScaleArguments{*gradient, upstream, upstream_stride, count, classes, *plan},
                            grid.blocks_x, grid.blocks_y, grid.threads, grid.cluster, grid.shared_bytes);
