@@ -1,4 +1,4 @@
-"""The CUDA sources' part of the table of benchmarks/compile_kernels.py: every kernel's registers, without a GPU."""
+"""The CUDA sources' part of the table of benchmarks/compile_kernels.py, without a GPU."""
 
 import os
 import re

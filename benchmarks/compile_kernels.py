@@ -1,12 +1,12 @@
-"""Compiles every Triton kernel in every planned configuration and every CUDA kernel, without a GPU, and prints
-what it uses.
+"""Compiles every Triton kernel in every planned configuration, and every CUDA kernel, without a GPU, and
+prints what they use.
 
     python benchmarks/compile_kernels.py [--quick]
 
 For sm_80, sm_90, sm_100 and gfx942, through Triton's ahead-of-time compiler. Exit status 1 where a kernel
 does not compile, spills registers or uses local memory (NVIDIA; read from the binary with cuobjdump, which
-ships with Triton). The CUDA sources are checked where nvcc is found. The kernels are not run: this says nothing
-of their speed.
+ships with Triton). The CUDA sources are checked where nvcc is found. The kernels are not run: this says
+nothing of their speed.
 """
 
 import argparse

@@ -148,7 +148,7 @@ def build_wheel(tree: Path, destination: Path, **environment: str) -> tuple[zipf
 
 
 def test_the_wheel_serves_every_python_and_torch(source_tree, tmp_path):
-    """Also where the CUDA compiler fails: the CPU's kernels are built, and the library says what is missing."""
+    """Also where the CUDA compiler fails: the CPU's kernels are built, and the library says what it lacks."""
     broken = tmp_path / "cuda/bin/nvcc"
     broken.parent.mkdir(parents=True)
     broken.write_text("#!/bin/sh\necho 'no \"host\" compiler' >&2\nexit 1\n")

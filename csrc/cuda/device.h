@@ -34,7 +34,7 @@ namespace cuda {
 
 FASTKD_DEVICE int thread_of_block() { return int(threadIdx.x); }
 FASTKD_DEVICE int threads_of_block() { return int(blockDim.x); }
-FASTKD_DEVICE int64_t block_x() { return blockIdx.x; }
+FASTKD_DEVICE unsigned block_x() { return blockIdx.x; }
 FASTKD_DEVICE int block_y() { return int(blockIdx.y); }
 
 FASTKD_DEVICE Chunk* shared_memory() {
@@ -56,12 +56,12 @@ FASTKD_DEVICE void block_barrier() { __syncthreads(); }
 // The cluster's barrier in two halves: what a block wrote before it arrives, the others may read after they waited.
 FASTKD_DEVICE void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 #endif
 }
 FASTKD_DEVICE void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
 

@@ -9,11 +9,12 @@ namespace cuda {
 
 constexpr int kVector = 8;
 
-FASTKD_DEVICE int size_of(DType dtype) { return dtype == DType::kFloat ? 4 : 2; }
+FASTKD_DEVICE int size_of(DType dtype) { return dtype == DType::kFloat ? 4 : 2; }  // bytes
 FASTKD_DEVICE int chunks_of(DType dtype) { return dtype == DType::kFloat ? 2 : 1; }  // of a vector
 
-// One row of a matrix. Vectors start where `phase` columns before the row's first one would: the first and the last
-// may be cut by the row's ends, the others lie on 16-byte boundaries wherever the row starts.
+// One row of a matrix. Its vectors start `phase` columns before the row does, so that they lie on 16-byte boundaries
+// wherever the row starts; the first and the last may be cut by the row's ends. In the usual case of dense tensors
+// the phase of the student's row is that of the teacher's and of the gradient's too, whatever their dtypes.
 struct RowPointer {
   char* data;
   DType dtype;
@@ -26,7 +27,7 @@ FASTKD_DEVICE RowPointer row_of(const Matrix& matrix, int64_t row) {
 
 // How many columns this row starts after a boundary of whole vectors.
 FASTKD_DEVICE int phase_of(const RowPointer& row) {
-  return int(reinterpret_cast<uintptr_t>(row.data) / size_of(row.dtype) % kVector);
+  return int(reinterpret_cast<uintptr_t>(row.data) >> (row.dtype == DType::kFloat ? 2 : 1)) & (kVector - 1);
 }
 
 FASTKD_DEVICE bool is_aligned(const RowPointer& row, int phase) {
@@ -94,11 +95,21 @@ FASTKD_DEVICE void read_vector(const Chunk* from, int stride, DType dtype, float
   for (int i = 0; i < kVector; i++) values[i] = values[i] < lowest ? lowest : values[i];
 }
 
-FASTKD_DEVICE float load_logit(const RowPointer& row, int64_t column) {
-  const float value = row.dtype == DType::kFloat ? reinterpret_cast<const float*>(row.data)[column]
-                      : row.dtype == DType::kBFloat16
-                          ? as_float(uint32_t(reinterpret_cast<const uint16_t*>(row.data)[column]) << 16)
-                          : half_to_float(reinterpret_cast<const uint16_t*>(row.data)[column]);
+// One logit, loaded now and looked at later: the time that takes is spent on the first sweep.
+struct LoadedLogit {
+  uint32_t bits;
+  DType dtype;
+};
+
+FASTKD_DEVICE LoadedLogit load_logit(const RowPointer& row, int64_t column) {
+  if (row.dtype == DType::kFloat) return {reinterpret_cast<const uint32_t*>(row.data)[column], row.dtype};
+  return {reinterpret_cast<const uint16_t*>(row.data)[column], row.dtype};
+}
+
+FASTKD_DEVICE float value_of(const LoadedLogit& logit) {
+  const float value = logit.dtype == DType::kFloat      ? as_float(logit.bits)
+                      : logit.dtype == DType::kBFloat16 ? as_float(logit.bits << 16)
+                                                        : half_to_float(logit.bits);
   return value < kMasked ? kMasked : value;
 }
 

@@ -24,10 +24,10 @@ FASTKD_KERNEL jsd_rows(FASTKD_PARAMETER RowLossArguments arguments) {
   const Rows& rows = arguments.pairs[block_y()];
   Team team(arguments.plan);
   const int64_t index = team.row();
-  const RowKind kind = kind_of(rows, index, false);
+  const RowHead head = head_of(rows, index, false);
   const int classes = int(rows.classes);
   const Share share(team, arguments.plan, rows.student, rows.teacher, true, index,
-                    kind == RowKind::kComputed ? classes : 0, kMasked);
+                    head.kind == RowKind::kComputed ? classes : 0, kMasked);
   Row<float> row{};
   row.classes = rows.classes;
   row.student.slope = row.teacher.slope = arguments.slope_s;
@@ -51,10 +51,10 @@ FASTKD_KERNEL jsd_rows(FASTKD_PARAMETER RowLossArguments arguments) {
   team.all(divergences, Sum());
   team.done_exchanging();
 
-  if (kind != RowKind::kComputed) {
-    write_uncomputed(team, rows, index, kind);
+  if (head.kind != RowKind::kComputed) {
+    write_uncomputed(team, rows, index, head.kind);
   } else {
-    const float student_kl = divergences[0], weight = weight_of(rows, index);
+    const float student_kl = divergences[0], weight = head.weight;
     write_losses(team, rows, index, weight * (beta * divergences[1] + (1.0f - beta) * student_kl), {});
     if (rows.gradient.data != nullptr) {
       const RowPointer gradient = gradient_row(rows, index, share);

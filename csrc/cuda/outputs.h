@@ -8,13 +8,20 @@ namespace cuda {
 
 enum class RowKind { kComputed, kLeftOut, kUndefined, kAbsent };
 
+struct RowHead {
+  RowKind kind;
+  float weight;
+  int label;  // -1 for none
+};
+
 // A row that is left out is not read, nor is one whose label is no class.
-FASTKD_DEVICE RowKind kind_of(const Rows& rows, int64_t index, bool labelled) {
-  if (index >= rows.count) return RowKind::kAbsent;
-  if (weight_of(rows, index) == 0) return RowKind::kLeftOut;
-  if (!labelled) return RowKind::kComputed;
-  const int64_t label = rows.target[index * rows.target_stride];
-  return label >= 0 && label < rows.classes ? RowKind::kComputed : RowKind::kUndefined;
+FASTKD_DEVICE RowHead head_of(const Rows& rows, int64_t index, bool labelled) {
+  if (index >= rows.count) return {RowKind::kAbsent, 0.0f, -1};
+  const int64_t label = labelled ? rows.target[index * rows.target_stride] : -1;
+  const float weight = weight_of(rows, index);
+  if (weight == 0) return {RowKind::kLeftOut, 0.0f, -1};
+  if (labelled && (label < 0 || label >= rows.classes)) return {RowKind::kUndefined, weight, -1};
+  return {RowKind::kComputed, weight, int(label)};
 }
 
 FASTKD_DEVICE void write_losses(const Team& team, const Rows& rows, int64_t index, float loss, const float (&terms)[4]) {

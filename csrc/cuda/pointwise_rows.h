@@ -58,14 +58,13 @@ FASTKD_KERNEL pointwise_rows(FASTKD_PARAMETER RowLossArguments arguments) {
   const Rows& rows = arguments.pairs[block_y()];
   Team team(arguments.plan);
   const int64_t index = team.row();
-  const RowKind kind = kind_of(rows, index, false);
+  const RowHead head = head_of(rows, index, false);
   const int classes = int(rows.classes);
   const Share share(team, arguments.plan, rows.student, rows.teacher, true, index,
-                    kind == RowKind::kComputed ? classes : 0, kMasked);
+                    head.kind == RowKind::kComputed ? classes : 0, kMasked);
   const float temperature = arguments.options.values[0], inverse = arguments.slope_s;
-  const float weight = kind == RowKind::kComputed ? weight_of(rows, index) : 0.0f;
   // d loss / d z: T^2 f'(u) / T for BinaryKL, T^2 f'(x) / 2T for BinaryKL-Norm.
-  const float slope_weight = weight * temperature * (kLoss == Loss::kBinaryKL ? 1.0f : 0.5f);
+  const float slope_weight = head.weight * temperature * (kLoss == Loss::kBinaryKL ? 1.0f : 0.5f);
   const bool with_gradient = rows.gradient.data != nullptr;
   const RowPointer gradient = gradient_row(rows, index, share);
   float total[] = {0.0f};
@@ -83,8 +82,8 @@ FASTKD_KERNEL pointwise_rows(FASTKD_PARAMETER RowLossArguments arguments) {
   });
   team.all(total, Sum());
   team.done_exchanging();
-  if (kind != RowKind::kComputed) write_uncomputed(team, rows, index, kind);
-  else write_losses(team, rows, index, weight * temperature * temperature * total[0], {});
+  if (head.kind != RowKind::kComputed) write_uncomputed(team, rows, index, head.kind);
+  else write_losses(team, rows, index, head.weight * temperature * temperature * total[0], {});
   team.leave();
 }
 

@@ -174,20 +174,20 @@ FASTKD_KERNEL softmax_rows(FASTKD_PARAMETER RowLossArguments arguments) {
   Team team(arguments.plan);
   const int64_t index = team.row();
   const bool labelled = (kLoss == Loss::kSoftmax || kLoss == Loss::kNKD) && rows.target != nullptr;
-  const RowKind kind = kind_of(rows, index, labelled);
+  const RowHead head = head_of(rows, index, labelled);
+  const int label = head.label;
   const Share share(team, arguments.plan, rows.student, rows.teacher, arguments.reads_teacher, index,
-                    kind == RowKind::kComputed ? int(rows.classes) : 0, kMasked);
+                    head.kind == RowKind::kComputed ? int(rows.classes) : 0, kMasked);
+  LoadedLogit label_s{}, label_t{};
+  if (label >= 0) {
+    label_s = load_logit(share.student(), label);
+    if (arguments.reads_teacher) label_t = load_logit(share.teacher(), label);
+  }
 
   Row<float> row{};
   row.classes = rows.classes;
   row.student.slope = arguments.slope_s;
   row.teacher.slope = arguments.slope_t;
-  int label = -1;
-  if (labelled && kind == RowKind::kComputed) {
-    label = int(rows.target[index * rows.target_stride]);
-    row.label = {true, load_logit(share.student(), label),
-                 arguments.reads_teacher ? load_logit(share.teacher(), label) : 0.0f};
-  }
   const bool with_logit_sum = kLoss == Loss::kSoftmax && options.softmax.label_smoothing != 0;
   if (kNeeds & kStandardized) {
     standardize(team, share, arguments.slope_s, row);
@@ -198,11 +198,12 @@ FASTKD_KERNEL softmax_rows(FASTKD_PARAMETER RowLossArguments arguments) {
   combine_statistics<kNeeds>(team, row);
   team.done_exchanging();
 
-  if (kind != RowKind::kComputed) {
-    write_uncomputed(team, rows, index, kind);
+  if (head.kind != RowKind::kComputed) {
+    write_uncomputed(team, rows, index, head.kind);
   } else {
+    row.label = {label >= 0, value_of(label_s), value_of(label_t)};
     SoftmaxResult<float> result = formula_of<kLoss>(options, row);
-    const float weight = weight_of(rows, index);
+    const float weight = head.weight;
     for (float& term : result.terms) term *= weight;
     write_losses(team, rows, index, weight * result.loss, result.terms);
     if (rows.gradient.data != nullptr) {

@@ -31,8 +31,9 @@ class Team {
       : threads_(plan.threads_a_row),
         blocks_(plan.blocks_a_row),
         thread_(thread_of_block() & (plan.threads_a_row - 1)),
-        rank_(int(block_x() % plan.blocks_a_row)),
-        row_(block_x() / plan.blocks_a_row * plan.rows_a_block + thread_of_block() / plan.threads_a_row) {}
+        rank_(int(block_x() % unsigned(plan.blocks_a_row))),
+        row_(int64_t(block_x() / unsigned(plan.blocks_a_row)) * plan.rows_a_block +
+             thread_of_block() / plan.threads_a_row) {}
 
   FASTKD_DEVICE int64_t row() const { return row_; }
   FASTKD_DEVICE int size() const { return threads_ * blocks_; }
@@ -42,17 +43,16 @@ class Team {
   template <class Combine, int kCount>
   FASTKD_DEVICE void all(float (&values)[kCount], Combine combine) {
     static_assert(kCount <= kMostSums, "the exchange area is too small");
-    const int lane = thread_ & (kWarp - 1);
+    const int lane = thread_ & (kWarp - 1), warp = thread_ / kWarp;
     over_lanes(values, combine, threads_ < kWarp ? threads_ : kWarp);
     float* area = reinterpret_cast<float*>(shared_memory()) + (exchanges_++ & 1) * kExchangeFloats;
     if (threads_ > kWarp) {
-      float* of_warp = area + thread_ / kWarp * kCount;
       if (lane == 0)
-        for (int i = 0; i < kCount; i++) of_warp[i] = values[i];
+        for (int i = 0; i < kCount; i++) area[warp * kCount + i] = values[i];
       block_barrier();
-      const int warp = lane & (kMostWarps - 1);
-      const bool exists = warp < threads_ / kWarp;
-      for (int i = 0; i < kCount; i++) values[i] = exists ? area[warp * kCount + i] : Combine::kNothing;
+      const int other = lane & (kMostWarps - 1);
+      const bool exists = other < threads_ / kWarp;
+      for (int i = 0; i < kCount; i++) values[i] = exists ? area[other * kCount + i] : Combine::kNothing;
       over_lanes(values, combine, kMostWarps);
     }
     if (blocks_ > 1) {

@@ -1,16 +1,17 @@
 // Runs the kernels of csrc/cuda/ on the host: csrc/cuda/device.h includes this where no CUDA compiler is at work.
 //
-// Every thread of a cluster is a fiber. Barriers and shuffles are the points where fibers change; who waits for
-// threads that never come is an error. Shared memory starts as NaN, ends in a guard, and asynchronous copies arrive
-// only when they are waited for, so that a missing wait shows.
+// Every thread of a cluster is a fiber. Barriers and shuffles are the points where fibers change. A warp runs as far
+// ahead of the others as barriers let it, now the first and now the last, so that a missing barrier shows; waiting for
+// threads that never come is an error. Shared memory is NaN before a block begins and after it ends, a guard lies
+// behind it, and asynchronous copies arrive no sooner than they are waited for.
 #pragma once
 
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
@@ -35,9 +36,13 @@ struct Copy {
   const void* from;
 };
 
+constexpr uint32_t kGuard = 0x7fdeadbe;  // a NaN
+constexpr int kGuardChunks = 64;
+constexpr Chunk kNothing = {kGuard, kGuard, kGuard, kGuard};
+
 struct Block {
   int64_t x;
-  int y, threads, rank;
+  int y, threads, unfinished;
   std::vector<Chunk> shared;
   Barrier barrier;
   std::vector<Barrier> warps;
@@ -67,7 +72,7 @@ struct Machine {
   ucontext_t home;
   jmp_buf resume_home;
   size_t current = 0;
-  int idle = 0;  // changes of fiber since one got on
+  size_t progress = 0;  // arrivals at barriers and ends of fibers
   void (*body)(void*) = nullptr;
   void* argument = nullptr;
   bool failed = false;
@@ -78,7 +83,9 @@ inline Fiber& self() { return machine.fibers[machine.current]; }
 inline void run_fiber() {
   machine.body(machine.argument);
   self().finished = true;
-  machine.idle = 0;
+  machine.progress++;
+  Block& block = *self().block;
+  if (--block.unfinished == 0) std::fill(block.shared.begin(), block.shared.end() - kGuardChunks, kNothing);
   _longjmp(machine.resume_home, 1);
 }
 
@@ -89,7 +96,7 @@ inline void change() {
 
 inline unsigned arrive(Barrier& barrier) {
   const unsigned generation = barrier.generation;
-  machine.idle = 0;
+  machine.progress++;
   if (++barrier.arrived == barrier.expected) barrier.arrived = 0, barrier.generation++;
   return generation;
 }
@@ -97,28 +104,33 @@ inline void wait(const Barrier& barrier, unsigned generation) {
   while (barrier.generation == generation) change();
 }
 
+inline void resume(size_t fiber) {
+  machine.current = fiber;
+  if (self().finished || _setjmp(machine.resume_home) != 0) return;
+  if (self().started) _longjmp(self().resume, 1);
+  self().started = true;
+  setcontext(&self().context);
+}
+
 // Runs the threads of one cluster to their end; false where some wait for others that do not come.
 inline bool run_cluster(void (*body)(void*), void* argument) {
   machine.body = body;
   machine.argument = argument;
-  machine.idle = 0;
-  size_t unfinished = machine.fibers.size();
-  static volatile size_t at;  // kept over the jumps
-  while (unfinished > 0) {
-    unfinished = 0;
-    for (at = 0; at < machine.fibers.size(); at = at + 1) {
-      Fiber& fiber = machine.fibers[at];
-      if (fiber.finished) continue;
-      machine.current = at;
-      if (_setjmp(machine.resume_home) == 0) {
-        if (fiber.started) _longjmp(fiber.resume, 1);
-        fiber.started = true;
-        setcontext(&fiber.context);
-      }
+  const size_t warps = machine.fibers.size() / kWarp;
+  size_t before, of_warp;
+  for (size_t round = 0;; round++) {
+    before = machine.progress;
+    for (size_t i = 0; i < warps; i++) {
+      const size_t warp = round % 2 == 0 ? i : warps - 1 - i;
+      do {
+        of_warp = machine.progress;
+        for (size_t lane = 0; lane < kWarp; lane++) resume(warp * kWarp + lane);
+      } while (machine.progress != of_warp);
     }
-    for (const Fiber& fiber : machine.fibers) unfinished += !fiber.finished;
-    if (++machine.idle > 2) return false;
+    if (machine.progress == before) break;
   }
+  for (const Fiber& fiber : machine.fibers)
+    if (!fiber.finished) return false;
   return true;
 }
 
@@ -126,7 +138,7 @@ inline bool run_cluster(void (*body)(void*), void* argument) {
 
 inline int thread_of_block() { return emulation::self().thread; }
 inline int threads_of_block() { return emulation::self().block->threads; }
-inline int64_t block_x() { return emulation::self().block->x; }
+inline unsigned block_x() { return unsigned(emulation::self().block->x); }
 inline int block_y() { return emulation::self().block->y; }
 inline Chunk* shared_memory() { return emulation::self().block->shared.data(); }
 
@@ -228,8 +240,6 @@ template <class Arguments>
 const char* launch(void (*kernel)(Arguments), Arguments arguments, int64_t blocks_x, int blocks_y, int threads,
                    int cluster, int64_t shared_bytes) {
   const int fibers = cluster * threads;
-  constexpr uint32_t kGuard = 0x7fdeadbe;  // a NaN
-  constexpr int kGuardChunks = 64;
   if (machine.stack_bytes < fibers * kStackBytes) {
     machine.stack_bytes = fibers * kStackBytes;
     machine.stacks.reset(new char[machine.stack_bytes]);
@@ -251,8 +261,8 @@ const char* launch(void (*kernel)(Arguments), Arguments arguments, int64_t block
       Block& block = machine.blocks[rank];
       block.x = (first + rank) % blocks_x;
       block.y = int((first + rank) / blocks_x);
-      block.threads = threads;
-      block.shared.assign(chunks + kGuardChunks, {kGuard, kGuard, kGuard, kGuard});
+      block.threads = block.unfinished = threads;
+      block.shared.assign(chunks + kGuardChunks, kNothing);
       block.barrier = {threads};
       block.warps.assign(threads / kWarp, Barrier{kWarp});
       block.lanes.assign(2 * threads * kMostShuffled, NAN);
