@@ -7,6 +7,7 @@ import ctypes
 import os
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastkd
+from fastkd import backend
 from fastkd.ops import native, team_plan
 from fastkd.ops.team_plan import TeamPlan, plan_team
 from tests.cases import BY_NAME, CASES, assert_matches, error, exact, loss_and_gradient, make_logits
@@ -148,6 +150,7 @@ def test_matches_reference(emulated, case, classes, dtype):
 
 # Threads a row, rows a block, blocks a row, slots; kept whole, in part and not at all.
 TEAMS = {
+    "a thread": (1, 32, 1, 160),
     "half a warp, two rows": (16, 2, 1, 12),
     "a warp": (32, 1, 1, 9),
     "a warp, eight rows": (32, 8, 1, 4),
@@ -456,3 +459,30 @@ def test_plans_fit_the_machine(rows, classes, element_bytes, capability, multipr
     assert plan.slots >= min(needed, team_plan.AHEAD)
     assert 0 <= plan.kept(classes) <= 1
     assert str(plan.threads_a_row) in plan.describe(classes)
+
+
+def test_the_planner_counts_shared_memory_as_the_launch_does(emulated):
+    for plan in TEAMS.values():
+        for student, teacher in ((torch.float32, torch.bfloat16), (torch.float16, torch.bfloat16)):
+            launched = emulated.library.shared_bytes(
+                ctypes.byref(Plan(*plan)), CODES[student], CODES[teacher]
+            )
+            assert launched == TeamPlan(*plan).shared_bytes(student.itemsize + teacher.itemsize)
+
+
+def test_the_automatic_choice_on_a_gpu(monkeypatch):
+    def choose(**reasons):
+        for name in ("triton", "native"):
+            monkeypatch.setitem(backend._PROBES, name, partial(lambda reason, _: reason, reasons.get(name)))
+        backend._automatic.cache_clear()
+        return backend.resolve("auto", "cuda", torch.bfloat16)
+
+    try:
+        assert choose() == "triton"
+        assert choose(native="no nvcc") == "triton"
+        assert choose(triton="not installed") == "native"
+        both = "triton is not available: gone; and native is not available: no nvcc"
+        with pytest.warns(RuntimeWarning, match=both):
+            assert choose(triton="gone", native="no nvcc") == "eager"
+    finally:
+        backend._automatic.cache_clear()

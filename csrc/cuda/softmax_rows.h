@@ -29,6 +29,12 @@ template <unsigned kNeeds>
 constexpr int kSumCount = 4 + (kNeeds & kPlainStudent ? 1 : 0) + (kNeeds & kPlainTeacher ? 1 : 0) +
                           (kNeeds & kTeacherEntropy ? 1 : 0) + (kNeeds & kStandardized ? 2 : 0);
 
+template <unsigned kNeeds>
+FASTKD_DEVICE void list_sums(SoftmaxStatistics<float>& sums, float (&values)[kSumCount<kNeeds>]) {
+  int i = 0;
+  each_sum<kNeeds>(sums, [&](float& sum) { values[i++] = sum; });
+}
+
 // The sums of all members, relative to the largest base.
 template <unsigned kNeeds>
 FASTKD_DEVICE void combine_statistics(Team& team, Row<float>& row) {
@@ -36,10 +42,9 @@ FASTKD_DEVICE void combine_statistics(Team& team, Row<float>& row) {
   team.all(bases, Max());
   rebase<kNeeds>(row.sums, bases[0], bases[1], row.student.slope, row.teacher.slope);
   float values[kSumCount<kNeeds>];
-  int i = 0;
-  each_sum<kNeeds>(row.sums, [&](float& sum) { values[i++] = sum; });
+  list_sums<kNeeds>(row.sums, values);
   team.all(values, Sum());
-  i = 0;
+  int i = 0;
   each_sum<kNeeds>(row.sums, [&](float& sum) { sum = values[i++]; });
   if (!(kNeeds & kOwnSlopes)) row.sums.dot_s *= row.teacher.slope, row.sums.dot_t *= row.teacher.slope;
   // Where these are not taken, T is 1.
@@ -75,6 +80,7 @@ FASTKD_DEVICE void sum_share(const Sweep& sweep, int label, bool with_logit_sum,
     const float top_s = largest_of(s, sums.max_s), top_t = largest_of(t, sums.max_t);
     if (top_s > sums.max_s + headroom_s || top_t > sums.max_t + headroom_t)
       rebase<kNeeds>(sums, top_s, top_t, student.slope, teacher.slope);
+    SoftmaxStatistics<float> part{};  // the vector's own sums: adding up eight first loses less in rounding
 #pragma unroll
     for (int i = 0; i < kVector; i++) {
       const float above_s = s[i] - sums.max_s, above_t = t[i] - sums.max_t;
@@ -85,18 +91,22 @@ FASTKD_DEVICE void sum_share(const Sweep& sweep, int label, bool with_logit_sum,
         const float u = (s[i] - student.mean) * student.slope;
         difference = (t[i] - teacher.mean) * teacher.slope - u;
         if (kNeeds & kStandardized) {
-          sums.moment_s = fused(exp_u, u, sums.moment_s);
-          sums.moment_t = fused(exp_v, u, sums.moment_t);
+          part.moment_s = fused(exp_u, u, part.moment_s);
+          part.moment_t = fused(exp_v, u, part.moment_t);
         }
       }
-      sums.sum_s += exp_u;
-      sums.sum_t += exp_v;
-      if (kNeeds & kTilt) sums.dot_s = fused(exp_u, difference, sums.dot_s);
-      else sums.dot_t = fused(exp_v, difference, sums.dot_t);
-      if (kNeeds & kTeacherEntropy) sums.entropy_t = fused(exp_v, above_t * teacher.slope, sums.entropy_t);
-      if (kNeeds & kPlainStudent) sums.plain_s += power_of_two(above_s * kLog2E);
-      if (kNeeds & kPlainTeacher) sums.plain_t += power_of_two(above_t * kLog2E);
+      part.sum_s += exp_u;
+      part.sum_t += exp_v;
+      if (kNeeds & kTilt) part.dot_s = fused(exp_u, difference, part.dot_s);
+      else part.dot_t = fused(exp_v, difference, part.dot_t);
+      if (kNeeds & kTeacherEntropy) part.entropy_t = fused(exp_v, above_t * teacher.slope, part.entropy_t);
+      if (kNeeds & kPlainStudent) part.plain_s += power_of_two(above_s * kLog2E);
+      if (kNeeds & kPlainTeacher) part.plain_t += power_of_two(above_t * kLog2E);
     }
+    float values[kSumCount<kNeeds>];
+    list_sums<kNeeds>(part, values);
+    int i = 0;
+    each_sum<kNeeds>(sums, [&](float& sum) { sum += values[i++]; });
   });
 }
 

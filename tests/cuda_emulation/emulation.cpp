@@ -22,5 +22,8 @@ extern "C" const char* emulated_scale_rows(const Matrix* gradient, const float* 
                            grid.blocks_x, grid.blocks_y, grid.threads, grid.cluster, grid.shared_bytes);
 }
 
+extern "C" int64_t shared_bytes(const TeamPlan* plan, int student, int teacher) {
+  return grid_of(1, 1, *plan, {DType(student), DType(teacher)}).shared_bytes;
+}
 extern "C" int64_t size_of_rows() { return sizeof(Rows); }
 extern "C" int64_t size_of_options() { return sizeof(LossOptions); }
