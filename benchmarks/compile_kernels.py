@@ -1,17 +1,17 @@
-"""Compiles every Triton kernel in every planned configuration, without a GPU, and prints what it uses.
+"""Compiles every Triton kernel in every planned configuration, and every CUDA kernel, without a GPU, and
+prints what they use.
 
     python benchmarks/compile_kernels.py [--quick]
 
 For sm_80, sm_90, sm_100 and gfx942, through Triton's ahead-of-time compiler. Exit status 1 where a kernel
 does not compile, spills registers or uses local memory (NVIDIA; read from the binary with cuobjdump, which
-ships with Triton). The kernels are not run: this says nothing of their speed.
+ships with Triton). The CUDA sources are checked where nvcc is found. The kernels are not run: this says
+nothing of their speed.
 """
 
 import argparse
 import itertools
 import os
-import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +19,7 @@ from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"
 
+import compile_cuda
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -132,16 +133,12 @@ def compile_kernel(kernel, constants: dict, warps: int, dtype: str, target: GPUT
     return triton.compile(source, target=target, options={"num_warps": warps, **EXACT_PRODUCTS})
 
 
-def resources(compiled) -> dict[str, int]:
-    """Registers, stack and local memory of an NVIDIA binary."""
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+def used_by(compiled) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
         binary.write(compiled.asm["cubin"])
         binary.flush()
-        text = subprocess.run(
-            [cuobjdump, "--dump-resource-usage", binary.name], capture_output=True, text=True, check=True
-        ).stdout
-    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text)}
+        (used,) = compile_cuda.resources(Path(binary.name)).values()
+    return used
 
 
 def main() -> int:
@@ -167,12 +164,14 @@ def main() -> int:
             if "cubin" not in compiled.asm:
                 cells.append(f"{architecture} ok")
                 continue
-            used = resources(compiled)
+            used = used_by(compiled)
             bad = used["STACK"] or used["LOCAL"]
             failures += bool(bad)
             cells.append(f"{architecture} {used['REG']:3d} reg" + (f" SPILLS {used}" if bad else ""))
         print(f"{name:36s} {dtype:5s} {warps:2d} warps  " + "  ".join(cells), flush=True)
-    print(f"{compiled_kernels} kernels compiled, {failures} failed or spilled")
+    compiled_cuda, failures_cuda = compile_cuda.check()
+    failures += failures_cuda
+    print(f"{compiled_kernels + compiled_cuda} kernels compiled, {failures} failed or spilled")
     return 1 if failures else 0
 
 

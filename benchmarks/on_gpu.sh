@@ -4,7 +4,7 @@
 #     benchmarks/on_gpu.sh FOLDER
 #
 # Run from the repository's root with torch and triton importable; results go to FOLDER, which must not exist yet.
-# About eight minutes on one GPU. Commit FOLDER's .jsonl files under benchmarks/results/.
+# About ten minutes on one GPU. Commit FOLDER's .jsonl files under benchmarks/results/.
 set -u
 out=${1:?usage: benchmarks/on_gpu.sh FOLDER}
 mkdir "$out" || exit 1
@@ -22,7 +22,12 @@ step() { # step NAME COMMAND...: runs it, keeps its output, goes on after a fail
 step doctor python3 -c "from fastkd.ops import doctor; print(doctor.report())"
 step tests python3 -m pytest tests/test_losses.py tests/test_operators.py -q -p no:warnings -k cuda
 step accuracy python3 benchmarks/accuracy.py
-for dtype in bfloat16 float32; do
-  step "losses-$dtype" python3 benchmarks/losses.py --dtype "$dtype" --output "$out/losses-$dtype.jsonl"
+backends=triton
+if python3 -c "from fastkd.ops import native; raise SystemExit(native.missing('cuda'))"; then backends="triton native"; fi
+for backend in $backends; do
+  for dtype in bfloat16 float32; do
+    step "losses-$backend-$dtype" env FASTKD_BACKEND="$backend" \
+      python3 benchmarks/losses.py --dtype "$dtype" --output "$out/losses-$backend-$dtype.jsonl"
+  done
 done
 exit $status

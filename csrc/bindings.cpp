@@ -1,8 +1,10 @@
-// The operators of namespace fastkd_native: arguments unpacked, rows shared out over torch's threads.
+// The operators of namespace fastkd_native: arguments unpacked, rows shared out over torch's threads, or put into a
+// CUDA stream.
 #include <stdexcept>
 #include <string>
 
 #include "cpu/kernels.h"
+#include "cuda/launch.h"
 #include "torch_abi.h"
 
 namespace fastkd {
@@ -37,6 +39,13 @@ class Tensor {
     check(torch_abi.aoti_torch_get_strides(handle_, &strides) == 0, "strides failed");
     return strides[dimension];
   }
+  // The stream that torch puts its own kernels into, on this tensor's device.
+  cuda::Stream stream() const {
+    cuda::Stream current;
+    check(torch_abi.aoti_torch_get_device_index(handle_, &current.device) == 0, "device_index failed");
+    check(torch_abi.aoti_torch_get_current_cuda_stream(current.device, &current.handle) == 0, "no current stream");
+    return current;
+  }
   template <class T>
   T* data_or_null() const {
     if (numel() == 0) return nullptr;
@@ -64,18 +73,33 @@ double as_double(StableIValue value) {
   return result;
 }
 
-// The tensors that every row loss takes, in the order of its schema.
+// The tensors that every row loss takes, in the order of its schema. Of several pairs of logits, all alike, the first
+// pair is given as tensors and all of them by their addresses.
 struct RowArguments {
-  Tensor student, teacher, target, row_weight, losses, terms, gradient;
+  Tensor student, teacher, target, row_weight, losses, terms, gradient, addresses;
+  float scale;
 
   explicit RowArguments(const StableIValue* stack)
       : student(stack[0]), teacher(stack[1]), target(stack[2]), row_weight(stack[3]), losses(stack[5]),
-        terms(stack[6]), gradient(stack[7]) {}
+        terms(stack[6]), gradient(stack[7]), addresses(stack[8]), scale(float(as_double(stack[4]))) {}
 
-  Rows rows(float scale) const {
-    return {student.matrix(), teacher.matrix(), gradient.matrix(), student.size(0), student.size(1),
-            target.data_or_null<int64_t>(), target.numel() > 0 ? target.stride(0) : 0,
-            row_weight.data_or_null<float>(), scale, losses.data_or_null<float>(), terms.data_or_null<float>()};
+  int pairs() const { return addresses.numel() == 0 ? 1 : int(addresses.size(0)); }
+
+  Rows rows(int pair) const {
+    Rows rows{student.matrix(), teacher.matrix(), gradient.matrix(), student.size(0), student.size(1),
+              target.data_or_null<int64_t>(), target.numel() > 0 ? target.stride(0) : 0,
+              row_weight.data_or_null<float>(), scale, losses.data_or_null<float>(), terms.data_or_null<float>()};
+    if (pairs() == 1) return rows;
+    const int64_t* of_pair = addresses.data_or_null<int64_t>() + 2 * pair;
+    rows.student.data = reinterpret_cast<void*>(of_pair[0]);
+    rows.teacher.data = reinterpret_cast<void*>(of_pair[1]);
+    rows.losses += pair * rows.count;
+    if (rows.terms != nullptr) rows.terms += pair * terms.size(1) * rows.count;
+    if (rows.gradient.data != nullptr) {
+      const int64_t width = rows.gradient.dtype == DType::kFloat ? 4 : 2;
+      rows.gradient.data = static_cast<char*>(rows.gradient.data) + pair * rows.count * rows.gradient.stride * width;
+    }
+    return rows;
   }
 };
 
@@ -107,22 +131,55 @@ void parallel_rows(int64_t count, int64_t classes, const Body& body) {
 
 // ---- operators -----------------------------------------------------------------------------------------------
 
+// The last four numbers are a plan of fastkd/ops/team_plan.py, of which the CPU knows nothing.
+#define FASTKD_PLAN_SCHEMA "int threads_a_row=0, int rows_a_block=0, int blocks_a_row=0, int slots=0) -> ()"
+
 constexpr const char* kRowLossSchema =
     "row_loss(Tensor student_logits, Tensor teacher_logits, Tensor target, Tensor row_weight, float scale, "
-    "Tensor(a!) rows, Tensor(b!) terms, Tensor(c!) gradient, int loss, float o0, float o1, float o2, float o3, "
-    "float o4, float o5, float o6, float o7) -> ()";
+    "Tensor(a!) rows, Tensor(b!) terms, Tensor(c!) gradient, Tensor addresses, int loss, float o0, float o1, "
+    "float o2, float o3, float o4, float o5, float o6, float o7, " FASTKD_PLAN_SCHEMA;
+constexpr const char* kScaleRowsSchema = "scale_rows_(Tensor(a!) gradient, Tensor upstream, " FASTKD_PLAN_SCHEMA;
+
+constexpr int kFirstOption = 10;
+
+LossOptions loss_options(const StableIValue* stack) {
+  LossOptions options;
+  options.loss = Loss(int32_t(int64_t(stack[kFirstOption - 1])));
+  for (int i = 0; i < kOptions; i++) options.values[i] = float(as_double(stack[kFirstOption + i]));
+  return options;
+}
+
+cuda::TeamPlan team_plan(const StableIValue* stack) {
+  return {int32_t(stack[0]), int32_t(stack[1]), int32_t(stack[2]), int32_t(stack[3])};
+}
 
 void row_loss(StableIValue* stack, uint64_t, uint64_t) {
   const RowArguments arguments(stack);
-  const Rows rows = arguments.rows(float(as_double(stack[4])));
-  LossOptions options;
-  options.loss = Loss(int32_t(int64_t(stack[8])));
-  for (int i = 0; i < kOptions; i++) options.values[i] = float(as_double(stack[9 + i]));
-  const int parts = parts_a_row(rows);
-  if (parts > 1) kernels().row_loss_in_parts(rows, options, parts, parallel_parts);
-  else
-    parallel_rows(rows.count, rows.classes,
-                  [&](int64_t begin, int64_t end) { kernels().row_loss(rows, options, begin, end); });
+  const LossOptions options = loss_options(stack);
+  for (int pair = 0; pair < arguments.pairs(); pair++) {
+    const Rows rows = arguments.rows(pair);
+    const int parts = parts_a_row(rows);
+    if (parts > 1) kernels().row_loss_in_parts(rows, options, parts, parallel_parts);
+    else
+      parallel_rows(rows.count, rows.classes,
+                    [&](int64_t begin, int64_t end) { kernels().row_loss(rows, options, begin, end); });
+  }
+}
+
+void row_loss_cuda(StableIValue* stack, uint64_t, uint64_t) {
+  const RowArguments arguments(stack);
+  if (arguments.student.size(0) == 0) return;
+  const LossOptions options = loss_options(stack);
+  const cuda::TeamPlan plan = team_plan(stack + kFirstOption + kOptions);
+  for (int first = 0; first < arguments.pairs(); first += cuda::kMostPairs) {
+    Rows pairs[cuda::kMostPairs];
+    int count = 0;
+    while (count < cuda::kMostPairs && first + count < arguments.pairs()) {
+      pairs[count] = arguments.rows(first + count);
+      count++;
+    }
+    cuda::launch_row_loss(pairs, count, options, plan, arguments.student.stream());
+  }
 }
 
 void scale_rows(StableIValue* stack, uint64_t, uint64_t) {
@@ -140,34 +197,51 @@ void scale_rows(StableIValue* stack, uint64_t, uint64_t) {
   });
 }
 
+void scale_rows_cuda(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor gradient(stack[0]), upstream(stack[1]);
+  if (gradient.numel() == 0) return;
+  cuda::launch_scale_rows(gradient.matrix(), upstream.data_or_null<float>(), upstream.stride(0), gradient.size(0),
+                          gradient.size(1), team_plan(stack + 2), gradient.stream());
+}
+
 struct Operator {
   const char* schema;
   const char* name;
-  void (*kernel)(StableIValue*, uint64_t, uint64_t);
+  void (*cpu)(StableIValue*, uint64_t, uint64_t);
+  void (*cuda)(StableIValue*, uint64_t, uint64_t);
 };
 
 const Operator kOperators[] = {
-    {kRowLossSchema, "row_loss", row_loss},
-    {"scale_rows_(Tensor(a!) gradient, Tensor upstream) -> ()", "scale_rows_", scale_rows},
+    {kRowLossSchema, "row_loss", row_loss, row_loss_cuda},
+    {kScaleRowsSchema, "scale_rows_", scale_rows, scale_rows_cuda},
 };
 
 }  // namespace
 }  // namespace fastkd
 
-// Called once by fastkd/ops/native.py with the path of the torch library that is loaded. Returns nullptr, or why
+#define FASTKD_EXPORT extern "C" __attribute__((visibility("default")))
+
+// Called once by fastkd/ops/native.py with the paths of the torch libraries that are loaded. Returns nullptr, or why
 // the operators could not be registered.
-extern "C" __attribute__((visibility("default"))) const char* fastkd_register(const char* torch_library_path) {
+FASTKD_EXPORT const char* fastkd_register(const char* torch_library_path, const char* torch_cuda_library_path) {
   using namespace fastkd;
-  if (const char* error = load_torch_abi(torch_library_path)) return error;
-  TorchLibraryHandle definitions, cpu;
+  if (const char* error = load_torch_abi(torch_library_path, torch_cuda_library_path)) return error;
+  const bool with_cuda = torch_abi.aoti_torch_get_current_cuda_stream != nullptr && cuda::absent() == nullptr;
+  const auto implementations = [](const char* key, TorchLibraryHandle* library) {
+    return torch_abi.aoti_torch_library_init_impl("fastkd_native", key, __FILE__, __LINE__, library);
+  };
+  TorchLibraryHandle definitions, on_cpu, on_cuda;
   bool failed = torch_abi.aoti_torch_library_init_fragment("fastkd_native", __FILE__, __LINE__, &definitions) != 0 ||
-                torch_abi.aoti_torch_library_init_impl("fastkd_native", "CPU", __FILE__, __LINE__, &cpu) != 0;
+                implementations("CPU", &on_cpu) != 0 || (with_cuda && implementations("CUDA", &on_cuda) != 0);
   for (const Operator& op : kOperators)
     failed = failed || torch_abi.aoti_torch_library_def(definitions, op.schema) != 0 ||
-             torch_abi.torch_library_impl(cpu, op.name, op.kernel, kTorchVersion) != 0;
+             torch_abi.torch_library_impl(on_cpu, op.name, op.cpu, kTorchVersion) != 0 ||
+             (with_cuda && torch_abi.torch_library_impl(on_cuda, op.name, op.cuda, kTorchVersion) != 0);
   return failed ? "torch refused the registration of the operators" : nullptr;
 }
 
-extern "C" __attribute__((visibility("default"))) const char* fastkd_instruction_set() {
-  return fastkd::kernels().name;
-}
+FASTKD_EXPORT const char* fastkd_instruction_set() { return fastkd::kernels().name; }
+
+// Why there are no CUDA kernels in this build, or none that run on this device; nullptr where there are.
+FASTKD_EXPORT const char* fastkd_cuda_absent() { return fastkd::cuda::absent(); }
+FASTKD_EXPORT const char* fastkd_cuda_missing(int32_t device) { return fastkd::cuda::missing(device); }

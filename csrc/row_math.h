@@ -55,19 +55,23 @@ struct RowLabel {
   float z_s, z_t;
 };
 
-// Brings sums that are relative to smaller largest logits to the larger ones of the next part.
-template <class Real>
+// Brings sums that are relative to smaller largest logits to the larger ones of the next part. Sums that kNeeds does
+// not ask for may be left as they are.
+template <unsigned kNeeds = ~0u, class Real>
 FASTKD_ROW_FUNCTION void rebase(SoftmaxStatistics<Real>& row, float max_s, float max_t, Real slope_s, Real slope_t) {
   if (max_s != row.max_s && row.sum_s != 0) {
     const Real below = Real(row.max_s) - Real(max_s), factor = std::exp(below * slope_s);
-    row.sum_s *= factor, row.dot_s *= factor, row.moment_s *= factor;
-    if (row.plain_s != 0) row.plain_s *= std::exp(below);
+    row.sum_s *= factor;
+    if (kNeeds & kTilt) row.dot_s *= factor;
+    if (kNeeds & kStandardized) row.moment_s *= factor;
+    if (kNeeds & kPlainStudent && row.plain_s != 0) row.plain_s *= std::exp(below);
   }
   if (max_t != row.max_t && row.sum_t != 0) {
     const Real below = Real(row.max_t) - Real(max_t), shift = below * slope_t, factor = std::exp(shift);
-    row.entropy_t = factor * (row.entropy_t + shift * row.sum_t);
-    row.sum_t *= factor, row.dot_t *= factor, row.moment_t *= factor;
-    if (row.plain_t != 0) row.plain_t *= std::exp(below);
+    if (kNeeds & kTeacherEntropy) row.entropy_t = factor * (row.entropy_t + shift * row.sum_t);
+    row.sum_t *= factor, row.dot_t *= factor;
+    if (kNeeds & kStandardized) row.moment_t *= factor;
+    if (kNeeds & kPlainTeacher && row.plain_t != 0) row.plain_t *= std::exp(below);
   }
   row.max_s = max_s;
   row.max_t = max_t;

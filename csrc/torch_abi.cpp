@@ -8,7 +8,7 @@ namespace fastkd {
 
 TorchAbi torch_abi;
 
-const char* load_torch_abi(const char* path) {
+const char* load_torch_abi(const char* path, const char* cuda_path) {
   static std::string error;
   // torch is imported already: this only finds it, also where it was loaded with local symbols.
   void* torch = dlopen(path, RTLD_LAZY | RTLD_NOLOAD);
@@ -24,6 +24,9 @@ const char* load_torch_abi(const char* path) {
   }
   FASTKD_TORCH_FUNCTIONS(FASTKD_FIND)
 #undef FASTKD_FIND
+  if (void* torch_cuda = dlopen(cuda_path, RTLD_LAZY | RTLD_NOLOAD))
+    torch_abi.aoti_torch_get_current_cuda_stream = reinterpret_cast<decltype(&::aoti_torch_get_current_cuda_stream)>(
+        dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream"));
   return nullptr;
 }
 

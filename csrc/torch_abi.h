@@ -23,6 +23,8 @@ AOTITorchError aoti_torch_get_numel(AtenTensorHandle tensor, int64_t* ret_numel)
 AOTITorchError aoti_torch_get_sizes(AtenTensorHandle tensor, int64_t** ret_sizes);
 AOTITorchError aoti_torch_get_strides(AtenTensorHandle tensor, int64_t** ret_strides);
 AOTITorchError aoti_torch_get_dtype(AtenTensorHandle tensor, int32_t* ret_dtype);
+AOTITorchError aoti_torch_get_device_index(AtenTensorHandle tensor, int32_t* ret_device_index);
+AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 AOTITorchError aoti_torch_delete_tensor_object(AtenTensorHandle tensor);
 AOTITorchError aoti_torch_library_init_fragment(const char* ns, const char* file, uint32_t line,
                                                 TorchLibraryHandle* ret);
@@ -42,6 +44,7 @@ AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t grain_size
   apply(aoti_torch_get_sizes)               \
   apply(aoti_torch_get_strides)             \
   apply(aoti_torch_get_dtype)               \
+  apply(aoti_torch_get_device_index)        \
   apply(aoti_torch_delete_tensor_object)    \
   apply(aoti_torch_library_init_fragment)   \
   apply(aoti_torch_library_init_impl)       \
@@ -57,12 +60,14 @@ struct TorchAbi {
 #define FASTKD_MEMBER(name) decltype(&::name) name;
   FASTKD_TORCH_FUNCTIONS(FASTKD_MEMBER)
 #undef FASTKD_MEMBER
+  decltype(&::aoti_torch_get_current_cuda_stream) aoti_torch_get_current_cuda_stream;  // null in a torch without CUDA
 };
 
 extern TorchAbi torch_abi;
 
-// Fills torch_abi from the torch library at `path`. Returns nullptr, or what is missing.
-const char* load_torch_abi(const char* path);
+// Fills torch_abi from the torch library at `path`, and from that of its CUDA part at `cuda_path` if it is loaded.
+// Returns nullptr, or what is missing.
+const char* load_torch_abi(const char* path, const char* cuda_path);
 
 // What the extension was written against: torch 2.10.
 constexpr uint64_t kTorchVersion = (uint64_t{2} << 56) | (uint64_t{10} << 48);

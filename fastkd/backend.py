@@ -38,8 +38,8 @@ def set_backend(name: str) -> None:
     """Choose the backend of every later call.
 
     ``"auto"`` (the default) takes the fastest that runs on the logits' device: triton on GPUs, native
-    on CPUs, eager where neither can. A name takes that one or raises ``BackendUnavailable`` at the call.
-    The environment variable ``FASTKD_BACKEND`` sets the initial choice.
+    where triton is missing and on CPUs, eager where neither can. A name takes that one or raises
+    ``BackendUnavailable`` at the call. The environment variable ``FASTKD_BACKEND`` sets the initial choice.
     """
     global _chosen
     _chosen = checked_name(name, "backend")
@@ -89,15 +89,19 @@ resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @cache
 def _automatic(device_type: str) -> str:
-    fastest = {"cuda": "triton", "cpu": "native"}.get(device_type)
-    if fastest is None:
+    candidates = {"cuda": ("triton", "native"), "cpu": ("native",)}.get(device_type, ())
+    reasons = {}
+    for name in candidates:
+        reason = missing(name, device_type)
+        if reason is None:
+            return name
+        reasons[name] = reason
+    if not reasons:
         return "eager"
-    reason = missing(fastest, device_type)
-    if reason is None:
-        return fastest
     warnings.warn(
-        f"fastkd runs its slower eager backend on {device_type}, because {fastest} is not available: "
-        f"{reason} (`fastkd doctor` tells more)",
+        f"fastkd runs its slower eager backend on {device_type}, because "
+        + "; and ".join(f"{name} is not available: {reason}" for name, reason in reasons.items())
+        + " (`fastkd doctor` tells more)",
         RuntimeWarning,
         stacklevel=5,
     )

@@ -1,5 +1,6 @@
 """The extension's build: torch's ABI as declared, every instruction set, a wheel for any Python and torch."""
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -21,14 +22,27 @@ def test_the_declared_abi_is_torchs_own(tmp_path):
     source = tmp_path / "both.cpp"
     source.write_text('#include <torch/csrc/stable/c/shim.h>\n#include "torch_abi.h"\n')
     include = Path(torch.__file__).parent / "include"
-    command = [COMPILER, "-std=c++20", "-fsyntax-only", f"-I{include}", f"-I{ROOT / 'csrc'}", str(source)]
+    command = [
+        COMPILER,
+        "-std=c++20",
+        "-fsyntax-only",
+        "-DUSE_CUDA",
+        f"-I{include}",
+        f"-I{ROOT / 'csrc'}",
+        source,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
-    changed = (ROOT / "csrc/torch_abi.h").read_text().replace("int64_t* ret_numel", "int32_t* ret_numel")
-    (tmp_path / "changed.h").write_text(changed)
+    declared = (ROOT / "csrc/torch_abi.h").read_text()
     source.write_text('#include <torch/csrc/stable/c/shim.h>\n#include "changed.h"\n')
-    assert subprocess.run(command, capture_output=True).returncode != 0, "the check cannot fail"
+    for ours, wrong in (
+        ("int64_t* ret_numel", "int32_t* ret_numel"),
+        ("void** ret_stream", "void* ret_stream"),
+    ):
+        assert ours in declared
+        (tmp_path / "changed.h").write_text(declared.replace(ours, wrong))
+        assert subprocess.run(command, capture_output=True).returncode != 0, "the check cannot fail"
 
 
 SUPPORTED = ["portable"]
@@ -87,6 +101,19 @@ for dtype in (torch.float16, torch.bfloat16):
     assert done.returncode == 0, done.stderr
 
 
+def test_what_is_missing_on_a_gpu_is_told():
+    assert native.missing("mps") == "it runs on CPUs and CUDA devices, not on mps"
+    absent = native.cuda_kernels_absent()
+    reason = native.missing("cuda")
+    if absent is not None:
+        assert reason == f"its extension has no CUDA kernels: {absent}"
+    elif not torch.cuda.is_available():
+        without = torch.version.cuda is None
+        assert reason == ("this torch is built without CUDA" if without else "torch finds no CUDA device")
+    dispatched = torch._C._dispatch_has_kernel_for_dispatch_key("fastkd_native::row_loss", "CUDA")
+    assert dispatched == (absent is None and torch.version.cuda is not None)
+
+
 def test_the_library_needs_neither_torch_nor_python():
     if not shutil.which("readelf"):
         pytest.skip("readelf is not installed")
@@ -121,7 +148,19 @@ def build_wheel(tree: Path, destination: Path, **environment: str) -> tuple[zipf
 
 
 def test_the_wheel_serves_every_python_and_torch(source_tree, tmp_path):
-    wheel, _ = build_wheel(source_tree, tmp_path / "dist")
+    """Also where the CUDA compiler fails: the CPU's kernels are built, and the library says what it lacks."""
+    broken = tmp_path / "cuda/bin/nvcc"
+    broken.parent.mkdir(parents=True)
+    broken.write_text("#!/bin/sh\necho 'no \"host\" compiler' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    wheel, output = build_wheel(source_tree, tmp_path / "dist", CUDA_HOME=str(tmp_path / "cuda"))
+    assert "the native library gets no CUDA kernels: nvcc failed" in output
+    wheel.extractall(tmp_path / "site")
+    (library,) = (tmp_path / "site/fastkd/ops").glob("_native*.so")
+    absent = ctypes.CDLL(str(library)).fastkd_cuda_absent
+    absent.restype = ctypes.c_char_p
+    assert absent() == b"nvcc failed when it was built: no 'host' compiler"
+
     names = wheel.namelist()
     assert "-cp310-abi3-" in Path(wheel.filename).name
     assert any(name.endswith("fastkd/ops/_native.abi3.so") for name in names)
@@ -130,7 +169,11 @@ def test_the_wheel_serves_every_python_and_torch(source_tree, tmp_path):
 
 def test_without_a_compiler_the_install_succeeds_and_says_so(source_tree, tmp_path):
     wheel, output = build_wheel(
-        source_tree, tmp_path / "dist", CC="/no/such/compiler", CXX="/no/such/compiler"
+        source_tree,
+        tmp_path / "dist",
+        CC="/no/such/compiler",
+        CXX="/no/such/compiler",
+        FASTKD_WITHOUT_CUDA="1",
     )
     assert "the native backend was not built, the install goes on without it" in output
     site = tmp_path / "site"

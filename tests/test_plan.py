@@ -65,6 +65,22 @@ def test_the_path_follows_the_length_of_the_row():
         assert fastkd.explain(8, 100_000, device=device, loss="jsd").accesses == 7
 
 
+def test_native_cuda_paths_are_told_with_what_they_keep():
+    def told(loss, rows, classes, dtype=torch.bfloat16):
+        return plan._team_path(loss, rows, classes, dtype, H100)
+
+    assert "rows a block" in told("kd", 8192, 10).words
+    whole = told("dkd", 4096, 131_072)
+    assert whole.accesses == 3
+    assert "cluster of 8 blocks" in whole.words
+    assert "the row on chip" in whole.words
+    partly = told("kd", 256, 1_000_000)
+    assert 3 < partly.accesses < 5
+    assert "read again" in partly.words
+    assert told("lskd", 256, 1_000_000).accesses > told("jsd", 256, 1_000_000).accesses > partly.accesses
+    assert told("binary_kl", 256, 1_000_000).accesses == 3
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match="classes 1"):
         fastkd.explain(3, 1)

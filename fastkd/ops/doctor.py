@@ -25,6 +25,7 @@ def report() -> str:
             lines.append(f"GPU {index}: {properties.name}, {memory:.0f} GiB")
     else:
         lines.append("GPU: none that torch can use")
+    lines.append(f"native CUDA kernels: {_cuda_kernels()}")
     lines.append(f"backend in force: {backend.get_backend()} (FASTKD_BACKEND or fastkd.set_backend)")
     for device in devices:
         lines.append(f"backends on {device}:")
@@ -45,11 +46,21 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def _cuda_kernels() -> str:
+    from fastkd.ops import native
+
+    if native.missing("cpu") is not None:
+        return "none, the extension is missing"
+    absent = native.cuda_kernels_absent()
+    return "built, untested on hardware" if absent is None else f"not built: {absent}"
+
+
 def _detail(name: str, device: str) -> str:
     if name == "native":
         from fastkd.ops import native
 
-        return f" ({native.instruction_set()} kernels, {native.library_path()})"
+        kernels = "CUDA" if device == "cuda" else native.instruction_set()
+        return f" ({kernels} kernels, {native.library_path()})"
     if name == "triton" and device == "cpu":
         return " in Triton's interpreter: for tests, not for speed"
     return ""

@@ -9,6 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastkd.ops.plan import device_of
+from fastkd.ops.team_plan import plan_team
+
 _FOLDER = Path(__file__).parent
 _BUILD_ERROR = _FOLDER / "_native_build_error.txt"
 
@@ -32,19 +35,43 @@ def _loaded() -> ctypes.CDLL | str:
     except OSError as error:
         return f"its extension {path.name} does not load: {error}"
     suffix = "dylib" if sys.platform == "darwin" else "so"
-    torch_library = Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}"
-    library.fastkd_register.restype = ctypes.c_char_p
-    library.fastkd_instruction_set.restype = ctypes.c_char_p
-    refusal = library.fastkd_register(str(torch_library).encode())
+    torch_libraries = (
+        str(Path(torch.__file__).parent / "lib" / f"libtorch_{part}.{suffix}").encode()
+        for part in ("cpu", "cuda")
+    )
+    for function in ("register", "instruction_set", "cuda_absent", "cuda_missing"):
+        getattr(library, f"fastkd_{function}").restype = ctypes.c_char_p
+    refusal = library.fastkd_register(*torch_libraries)
     return refusal.decode() if refusal else library
 
 
 def missing(device_type: str) -> str | None:
     """What stops the native backend on this kind of device; None where nothing does."""
-    if device_type != "cpu":
-        return f"it runs on the CPU, and there are no native kernels for {device_type} yet"
+    if device_type not in ("cpu", "cuda"):
+        return f"it runs on CPUs and CUDA devices, not on {device_type}"
     loaded = _loaded()
-    return loaded if isinstance(loaded, str) else None
+    if isinstance(loaded, str):
+        return loaded
+    return _cuda_missing() if device_type == "cuda" else None
+
+
+def cuda_kernels_absent() -> str | None:
+    """Why the extension was built without CUDA kernels; None where it has them, whatever the devices."""
+    reason = _library().fastkd_cuda_absent()
+    return reason.decode() if reason else None
+
+
+@cache
+def _cuda_missing() -> str | None:
+    absent = cuda_kernels_absent()
+    if absent is not None:
+        return f"its extension has no CUDA kernels: {absent}"
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    reason = _library().fastkd_cuda_missing(torch.cuda.current_device())
+    return reason.decode() if reason else None
 
 
 def _library() -> ctypes.CDLL:
@@ -74,9 +101,18 @@ def _operator(name: str) -> Callable[..., None]:
 
 
 @cache
-def _absent() -> Tensor:
+def _absent(device: torch.device) -> Tensor:
     """Stands for an argument that is not given: an optional one costs an allocation a call."""
-    return torch.empty(0)
+    return torch.empty(0, device=device)
+
+
+def _team(logits: Tensor, pairs: int, element_bytes: int, keeps: bool) -> Sequence[int]:
+    """How a CUDA kernel shares a row; the CPU needs no such plan."""
+    if not logits.is_cuda:
+        return ()
+    rows, classes = logits.shape
+    device = device_of(logits.device)
+    return plan_team(rows * pairs, classes, element_bytes, device.capability, device.multiprocessors, keeps)
 
 
 def row_loss(
@@ -92,24 +128,37 @@ def row_loss(
     gradient: Tensor,
 ) -> None:
     """Fills ``rows``, ``terms`` and ``gradient`` (an empty one is not computed); see ``ops.library``."""
-    absent = _absent()
-    labels = absent if target is None else target
-    weights = absent if row_weight is None else row_weight
-    settings = (_CODES[loss], *options, *(0.0,) * (_OPTIONS - len(options)))
-    count = students[0].shape[0]
-    if len(students) == 1:
-        _operator("row_loss")(
-            students[0], teachers[0], labels, weights, scale, rows, terms, gradient, *settings
-        )
-        return
-    for pair, (student, teacher) in enumerate(zip(students, teachers, strict=True)):
-        of_pair = slice(pair * count, (pair + 1) * count)
-        terms_of_pair = terms.new_empty(terms.shape[0], count)
-        outputs = rows[of_pair], terms_of_pair, gradient[of_pair]
-        _operator("row_loss")(student, teacher, labels, weights, scale, *outputs, *settings)
-        terms[:, of_pair] = terms_of_pair
+    student, teacher, pairs = students[0], teachers[0], len(students)
+    absent = _absent(student.device)
+    # The kernels write each pair's terms together.
+    of_pairs = terms if pairs == 1 or not terms.numel() else terms.new_empty(pairs, len(terms), len(student))
+    # A kernel of one sweep has no use for the row again.
+    keeps = gradient.shape[0] > 0 and loss not in ("binary_kl", "binary_kl_norm")
+    _operator("row_loss")(
+        student,
+        teacher,
+        absent if target is None else target,
+        absent if row_weight is None else row_weight,
+        scale,
+        rows,
+        of_pairs,
+        gradient,
+        absent if pairs == 1 else _addresses(students, teachers),
+        _CODES[loss],
+        *options,
+        *(0.0,) * (_OPTIONS - len(options)),
+        *_team(student, pairs, student.element_size() + teacher.element_size(), keeps),
+    )
+    if of_pairs is not terms:
+        terms.view(len(terms), pairs, -1).copy_(of_pairs.transpose(0, 1))
+
+
+def _addresses(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
+    """Of the logits of several pairs, [H, 2]: read as the kernel is launched, on the host."""
+    pairs = zip(students, teachers, strict=True)
+    return torch.tensor([[student.data_ptr(), teacher.data_ptr()] for student, teacher in pairs])
 
 
 def scale_rows_(gradient: Tensor, upstream: Tensor) -> None:
     """``gradient[n] *= upstream[n]`` in place; rows whose factor is 1 are not touched."""
-    _operator("scale_rows_")(gradient, upstream)
+    _operator("scale_rows_")(gradient, upstream, *_team(gradient, 1, gradient.element_size(), False))

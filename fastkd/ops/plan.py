@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from fastkd import backend
+from fastkd.ops.team_plan import plan_team
 
 # A row of this many classes still fits into the registers of one program: every logit is read once.
 RESIDENT_CLASSES = 8192
@@ -34,6 +35,7 @@ class Device(NamedTuple):
 
     multiprocessors: int
     cache_bytes: int
+    capability: tuple[int, int] = (9, 0)
 
 
 class Plan(NamedTuple):
@@ -52,7 +54,8 @@ def device_of(device: torch.device) -> Device:
     if device.type != "cuda":
         return Device(132, 50 << 20)  # Triton's interpreter: planned as for an H100
     properties = torch.cuda.get_device_properties(device)
-    return Device(properties.multi_processor_count, properties.L2_cache_size)
+    capability = (properties.major, properties.minor)
+    return Device(properties.multi_processor_count, properties.L2_cache_size, capability)
 
 
 def plan_rows(loss: str, rows: int, classes: int, element_bytes: int, device: Device) -> Plan:
@@ -90,7 +93,7 @@ class Explanation:
     path: str
     tile: int
     warps: int | None
-    accesses: int
+    accesses: float
     bytes: int
     bandwidth: float
 
@@ -106,7 +109,7 @@ class Explanation:
             f"{self.device}, loss and gradient: backend {self.backend}\n"
             f"  path: {self.path}\n"
             f"  tile: {self.tile} classes{warps}\n"
-            f"  memory: {self.accesses} accesses an element, {self.bytes / 1e6:.1f} MB; at the "
+            f"  memory: {self.accesses:.3g} accesses an element, {self.bytes / 1e6:.1f} MB; at the "
             f"{self.bandwidth / 1e9:.0f} GB/s of a copy measured here at least {self.seconds * 1e3:.3f} ms"
         )
 
@@ -128,7 +131,7 @@ def explain(
     kind = torch.device(device).type
     chosen = backend.resolve(backend.get_backend(), kind, dtype)
     path = _path(chosen, loss, rows, classes, dtype, torch.device(device))
-    moved = path.accesses * rows * classes * ELEMENT_BYTES[dtype]
+    moved = round(path.accesses * rows * classes * ELEMENT_BYTES[dtype])
     return Explanation(loss, rows, classes, dtype, device, chosen, *path, moved, copy_bandwidth(device))
 
 
@@ -136,12 +139,14 @@ class _Path(NamedTuple):
     words: str
     tile: int
     warps: int | None
-    accesses: int  # of memory, an element
+    accesses: float  # of memory, an element
 
 
 def _path(chosen: str, loss: str, rows: int, classes: int, dtype: torch.dtype, device: torch.device) -> _Path:
     if chosen == "eager":
         return _Path("plain torch, one kernel an operation", classes, None, 19)
+    if chosen == "native" and device.type == "cuda":
+        return _team_path(loss, rows, classes, dtype, device_of(device))
     if chosen == "native":
         threads = torch.get_num_threads()
         sharing = "rows over threads" if rows >= threads else "each row over several threads"
@@ -170,6 +175,21 @@ def _path(chosen: str, loss: str, rows: int, classes: int, dtype: torch.dtype, d
     elif plan.programs < rows:
         words += f", {plan.programs} rows at a time"
     return _Path(words, plan.tile, plan.warps, 2 * sweeps + 1)
+
+
+def _team_path(loss: str, rows: int, classes: int, dtype: torch.dtype, device: Device) -> _Path:
+    """Of the native CUDA kernels."""
+    keeps = loss not in POINTWISE
+    element_bytes = 2 * ELEMENT_BYTES[dtype]
+    team = plan_team(rows, classes, element_bytes, device.capability, device.multiprocessors, keeps)
+    again = 0 if not keeps else {"jsd": 2, "lskd": 3}.get(loss, 1)  # sweeps after the first
+    accesses = 3 + 2 * again * (1 - team.kept(classes)) if keeps else 3
+    words = (
+        team.describe(classes)
+        if keeps
+        else f"{team.threads_a_row * team.blocks_a_row} threads a row, one sweep"
+    )
+    return _Path(words, 8, team.threads_a_row * team.rows_a_block // 32 or 1, accesses)
 
 
 @cache

@@ -1,0 +1,86 @@
+"""The CUDA sources' part of the table of benchmarks/compile_kernels.py, without a GPU."""
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import triton
+
+ROOT = Path(__file__).parent.parent
+# Architectures, and what each is compiled from: devices with clusters, and without.
+ARCHITECTURES = {"sm_80": "compute_80", "sm_90": "compute_90", "sm_100": "compute_90"}
+LOSSES = ("softmax", "nkd", "ttm", "reverse kl", "jsd", "binary_kl", "binary_kl_norm")
+NEEDS = ("student at T 1", "teacher at T 1", "entropy", "tilt", "own slopes", "standardized")
+
+
+def resources(binary: Path) -> dict[str, dict[str, int]]:
+    """Registers, stack, local and shared memory of each function in an NVIDIA binary, by its mangled name.
+    Spilled registers are in the stack."""
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    command = [cuobjdump, "--dump-resource-usage", binary]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {
+        function: {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", numbers)}
+        for function, numbers in re.findall(r"Function (\S+):\n(.*)", text)
+    }
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return (home and shutil.which("nvcc", path=str(Path(home, "bin")))) or shutil.which("nvcc")
+
+
+def compile_for(nvcc: str, architecture: str, folder: str) -> dict[str, dict[str, int]] | str:
+    """Each kernel's resources, or the compiler's message."""
+    binary = Path(folder, f"{architecture}.cubin")
+    command = [
+        nvcc, "--options-file", "csrc/cuda/nvcc.options", "csrc/cuda/launch.cu", "-cubin", "-o", str(binary),
+        f"-gencode=arch={ARCHITECTURES[architecture]},code={architecture}",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    if done.returncode != 0:
+        return done.stderr.strip()
+    return {readable(function): used for function, used in resources(binary).items()}
+
+
+def readable(function: str) -> str:
+    """``softmax, student at T 1`` for the kernel's mangled name."""
+    kernel = re.search(r"(softmax|jsd|pointwise|scale)_rows(?:ILN\w*?LossE(\d)E(?:Lj(\d+)E)?)?", function)
+    if kernel is None:
+        return function
+    family, loss, needs = kernel.groups()
+    bits = int(needs or 0)
+    words = [name for bit, name in enumerate(NEEDS) if bits >> bit & 1]
+    return ", ".join([LOSSES[int(loss)] if loss else family, *words])
+
+
+def check() -> tuple[int, int]:
+    """Prints a line a kernel; how many were compiled, and how many failed or spilled."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        print("CUDA sources: not checked, there is no nvcc")
+        return 0, 0
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    print(f"CUDA sources, {version.strip().splitlines()[-1]}; any length of row, all dtypes")
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = list(pool.map(lambda architecture: compile_for(nvcc, architecture, folder), ARCHITECTURES))
+    compiled = failures = 0
+    kernels: dict[str, list[str]] = {}
+    for architecture, result in zip(ARCHITECTURES, results, strict=True):
+        if isinstance(result, str) or not result:
+            failures += 1
+            print(f"{architecture} FAILED: {result or 'no kernel in the binary'}")
+            continue
+        for name, used in result.items():
+            compiled += 1
+            bad = used["STACK"] or used["LOCAL"]
+            failures += bool(bad)
+            cell = f"{architecture} {used['REG']:3d} reg" + (f" SPILLS {used}" if bad else "")
+            kernels.setdefault(name, []).append(cell)
+    for name, cells in sorted(kernels.items()):
+        print(f"{name:44s}  " + "  ".join(cells))
+    return compiled, failures

@@ -1,0 +1,117 @@
+#include "launch.h"
+
+#include <cuda_runtime.h>
+
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "kernel_table.h"
+
+namespace fastkd {
+namespace cuda {
+namespace {
+
+void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // not to be found again by whoever asks next
+  throw std::runtime_error(std::string("fastkd_native: ") + what + ": " + cudaGetErrorString(error));
+}
+
+// Makes a device current, and then the one that was before.
+class CurrentDevice {
+ public:
+  explicit CurrentDevice(int device) {
+    check(cudaGetDevice(&before_), "the current device");
+    if (device == before_) return;
+    check(cudaSetDevice(device), "choosing the device");
+    changed_ = true;
+  }
+  ~CurrentDevice() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  CurrentDevice(const CurrentDevice&) = delete;
+  CurrentDevice& operator=(const CurrentDevice&) = delete;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+// A kernel may use more than 48 KiB of shared memory only after it was told so, once a device.
+void allow_shared_memory(const void* kernel, int device, int64_t bytes) {
+  constexpr int64_t kAlwaysAllowed = 48 * 1024;
+  if (bytes <= kAlwaysAllowed) return;
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, int64_t> allowed;
+  const std::lock_guard<std::mutex> lock(mutex);
+  int64_t& most = allowed[{kernel, device}];
+  if (bytes <= most) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)), "shared memory");
+  most = bytes;
+}
+
+template <class Arguments>
+void launch(void (*kernel)(Arguments), const Arguments& arguments, const Grid& grid, const Stream& stream) {
+  const CurrentDevice current(stream.device);
+  allow_shared_memory(reinterpret_cast<const void*>(kernel), stream.device, grid.shared_bytes);
+  if (grid.blocks_x > INT32_MAX) throw std::runtime_error("fastkd_native: more rows than one launch can have blocks");
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(grid.blocks_x), unsigned(grid.blocks_y));
+  config.blockDim = dim3(unsigned(grid.threads));
+  config.dynamicSmemBytes = size_t(grid.shared_bytes);
+  config.stream = static_cast<cudaStream_t>(stream.handle);
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = unsigned(grid.cluster);
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  config.attrs = &cluster;
+  config.numAttrs = grid.cluster > 1 ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, arguments), "the launch of a kernel failed");
+}
+
+}  // namespace
+
+void launch_row_loss(const Rows* pairs, int count, const LossOptions& options, const TeamPlan& plan,
+                     const Stream& stream) {
+  const RowKernel kernel = row_kernel_for(options);
+  const char* reason = kernel == nullptr ? "there is no such loss" : refusal(pairs, count, plan);
+  if (reason != nullptr) throw std::runtime_error(std::string("fastkd_native: ") + reason);
+  launch(kernel, arguments_of(pairs, count, options, plan), row_loss_grid(pairs, count, plan), stream);
+}
+
+void launch_scale_rows(const Matrix& gradient, const float* upstream, int64_t upstream_stride, int64_t count,
+                       int64_t classes, const TeamPlan& plan, const Stream& stream) {
+  if (const char* reason = refusal(classes, plan)) throw std::runtime_error(std::string("fastkd_native: ") + reason);
+  const ScaleArguments arguments{gradient, upstream, upstream_stride, count, classes, plan};
+  launch(scale_rows, arguments, scale_grid(count, plan, gradient.dtype), stream);
+}
+
+const char* missing(int32_t device) {
+  static std::string reason;
+  const auto asked = [](cudaError_t error) {
+    if (error == cudaSuccess) return false;
+    cudaGetLastError();
+    reason = std::string("the CUDA runtime it was built with says: ") + cudaGetErrorString(error);
+    return true;
+  };
+  int devices = 0;
+  if (asked(cudaGetDeviceCount(&devices))) return reason.c_str();
+  try {
+    const CurrentDevice current(device);
+    cudaFuncAttributes attributes;
+    // Fails where the library holds no code for this device.
+    if (asked(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(scale_rows)))) return reason.c_str();
+  } catch (const std::exception& error) {
+    reason = error.what();
+    return reason.c_str();
+  }
+  return nullptr;
+}
+
+const char* absent() { return nullptr; }
+
+}  // namespace cuda
+}  // namespace fastkd

@@ -1,0 +1,59 @@
+// What a team writes of its row: loss, terms, and gradients that are one number.
+#pragma once
+
+#include "share.h"
+
+namespace fastkd {
+namespace cuda {
+
+enum class RowKind { kComputed, kLeftOut, kUndefined, kAbsent };
+
+struct RowHead {
+  RowKind kind;
+  float weight;
+  int label;  // -1 for none
+};
+
+// A row that is left out is not read, nor is one whose label is no class.
+FASTKD_DEVICE RowHead head_of(const Rows& rows, int64_t index, bool labelled) {
+  if (index >= rows.count) return {RowKind::kAbsent, 0.0f, -1};
+  const int64_t label = labelled ? rows.target[index * rows.target_stride] : -1;
+  const float weight = weight_of(rows, index);
+  if (weight == 0) return {RowKind::kLeftOut, 0.0f, -1};
+  if (labelled && (label < 0 || label >= rows.classes)) return {RowKind::kUndefined, weight, -1};
+  return {RowKind::kComputed, weight, int(label)};
+}
+
+FASTKD_DEVICE void write_losses(const Team& team, const Rows& rows, int64_t index, float loss, const float (&terms)[4]) {
+  if (team.member() != 0) return;
+  rows.losses[index] = loss;
+  if (rows.terms == nullptr) return;
+#pragma unroll
+  for (int term = 0; term < 4; term++) rows.terms[term * rows.count + index] = terms[term];
+}
+
+// Loss, terms and gradient of a row that has none: 0 for one left out, NaN for one that cannot be computed.
+FASTKD_DEVICE void write_uncomputed(const Team& team, const Rows& rows, int64_t index, RowKind kind) {
+  if (kind == RowKind::kAbsent) return;
+  const float value = kind == RowKind::kLeftOut ? 0.0f : as_float(0x7fc00000u);
+  write_losses(team, rows, index, value, {value, value, value, value});
+  if (rows.gradient.data == nullptr) return;
+  RowPointer gradient = row_of(rows.gradient, index);
+  const int phase = phase_of(gradient), classes = int(rows.classes);
+  gradient.aligned = is_aligned(gradient, phase);
+  float values[kVector];
+  for (int i = 0; i < kVector; i++) values[i] = value;
+#pragma unroll 1
+  for (int64_t column = int64_t(team.member()) * kVector - phase; column < classes; column += team.size() * kVector)
+    store_vector(gradient, int(column), classes, values);
+}
+
+// The gradient's row, to be written in the vectors in which the student's is read.
+FASTKD_DEVICE RowPointer gradient_row(const Rows& rows, int64_t index, const Share& share) {
+  RowPointer row = row_of(rows.gradient, index);
+  row.aligned = is_aligned(row, share.phase());
+  return row;
+}
+
+}  // namespace cuda
+}  // namespace fastkd

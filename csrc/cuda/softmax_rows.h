@@ -1,0 +1,231 @@
+// The row skeleton of the softmax family: statistics in one sweep, the row formula, the gradient in a second.
+#pragma once
+
+#include "outputs.h"
+
+namespace fastkd {
+namespace cuda {
+
+constexpr float kLog2E = 1.44269504f;
+
+// Sums are taken relative to a logit near the largest one seen: rebasing them is worth it only when a logit exceeds
+// that base by so much, in units of the exponent. e^8 times a million classes is far from overflow.
+constexpr float kHeadroom = 8.0f;
+
+// Calls visit on every sum that kNeeds asks for.
+template <unsigned kNeeds, class Visit>
+FASTKD_DEVICE void each_sum(SoftmaxStatistics<float>& sums, const Visit& visit) {
+  visit(sums.sum_s);
+  visit(sums.sum_t);
+  visit(kNeeds & kTilt ? sums.dot_s : sums.dot_t);
+  visit(sums.logit_sum);
+  if (kNeeds & kPlainStudent) visit(sums.plain_s);
+  if (kNeeds & kPlainTeacher) visit(sums.plain_t);
+  if (kNeeds & kTeacherEntropy) visit(sums.entropy_t);
+  if (kNeeds & kStandardized) visit(sums.moment_s), visit(sums.moment_t);
+}
+
+template <unsigned kNeeds>
+constexpr int kSumCount = 4 + (kNeeds & kPlainStudent ? 1 : 0) + (kNeeds & kPlainTeacher ? 1 : 0) +
+                          (kNeeds & kTeacherEntropy ? 1 : 0) + (kNeeds & kStandardized ? 2 : 0);
+
+template <unsigned kNeeds>
+FASTKD_DEVICE void list_sums(SoftmaxStatistics<float>& sums, float (&values)[kSumCount<kNeeds>]) {
+  int i = 0;
+  each_sum<kNeeds>(sums, [&](float& sum) { values[i++] = sum; });
+}
+
+// The sums of all members, relative to the largest base.
+template <unsigned kNeeds>
+FASTKD_DEVICE void combine_statistics(Team& team, Row<float>& row) {
+  float bases[] = {row.sums.max_s, row.sums.max_t};
+  team.all(bases, Max());
+  rebase<kNeeds>(row.sums, bases[0], bases[1], row.student.slope, row.teacher.slope);
+  float values[kSumCount<kNeeds>];
+  list_sums<kNeeds>(row.sums, values);
+  team.all(values, Sum());
+  int i = 0;
+  each_sum<kNeeds>(row.sums, [&](float& sum) { sum = values[i++]; });
+  if (!(kNeeds & kOwnSlopes)) row.sums.dot_s *= row.teacher.slope, row.sums.dot_t *= row.teacher.slope;
+  // Where these are not taken, T is 1.
+  if (!(kNeeds & kPlainStudent)) row.sums.plain_s = row.sums.sum_s;
+  if (!(kNeeds & kPlainTeacher)) row.sums.plain_t = row.sums.sum_t;
+}
+
+FASTKD_DEVICE float largest_of(const float (&z)[kVector], float bound) {
+  Max larger;
+  const float low = larger(larger(z[0], z[1]), larger(z[2], z[3])), high = larger(larger(z[4], z[5]), larger(z[6], z[7]));
+  return larger(larger(low, high), bound);
+}
+
+// A member's sums over its share, which `sweep` walks; the label, -1 for none, is left out.
+template <unsigned kNeeds, class Sweep>
+FASTKD_DEVICE void sum_share(const Sweep& sweep, int label, bool with_logit_sum, Row<float>& row) {
+  SoftmaxStatistics<float>& sums = row.sums;
+  sums.max_s = sums.max_t = kMasked;
+  const RowScale<float> student = row.student, teacher = row.teacher;
+  const float power_s = student.slope * kLog2E, power_t = teacher.slope * kLog2E;
+  const float headroom_s = kHeadroom / (kNeeds & kPlainStudent && student.slope < 1 ? 1.0f : student.slope);
+  const float headroom_t = kHeadroom / (kNeeds & kPlainTeacher && teacher.slope < 1 ? 1.0f : teacher.slope);
+  const int classes = int(row.classes);
+
+  sweep([&](int column, float (&s)[kVector], float (&t)[kVector]) {
+    if (with_logit_sum) {
+      for (int i = 0; i < kVector; i++) sums.logit_sum += is_inside(column + i, classes) ? s[i] : 0.0f;
+    }
+    if (is_inside(label - column, kVector)) {
+      for (int i = 0; i < kVector; i++)
+        if (column + i == label) s[i] = t[i] = kMasked;
+    }
+    const float top_s = largest_of(s, sums.max_s), top_t = largest_of(t, sums.max_t);
+    if (top_s > sums.max_s + headroom_s || top_t > sums.max_t + headroom_t)
+      rebase<kNeeds>(sums, top_s, top_t, student.slope, teacher.slope);
+    SoftmaxStatistics<float> part{};  // the vector's own sums: adding up eight first loses less in rounding
+#pragma unroll
+    for (int i = 0; i < kVector; i++) {
+      const float above_s = s[i] - sums.max_s, above_t = t[i] - sums.max_t;
+      const float exp_u = power_of_two(above_s * power_s), exp_v = power_of_two(above_t * power_t);
+      // Equal logits differ by exactly 0, and masked ones by a number. A common slope follows after the sum.
+      float difference = t[i] - s[i];
+      if (kNeeds & kOwnSlopes) {
+        const float u = (s[i] - student.mean) * student.slope;
+        difference = (t[i] - teacher.mean) * teacher.slope - u;
+        if (kNeeds & kStandardized) {
+          part.moment_s = fused(exp_u, u, part.moment_s);
+          part.moment_t = fused(exp_v, u, part.moment_t);
+        }
+      }
+      part.sum_s += exp_u;
+      part.sum_t += exp_v;
+      if (kNeeds & kTilt) part.dot_s = fused(exp_u, difference, part.dot_s);
+      else part.dot_t = fused(exp_v, difference, part.dot_t);
+      if (kNeeds & kTeacherEntropy) part.entropy_t = fused(exp_v, above_t * teacher.slope, part.entropy_t);
+      if (kNeeds & kPlainStudent) part.plain_s += power_of_two(above_s * kLog2E);
+      if (kNeeds & kPlainTeacher) part.plain_t += power_of_two(above_t * kLog2E);
+    }
+    float values[kSumCount<kNeeds>];
+    list_sums<kNeeds>(part, values);
+    int i = 0;
+    each_sum<kNeeds>(sums, [&](float& sum) { sum += values[i++]; });
+  });
+}
+
+// Brings both models' rows to (z - mean) / (deviation + epsilon) / T, the deviation with C - 1.
+FASTKD_DEVICE void standardize(Team& team, const Share& share, float slope, Row<float>& row) {
+  const int classes = int(row.classes);
+  float sums[] = {0.0f, 0.0f};
+  share.first_sweep([&](int column, float (&s)[kVector], float (&t)[kVector]) {
+    for (int i = 0; i < kVector; i++) {
+      if (!is_inside(column + i, classes)) continue;
+      sums[0] += s[i];
+      sums[1] += t[i];
+    }
+  });
+  team.all(sums, Sum());
+  row.student.mean = sums[0] / float(classes);
+  row.teacher.mean = sums[1] / float(classes);
+  float squares[] = {0.0f, 0.0f};
+  share.next_sweep([&](int column, float (&s)[kVector], float (&t)[kVector]) {
+    for (int i = 0; i < kVector; i++) {
+      if (!is_inside(column + i, classes)) continue;
+      const float from_mean_s = s[i] - row.student.mean, from_mean_t = t[i] - row.teacher.mean;
+      squares[0] = fused(from_mean_s, from_mean_s, squares[0]);
+      squares[1] = fused(from_mean_t, from_mean_t, squares[1]);
+    }
+  });
+  team.all(squares, Sum());
+  row.student.deviation = sqrtf(squares[0] / float(classes - 1));
+  row.teacher.deviation = sqrtf(squares[1] / float(classes - 1));
+  row.student.slope = slope / (row.student.deviation + kStandardizeEpsilon);
+  row.teacher.slope = slope / (row.teacher.deviation + kStandardizeEpsilon);
+}
+
+template <Loss kLoss>
+FASTKD_DEVICE SoftmaxResult<float> formula_of(const LossOptions& options, const Row<float>& row) {
+  if (kLoss == Loss::kNKD) return nkd_formula(options.nkd, row);
+  if (kLoss == Loss::kTTM) return ttm_formula(options.ttm, row);
+  if (kLoss == Loss::kReverseKL) return reverse_kl_formula(row);
+  return softmax_formula(options.softmax, row);
+}
+
+template <unsigned kNeeds>
+FASTKD_DEVICE void write_gradient(const Share& share, const RowPointer& gradient, int label, const Row<float>& row,
+                                  const SoftmaxGradient<float>& g) {
+  const float power_s = row.student.slope * kLog2E, power_t = row.teacher.slope * kLog2E;
+  const float max_s = row.sums.max_s, max_t = row.sums.max_t, tilt = g.tilt * row.student.slope;
+  const int classes = int(row.classes);
+  share.next_sweep([&](int column, float (&s)[kVector], float (&t)[kVector]) {
+    float values[kVector];
+#pragma unroll
+    for (int i = 0; i < kVector; i++) {
+      const float above_s = s[i] - max_s;
+      const float exp_u = power_of_two(above_s * power_s);
+      if (kNeeds & kTilt) {
+        values[i] = exp_u * fused(tilt, t[i] - s[i], g.student);
+        continue;
+      }
+      const float exp_v = power_of_two((t[i] - max_t) * power_t);
+      values[i] = g.student * exp_u - g.teacher * exp_v + g.constant;  // equal products cancel: no multiply-add
+      if (kNeeds & kPlainStudent) values[i] = fused(g.plain, power_of_two(above_s * kLog2E), values[i]);
+      if (kNeeds & kStandardized) values[i] = fused(g.affine, s[i] - row.student.mean, values[i]);
+    }
+    if (is_inside(label - column, kVector)) {
+      for (int i = 0; i < kVector; i++)
+        if (column + i == label) values[i] = g.label;
+    }
+    store_vector(gradient, column, classes, values);
+  });
+}
+
+template <Loss kLoss, unsigned kNeeds>
+FASTKD_KERNEL softmax_rows(FASTKD_PARAMETER RowLossArguments arguments) {
+  const Rows& rows = arguments.pairs[block_y()];
+  const LossOptions& options = arguments.options;
+  Team team(arguments.plan);
+  const int64_t index = team.row();
+  const bool labelled = (kLoss == Loss::kSoftmax || kLoss == Loss::kNKD) && rows.target != nullptr;
+  const RowHead head = head_of(rows, index, labelled);
+  const int label = head.label;
+  const Share share(team, arguments.plan, rows.student, rows.teacher, arguments.reads_teacher, index,
+                    head.kind == RowKind::kComputed ? int(rows.classes) : 0, kMasked);
+  LoadedLogit label_s{}, label_t{};
+  if (label >= 0) {
+    label_s = load_logit(share.student(), label);
+    if (arguments.reads_teacher) label_t = load_logit(share.teacher(), label);
+  }
+
+  Row<float> row{};
+  row.classes = rows.classes;
+  row.student.slope = arguments.slope_s;
+  row.teacher.slope = arguments.slope_t;
+  const bool with_logit_sum = kLoss == Loss::kSoftmax && options.softmax.label_smoothing != 0;
+  if (kNeeds & kStandardized) {
+    standardize(team, share, arguments.slope_s, row);
+    sum_share<kNeeds>([&](const auto& visit) { share.next_sweep(visit); }, label, with_logit_sum, row);
+  } else {
+    sum_share<kNeeds>([&](const auto& visit) { share.first_sweep(visit); }, label, with_logit_sum, row);
+  }
+  combine_statistics<kNeeds>(team, row);
+  team.done_exchanging();
+
+  if (head.kind != RowKind::kComputed) {
+    write_uncomputed(team, rows, index, head.kind);
+  } else {
+    row.label = {label >= 0, value_of(label_s), value_of(label_t)};
+    SoftmaxResult<float> result = formula_of<kLoss>(options, row);
+    const float weight = head.weight;
+    for (float& term : result.terms) term *= weight;
+    write_losses(team, rows, index, weight * result.loss, result.terms);
+    if (rows.gradient.data != nullptr) {
+      SoftmaxGradient<float> g = result.gradient;
+      if (!(kNeeds & kPlainStudent)) g.student += g.plain;
+      g.student *= weight, g.teacher *= weight, g.plain *= weight, g.constant *= weight;
+      g.affine *= weight, g.tilt *= weight, g.label *= weight;
+      write_gradient<kNeeds>(share, gradient_row(rows, index, share), label, row, g);
+    }
+  }
+  team.leave();
+}
+
+}  // namespace cuda
+}  // namespace fastkd

@@ -1,0 +1,291 @@
+// Runs the kernels of csrc/cuda/ on the host: csrc/cuda/device.h includes this where no CUDA compiler is at work.
+//
+// Every thread of a cluster is a fiber. Barriers and shuffles are the points where fibers change. A warp runs as far
+// ahead of the others as barriers let it, now the first and now the last, so that a missing barrier shows; waiting for
+// threads that never come is an error. Shared memory is NaN before a block begins and after it ends, a guard lies
+// behind it, and asynchronous copies arrive no sooner than they are waited for.
+#pragma once
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <memory>
+#include <vector>
+
+#define FASTKD_DEVICE inline
+#define FASTKD_KERNEL inline void
+#define FASTKD_PARAMETER
+
+namespace fastkd {
+namespace cuda {
+namespace emulation {
+
+struct Barrier {
+  int expected = 0, arrived = 0;
+  unsigned generation = 0;
+};
+
+struct Copy {
+  void* to;
+  const void* from;
+};
+
+constexpr uint32_t kGuard = 0x7fdeadbe;  // a NaN
+constexpr int kGuardChunks = 64;
+constexpr Chunk kNothing = {kGuard, kGuard, kGuard, kGuard};
+
+struct Block {
+  int64_t x;
+  int y, threads, unfinished;
+  std::vector<Chunk> shared;
+  Barrier barrier;
+  std::vector<Barrier> warps;
+  std::vector<float> lanes;  // what the threads give to a shuffle: two areas, used in turn
+};
+
+constexpr int kMostShuffled = 16;
+constexpr size_t kStackBytes = 48 * 1024;
+
+struct Fiber {
+  Block* block;
+  int thread;
+  unsigned shuffles = 0, cluster_generation = 0;
+  bool finished = false;
+  std::deque<std::vector<Copy>> copies{{}};
+  ucontext_t context;
+  jmp_buf resume;
+  bool started = false;
+};
+
+struct Machine {
+  std::vector<Block> blocks;
+  std::vector<Fiber> fibers;
+  std::unique_ptr<char[]> stacks;
+  size_t stack_bytes = 0;
+  Barrier cluster;
+  ucontext_t home;
+  jmp_buf resume_home;
+  size_t current = 0;
+  size_t progress = 0;  // arrivals at barriers and ends of fibers
+  void (*body)(void*) = nullptr;
+  void* argument = nullptr;
+  bool failed = false;
+};
+inline Machine machine;
+inline Fiber& self() { return machine.fibers[machine.current]; }
+
+inline void run_fiber() {
+  machine.body(machine.argument);
+  self().finished = true;
+  machine.progress++;
+  Block& block = *self().block;
+  if (--block.unfinished == 0) std::fill(block.shared.begin(), block.shared.end() - kGuardChunks, kNothing);
+  _longjmp(machine.resume_home, 1);
+}
+
+// Goes back to the loop that resumes one fiber after the other.
+inline void change() {
+  if (_setjmp(self().resume) == 0) _longjmp(machine.resume_home, 1);
+}
+
+inline unsigned arrive(Barrier& barrier) {
+  const unsigned generation = barrier.generation;
+  machine.progress++;
+  if (++barrier.arrived == barrier.expected) barrier.arrived = 0, barrier.generation++;
+  return generation;
+}
+inline void wait(const Barrier& barrier, unsigned generation) {
+  while (barrier.generation == generation) change();
+}
+
+inline void resume(size_t fiber) {
+  machine.current = fiber;
+  if (self().finished || _setjmp(machine.resume_home) != 0) return;
+  if (self().started) _longjmp(self().resume, 1);
+  self().started = true;
+  setcontext(&self().context);
+}
+
+// Runs the threads of one cluster to their end; false where some wait for others that do not come.
+inline bool run_cluster(void (*body)(void*), void* argument) {
+  machine.body = body;
+  machine.argument = argument;
+  const size_t warps = machine.fibers.size() / kWarp;
+  size_t before, of_warp;
+  for (size_t round = 0;; round++) {
+    before = machine.progress;
+    for (size_t i = 0; i < warps; i++) {
+      const size_t warp = round % 2 == 0 ? i : warps - 1 - i;
+      do {
+        of_warp = machine.progress;
+        for (size_t lane = 0; lane < kWarp; lane++) resume(warp * kWarp + lane);
+      } while (machine.progress != of_warp);
+    }
+    if (machine.progress == before) break;
+  }
+  for (const Fiber& fiber : machine.fibers)
+    if (!fiber.finished) return false;
+  return true;
+}
+
+}  // namespace emulation
+
+inline int thread_of_block() { return emulation::self().thread; }
+inline int threads_of_block() { return emulation::self().block->threads; }
+inline unsigned block_x() { return unsigned(emulation::self().block->x); }
+inline int block_y() { return emulation::self().block->y; }
+inline Chunk* shared_memory() { return emulation::self().block->shared.data(); }
+
+template <int kCount>
+void shuffle_xor(const float (&values)[kCount], int mask, float (&others)[kCount]) {
+  static_assert(kCount <= emulation::kMostShuffled, "");
+  emulation::Fiber& self = emulation::self();
+  emulation::Block& block = *self.block;
+  float* area = block.lanes.data() + (self.shuffles++ & 1) * block.threads * emulation::kMostShuffled;
+  std::memcpy(area + self.thread * emulation::kMostShuffled, values, sizeof values);
+  emulation::Barrier& warp = block.warps[self.thread / kWarp];
+  emulation::wait(warp, emulation::arrive(warp));
+  std::memcpy(others, area + (self.thread ^ mask) * emulation::kMostShuffled, sizeof others);
+}
+
+inline void block_barrier() {
+  emulation::Barrier& barrier = emulation::self().block->barrier;
+  emulation::wait(barrier, emulation::arrive(barrier));
+}
+inline void cluster_arrive() {
+  emulation::self().cluster_generation = emulation::arrive(emulation::machine.cluster);
+}
+inline void cluster_wait() { emulation::wait(emulation::machine.cluster, emulation::self().cluster_generation); }
+
+inline const float* shared_of_block(const float* ours, int rank) {
+  emulation::Block& block = *emulation::self().block;
+  const ptrdiff_t offset = reinterpret_cast<const char*>(ours) - reinterpret_cast<const char*>(block.shared.data());
+  return reinterpret_cast<const float*>(reinterpret_cast<const char*>(emulation::machine.blocks[rank].shared.data()) +
+                                        offset);
+}
+
+inline void copy_async(Chunk* to, const void* from) {
+  if (reinterpret_cast<uintptr_t>(from) % sizeof(Chunk) != 0) std::abort();  // what a device would do
+  emulation::self().copies.back().push_back({to, from});
+}
+inline void commit_copies() { emulation::self().copies.emplace_back(); }
+template <int kPending>
+void wait_for_copies() {
+  auto& copies = emulation::self().copies;  // its last group is not committed yet
+  for (; copies.size() > kPending + 1; copies.pop_front())
+    for (const emulation::Copy& copy : copies.front()) std::memcpy(copy.to, copy.from, sizeof(Chunk));
+}
+
+inline void store_streaming(void* to, const Chunk& chunk) {
+  if (reinterpret_cast<uintptr_t>(to) % sizeof(Chunk) != 0) std::abort();
+  std::memcpy(to, &chunk, sizeof chunk);
+}
+
+inline float fused(float a, float b, float c) { return std::fma(a, b, c); }
+inline float quotient(float a, float b) { return a / b; }
+
+inline uint32_t as_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+inline float as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// With the device's flush to 0, and an error of up to its 2^-22 that depends on y in no simple way.
+inline float power_of_two(float y) {
+  if (y < -126.0f) return 0.0f;
+  const float power = exp2f(y), noise = float(int32_t(as_bits(y) * 2654435761u)) * 0x1p-53f;
+  return power + power * noise;
+}
+
+inline float half_to_float(uint32_t bits) {
+  const int exponent = int(bits >> 10 & 31), fraction = int(bits & 1023);
+  const float magnitude = exponent == 31 ? (fraction ? NAN : INFINITY)
+                                         : std::ldexp(float(exponent ? fraction + 1024 : fraction),
+                                                      (exponent ? exponent : 1) - 25);
+  return bits & 0x8000 ? -magnitude : magnitude;
+}
+inline uint32_t float_to_half(float value) {
+  const uint32_t sign = as_bits(value) >> 16 & 0x8000;
+  const float magnitude = std::fabs(value);
+  if (value != value) return sign | 0x7e00;
+  if (magnitude >= 65520.0f) return sign | 0x7c00;
+  if (magnitude == 0) return sign;
+  int exponent;
+  std::frexp(magnitude, &exponent);
+  const int step = (exponent < -13 ? -13 : exponent) - 11;  // the spacing of halfs there, as a power of two
+  const int units = int(std::nearbyint(std::ldexp(magnitude, -step)));  // a carry into the exponent adds up right
+  return sign | uint32_t(((step + 24) << 10) + units);
+}
+inline uint32_t float_to_bfloat16(float value) {
+  const uint32_t bits = as_bits(value);
+  if (value != value) return bits >> 16 | 0x40;
+  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+namespace emulation {
+
+// Runs a kernel over its grid, cluster by cluster; nullptr, or what a thread did that it must not.
+template <class Arguments>
+const char* launch(void (*kernel)(Arguments), Arguments arguments, int64_t blocks_x, int blocks_y, int threads,
+                   int cluster, int64_t shared_bytes) {
+  const int fibers = cluster * threads;
+  if (machine.stack_bytes < fibers * kStackBytes) {
+    machine.stack_bytes = fibers * kStackBytes;
+    machine.stacks.reset(new char[machine.stack_bytes]);
+  }
+  struct Call {
+    void (*kernel)(Arguments);
+    Arguments arguments;
+  } call{kernel, arguments};
+  const auto body = [](void* context) {
+    const Call* call = static_cast<const Call*>(context);
+    call->kernel(call->arguments);
+  };
+  for (int64_t first = 0; first < blocks_x * blocks_y; first += cluster) {
+    machine.blocks.assign(cluster, {});
+    machine.fibers = std::vector<Fiber>(fibers);
+    machine.cluster = {fibers};
+    const size_t chunks = size_t(shared_bytes) / sizeof(Chunk);
+    for (int rank = 0; rank < cluster; rank++) {
+      Block& block = machine.blocks[rank];
+      block.x = (first + rank) % blocks_x;
+      block.y = int((first + rank) / blocks_x);
+      block.threads = block.unfinished = threads;
+      block.shared.assign(chunks + kGuardChunks, kNothing);
+      block.barrier = {threads};
+      block.warps.assign(threads / kWarp, Barrier{kWarp});
+      block.lanes.assign(2 * threads * kMostShuffled, NAN);
+      for (int thread = 0; thread < threads; thread++) {
+        Fiber& fiber = machine.fibers[rank * threads + thread];
+        fiber.block = &block;
+        fiber.thread = thread;
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = machine.stacks.get() + (rank * threads + thread) * kStackBytes;
+        fiber.context.uc_stack.ss_size = kStackBytes;
+        fiber.context.uc_link = nullptr;
+        makecontext(&fiber.context, run_fiber, 0);
+      }
+    }
+    if (!run_cluster(body, &call)) return "threads wait for others that do not come";
+    for (const Block& block : machine.blocks)
+      for (size_t i = chunks; i < block.shared.size(); i++)
+        for (uint32_t word : block.shared[i].word)
+          if (word != kGuard) return "a thread wrote beyond the block's shared memory";
+  }
+  return nullptr;
+}
+
+}  // namespace emulation
+}  // namespace cuda
+}  // namespace fastkd

@@ -1,0 +1,29 @@
+// The kernels behind a C interface of plain numbers, for ctypes: tests/test_cuda_kernels.py describes the structs.
+#include "../../csrc/cuda/kernel_table.h"
+
+using namespace fastkd;
+using namespace fastkd::cuda;
+
+extern "C" const char* emulated_row_loss(const Rows* pairs, int count, const LossOptions* options,
+                                         const TeamPlan* plan) {
+  const RowKernel kernel = row_kernel_for(*options);
+  if (kernel == nullptr) return "there is no such loss";
+  if (const char* reason = refusal(pairs, count, *plan)) return reason;
+  const Grid grid = row_loss_grid(pairs, count, *plan);
+  return emulation::launch(kernel, arguments_of(pairs, count, *options, *plan), grid.blocks_x, grid.blocks_y,
+                           grid.threads, grid.cluster, grid.shared_bytes);
+}
+
+extern "C" const char* emulated_scale_rows(const Matrix* gradient, const float* upstream, int64_t upstream_stride,
+                                           int64_t count, int64_t classes, const TeamPlan* plan) {
+  if (const char* reason = refusal(classes, *plan)) return reason;
+  const Grid grid = scale_grid(count, *plan, gradient->dtype);
+  return emulation::launch(scale_rows, ScaleArguments{*gradient, upstream, upstream_stride, count, classes, *plan},
+                           grid.blocks_x, grid.blocks_y, grid.threads, grid.cluster, grid.shared_bytes);
+}
+
+extern "C" int64_t shared_bytes(const TeamPlan* plan, int student, int teacher) {
+  return grid_of(1, 1, *plan, {DType(student), DType(teacher)}).shared_bytes;
+}
+extern "C" int64_t size_of_rows() { return sizeof(Rows); }
+extern "C" int64_t size_of_options() { return sizeof(LossOptions); }

@@ -1,0 +1,395 @@
+"""The CUDA kernels without a GPU: the same headers, compiled for the host by tests/cuda_emulation, which runs
+every thread as a fiber. Every loss, layout and way of sharing a row against the reference in float64, with
+the tolerances of the other backends. What this cannot show: that the instructions of csrc/cuda/device.h do
+what they are taken for, and how fast it all is."""
+
+import ctypes
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastkd
+from fastkd import backend
+from fastkd.ops import native, team_plan
+from fastkd.ops.team_plan import TeamPlan, plan_team
+from tests import cuda_emulation
+from tests.cases import BY_NAME, CASES, assert_matches, error, exact, loss_and_gradient, make_logits
+from tests.cuda_emulation import CODES, Emulation, Plan
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    if cuda_emulation.COMPILER is None:
+        pytest.skip("no C++ compiler")
+    return cuda_emulation.build(tmp_path_factory.mktemp("emulation"))
+
+
+@pytest.fixture
+def emulated(library, monkeypatch):
+    """The emulated kernels in the place of the native backend's."""
+    emulation = Emulation(library)
+    monkeypatch.setattr(native, "row_loss", emulation.row_loss)
+    monkeypatch.setattr(native, "scale_rows_", emulation.scale_rows_)
+    with fastkd.use_backend("native"):
+        yield emulation
+
+
+def forced(emulated, *plan):
+    emulated.plan = lambda *_: TeamPlan(*plan)
+
+
+@each_case
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [2, 3, 10, 100, 1000, 1025])
+def test_matches_reference(emulated, case, classes, dtype):
+    student, teacher, target = make_logits(4, classes, dtype)
+    target[1] = -100
+    floor = 1.0 if classes == 2 else 1e-2
+    assert_matches(case, student, teacher, target, torch.randn(4), floor, reduction="none")
+
+
+# Threads a row, rows a block, blocks a row, slots; kept whole, in part and not at all.
+TEAMS = {
+    "a thread": (1, 32, 1, 160),
+    "half a warp, two rows": (16, 2, 1, 12),
+    "a warp": (32, 1, 1, 9),
+    "a warp, eight rows": (32, 8, 1, 4),
+    "a block": (128, 1, 1, 3),
+    "a block, a part kept": (64, 1, 1, 5),
+    "the largest block": (512, 1, 1, 1),
+    "a cluster of two": (64, 1, 2, 3),
+    "a cluster of three, a part kept": (32, 1, 3, 5),
+    "a cluster of four, nothing kept": (32, 1, 4, 4),
+    "a cluster of eight": (32, 1, 8, 2),
+}
+
+
+@each_case
+@pytest.mark.parametrize("team", TEAMS.values(), ids=TEAMS)
+def test_every_way_to_share_a_row(emulated, case, team):
+    classes = 1203
+    forced(emulated, *team)
+    if team == TEAMS["a cluster of four, nothing kept"]:
+        classes = 5003
+    student, teacher, target = make_logits(3, classes)
+    target[1] = classes - 1
+    assert_matches(case, student, teacher, target, torch.randn(3), reduction="none")
+
+
+@each_case
+@pytest.mark.parametrize("classes", [8193, 40_000])
+def test_long_rows_as_planned(emulated, case, classes):
+    """Many rows ask for the longest shares a thread gets; only two of them are run."""
+    emulated.plan = lambda rows, classes, element_bytes: plan_team(4096, classes, element_bytes, (9, 0), 132)
+    student, teacher, target = make_logits(2, classes)
+    target[1] = classes - 1
+    assert_matches(case, student, teacher, target, torch.randn(2), reduction="none")
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0)], ids=str)
+@pytest.mark.parametrize("name", ["kd", "ls-dkd", "jsd"])
+def test_rows_longer_than_shared_memory(emulated, name, capability):
+    classes = 300_001
+    emulated.plan = lambda rows, classes, element_bytes: plan_team(
+        4096, classes, element_bytes, capability, 132
+    )
+    student, teacher, target = make_logits(1, classes)
+    assert emulated.plan(1, classes, 8).kept(classes) < 1
+    assert_matches(BY_NAME[name], student, teacher, target, reduction="none")
+
+
+def test_the_cluster_keeps_what_one_block_cannot():
+    for classes, element_bytes in ((131_072, 4), (131_072, 8), (32_768, 4)):
+        assert plan_team(4096, classes, element_bytes, (9, 0), 132).kept(classes) == 1
+        assert plan_team(4096, classes, element_bytes, (8, 0), 108).blocks_a_row == 1
+
+
+@each_case
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["strided rows", "offset", "shared row", "guarded", "teacher elsewhere"])
+def test_layouts(emulated, case, layout, dtype):
+    """Rows that start anywhere between two 16-byte boundaries, the same for both models or not. What lies
+    between guarded rows is NaN: whoever reads it shows it."""
+
+    def view(logits, shift=3):
+        rows, classes = logits.shape
+        match layout:
+            case "strided rows":
+                return torch.cat([logits, logits + 1], 1)[:, :classes]
+            case "offset" | "teacher elsewhere":
+                return torch.cat([logits.new_zeros(shift), logits.flatten()])[shift:].view_as(logits)
+            case "shared row":
+                return logits[:1].expand_as(logits)
+            case "guarded":
+                around = logits.new_full((rows, classes + 21), torch.nan)
+                around[:, 10 : 10 + classes] = logits
+                return around[:, 10 : 10 + classes]
+
+    student, teacher, target = make_logits(6, 45, dtype)
+    student, teacher = view(student), view(teacher, 6 if layout == "teacher elsewhere" else 3)
+    assert_matches(case, student, teacher, target, torch.randn(6), reduction="none")
+
+
+@each_case
+def test_mixed_dtypes(emulated, case):
+    student, teacher, target = make_logits(3, 300)
+    assert_matches(case, student, teacher.bfloat16(), target, reduction="sum")
+    assert_matches(case, student.half(), teacher, target, reduction="sum")
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.vanishes], ids=lambda case: case.name)
+@pytest.mark.parametrize("team", [(32, 1, 1, 6), (128, 1, 1, 2), (32, 1, 4, 2)], ids=str)
+def test_equal_logits_give_an_exactly_zero_gradient(emulated, case, team):
+    forced(emulated, *team)
+    for dtype in DTYPES:
+        student, _, target = make_logits(4, 1500, dtype)
+        loss, gradient = loss_and_gradient(case, student, student.clone(), target, reduction="none")
+        assert gradient.count_nonzero() == 0
+        assert loss.abs().max() < 1e-4
+
+
+@each_case
+def test_near_equal_gradient_is_no_worse_than_eager(emulated, case):
+    """Within a factor of 2: the emulated power of two always errs as much as the device's may at worst."""
+    student, _, target = make_logits(32, 1000)
+    teacher = student + 1e-3 * torch.randn_like(student)
+    _, gradient = loss_and_gradient(case, student, teacher, target)
+    _, true_gradient = exact(case, student, teacher, target)
+    with fastkd.use_backend("eager"):
+        _, eager_gradient = loss_and_gradient(case, student, teacher, target)
+    assert error(gradient, true_gradient) <= 2 * error(eager_gradient, true_gradient) + 1e-7
+
+
+@each_case
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_saturated_logits_stay_finite(emulated, case, dtype):
+    student, teacher, target = make_logits(4, 33, dtype)
+    for size in (100.0, 3e4, torch.finfo(dtype).max):
+        if size > 1e18 and ("ls" in case.name or case.name == "reverse-kl"):
+            continue  # the variance of such a row overflows; the gradient of reverse KL grows with the logits
+        large_student, large_teacher = student.sign() * size, teacher.sign() * size
+        _, gradient = loss_and_gradient(case, large_student, large_teacher, target, reduction="none")
+        assert torch.isfinite(gradient).all()
+        if "ls" not in case.name and size < 1e5:
+            assert_matches(case, large_student, large_teacher, target, reduction="none")
+
+
+@pytest.mark.parametrize(
+    "case",
+    # Standardised rows and label smoothing average over all classes: masked ones are not defined there.
+    [case for case in CASES if "ls" not in case.name and case.name not in ("ce-kd-t1", "ce-dkd")],
+    ids=lambda case: case.name,
+)
+def test_classes_masked_in_both_models_add_nothing(emulated, case):
+    student, teacher, target = make_logits(4, 600)
+    target %= 300
+    masked_student, masked_teacher = student.clone(), teacher.clone()
+    masked_student[:, 300:] = masked_teacher[:, 300:] = -torch.inf
+    loss, gradient = loss_and_gradient(case, masked_student, masked_teacher, target, reduction="none")
+    fewer = (student[:, :300], teacher[:, :300], target)
+    true_loss, true_gradient = exact(case, *fewer, reduction="none")
+    assert error(loss, true_loss) < 1e-5
+    assert error(gradient[:, :300], true_gradient) < 1e-5
+    assert gradient[:, 300:].count_nonzero() == 0
+
+
+@each_case
+def test_nonfinite_logits_are_not_hidden(emulated, case):
+    for value in (torch.nan, torch.inf):
+        student, teacher, target = make_logits(3, 700)
+        student[1, 607] = value
+        if value == torch.inf and "binary" in case.name:
+            continue  # a Bernoulli that is certain: its loss is infinite, not undefined
+        loss = case.loss(student, teacher, target, reduction="none")
+        assert torch.isnan(loss[1])
+        assert torch.isfinite(loss[[0, 2]]).all()
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.ignores_rows], ids=lambda case: case.name)
+@pytest.mark.parametrize("team", [(8, 8, 1, 12), (64, 1, 1, 4), (32, 1, 2, 4)], ids=str)
+def test_rows_left_out_are_not_read(emulated, case, team):
+    forced(emulated, *team)
+    student, teacher, target = make_logits(5, 600)
+    target[2] = -7
+    student[2], teacher[2] = torch.nan, torch.inf
+    options = {"reduction": "none", "ignore_index": -7}
+    loss, gradient = loss_and_gradient(case, student, teacher, target, **options)
+    kept = torch.tensor([0, 1, 3, 4])
+    true_loss, true_gradient = exact(case, student[kept], teacher[kept], target[kept], **options)
+    assert error(loss[kept], true_loss) < 1e-5
+    assert error(gradient[kept], true_gradient) < 1e-5
+    assert loss[2] == 0
+    assert gradient[2].count_nonzero() == 0
+
+
+def outputs(rows, classes, dtype=torch.float32):
+    """Losses, terms and gradient as an operator allocates them, full of what no kernel writes."""
+    return (
+        torch.full((rows,), 77.0),
+        torch.full((4, rows), 77.0),
+        torch.full((rows, classes), 77.0, dtype=dtype),
+    )
+
+
+KD = ("softmax", (4.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0))
+EVERYTHING = ("softmax", (4.0, 0.5, 0.9, 1.1, 2.0, 0.1, 0.0, 1.0))
+
+
+@pytest.mark.parametrize("team", [(16, 4, 1, 4), (64, 1, 1, 4), (32, 1, 2, 4)], ids=str)
+def test_a_label_out_of_range_poisons_its_row(emulated, team):
+    forced(emulated, *team)
+    student, teacher, target = make_logits(3, 300)
+    target[1] = 300
+    out = outputs(3, 300)
+    emulated.row_loss([student], [teacher], target, None, 1.0, *EVERYTHING, *out)
+    for values in (out[0], out[1].t(), out[2]):
+        assert torch.isnan(values[1]).all()
+        assert torch.isfinite(values[[0, 2]]).all()
+
+
+def test_weights_and_terms(emulated):
+    student, teacher, target = make_logits(5, 200)
+    weight = torch.tensor([0.5, 2.0, 0.0, -1.0, 1.0])
+    plain, weighted = outputs(5, 200), outputs(5, 200)
+    emulated.row_loss([student], [teacher], target, None, 1.0, *EVERYTHING, *plain)
+    emulated.row_loss([student], [teacher], target, weight, 0.25, *EVERYTHING, *weighted)
+    for once, scaled in zip(
+        (plain[0], plain[1].t(), plain[2]), (weighted[0], weighted[1].t(), weighted[2]), strict=True
+    ):
+        factor = 0.25 * weight.view(-1, *[1] * (once.dim() - 1))
+        torch.testing.assert_close(scaled, factor * once)
+    torch.testing.assert_close(plain[0], torch.tensor([0.5, 0.9, 1.1, 2.0]) @ plain[1])
+
+
+@pytest.mark.parametrize("team", [(8, 16, 1, 12), (64, 1, 1, 3), (32, 1, 4, 4)], ids=str)
+def test_several_pairs_in_one_launch_are_each_the_same_bits_as_alone(emulated, team):
+    heads = [make_logits(5, 700, torch.bfloat16) for _ in range(8)]
+    alone, together, pairs = [], [], []
+    forced(emulated, *team)
+    for student, teacher, target in heads:
+        alone.append(outputs(5, 700, torch.bfloat16))
+        emulated.row_loss([student], [teacher], target, None, 1.0, *EVERYTHING, *alone[-1])
+        together.append(outputs(5, 700, torch.bfloat16))
+        pairs.append(emulated.rows(student, teacher, target, None, 1.0, *together[-1]))
+    emulated.launch(pairs, *EVERYTHING, team)
+    for one, other in zip(alone, together, strict=True):
+        assert all(map(torch.equal, one, other))
+    with pytest.raises(RuntimeError, match="1 to 8 pairs"):
+        emulated.launch([*pairs, pairs[0]], *EVERYTHING, team)
+
+
+@each_case
+def test_same_result_every_time(emulated, case):
+    forced(emulated, 64, 1, 2, 4)
+    student, teacher, target = make_logits(2, 3000)
+    first = loss_and_gradient(case, student, teacher, target)
+    assert all(map(torch.equal, first, loss_and_gradient(case, student, teacher, target)))
+
+
+def test_nothing_but_the_rows_is_written(emulated):
+    for classes in (5, 45, 1000):
+        around = torch.full((4, classes + 17), 5.0)
+        out = [torch.empty(4), torch.empty(0, 4), around[:, 3 : 3 + classes]]
+        student, teacher, _ = make_logits(4, classes)
+        emulated.row_loss([student], [teacher], None, None, 1.0, *KD, *out)
+        assert (around[:, :3] == 5).all()
+        assert (around[:, 3 + classes :] == 5).all()
+        assert (out[2] != 5).all()
+
+
+def test_without_a_gradient_only_the_loss_is_written(emulated):
+    student, teacher, _ = make_logits(3, 900)
+    forced(emulated, 64, 1, 1, 2)  # as many slots as vectors
+    loss = fastkd.kd_loss(student, teacher)
+    torch.testing.assert_close(loss, fastkd.kd_loss(student.requires_grad_(), teacher).detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_conversions_are_torchs(emulated, dtype):
+    values = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
+    values = values[~values.isnan()].view(1, -1)
+    for factor in (-1.0, 0.3, 1e-3):
+        scaled = values.clone()
+        emulated.scale_rows_(scaled, torch.tensor([factor]))
+        assert torch.equal(scaled, (values.float() * factor).to(dtype))
+
+
+def test_scaled_rows(emulated):
+    factors = torch.tensor([2.0, 1.0, 0.0, -0.5])
+    for classes in (7, 100, 5000):
+        gradient = torch.randn(4, classes)
+        scaled = gradient.clone()
+        emulated.scale_rows_(scaled, factors)
+        assert torch.equal(scaled, gradient * factors[:, None])
+        emulated.scale_rows_(scaled, torch.tensor(3.0).expand(4))
+        assert torch.equal(scaled, gradient * factors[:, None] * 3.0)
+
+
+@pytest.mark.parametrize(
+    ("plan", "why"),
+    [
+        ((48, 1, 1, 4), "power of two"),
+        ((16, 1, 1, 4), "whole warps"),
+        ((64, 4, 1, 4), "several rows"),
+        ((32, 1, 9, 4), "1 to 8"),
+        ((32, 1, 1, 3), "slots"),
+        ((1024, 1, 1, 4), "512 threads"),
+    ],
+)
+def test_plans_that_cannot_be_right_are_refused(emulated, plan, why):
+    student, teacher, _ = make_logits(2, 2000)
+    with pytest.raises(RuntimeError, match=why):
+        emulated.launch([emulated.rows(student, teacher, None, None, 1.0, *outputs(2, 2000))], *KD, plan)
+
+
+@given(
+    st.integers(1, 100_000), st.integers(1, 3_000_000), st.sampled_from([4, 6, 8]),
+    st.sampled_from([(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]), st.integers(20, 160), st.booleans(),
+)  # fmt: skip
+def test_plans_fit_the_machine(rows, classes, element_bytes, capability, multiprocessors, keeps):
+    plan = plan_team(rows, classes, element_bytes, capability, multiprocessors, keeps)
+    whole = team_plan.KIB_A_MULTIPROCESSOR.get(capability, 100) * 1024
+    assert plan.shared_bytes(element_bytes) <= whole - team_plan.RESERVED_BYTES
+    assert plan.threads_a_row & (plan.threads_a_row - 1) == 0
+    assert plan.threads_a_row * plan.rows_a_block % 32 == 0
+    assert plan.threads_a_row * plan.rows_a_block <= team_plan.MOST_THREADS
+    assert plan.rows_a_block == 1 or (plan.threads_a_row <= 32 and plan.blocks_a_row == 1)
+    assert plan.blocks_a_row == 1 or capability >= (9, 0)
+    needed = -(-team_plan.vectors_of(classes) // (plan.threads_a_row * plan.blocks_a_row))
+    assert plan.slots >= min(needed, team_plan.AHEAD)
+    assert 0 <= plan.kept(classes) <= 1
+    assert str(plan.threads_a_row) in plan.describe(classes)
+
+
+def test_the_planner_counts_shared_memory_as_the_launch_does(emulated):
+    for plan in TEAMS.values():
+        for student, teacher in ((torch.float32, torch.bfloat16), (torch.float16, torch.bfloat16)):
+            launched = emulated.library.shared_bytes(
+                ctypes.byref(Plan(*plan)), CODES[student], CODES[teacher]
+            )
+            assert launched == TeamPlan(*plan).shared_bytes(student.itemsize + teacher.itemsize)
+
+
+def test_the_automatic_choice_on_a_gpu(monkeypatch):
+    def choose(**reasons):
+        for name in ("triton", "native"):
+            monkeypatch.setitem(backend._PROBES, name, partial(lambda reason, _: reason, reasons.get(name)))
+        backend._automatic.cache_clear()
+        return backend.resolve("auto", "cuda", torch.bfloat16)
+
+    try:
+        assert choose() == "triton"
+        assert choose(native="no nvcc") == "triton"
+        assert choose(triton="not installed") == "native"
+        both = "triton is not available: gone; and native is not available: no nvcc"
+        with pytest.warns(RuntimeWarning, match=both):
+            assert choose(triton="gone", native="no nvcc") == "eager"
+    finally:
+        backend._automatic.cache_clear()
