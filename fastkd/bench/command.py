@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -29,30 +29,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--report", nargs="+", type=Path, metavar="FILE", help="make tables and pictures of result files"
     )
     what.add_argument(
-        "--compare", nargs=2, type=Path, metavar=("OLD", "NEW"),
+        "--compare",
+        nargs=2,
+        type=Path,
+        metavar=("OLD", "NEW"),
         help="flag changes beyond the noise between two result files; exit status 1 on a regression",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--output", type=Path, metavar="PATH",
+        "--output",
+        type=Path,
+        metavar="PATH",
         help="the new result file, or with --report the new folder (default: a name with the time in it)",
-    )  # fmt: skip
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     parser.add_argument("--losses", nargs="+", choices=cases.LOSSES, metavar="LOSS", help=_list(cases.LOSSES))
     parser.add_argument("--shapes", nargs="+", type=_shape, metavar="NxC", help="such as 256x1000 4x131072")
-    parser.add_argument("--dtypes", nargs="+", choices=list(cases.DTYPES), metavar="DTYPE",
-                        help=f"{_list(cases.DTYPES)} (default: float32 bfloat16)")  # fmt: skip
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=list(cases.DTYPES),
+        metavar="DTYPE",
+        help=f"{_list(cases.DTYPES)} (default: float32 bfloat16)",
+    )
     parser.add_argument("--passes", nargs="+", choices=cases.PASSES, metavar="PASS", help=_list(cases.PASSES))
     parser.add_argument("--peers", nargs="*", choices=PEERS, metavar="PEER", help=_list(PEERS))
     parser.add_argument(
         "--steps", nargs="+", metavar="STEP", help="with --step: resnet, glyph-2263, glyph-20902"
     )
     parser.add_argument("--batch", type=_positive, metavar="N", help="with --step: the batch size")
-    parser.add_argument("--seconds", type=float, default=1.0, metavar="S",
-                        help="timing of one case, without compilation (default: 1)")  # fmt: skip
-    parser.add_argument("--time-limit", type=float, metavar="S",
-                        help="start no case after so many seconds; what is left is listed as skipped")  # fmt: skip
-    parser.add_argument("--memory", type=float, metavar="GIB",
-                        help="leave out cases that may need more (default: from what is free)")  # fmt: skip
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=1.0,
+        metavar="S",
+        help="timing of one case, without compilation (default: 1)",
+    )
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        metavar="S",
+        help="start no case after so many seconds; what is left is listed as skipped",
+    )
+    parser.add_argument(
+        "--memory",
+        type=float,
+        metavar="GIB",
+        help="leave out cases that may need more (default: from what is free)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -100,8 +123,10 @@ def _measure(args: argparse.Namespace) -> int:
             for record in records:
                 failed += record["kind"] == "failed" and record["variant"] == "fastkd"
             print(_line(records), flush=True)
-    print(f"{path} written in {time.perf_counter() - begin:.0f} s; tables and pictures: "
-          f"fastkd bench --report {path}")  # fmt: skip
+    print(
+        f"{path} written in {time.perf_counter() - begin:.0f} s; tables and pictures: "
+        f"fastkd bench --report {path}"
+    )
     return 1 if failed else 0
 
 
@@ -124,10 +149,13 @@ def _records(args: argparse.Namespace, device: str, chosen: set[str]) -> Iterato
             passes=args.passes or cases.PASSES,
         )
     yield from run_suite(
-        suite, make_clock(device), chosen,
+        suite,
+        make_clock(device),
+        chosen,
         memory=cases.memory_bound(device) if args.memory is None else int(args.memory * 2**30),
-        seconds=args.seconds, time_limit=args.time_limit,
-    )  # fmt: skip
+        seconds=args.seconds,
+        time_limit=args.time_limit,
+    )
 
 
 def _line(records: list[dict]) -> str:
@@ -137,7 +165,8 @@ def _line(records: list[dict]) -> str:
         from fastkd.bench.step import describe
 
         return "\n".join(map(describe, records))
-    head = f"{first['loss']:14s} {first['rows']:5d} x {first['classes']:<7d} {first['dtype']:8s} {first['pass']:16s}"
+    shape = f"{first['rows']:5d} x {first['classes']:<7d}"
+    head = f"{first['loss']:14s} {shape} {first['dtype']:8s} {first['pass']:16s}"
     if first["kind"] == "skipped":
         return f"{head} skipped: {first['reason']}"
     parts = []
@@ -164,7 +193,7 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _list(names: Sequence[str] | dict[str, object]) -> str:
+def _list(names: Iterable[str]) -> str:
     return "among " + ", ".join(names)
 
 

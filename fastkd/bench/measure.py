@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,8 +47,12 @@ def gradient_error(case: Case, gradient: Tensor, inputs: Inputs) -> float:
 def measure(case: Case, clock: Clock, chosen: set[str], *, seconds: float) -> list[Record]:
     """One record a variant; a variant that fails gives a record that says why."""
     about = {
-        "loss": case.loss, "rows": case.rows, "classes": case.classes, "dtype": case.dtype, "pass": case.mode,
-    }  # fmt: skip
+        "loss": case.loss,
+        "rows": case.rows,
+        "classes": case.classes,
+        "dtype": case.dtype,
+        "pass": case.mode,
+    }
     sets = [cases.make_inputs(case, clock.device, seed) for seed in range(clock.input_sets(case.bytes))]
     launches: dict[str, Launch] = {}
     records: dict[str, Record] = {}
@@ -62,14 +67,17 @@ def measure(case: Case, clock: Clock, chosen: set[str], *, seconds: float) -> li
                 gradient_error(case, value, sets[0]) if case.backward and name != "quack" else None
             )
             del value
-            record["extra_bytes"] = clock.extra_memory(lambda run=launch.run: run(sets[0]))
+            record["extra_bytes"] = clock.extra_memory(partial(launch.run, sets[0]))
             record["host_us"] = clock.host_microseconds(launch)
             record["clock"] = clock.prepare(launch, case.bytes)
         except Exception as error:  # a peer that fails here must not end the run; it is recorded
             reason = str(error).strip().splitlines()[:1] or [""]
             records[name] = {
-                "kind": "failed", **about, "variant": name, "reason": f"{type(error).__name__}: {reason[0]}",
-            }  # fmt: skip
+                "kind": "failed",
+                **about,
+                "variant": name,
+                "reason": f"{type(error).__name__}: {reason[0]}",
+            }
             if clock.device == "cuda":
                 torch.cuda.empty_cache()
         else:
@@ -79,9 +87,14 @@ def measure(case: Case, clock: Clock, chosen: set[str], *, seconds: float) -> li
         low, median, high = (percentile(values, share) for share in (0.2, 0.5, 0.8))
         floor = case.bytes * 2 / 3 if name == "quack" and case.backward else case.bytes
         records[name].update(
-            ms=median, p20=low, p80=high, turns=len(values), bytes=floor, bandwidth=bandwidth,
+            ms=median,
+            p20=low,
+            p80=high,
+            turns=len(values),
+            bytes=floor,
+            bandwidth=bandwidth,
             share=floor / (median * 1e-3) / bandwidth,
-        )  # fmt: skip
+        )
     ours = records["fastkd"]
     if "ms" in ours:
         ours["speedup_over"] = {
@@ -93,9 +106,14 @@ def measure(case: Case, clock: Clock, chosen: set[str], *, seconds: float) -> li
 
 
 def run_suite(
-    suite: Iterable[Case], clock: Clock, chosen: set[str], *,
-    memory: int, seconds: float, time_limit: float | None = None,
-) -> Iterator[list[Record]]:  # fmt: skip
+    suite: Iterable[Case],
+    clock: Clock,
+    chosen: set[str],
+    *,
+    memory: int,
+    seconds: float,
+    time_limit: float | None = None,
+) -> Iterator[list[Record]]:
     """The records of each case; a case left out gives one that says why."""
     begin = time.perf_counter()
     for case in suite:
@@ -103,8 +121,17 @@ def run_suite(
         if reason is None and time_limit is not None and time.perf_counter() - begin > time_limit:
             reason = f"the time limit of {time_limit:.0f} s was reached"
         if reason is not None:
-            yield [{"kind": "skipped", "loss": case.loss, "rows": case.rows, "classes": case.classes,
-                    "dtype": case.dtype, "pass": case.mode, "reason": reason}]  # fmt: skip
+            yield [
+                {
+                    "kind": "skipped",
+                    "loss": case.loss,
+                    "rows": case.rows,
+                    "classes": case.classes,
+                    "dtype": case.dtype,
+                    "pass": case.mode,
+                    "reason": reason,
+                }
+            ]
             continue
         try:
             yield measure(case, clock, chosen, seconds=seconds)

@@ -11,8 +11,12 @@ from fastkd.bench.results import Record
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 COLOURS = {
-    "fastkd": "#0072B2", "eager": "#999999", "compiled": "#E69F00", "liger": "#009E73", "quack": "#CC79A7",
-}  # fmt: skip
+    "fastkd": "#0072B2",
+    "eager": "#999999",
+    "compiled": "#E69F00",
+    "liger": "#009E73",
+    "quack": "#CC79A7",
+}
 PART_COLOURS = ("#F0E442", "#E69F00", "#56B4E9", "#D55E00", "#009E73", "#999999")
 MARKERS = {"kd": "o", "dkd": "s", "binary-kl-norm": "^", "ce-kd": "D", "lskd": "v", "jsd": "P"}
 WORDS = {"forward": "loss alone", "forward+backward": "loss and gradient"}
@@ -86,16 +90,28 @@ def _bars(rows: Sequence[Record], title: str, path: Path) -> None:
             values = [r["ms"] for r in records]
             # The quartile of few turns may lie on the median; rounding must not make it negative.
             whiskers = [
-                [max(r["ms"] - r["p20"], 0.0) for r in records], [max(r["p80"] - r["ms"], 0.0) for r in records]
-            ]  # fmt: skip
+                [max(r["ms"] - r["p20"], 0.0) for r in records],
+                [max(r["p80"] - r["ms"], 0.0) for r in records],
+            ]
             axes.bar(
-                [x + (place - (len(variants) - 1) / 2) * width for x in at], values, width, yerr=whiskers,
-                color=COLOURS[variant], label=variant, error_kw={"linewidth": 0.8, "ecolor": "0.25"},
-            )  # fmt: skip
+                [x + (place - (len(variants) - 1) / 2) * width for x in at],
+                values,
+                width,
+                yerr=whiskers,
+                color=COLOURS[variant],
+                label=variant,
+                error_kw={"linewidth": 0.8, "ecolor": "0.25"},
+            )
             if variant == "fastkd":
                 floors = [r["bytes"] / r["bandwidth"] * 1e3 for r in records]
-                axes.hlines(floors, [x - 0.45 for x in at], [x + 0.45 for x in at], colors="black", linewidth=1.4,
-                            label="floor: bytes at the bandwidth of a copy")  # fmt: skip
+                axes.hlines(
+                    floors,
+                    [x - 0.45 for x in at],
+                    [x + 0.45 for x in at],
+                    colors="black",
+                    linewidth=1.4,
+                    label="floor: bytes at the bandwidth of a copy",
+                )
         axes.set_yscale("log")
         axes.set_title(loss, loc="left", fontsize="medium")
         axes.set_ylabel("ms, logarithmic")
@@ -132,20 +148,38 @@ def _roofline(rows: Sequence[Record], title: str, path: Path) -> None:
     )
     if corner > low:
         middle = (low * min(corner, high)) ** 0.5
-        axes.annotate(f"the fastest call: {call * 1e6:.3g} us", (middle, middle / call / 1e9), ha="right",
-                      va="bottom", fontsize="small", xytext=(-4, 4), textcoords="offset points")  # fmt: skip
+        axes.annotate(
+            f"the fastest call: {call * 1e6:.3g} us",
+            (middle, middle / call / 1e9),
+            ha="right",
+            va="bottom",
+            fontsize="small",
+            xytext=(-4, 4),
+            textcoords="offset points",
+        )
     for variant in VARIANTS:
         for loss in MARKERS:
             for mode, filled in (("forward+backward", True), ("forward", False)):
                 chosen = [r for r in rows if (r["variant"], r["loss"], r["pass"]) == (variant, loss, mode)]
                 if chosen:
                     axes.scatter(
-                        [r["bytes"] for r in chosen], [r["bytes"] / r["ms"] / 1e6 for r in chosen], s=30,
-                        marker=MARKERS[loss], edgecolors=COLOURS[variant], linewidths=1.1, alpha=0.9,
-                        facecolors=COLOURS[variant] if filled else "none", zorder=3 if variant == "fastkd" else 2,
-                    )  # fmt: skip
-    axes.set(xscale="log", yscale="log", xlabel="bytes of the floor: three accesses an element, two without gradient",
-             ylabel="achieved GB/s", xlim=(low, high))  # fmt: skip
+                        [r["bytes"] for r in chosen],
+                        [r["bytes"] / r["ms"] / 1e6 for r in chosen],
+                        s=30,
+                        marker=MARKERS[loss],
+                        edgecolors=COLOURS[variant],
+                        linewidths=1.1,
+                        alpha=0.9,
+                        facecolors=COLOURS[variant] if filled else "none",
+                        zorder=3 if variant == "fastkd" else 2,
+                    )
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="bytes of the floor: three accesses an element, two without gradient",
+        ylabel="achieved GB/s",
+        xlim=(low, high),
+    )
     _legend(axes, rows)
     _tidy(axes)
     axes.grid(axis="x", alpha=0.25)
@@ -183,8 +217,15 @@ def _steps(steps: Sequence[Record], title: str, path: Path) -> None:
             for colour, (part, value) in zip(PART_COLOURS, record["split_ms"].items(), strict=False):
                 axes.bar(x, value, 0.7, bottom=bottom, color=colour, label=part if x == 0 else None)
                 bottom += value
-            axes.annotate(f"loss\n{record['loss_share']:.1%}", (x, bottom), ha="center", va="bottom", fontsize="small",
-                          xytext=(0, 3), textcoords="offset points")  # fmt: skip
+            axes.annotate(
+                f"loss\n{record['loss_share']:.1%}",
+                (x, bottom),
+                ha="center",
+                va="bottom",
+                fontsize="small",
+                xytext=(0, 3),
+                textcoords="offset points",
+            )
         axes.set_xticks(range(len(rows)), [record["variant"] for record in rows])
         axes.set_title(f"{name}, batch {rows[0]['batch']}", loc="left", fontsize="medium")
         axes.set_ylabel("ms a step")

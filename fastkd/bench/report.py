@@ -37,8 +37,8 @@ def _run_section(name: str, header: dict[str, Any], records: list[Record], folde
         parts.append(
             "Times are medians in milliseconds (p20 to p80). Share is that of the bandwidth of a copy in the "
             "same run, for the bytes of three accesses an element, two where only the loss is computed. "
-            "Memory is what the call takes beyond its inputs at its peak, the gradient included. Times of one "
-            "row were taken in turns and can be compared; times of different rows less so.\n"
+            "Memory is what the call takes beyond its inputs at its peak, the gradient included. Times of "
+            "one row were taken in turns and can be compared; times of different rows less so.\n"
         )
         for dtype in _unique(record["dtype"] for record in measured):
             for mode in _unique(record["pass"] for record in measured):
@@ -99,8 +99,7 @@ def peer_wins(rows: Sequence[Record]) -> str:
         ours = case.get("fastkd")
         for name, ratio in (ours or {}).get("speedup_over", {}).items():
             if ratio < 1 and ours is not None and name != "quack":
-                where = f"{ours['loss']} {ours['rows']} x {ours['classes']} {ours['dtype']} {ours['pass']}"
-                lost.append((ratio, f"- {where}: {name} takes {ratio:.2f} of fastkd's time"))
+                lost.append((ratio, f"- {_case(ours)}: {name} takes {ratio:.2f} of fastkd's time"))
     if not lost:
         return "**No peer is faster than fastkd in any of these cases.**\n"
     return "**Where a peer is faster than fastkd:**\n\n" + "\n".join(text for _, text in sorted(lost)) + "\n"
@@ -140,10 +139,7 @@ def _left_out(header: dict[str, Any], records: Iterable[Record]) -> str:
     lines = [f"- {name}: {reason}" for name, reason in header["not_measured"].items()]
     for record in records:
         if record["kind"] in ("skipped", "failed"):
-            if "step" in record:
-                where = record["step"]
-            else:
-                where = f"{record['loss']} {record['rows']} x {record['classes']} {record['dtype']} {record['pass']}"
+            where = record["step"] if "step" in record else _case(record)
             who = f", {record['variant']}" if "variant" in record else ""
             lines.append(f"- {where}{who}: {record['reason']}")
     return "\n".join(["### Not measured\n", *(lines or ["Everything was measured."])]) + "\n"
@@ -160,6 +156,10 @@ def _cases(rows: Iterable[Record]) -> list[dict[str, Record]]:
         key = tuple(record[name] for name in ("loss", "rows", "classes", "dtype", "pass"))
         found.setdefault(key, {})[record["variant"]] = record
     return list(found.values())
+
+
+def _case(record: Record) -> str:
+    return f"{record['loss']} {record['rows']} x {record['classes']} {record['dtype']} {record['pass']}"
 
 
 def _time(record: Record) -> str:

@@ -83,9 +83,11 @@ def header(device: str, not_measured: dict[str, str], **more: Any) -> Record:
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         about.update(
-            driver=_driver(), cuda=torch.version.cuda or torch.version.hip,
-            memory=properties.total_memory, l2_cache=properties.L2_cache_size,
-        )  # fmt: skip
+            driver=_driver(),
+            cuda=torch.version.cuda or torch.version.hip,
+            memory=properties.total_memory,
+            l2_cache=properties.L2_cache_size,
+        )
     else:
         about["threads"] = torch.get_num_threads()
         if about["backend"] == "native":

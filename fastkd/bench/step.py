@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -102,7 +103,7 @@ def measure_step(
         mark()
         optimizer.step()
         mark()
-        return [end - begin for begin, end in zip(marks, marks[1:], strict=False)]
+        return [end - begin for begin, end in itertools.pairwise(marks)]
 
     for loss in losses.values():
         for _ in range(2):
@@ -127,10 +128,19 @@ def _record(name: str, batch: int, setup: Setup, variant: str, taken: list[list[
     }
     low, median, high = (percentile(totals, share) for share in (0.2, 0.5, 0.8))
     return {
-        "kind": "step", "step": name, "batch": batch, "classes": setup.classes, "loss": LOSS, "variant": variant,
-        "ms": median, "p20": low, "p80": high, "turns": len(totals), "split_ms": split,
+        "kind": "step",
+        "step": name,
+        "batch": batch,
+        "classes": setup.classes,
+        "loss": LOSS,
+        "variant": variant,
+        "ms": median,
+        "p20": low,
+        "p80": high,
+        "turns": len(totals),
+        "split_ms": split,
         "loss_share": split["loss"] / sum(split.values()),
-    }  # fmt: skip
+    }
 
 
 def _now(device: str) -> float:
@@ -145,6 +155,6 @@ def describe(record: Record) -> str:
         return f"{record['step']:12s} skipped: {record['reason']}"
     parts = ", ".join(f"{part} {value:.2f}" for part, value in record["split_ms"].items())
     return (
-        f"{record['step']:12s} batch {record['batch']:<5d} {record['variant']:9s} {record['ms']:8.2f} ms a step: "
-        f"{parts}; loss {record['loss_share']:.1%}"
+        f"{record['step']:12s} batch {record['batch']:<5d} {record['variant']:9s} "
+        f"{record['ms']:8.2f} ms a step: {parts}; loss {record['loss_share']:.1%}"
     )
