@@ -20,10 +20,10 @@ TYPES = ("NONE", "KD", "DKD")
 
 
 class MDistillerLoss(nn.Module):
-    """What ``from_mdistiller`` returns, called with ``(student_logits, teacher_logits, target, epoch=)``.
+    """What ``from_mdistiller`` returns: ``loss(student_logits, teacher_logits, target, epoch=None)``.
 
-    Returns ``(loss, terms)`` like ``fastkd.distill_loss``; ``terms`` are detached and unweighted. ``epoch`` counts
-    from 1, as mdistiller's trainers do; only a warm-up needs it.
+    It gives ``(loss, terms)`` like ``fastkd.distill_loss``; ``terms`` are detached and unweighted. ``epoch``
+    counts from 1, as mdistiller's trainers do; only a warm-up needs it.
     """
 
     def __init__(
@@ -70,9 +70,10 @@ def from_mdistiller(cfg: Mapping[str, Any]) -> MDistillerLoss:
     """The loss of ``cfg``: an mdistiller ``CfgNode``, or its YAML file read into a dict.
 
     ``DISTILLER.TYPE`` is KD (``KD.TEMPERATURE``, ``KD.LOSS.CE_WEIGHT``, ``KD.LOSS.KD_WEIGHT``), DKD
-    (``DKD.CE_WEIGHT``, ``ALPHA``, ``BETA``, ``T``, and ``WARMUP`` epochs over which the distillation terms rise
-    linearly) or NONE (cross-entropy alone). ``EXPERIMENT.LOGIT_STAND``, of logit standardisation's fork, standardises. What is
-    missing takes mdistiller's default. Raises ``TypeError`` and ``ValueError`` for what has no meaning here.
+    (``DKD.CE_WEIGHT``, ``ALPHA``, ``BETA``, ``T``, and ``WARMUP`` epochs over which the distillation terms
+    rise linearly) or NONE (cross-entropy alone). ``EXPERIMENT.LOGIT_STAND``, of logit standardisation's fork,
+    standardises. What is missing takes mdistiller's default.
+    Raises ``TypeError`` and ``ValueError`` for what has no meaning here.
     """
     if not isinstance(cfg, Mapping):
         raise TypeError(f"cfg is a {type(cfg).__name__}; expected mdistiller's config or a nested mapping")

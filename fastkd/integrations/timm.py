@@ -23,8 +23,8 @@ class LogitDistillationTask(_TimmTask):
 
     loss = task_loss_weight criterion(z_s, y) + distill_loss_weight T^2 KL(softmax(z_t/T) || softmax(z_s/T)).
     With ``torch.nn.CrossEntropyLoss`` (mean, no class weights) or timm's ``LabelSmoothingCrossEntropy`` on
-    class labels, both terms and their gradient are one kernel; ``"task_loss"`` and ``"kd_loss"`` of the result are
-    detached then, for logging. Any other criterion is called as it is.
+    class labels, both terms and their gradient are one kernel; ``"task_loss"`` and ``"kd_loss"`` of the
+    result are detached then, for logging. Any other criterion is called as it is.
     """
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
