@@ -33,7 +33,7 @@ def test_every_field_of_a_record(run):
     header, records = results.read(run)
     for name in ("device", "name", "torch", "fastkd", "python", "backend", "date", "threads"):
         assert header[name], name
-    for name in ("liger", "quack", "compiled"):
+    for name in ("liger", "quack", "compiled", "native", "triton"):
         assert header["not_measured"][name]
     assert len(records) == len(cases.LOSSES) * 2 * 2 * 2 * 2
     for record in records:
@@ -78,8 +78,20 @@ def test_what_does_not_fit_or_fails_is_told(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setitem(peers.EAGER, "kd", fails)
     path = tmp_path / "run.jsonl"
-    arguments = ["--shapes", "4x10", "64x1000000", "--losses", "kd", "--dtypes", "float32", "--passes",
-                 "forward", "--peers", "eager", "--memory", "1", "--device", "cpu", "--output", str(path)]  # fmt: skip
+    arguments = [
+        "--shapes",
+        "4x10",
+        "64x1000000",
+        "--losses",
+        "kd",
+        "--dtypes",
+        "float32",
+        "--passes",
+        "forward",
+        "--peers",
+        "eager",
+    ]
+    arguments += ["--memory", "1", "--device", "cpu", "--output", str(path)]
     assert command.main(arguments) == 0
     _, records = results.read(path)
     assert [record["kind"] for record in records] == ["loss", "failed", "skipped"]
@@ -210,6 +222,11 @@ def test_report(run, tmp_path):
         ]
     )
     assert all(name in text for name in pictures)
+
+
+def test_report_without_matplotlib(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "No pictures" in write_report([run], tmp_path / "report").read_text()
 
 
 def test_training_step():

@@ -11,6 +11,8 @@ from fastkd.bench.results import Record, read
 # Changes below these are never flagged, however quiet the runs were.
 LEAST_CHANGE = 0.10
 LEAST_ERROR_CHANGE = 2.0
+# What a time is taken relative to, besides the copy: none of fastkd's own.
+YARDSTICKS = ("eager", "compiled", "liger")
 KEY = ("loss", "rows", "classes", "dtype", "pass")
 
 
@@ -63,8 +65,8 @@ def _verdict(old: dict[str, Record], new: dict[str, Record]) -> tuple[str, str] 
         return "slower", f"failed: {b['reason']}"
     ratios = {"the copy": _relative(b, None) / _relative(a, None)}
     noises = {"the copy": _spread(a) + _spread(b)}
-    for peer in old:
-        if peer not in ("fastkd", "quack") and "ms" in old[peer] and "ms" in new.get(peer, {}):
+    for peer in YARDSTICKS:
+        if "ms" in old.get(peer, {}) and "ms" in new.get(peer, {}):
             ratios[peer] = _relative(b, new[peer]) / _relative(a, old[peer])
             noises[peer] = math.hypot(_spread(a), _spread(b), _spread(old[peer]), _spread(new[peer]))
     steady = min(ratios, key=lambda name: abs(math.log(ratios[name])))

@@ -11,16 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastkd import backend
 from fastkd.bench.cases import FASTKD, T_BINARY, T_KD, T_STANDARDIZED, Loss
 
 # In the order of tables and pictures.
-VARIANTS = ("fastkd", "eager", "compiled", "liger", "quack")
-DESCRIPTIONS = {
-    "eager": "eager torch, the formulas as users have them",
-    "compiled": "torch.compile of the same",
-    "liger": "Liger-Kernel: KL of given log-probabilities, JSD",
-    "quack": "quack's cross-entropy: not the same loss, a ceiling of the bandwidth (2 accesses an element)",
-}
+VARIANTS = ("fastkd", "native", "triton", "eager", "compiled", "liger", "quack")
+# fastkd on the fused backend that is not in force, beside the one that is.
+BACKENDS = ("native", "triton")
 
 
 def _kd(s: Tensor, t: Tensor, temperature: float) -> Tensor:
@@ -101,9 +98,25 @@ def quack(loss: str) -> Loss | None:
     return lambda s, t, y: cross_entropy(s, y)
 
 
+def _on_backend(name: str, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def run(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        with backend.use_backend(name):
+            return loss(s, t, y)
+
+    return run
+
+
 def not_measured(device: str) -> dict[str, str]:
     """The peers that cannot run here, each with its reason."""
     reasons = {}
+    for name in BACKENDS:
+        reason = backend.missing(name, device)
+        if backend.resolve(backend.get_backend(), device, torch.float32) == name:
+            reasons[name] = "it is the backend that fastkd runs on here"
+        elif (name, device) == ("triton", "cpu"):
+            reasons[name] = "runs on GPUs only, this run is on the CPU"
+        elif reason is not None:
+            reasons[name] = reason
     for name, package in (("liger", "liger_kernel"), ("quack", "quack")):
         if device != "cuda":
             reasons[name] = "runs on GPUs only, this run is on the CPU"
@@ -120,6 +133,9 @@ def variants(loss: str, peers: set[str]) -> dict[str, Any]:
     """What takes turns for a loss: fastkd, and those of ``peers`` that have the loss; a peer whose import
     fails is its error's text."""
     chosen: dict[str, Any] = {"fastkd": FASTKD[loss]}
+    for name in BACKENDS:
+        if name in peers:
+            chosen[name] = _on_backend(name, FASTKD[loss])
     if "eager" in peers:
         chosen["eager"] = EAGER[loss]
     if "compiled" in peers:

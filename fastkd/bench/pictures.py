@@ -12,6 +12,8 @@ from fastkd.bench.results import Record
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 COLOURS = {
     "fastkd": "#0072B2",
+    "native": "#56B4E9",
+    "triton": "#56B4E9",
     "eager": "#999999",
     "compiled": "#E69F00",
     "liger": "#009E73",

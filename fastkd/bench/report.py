@@ -49,11 +49,21 @@ def _run_section(name: str, header: dict[str, Any], records: list[Record], folde
     if steps:
         parts += ["### Training steps\n", step_table(steps), step_words(steps)]
     parts.append(_left_out(header, records))
+    parts += _pictures(header, measured, steps, folder, stem)
+    return "\n".join(parts)
+
+
+def _pictures(
+    header: dict[str, Any], measured: list[Record], steps: list[Record], folder: Path, stem: str
+) -> list[str]:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return ["No pictures: matplotlib is not installed.\n"]
     from fastkd.bench import pictures
 
-    for caption, path in pictures.draw(header, measured, steps, folder, stem):
-        parts.append(f"![{caption}]({path.name})\n")
-    return "\n".join(parts)
+    drawn = pictures.draw(header, measured, steps, folder, stem)
+    return [f"![{caption}]({path.name})\n" for caption, path in drawn]
 
 
 def _about(header: dict[str, Any]) -> str:
