@@ -108,10 +108,14 @@ def _measure(args: argparse.Namespace) -> int:
         return 2
     path = args.output or Path(f"bench-{device}-{_now()}.jsonl")
     absent = peers.not_measured(device)
-    for name in set(PEERS if args.peers is None else args.peers) ^ set(PEERS):
-        absent.setdefault(name, "not asked for (--peers)")
+    for name in PEERS:
+        if args.peers is not None and name not in {*args.peers, peers.in_force(device)}:
+            absent.setdefault(name, "not asked for (--peers)")
     about = header(device, absent, command=" ".join(sys.argv[1:]))
-    print(", ".join(f"{key} {value}" for key, value in about.items() if not isinstance(value, dict)))
+    hidden = ("kind", "command", "not_measured")
+    print(
+        ", ".join(f"{key} {value}" for key, value in about.items() if key not in hidden and value is not None)
+    )
     for name, reason in absent.items():
         print(f"not measured: {name}: {reason}")
     begin = time.perf_counter()

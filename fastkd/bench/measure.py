@@ -56,7 +56,7 @@ def measure(case: Case, clock: Clock, chosen: set[str], *, seconds: float) -> li
     sets = [cases.make_inputs(case, clock.device, seed) for seed in range(clock.input_sets(case.bytes))]
     launches: dict[str, Launch] = {}
     records: dict[str, Record] = {}
-    for name, loss in peers.variants(case.loss, chosen).items():
+    for name, loss in peers.variants(case.loss, chosen, clock.device).items():
         try:
             if isinstance(loss, str):
                 raise ImportError(loss)

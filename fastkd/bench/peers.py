@@ -106,14 +106,17 @@ def _on_backend(name: str, loss: Callable[..., Tensor]) -> Callable[..., Tensor]
     return run
 
 
+def in_force(device: str) -> str:
+    """The backend that ``fastkd`` is measured on."""
+    return backend.resolve(backend.get_backend(), device, torch.float32)
+
+
 def not_measured(device: str) -> dict[str, str]:
     """The peers that cannot run here, each with its reason."""
     reasons = {}
     for name in BACKENDS:
         reason = backend.missing(name, device)
-        if backend.resolve(backend.get_backend(), device, torch.float32) == name:
-            reasons[name] = "it is the backend that fastkd runs on here"
-        elif (name, device) == ("triton", "cpu"):
+        if (name, device) == ("triton", "cpu"):
             reasons[name] = "runs on GPUs only, this run is on the CPU"
         elif reason is not None:
             reasons[name] = reason
@@ -129,12 +132,12 @@ def not_measured(device: str) -> dict[str, str]:
     return reasons
 
 
-def variants(loss: str, peers: set[str]) -> dict[str, Any]:
+def variants(loss: str, peers: set[str], device: str) -> dict[str, Any]:
     """What takes turns for a loss: fastkd, and those of ``peers`` that have the loss; a peer whose import
     fails is its error's text."""
     chosen: dict[str, Any] = {"fastkd": FASTKD[loss]}
     for name in BACKENDS:
-        if name in peers:
+        if name in peers and name != in_force(device):
             chosen[name] = _on_backend(name, FASTKD[loss])
     if "eager" in peers:
         chosen["eager"] = EAGER[loss]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import fastkd
-from fastkd import backend
+from fastkd.bench import peers
 
 Record = dict[str, Any]
 
@@ -73,7 +73,7 @@ def header(device: str, not_measured: dict[str, str], **more: Any) -> Record:
         "fastkd": fastkd.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "backend": backend.resolve(backend.get_backend(), device, torch.float32),
+        "backend": peers.in_force(device),
     }
     for package in ("triton", "liger-kernel", "quack-kernels"):
         try:

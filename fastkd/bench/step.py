@@ -77,7 +77,7 @@ def measure_step(
     size = batch or setup.batch[device]
     pixels = torch.randint(0, 256, (size, *setup.image), dtype=torch.uint8)
     target = torch.randint(0, setup.classes, (size,))
-    losses = peers.variants(LOSS, chosen & {"eager", "compiled"})
+    losses = peers.variants(LOSS, chosen & {"eager", "compiled"}, device)
 
     def one_step(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> list[float]:
         """Seconds of each of PARTS."""
