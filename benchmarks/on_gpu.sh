@@ -53,8 +53,8 @@ run all "$(left 465)" python3 -m fastkd.bench --device cuda --peers native trito
 tell all
 
 files=()
-for file in "$out"/*.jsonl; do
-  [ -s "$file" ] && files+=("$file")
+for name in suite all steps; do
+  [ -s "$out/$name.jsonl" ] && files+=("$out/$name.jsonl")
 done
 run report 60 python3 -m fastkd.bench --report "${files[@]}" --output "$out/report"
 tell report

@@ -78,19 +78,8 @@ def test_what_does_not_fit_or_fails_is_told(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setitem(peers.EAGER, "kd", fails)
     path = tmp_path / "run.jsonl"
-    arguments = [
-        "--shapes",
-        "4x10",
-        "64x1000000",
-        "--losses",
-        "kd",
-        "--dtypes",
-        "float32",
-        "--passes",
-        "forward",
-        "--peers",
-        "eager",
-    ]
+    arguments = ["--shapes", "4x10", "64x1000000", "--losses", "kd", "--dtypes", "float32"]
+    arguments += ["--passes", "forward", "--peers", "eager"]
     arguments += ["--memory", "1", "--device", "cpu", "--output", str(path)]
     assert command.main(arguments) == 0
     _, records = results.read(path)

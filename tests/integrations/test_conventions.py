@@ -1,4 +1,4 @@
-"""mdistiller's, torch's, Liger's and TRL's conventions, against their formulas written out."""
+"""mdistiller's, torch's, Liger's, ModelOpt's and TRL's conventions, against their formulas written out."""
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from torch import nn
 from fastkd.bench.peers import eager_dkd
 from fastkd.integrations.liger import JSD, KLDivLoss
 from fastkd.integrations.mdistiller import from_mdistiller
+from fastkd.integrations.modelopt import LogitsDistillationLoss
 from fastkd.integrations.trl import generalized_jsd_loss
 
 
@@ -103,6 +104,35 @@ def test_kl_div_is_that_of_torch(reduction, shape):
 def test_kl_div_refuses_what_it_has_not():
     with pytest.raises(ValueError, match="reduction is 'none'"):
         KLDivLoss("none")
+
+
+@pytest.mark.parametrize("shape", [(6, 40), (2, 5, 40)], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "batchmean", "sum", "none"])
+def test_modelopt_loss(reduction, shape):
+    student, teacher = logits(*shape)
+    log_q, p = F.log_softmax(student / 3, -1), F.softmax(teacher / 3, -1)
+    theirs = F.kl_div(log_q, p, reduction=reduction) * 9
+    loss = LogitsDistillationLoss(3.0, reduction)(student, teacher)
+    if reduction == "none":
+        theirs = theirs.sum(-1)
+        torch.testing.assert_close(loss, theirs, rtol=1e-5, atol=1e-6)
+        loss, theirs = loss.sum(), theirs.sum()
+    assert_same(loss, theirs, student)
+
+
+def test_modelopt_itself():
+    """As the criterion of ModelOpt's own distillation, where it is installed."""
+    mtd = pytest.importorskip("modelopt.torch.distill", reason="ModelOpt is not installed")
+    gradients = []
+    for criterion in (mtd.LogitsDistillationLoss(temperature=2.0), LogitsDistillationLoss(temperature=2.0)):
+        torch.manual_seed(1)
+        student, teacher = nn.Linear(5, 9), nn.Linear(5, 9)
+        model = mtd.convert(student, [("kd_loss", {"teacher_model": teacher, "criterion": criterion})])
+        model.train()
+        model(torch.randn(8, 5))
+        model.compute_kd_loss().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
 
 
 def generalized_jsd(student, teacher, beta, temperature):
