@@ -118,6 +118,12 @@ def _measure(args: argparse.Namespace) -> int:
     )
     for name, reason in absent.items():
         print(f"not measured: {name}: {reason}")
+    if (about.get("load") or 0) > 0.5:
+        print(
+            f"this machine is busy (load {about['load']} on {about['cores']} cores): with threads that wait for "
+            "others' time slices no time below can be trusted",
+            file=sys.stderr,
+        )
     begin = time.perf_counter()
     failed = 0
     with Writer(path) as writer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Iterable
@@ -90,6 +91,8 @@ def header(device: str, not_measured: dict[str, str], **more: Any) -> Record:
         )
     else:
         about["threads"] = torch.get_num_threads()
+        about["cores"] = os.cpu_count()
+        about["load"] = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
         if about["backend"] == "native":
             from fastkd.ops import native
 
