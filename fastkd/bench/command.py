@@ -120,8 +120,8 @@ def _measure(args: argparse.Namespace) -> int:
         print(f"not measured: {name}: {reason}")
     if (about.get("load") or 0) > 0.5:
         print(
-            f"this machine is busy (load {about['load']} on {about['cores']} cores): with threads that wait for "
-            "others' time slices no time below can be trusted",
+            f"this machine is busy (load {about['load']} on {about['cores']} cores): where threads wait for "
+            "others' time slices, no time can be trusted",
             file=sys.stderr,
         )
     begin = time.perf_counter()

@@ -70,7 +70,7 @@ def _verdict(old: dict[str, Record], new: dict[str, Record]) -> tuple[str, str] 
             ratios[peer] = _relative(b, new[peer]) / _relative(a, old[peer])
             noises[peer] = math.hypot(_spread(a), _spread(b), _spread(old[peer]), _spread(new[peer]))
     steady = min(ratios, key=lambda name: abs(math.log(ratios[name])))
-    ratio, threshold = ratios[steady], 1 + max(LEAST_CHANGE, 2 * min(noises.values()))
+    ratio, threshold = ratios[steady], 1 + max(LEAST_CHANGE, 2 * noises[steady])
     text = f"{ratio:.2f} of the old time, against {steady} (beyond the noise: {threshold:.2f})"
     same_direction = all(r > 1 for r in ratios.values()) or all(r < 1 for r in ratios.values())
     if same_direction and ratio > threshold:

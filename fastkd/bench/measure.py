@@ -46,13 +46,7 @@ def gradient_error(case: Case, gradient: Tensor, inputs: Inputs) -> float:
 
 def measure(case: Case, clock: Clock, chosen: set[str], *, seconds: float) -> list[Record]:
     """One record a variant; a variant that fails gives a record that says why."""
-    about = {
-        "loss": case.loss,
-        "rows": case.rows,
-        "classes": case.classes,
-        "dtype": case.dtype,
-        "pass": case.mode,
-    }
+    about = _about(case)
     sets = [cases.make_inputs(case, clock.device, seed) for seed in range(clock.input_sets(case.bytes))]
     launches: dict[str, Launch] = {}
     records: dict[str, Record] = {}
@@ -85,7 +79,7 @@ def measure(case: Case, clock: Clock, chosen: set[str], *, seconds: float) -> li
     times, bandwidth = interleaved(clock, launches, seconds=seconds)
     for name, values in times.items():
         low, median, high = (percentile(values, share) for share in (0.2, 0.5, 0.8))
-        floor = case.bytes * 2 / 3 if name == "quack" and case.backward else case.bytes
+        floor = case.bytes * 2 // 3 if name == "quack" and case.backward else case.bytes
         records[name].update(
             ms=median,
             p20=low,
@@ -117,26 +111,29 @@ def run_suite(
     """The records of each case; a case left out gives one that says why."""
     begin = time.perf_counter()
     for case in suite:
+        about = _about(case)
         reason = cases.needs_too_much(case, memory)
         if reason is None and time_limit is not None and time.perf_counter() - begin > time_limit:
             reason = f"the time limit of {time_limit:.0f} s was reached"
         if reason is not None:
-            yield [
-                {
-                    "kind": "skipped",
-                    "loss": case.loss,
-                    "rows": case.rows,
-                    "classes": case.classes,
-                    "dtype": case.dtype,
-                    "pass": case.mode,
-                    "reason": reason,
-                }
-            ]
+            yield [{"kind": "skipped", **about, "reason": reason}]
             continue
         try:
-            yield measure(case, clock, chosen, seconds=seconds)
-        finally:
-            if "compiled" in chosen:
-                torch._dynamo.reset()
-            if clock.device == "cuda":
-                torch.cuda.empty_cache()
+            records = measure(case, clock, chosen, seconds=seconds)
+        except torch.OutOfMemoryError as error:  # of the inputs, or of the variants side by side
+            records = [{"kind": "skipped", **about, "reason": str(error).splitlines()[0]}]
+        if "compiled" in chosen:
+            torch._dynamo.reset()
+        if clock.device == "cuda":
+            torch.cuda.empty_cache()
+        yield records
+
+
+def _about(case: Case) -> Record:
+    return {
+        "loss": case.loss,
+        "rows": case.rows,
+        "classes": case.classes,
+        "dtype": case.dtype,
+        "pass": case.mode,
+    }
