@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fastkd.bench import cases, peers
 from fastkd.bench.results import ResultFileError, Writer, header
+from fastkd.bench.step import STEPS, describe, run_steps
 
 PEERS = tuple(name for name in peers.VARIANTS if name != "fastkd")
 DESCRIPTION = """\
@@ -54,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--passes", nargs="+", choices=cases.PASSES, metavar="PASS", help=_list(cases.PASSES))
     parser.add_argument("--peers", nargs="*", choices=PEERS, metavar="PEER", help=_list(PEERS))
     parser.add_argument(
-        "--steps", nargs="+", metavar="STEP", help="with --step: resnet, glyph-2263, glyph-20902"
+        "--steps", nargs="+", choices=list(STEPS), metavar="STEP", help=f"with --step, {_list(STEPS)}"
     )
     parser.add_argument("--batch", type=_positive, metavar="N", help="with --step: the batch size")
     parser.add_argument(
@@ -142,8 +143,6 @@ def _measure(args: argparse.Namespace) -> int:
 
 def _records(args: argparse.Namespace, device: str, chosen: set[str]) -> Iterator[list[dict]]:
     if args.step:
-        from fastkd.bench.step import run_steps
-
         yield from run_steps(args.steps, device, chosen, batch=args.batch, seconds=args.seconds)
         return
     from fastkd.bench.measure import run_suite
@@ -172,8 +171,6 @@ def _line(records: list[dict]) -> str:
     """One case on one line."""
     first = records[0]
     if "step" in first:
-        from fastkd.bench.step import describe
-
         return "\n".join(map(describe, records))
     shape = f"{first['rows']:5d} x {first['classes']:<7d}"
     head = f"{first['loss']:14s} {shape} {first['dtype']:8s} {first['pass']:16s}"
