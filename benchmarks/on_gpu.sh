@@ -1,33 +1,61 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in one go: the tests with every kernel compiled on it, the accuracy table, the timings.
+# Everything that wants a GPU, in one go and within about eight minutes: the tests with every kernel compiled on it,
+# `fastkd check`, the accuracy table, the benchmark suite, training steps, the report.
 #
 #     benchmarks/on_gpu.sh FOLDER
 #
-# Run from the repository's root with torch and triton importable; results go to FOLDER, which must not exist yet.
-# About ten minutes on one GPU. Commit FOLDER's .jsonl files under benchmarks/results/.
+# Run from the repository's root with torch and triton importable; nothing else is needed but pytest, for the tests.
+# Results go to FOLDER, which must not exist yet. Commit FOLDER's .jsonl files under benchmarks/results/.
 set -u
 out=${1:?usage: benchmarks/on_gpu.sh FOLDER}
 mkdir "$out" || exit 1
 export PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}." PYTHONUNBUFFERED=1
 
 status=0
-step() { # step NAME COMMAND...: runs it, keeps its output, goes on after a failure and remembers it
-  local name=$1
-  shift
-  echo "== $name: $*"
-  "$@" > "$out/$name.txt" 2> "$out/$name.err" || { status=1; echo "   failed, see $out/$name.err"; }
-  tail -n 15 "$out/$name.txt"
+run() { # run NAME SECONDS COMMAND...: for so long at most; output and exit status go to the folder
+  local name=$1 limit=$2
+  shift 2
+  timeout "$limit" "$@" > "$out/$name.txt" 2> "$out/$name.err"
+  echo $? > "$out/$name.status"
+}
+tell() { # tell NAME...: the end of each one's output; remembers a failure
+  local name code
+  for name in "$@"; do
+    code=$(cat "$out/$name.status")
+    echo "== $name (exit status $code, now at $SECONDS s)"
+    tail -n 15 "$out/$name.txt"
+    [ "$code" = 0 ] || { status=1; echo "   failed, see $out/$name.err"; tail -n 5 "$out/$name.err"; }
+  done
+}
+left() { # left SECOND: how long it is until this second of the script, ten at least
+  local rest=$(($1 - SECONDS))
+  echo $((rest > 10 ? rest : 10))
 }
 
-step doctor python3 -c "from fastkd.ops import doctor; print(doctor.report())"
-step tests python3 -m pytest tests/test_losses.py tests/test_operators.py -q -p no:warnings -k cuda
-step accuracy python3 benchmarks/accuracy.py
-backends=triton
-if python3 -c "from fastkd.ops import native; raise SystemExit(native.missing('cuda'))"; then backends="triton native"; fi
-for backend in $backends; do
-  for dtype in bfloat16 float32; do
-    step "losses-$backend-$dtype" env FASTKD_BACKEND="$backend" \
-      python3 benchmarks/losses.py --dtype "$dtype" --output "$out/losses-$backend-$dtype.jsonl"
-  done
+# What is right or wrong, side by side: most of it is compiling kernels.
+run doctor 60 python3 -c "from fastkd.ops import doctor; print(doctor.report())" &
+run check 200 python3 -m fastkd.verify &
+run accuracy 200 python3 benchmarks/accuracy.py &
+run tests 200 python3 -m pytest tests/test_losses.py tests/test_operators.py -q -p no:warnings -k cuda &
+wait
+tell doctor check accuracy tests
+
+# What is timed, alone. First what users have most, with torch.compile; then every case without it, for compiling
+# them all would take half an hour.
+run suite "$(left 380)" python3 -m fastkd.bench --device cuda --dtypes bfloat16 --passes forward+backward \
+  --shapes 256x1000 8192x1000 128x21841 2048x131072 256x1000000 8192x131072 --seconds 0.3 \
+  --time-limit "$(left 340)" --output "$out/suite.jsonl"
+tell suite
+run steps "$(left 420)" python3 -m fastkd.bench --device cuda --step --seconds 0.2 --output "$out/steps.jsonl"
+tell steps
+run all "$(left 465)" python3 -m fastkd.bench --device cuda --peers native triton eager liger quack \
+  --seconds 0.1 --time-limit "$(left 450)" --output "$out/all.jsonl"
+tell all
+
+files=()
+for name in suite all steps; do
+  [ -s "$out/$name.jsonl" ] && files+=("$out/$name.jsonl")
 done
+run report 60 python3 -m fastkd.bench --report "${files[@]}" --output "$out/report"
+tell report
 exit $status

@@ -69,6 +69,16 @@ def _parser() -> argparse.ArgumentParser:
     recipes.set_defaults(run=_recipes)
     doctor = commands.add_parser("doctor", help="say which backends work here, and why others do not")
     doctor.set_defaults(run=_doctor)
+
+    from fastkd import verify
+    from fastkd.bench import command as bench
+
+    check = commands.add_parser("check", help="check every loss on every backend here against float64")
+    verify.add_arguments(check)
+    check.set_defaults(run=verify.run)
+    timing = commands.add_parser("bench", help="time the losses beside their peers; report and compare")
+    bench.add_arguments(timing)
+    timing.set_defaults(run=bench.run)
     return parser
 
 

@@ -1,0 +1,10 @@
+"""``pytest benchmarks --benchmark-only``: which of the suite's cases."""
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--suite",
+        choices=("quick", "full"),
+        default="quick",
+        help="the cases of `fastkd bench --quick` or of `fastkd bench` (default: quick)",
+    )

@@ -1,0 +1,121 @@
+"""What is measured: losses, shapes, dtypes and passes, within a bound on memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import fastkd
+from fastkd.ops.plan import ELEMENT_BYTES
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+T_KD, T_BINARY, T_STANDARDIZED = 4.0, 2.0, 2.0
+
+# As published: DKD with alpha 1 and beta 8, CE + KD with 0.1 and 0.9, logit standardisation at T 2.
+FASTKD: dict[str, Callable[..., Tensor]] = {
+    "kd": lambda s, t, y, **more: fastkd.kd_loss(s, t, temperature=T_KD, **more),
+    "dkd": lambda s, t, y, **more: fastkd.dkd_loss(s, t, y, temperature=T_KD, **more),
+    "binary-kl-norm": lambda s, t, y, **more: fastkd.binary_kl_norm_loss(s, t, temperature=T_BINARY, **more),
+    "ce-kd": lambda s, t, y, **more: fastkd.distill_loss(
+        s, t, y, ce_weight=0.1, kd_weight=0.9, temperature=T_KD, **more
+    )[0],
+    "lskd": lambda s, t, y, **more: fastkd.kd_loss(
+        s, t, temperature=T_STANDARDIZED, standardize=True, **more
+    ),
+    "jsd": lambda s, t, y, **more: fastkd.jsd_loss(s, t, **more),
+}
+LOSSES = tuple(FASTKD)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Memory accesses an element that no implementation can do without: read two tensors, write one.
+FLOOR_ACCESSES = {"forward": 2, "forward+backward": 3}
+PASSES = tuple(FLOOR_ACCESSES)
+
+# Few and many rows of every class count: CIFAR-10 and -100, ImageNet, the glyphs, ImageNet-21k, a vocabulary
+# and a million classes. In the order of a run with a time limit: the usual ones first.
+SHAPES = (
+    (256, 1000), (128, 21841), (64, 131072), (1024, 2263), (1024, 100), (8192, 10), (4, 131072), (8192, 1000),
+    (4, 10), (4, 1_000_000), (2048, 131072), (256, 1_000_000), (8192, 131072),
+)  # fmt: skip
+QUICK = [(loss, 256, 1000) for loss in LOSSES] + [("kd", 64, 21841), ("dkd", 64, 21841)]
+# Tensors of a case's shape in float32 that live at once at worst: inputs, and what eager torch keeps for DKD.
+LIVE_TENSORS = 16
+
+
+@dataclass(frozen=True)
+class Case:
+    loss: str
+    rows: int
+    classes: int
+    dtype: str
+    mode: str  # of PASSES
+
+    def __str__(self) -> str:
+        return f"{self.loss} {self.rows} x {self.classes} {self.dtype} {self.mode}"
+
+    @property
+    def elements(self) -> int:
+        return self.rows * self.classes
+
+    @property
+    def bytes(self) -> int:
+        """The traffic of the floor: three accesses an element, two where no gradient is written."""
+        return FLOOR_ACCESSES[self.mode] * self.elements * ELEMENT_BYTES[DTYPES[self.dtype]]
+
+    @property
+    def backward(self) -> bool:
+        return self.mode == "forward+backward"
+
+
+def suite(
+    *,
+    losses: Sequence[str] = LOSSES,
+    shapes: Iterable[tuple[int, int]] = SHAPES,
+    dtypes: Sequence[str] = ("float32", "bfloat16"),
+    passes: Sequence[str] = PASSES,
+) -> Iterator[Case]:
+    """The product, the backward pass before the forward alone, shape by shape."""
+    for mode in sorted(passes, key=PASSES.index, reverse=True):
+        for dtype in dtypes:
+            for rows, classes in shapes:
+                for loss in losses:
+                    yield Case(loss, rows, classes, dtype, mode)
+
+
+def quick_suite() -> Iterator[Case]:
+    for loss, rows, classes in QUICK:
+        yield Case(loss, rows, classes, "float32", "forward+backward")
+
+
+def memory_bound(device: str) -> int:
+    """Bytes that a case may take: 0.8 of a GPU's free memory, half of what the host says is available."""
+    if device == "cuda":
+        return int(0.8 * torch.cuda.mem_get_info()[0])
+    try:
+        with open("/proc/meminfo") as lines:
+            available = next(line for line in lines if line.startswith("MemAvailable"))
+        return int(available.split()[1]) * 1024 // 2
+    except (OSError, StopIteration):
+        return 4 * 2**30
+
+
+def needs_too_much(case: Case, bound: int) -> str | None:
+    """Why a case is left out, or None. Half types are counted in full: peers raise them to float32."""
+    need = LIVE_TENSORS * case.elements * 4
+    if need <= bound:
+        return None
+    return f"it needs up to {need / 2**30:.0f} GiB with its peers, the bound is {bound / 2**30:.0f} GiB"
+
+
+def make_inputs(case: Case, device: str, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Random student and teacher logits (spread 3) and labels; the student asks for a gradient."""
+    generator = torch.Generator(device).manual_seed(seed)
+    size = (case.rows, case.classes)
+    student, teacher = (
+        torch.randn(size, device=device, generator=generator).mul_(3).to(DTYPES[case.dtype]) for _ in range(2)
+    )
+    target = torch.randint(0, case.classes, (case.rows,), device=device, generator=generator)
+    return student.requires_grad_(case.backward), teacher, target

@@ -1,0 +1,101 @@
+"""Two result files side by side: what became slower or less exact, beyond the noise."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from fastkd.bench.results import Record, read
+
+# Changes below these are never flagged, however quiet the runs were.
+LEAST_CHANGE = 0.10
+LEAST_ERROR_CHANGE = 2.0
+# What a time is taken relative to, besides the copy: none of fastkd's own.
+YARDSTICKS = ("eager", "compiled", "liger")
+KEY = ("loss", "rows", "classes", "dtype", "pass")
+
+
+def compare(old: Path, new: Path) -> tuple[str, int]:
+    """The comparison as text, and the number of regressions.
+
+    Times of two runs are never compared themselves: a shared machine drifts. A case's time is taken relative
+    to what was measured turn by turn beside it, each peer and the copy, and a change counts only if it shows
+    against all of them: the smallest of the ratios is reported. It is flagged where it exceeds 10 % and
+    twice the runs' own spread (p20 to p80). A gradient error is flagged where it doubled.
+    """
+    (old_header, old_records), (new_header, new_records) = read(old), read(new)
+    before, after = (_by_case(records) for records in (old_records, new_records))
+    lines = [f"old: {_about(old_header)}", f"new: {_about(new_header)}"]
+    if old_header.get("name") != new_header.get("name"):
+        lines.append("the devices differ: ratios to peers may differ for that reason alone")
+    regressions = improvements = 0
+    shared = [key for key in after if key in before]
+    for key in shared:
+        verdict = _verdict(before[key], after[key])
+        if verdict:
+            kind, text = verdict
+            regressions += kind == "slower" or kind == "less exact"
+            improvements += kind == "faster"
+            lines.append(f"{kind:10s} {_name(key)}: {text}")
+    lost = sum(1 for key in before if key not in after and "fastkd" in before[key])
+    lines.append(
+        f"{len(shared)} cases in both, {lost} only in the old, {len(after) - len(shared)} only in the new: "
+        f"{regressions} regressions, {improvements} faster"
+    )
+    if not shared:
+        lines.append("nothing could be compared")
+    return "\n".join(lines), regressions
+
+
+def _by_case(records: list[Record]) -> dict[tuple, dict[str, Record]]:
+    found: dict[tuple, dict[str, Record]] = {}
+    for record in records:
+        if record["kind"] in ("loss", "failed"):
+            key = tuple(record[name] for name in KEY)
+            found.setdefault(key, {})[record["variant"]] = record
+    return found
+
+
+def _verdict(old: dict[str, Record], new: dict[str, Record]) -> tuple[str, str] | None:
+    a, b = old.get("fastkd"), new.get("fastkd")
+    if a is None or b is None or "ms" not in a:
+        return None
+    if "ms" not in b:
+        return "slower", f"failed: {b['reason']}"
+    ratios = {"the copy": _relative(b, None) / _relative(a, None)}
+    noises = {"the copy": _spread(a) + _spread(b)}
+    for peer in YARDSTICKS:
+        if "ms" in old.get(peer, {}) and "ms" in new.get(peer, {}):
+            ratios[peer] = _relative(b, new[peer]) / _relative(a, old[peer])
+            noises[peer] = math.hypot(_spread(a), _spread(b), _spread(old[peer]), _spread(new[peer]))
+    steady = min(ratios, key=lambda name: abs(math.log(ratios[name])))
+    ratio, threshold = ratios[steady], 1 + max(LEAST_CHANGE, 2 * noises[steady])
+    text = f"{ratio:.2f} of the old time, against {steady} (beyond the noise: {threshold:.2f})"
+    same_direction = all(r > 1 for r in ratios.values()) or all(r < 1 for r in ratios.values())
+    if same_direction and ratio > threshold:
+        return "slower", text
+    old_error, new_error = a.get("gradient_error"), b.get("gradient_error")
+    if old_error and new_error and new_error > LEAST_ERROR_CHANGE * max(old_error, 1e-7):
+        return "less exact", f"gradient error {old_error:.1e} before, {new_error:.1e} now"
+    if same_direction and ratio < 1 / threshold:
+        return "faster", text
+    return None
+
+
+def _relative(record: Record, peer: Record | None) -> float:
+    return record["ms"] / peer["ms"] if peer else 1 / record["share"]
+
+
+def _spread(record: Record) -> float:
+    """Half of p20 to p80, relative to the median, of a median of so many turns."""
+    return (record["p80"] - record["p20"]) / 2 / record["ms"]
+
+
+def _about(header: dict[str, Any]) -> str:
+    names = ("name", "backend", "torch", "fastkd", "date")
+    return ", ".join(f"{header.get(name)}" for name in names)
+
+
+def _name(key: tuple) -> str:
+    return f"{key[0]} {key[1]} x {key[2]} {key[3]} {key[4]}"

@@ -1,0 +1,139 @@
+"""Measures a suite of cases: every variant of a case in turns, one record each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastkd
+from fastkd.bench import cases, peers
+from fastkd.bench.cases import FASTKD, Case
+from fastkd.bench.protocol import Clock, Launch, interleaved, percentile, relative_error
+
+Inputs = tuple[Tensor, Tensor, Tensor]
+Record = dict[str, Any]
+# Rows of the gradient that are compared with float64: this many elements.
+COMPARED_ELEMENTS = 2**21
+
+
+def runner(loss: cases.Loss, backward: bool) -> Callable[[Inputs], Tensor]:
+    """The call that is timed: the loss, or the loss and the student's gradient."""
+    if backward:
+        return lambda inputs: torch.autograd.grad(loss(*inputs), inputs[0])[0]
+
+    def forward(inputs: Inputs) -> Tensor:
+        with torch.no_grad():
+            return loss(*inputs)
+
+    return forward
+
+
+def gradient_error(case: Case, gradient: Tensor, inputs: Inputs) -> float:
+    """The error of the first rows' gradient relative to float64's, from the logits as they are."""
+    rows = max(1, min(case.rows, COMPARED_ELEMENTS // case.classes))
+    student, teacher, target = (x.detach()[:rows].cpu() for x in inputs)
+    student = student.double().requires_grad_()
+    with fastkd.use_backend("eager"):
+        loss = FASTKD[case.loss](student, teacher.double(), target, reduction="sum") / case.rows
+    (truth,) = torch.autograd.grad(loss, student)
+    return relative_error(gradient[:rows].cpu(), truth)
+
+
+def measure(case: Case, clock: Clock, chosen: set[str], *, seconds: float) -> list[Record]:
+    """One record a variant; a variant that fails gives a record that says why."""
+    about = _about(case)
+    sets = [cases.make_inputs(case, clock.device, seed) for seed in range(clock.input_sets(case.bytes))]
+    launches: dict[str, Launch] = {}
+    records: dict[str, Record] = {}
+    for name, loss in peers.variants(case.loss, chosen, clock.device).items():
+        try:
+            if isinstance(loss, str):
+                raise ImportError(loss)
+            launch = Launch(runner(loss, case.backward), sets)
+            record: Record = {"kind": "loss", **about, "variant": name}
+            value = launch.run(sets[0])  # a compiler compiles here
+            record["gradient_error"] = (
+                gradient_error(case, value, sets[0]) if case.backward and name != "quack" else None
+            )
+            del value
+            record["extra_bytes"] = clock.extra_memory(partial(launch.run, sets[0]))
+            record["host_us"] = clock.host_microseconds(launch)
+            record["clock"] = clock.prepare(launch, case.bytes)
+        except Exception as error:  # a peer that fails here must not end the run; it is recorded
+            reason = str(error).strip().splitlines()[:1] or [""]
+            records[name] = {
+                "kind": "failed",
+                **about,
+                "variant": name,
+                "reason": f"{type(error).__name__}: {reason[0]}",
+            }
+            if clock.device == "cuda":
+                torch.cuda.empty_cache()
+        else:
+            launches[name], records[name] = launch, record
+    times, bandwidth = interleaved(clock, launches, seconds=seconds)
+    for name, values in times.items():
+        low, median, high = (percentile(values, share) for share in (0.2, 0.5, 0.8))
+        floor = case.bytes * 2 // 3 if name == "quack" and case.backward else case.bytes
+        records[name].update(
+            ms=median,
+            p20=low,
+            p80=high,
+            turns=len(values),
+            bytes=floor,
+            bandwidth=bandwidth,
+            share=floor / (median * 1e-3) / bandwidth,
+        )
+    ours = records["fastkd"]
+    if "ms" in ours:
+        ours["speedup_over"] = {
+            name: record["ms"] / ours["ms"]
+            for name, record in records.items()
+            if name != "fastkd" and "ms" in record
+        }
+    return list(records.values())
+
+
+def run_suite(
+    suite: Iterable[Case],
+    clock: Clock,
+    chosen: set[str],
+    *,
+    memory: int,
+    seconds: float,
+    time_limit: float | None = None,
+) -> Iterator[list[Record]]:
+    """The records of each case; a case left out gives one that says why."""
+    begin = time.perf_counter()
+    for case in suite:
+        about = _about(case)
+        reason = cases.needs_too_much(case, memory)
+        if reason is None and time_limit is not None and time.perf_counter() - begin > time_limit:
+            reason = f"the time limit of {time_limit:.0f} s was reached"
+        if reason is not None:
+            yield [{"kind": "skipped", **about, "reason": reason}]
+            continue
+        try:
+            records = measure(case, clock, chosen, seconds=seconds)
+        except torch.OutOfMemoryError as error:  # of the inputs, or of the variants side by side
+            records = [{"kind": "skipped", **about, "reason": str(error).splitlines()[0]}]
+        if "compiled" in chosen:
+            torch._dynamo.reset()
+        if clock.device == "cuda":
+            torch.cuda.empty_cache()
+        yield records
+
+
+def _about(case: Case) -> Record:
+    return {
+        "loss": case.loss,
+        "rows": case.rows,
+        "classes": case.classes,
+        "dtype": case.dtype,
+        "pass": case.mode,
+    }

@@ -1,0 +1,155 @@
+"""The peers a loss is measured beside, each as its users have it, and why one cannot run here."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastkd import backend
+from fastkd.bench.cases import FASTKD, T_BINARY, T_KD, T_STANDARDIZED, Loss
+
+# In the order of tables and pictures.
+VARIANTS = ("fastkd", "native", "triton", "eager", "compiled", "liger", "quack")
+# fastkd on the fused backend that is not in force, beside the one that is.
+BACKENDS = ("native", "triton")
+
+
+def _kd(s: Tensor, t: Tensor, temperature: float) -> Tensor:
+    log_q, p = F.log_softmax(s / temperature, 1), F.softmax(t / temperature, 1)
+    return F.kl_div(log_q, p, reduction="none").sum(1).mean() * temperature**2
+
+
+def eager_kd(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    return _kd(s, t, T_KD)
+
+
+def eager_dkd(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    """DKD in the form in wide use: masks, probabilities of two classes, -1000 on the label."""
+    label = torch.zeros_like(s).scatter_(1, y[:, None], 1).bool()
+    q, p = F.softmax(s / T_KD, 1), F.softmax(t / T_KD, 1)
+    two_q, two_p = (torch.stack([(x * label).sum(1), (x * ~label).sum(1)], 1) for x in (q, p))
+    tckd = F.kl_div(two_q.log(), two_p, reduction="sum") * T_KD**2 / s.shape[0]
+    rest_p = F.softmax(t / T_KD - 1000.0 * label, 1)
+    rest_q = F.log_softmax(s / T_KD - 1000.0 * label, 1)
+    return tckd + 8.0 * F.kl_div(rest_q, rest_p, reduction="sum") * T_KD**2 / s.shape[0]
+
+
+def eager_binary_kl_norm(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    """BinaryKL-Norm as released: both halves of a Bernoulli KL, clamped away from 0 and 1."""
+    q = torch.sigmoid((s - t) / T_BINARY).clamp(1e-8, 1 - 1e-8)
+    row = 0.5 * torch.log(0.5 / q) + 0.5 * torch.log(0.5 / (1 - q))
+    return row.sum(1).mean() * T_BINARY**2
+
+
+def eager_ce_kd(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    return 0.1 * F.cross_entropy(s, y) + 0.9 * eager_kd(s, t, y)
+
+
+def eager_lskd(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    s, t = ((z - z.mean(1, keepdim=True)) / (z.std(1, keepdim=True) + 1e-7) for z in (s, t))
+    return _kd(s, t, T_STANDARDIZED)
+
+
+def eager_jsd(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    """JSD at beta 1/2 as the trainers of language models compute it."""
+    log_q, log_p = F.log_softmax(s, -1), F.log_softmax(t, -1)
+    log_m = torch.logsumexp(torch.stack([log_q, log_p]), dim=0) - math.log(2)
+    teacher, student = (F.kl_div(log_m, z, reduction="none", log_target=True) for z in (log_p, log_q))
+    return (0.5 * teacher + 0.5 * student).sum() / s.shape[0]
+
+
+EAGER: dict[str, Loss] = {
+    "kd": eager_kd,
+    "dkd": eager_dkd,
+    "binary-kl-norm": eager_binary_kl_norm,
+    "ce-kd": eager_ce_kd,
+    "lskd": eager_lskd,
+    "jsd": eager_jsd,
+}
+
+
+def liger(loss: str) -> Loss | None:
+    """Liger-Kernel's part of a loss with what its users write around it; None for a loss it has not."""
+    if loss == "kd":
+        from liger_kernel.transformers.kl_div import LigerKLDIVLoss
+
+        kl: Callable[..., Tensor] = LigerKLDIVLoss(reduction="batchmean")
+        return lambda s, t, y: kl(F.log_softmax(s / T_KD, 1), F.softmax(t / T_KD, 1)) * T_KD**2
+    if loss == "jsd":
+        from liger_kernel.transformers.jsd import LigerJSD
+
+        jsd: Callable[..., Tensor] = LigerJSD(beta=0.5)
+        return lambda s, t, y: jsd(F.log_softmax(s, -1), F.log_softmax(t, -1))
+    return None
+
+
+def quack(loss: str) -> Loss | None:
+    """quack's cross-entropy beside KD: what a kernel of one tensor in and one out reaches."""
+    if loss != "kd":
+        return None
+    from quack.cross_entropy import cross_entropy
+
+    return lambda s, t, y: cross_entropy(s, y)
+
+
+def _on_backend(name: str, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def run(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        with backend.use_backend(name):
+            return loss(s, t, y)
+
+    return run
+
+
+def in_force(device: str) -> str:
+    """The backend that ``fastkd`` is measured on."""
+    return backend.resolve(backend.get_backend(), device, torch.float32)
+
+
+def not_measured(device: str) -> dict[str, str]:
+    """The peers that cannot run here, each with its reason."""
+    reasons = {}
+    for name in BACKENDS:
+        reason = backend.missing(name, device)
+        if (name, device) == ("triton", "cpu"):
+            reasons[name] = "runs on GPUs only, this run is on the CPU"
+        elif reason is not None:
+            reasons[name] = reason
+    for name, package in (("liger", "liger_kernel"), ("quack", "quack")):
+        if device != "cuda":
+            reasons[name] = "runs on GPUs only, this run is on the CPU"
+        elif importlib.util.find_spec(package) is None:
+            reasons[name] = f"the package {package} is not installed"
+        elif torch.version.hip is not None and name == "quack":
+            reasons[name] = "runs on NVIDIA GPUs only"
+        elif name == "quack" and torch.cuda.get_device_capability()[0] < 9:
+            reasons[name] = "needs compute capability 9.0 or later"
+    return reasons
+
+
+def variants(loss: str, peers: set[str], device: str) -> dict[str, Any]:
+    """What takes turns for a loss: fastkd, and those of ``peers`` that have the loss; a peer whose import
+    fails is its error's text."""
+    chosen: dict[str, Any] = {"fastkd": FASTKD[loss]}
+    for name in BACKENDS:
+        if name in peers and name != in_force(device):
+            chosen[name] = _on_backend(name, FASTKD[loss])
+    if "eager" in peers:
+        chosen["eager"] = EAGER[loss]
+    if "compiled" in peers:
+        chosen["compiled"] = torch.compile(EAGER[loss], dynamic=False)
+    for name, make in (("liger", liger), ("quack", quack)):
+        if name in peers:
+            try:
+                peer = make(loss)
+            except Exception as error:  # a half-installed peer must not end the run
+                chosen[name] = f"does not import: {type(error).__name__}: {error}"
+            else:
+                if peer is not None:
+                    chosen[name] = peer
+    return chosen

@@ -1,0 +1,93 @@
+"""Losses by Liger-Kernel's and torch's names and conventions that take logits; needs no package.
+
+The softmax that stands before Liger's kernels and before ``torch.nn.KLDivLoss`` belongs to the loss here:
+pass raw logits of both models, and delete the ``log_softmax`` and ``softmax``. (Log-probabilities do no harm,
+for log_softmax leaves them as they are; probabilities would be wrong.)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastkd
+from fastkd import checks
+
+REDUCTIONS = ("batchmean", "sum", "mean")
+
+
+class KLDivLoss(nn.Module):
+    """``torch.nn.KLDivLoss`` and ``LigerKLDIVLoss`` on logits [..., C]: KL of the two softmax at T.
+
+    The value is theirs on log_softmax(z_s / T) and softmax(z_t / T), so **without T^2**. ``reduction`` is
+    theirs too: "batchmean" divides by the size of the first dimension, "sum" by nothing, and "mean", their
+    default, by the number of all elements, classes included: with C classes a loss C times weaker. "none"
+    would be one value an element, which no fused loss has.
+    """
+
+    def __init__(self, reduction: str = "mean", *, temperature: float = 1.0) -> None:
+        super().__init__()
+        if reduction not in REDUCTIONS:
+            raise ValueError(
+                f"reduction is {reduction!r}; expected one of {', '.join(REDUCTIONS)}. fastkd.kd_loss has "
+                "'none': one value a row"
+            )
+        checks.check_temperature(temperature)
+        self.reduction = reduction
+        self.temperature = float(temperature)
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        # A generalised JSD of beta 0 is the forward KL, without T^2.
+        value = fastkd.jsd_loss(
+            student_logits, teacher_logits, beta=0.0, temperature=self.temperature, reduction="sum"
+        )
+        if self.reduction == "sum":
+            return value
+        return value / (student_logits.shape[0] if self.reduction == "batchmean" else student_logits.numel())
+
+    def extra_repr(self) -> str:
+        return f"reduction={self.reduction!r}, temperature={self.temperature}"
+
+
+class JSD(nn.Module):
+    """``LigerJSD`` on logits [N, C]: generalised JSD at T = 1, averaged over the rows that count.
+
+    ``forward(student_logits, teacher_logits, shift_labels=None)``; rows labelled ``ignore_index`` are left
+    out.
+    """
+
+    def __init__(self, beta: float = 0.5, ignore_index: int = -100) -> None:
+        super().__init__()
+        checks.check_number("beta", beta)
+        self.beta = float(beta)
+        self.ignore_index = ignore_index
+
+    def forward(
+        self, student_logits: Tensor, teacher_logits: Tensor, shift_labels: Tensor | None = None
+    ) -> Tensor:
+        return masked_jsd(student_logits, teacher_logits, shift_labels, self.ignore_index, beta=self.beta)
+
+    def extra_repr(self) -> str:
+        return f"beta={self.beta}, ignore_index={self.ignore_index}"
+
+
+def masked_jsd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None,
+    ignore_index: int,
+    *,
+    divisor: Tensor | float | None = None,
+    **options: Any,
+) -> Tensor:
+    """The sum of ``fastkd.jsd_loss`` over the rows not labelled ``ignore_index``, divided by ``divisor``, or
+    by their number (1 where none is left)."""
+    weight = None
+    rows: Tensor | int = student_logits.shape[:-1].numel()
+    if labels is not None:
+        counted = labels != ignore_index
+        weight, rows = counted.to(torch.float32), counted.sum().clamp_min(1)
+    total = fastkd.jsd_loss(student_logits, teacher_logits, weight=weight, reduction="sum", **options)
+    return total / (rows if divisor is None else divisor)

@@ -1,0 +1,54 @@
+"""The loss of TRL's GKD trainer on fastkd's kernels; needs no package.
+
+from trl.experimental.gkd import GKDTrainer
+from fastkd.integrations.trl import generalized_jsd_loss
+GKDTrainer.generalized_jsd_loss = staticmethod(generalized_jsd_loss)
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastkd.integrations.liger import masked_jsd
+
+IGNORE_INDEX = -100
+
+
+def generalized_jsd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    reduction: str = "batchmean",
+    logits_are_probs: bool = False,
+    num_items_in_batch: Tensor | int | None = None,
+) -> Tensor:
+    """``GKDTrainer.generalized_jsd_loss``: same arguments, same value, no T^2.
+
+    Logits [batch, length, C], ``labels`` [batch, length] with -100 where a token does not count. "batchmean"
+    divides by the tokens that count, or without labels by the batch (not by its tokens); "sum" by nothing;
+    ``num_items_in_batch``, where given, is the divisor instead.
+    """
+    if logits_are_probs:
+        raise ValueError(
+            "logits_are_probs is True; fastkd takes logits, of which it makes the softmax itself"
+        )
+    if reduction not in ("batchmean", "sum"):
+        raise ValueError(f"reduction is {reduction!r}; expected 'batchmean' or 'sum'")
+    divisor: Tensor | float | None = num_items_in_batch
+    if divisor is None and reduction == "sum":
+        divisor = 1.0
+    elif divisor is None and labels is None:
+        divisor = max(student_logits.shape[0], 1)
+    if isinstance(divisor, Tensor):
+        divisor = divisor.to(student_logits.device)
+    return masked_jsd(
+        student_logits,
+        teacher_logits,
+        labels,
+        IGNORE_INDEX,
+        divisor=divisor,
+        beta=beta,
+        temperature=temperature,
+    )

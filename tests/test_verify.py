@@ -1,0 +1,96 @@
+"""``fastkd check``: green on the kernels as they are, red on one that is wrong."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastkd
+from fastkd import functional, verify
+from fastkd.ops import native
+
+NATIVE = [("native", "cpu"), ("eager", "cpu")]
+
+
+def test_every_loss_is_checked():
+    checked = {name.split(",")[0] for name in verify.LOSSES}
+    assert checked == set(functional.__all__)
+
+
+def test_green_as_a_user_runs_it():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "fastkd.verify"], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert any(line.startswith("not checked: triton on cpu") for line in lines)
+    assert sum(line.startswith("pass") for line in lines) >= 2 * len(verify.LOSSES)
+    assert "0 failed" in lines[-1]
+
+
+def test_green_on_each_fused_backend(fused):
+    name = fastkd.get_backend()
+    (verdict,) = [v for v in verify.check(["binary_kl_norm_loss"]) if v.where == (name, fused)]
+    assert str(verdict).startswith("pass"), verdict
+
+
+def broken(change):
+    """A launcher of the native backend whose results are changed by ``change(rows, gradient)``."""
+    launch = native.row_loss
+
+    def row_loss(student, teacher, target, row_weight, scale, loss, options, rows, terms, gradient):
+        launch(student, teacher, target, row_weight, scale, loss, options, rows, terms, gradient)
+        change(rows, gradient)
+
+    return row_loss
+
+
+def scale_one_row(rows, gradient):
+    gradient[-1].mul_(1.001)
+
+
+def forget_one_column(rows, gradient):
+    gradient[:, gradient.shape[1] // 2] = 0
+
+
+BREAKAGES = {
+    "gradient scaled by 1.001": lambda rows, gradient: gradient.mul_(1.001),
+    "one row's gradient scaled": scale_one_row,
+    "a class not written": forget_one_column,
+    "loss off by 1e-3": lambda rows, gradient: rows.mul_(1.001),
+    "a NaN": lambda rows, gradient: gradient[0, :1].fill_(torch.nan),
+    "not 0 at equal logits": lambda rows, gradient: gradient.add_(1e-9),
+}
+
+
+@pytest.mark.parametrize("breakage", BREAKAGES)
+def test_red_on_a_broken_kernel(breakage, monkeypatch, capsys):
+    monkeypatch.setattr(native, "row_loss", broken(BREAKAGES[breakage]))
+    monkeypatch.setattr(verify, "here", lambda: (NATIVE, {}))
+    assert verify.main(["--losses", "reverse_kl_loss"]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("FAIL  reverse_kl_loss")
+    assert said[1].startswith("pass  reverse_kl_loss")  # the eager backend is sound
+    assert "1 passed, 1 failed" in said[-1]
+
+
+def test_red_on_a_kernel_that_does_not_run(monkeypatch):
+    def row_loss(*_):
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(native, "row_loss", row_loss)
+    monkeypatch.setattr(verify, "here", lambda: (NATIVE, {}))
+    native_verdict, eager_verdict = verify.check(["kd_loss"])
+    assert str(native_verdict).startswith("FAIL")
+    assert "no kernel image" in str(native_verdict)
+    assert not eager_verdict.failures
+
+
+def test_the_backend_in_force_is_kept(monkeypatch):
+    monkeypatch.setattr(verify, "here", lambda: (NATIVE, {}))
+    with fastkd.use_backend("eager"):
+        list(verify.check(["binary_kl_norm_loss"]))
+        assert fastkd.get_backend() == "eager"
