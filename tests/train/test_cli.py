@@ -110,13 +110,16 @@ def test_other_data_or_settings_get_another_teacher(tiny: list[str], workplace: 
     )  # another student seed: the same teacher
 
 
-@pytest.mark.parametrize("name", ["dkd", "lskd", "binary-kl-norm"])
+@pytest.mark.parametrize("name", ["dkd", "lskd", "binary-kl-norm", "dckd", "dhkd", "mhkd"])
 def test_the_other_recipes_train(tiny: list[str], workplace: Path, name: str) -> None:
     assert main(["train", f"glyphs/{name}", *tiny, "train.epochs=1", "teacher.epochs=1"]) == 0
     (record,) = metrics(workplace / "runs" / f"glyphs-{name}-001")
     expected = {
         "dkd": {"ce", "tckd", "nckd"},
         "lskd": {"ce", "kd"},
+        "dckd": {"ce", "tckd", "nckd"},
+        "dhkd": {"ce", "binary_kl_norm"},
+        "mhkd": {"ce", "kd", "head_ce", "head_kd", "teacher_head_ce"},
         "binary-kl-norm": {"ce", "binary_kl_norm"},
     }
     assert set(record["terms"]) == expected[name]

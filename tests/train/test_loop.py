@@ -72,14 +72,16 @@ def test_history_holds_terms_and_time(data: GlyphData) -> None:
     result = run(data, network(data), network(data, 4, 1))
     for record in result.history:
         assert set(record["terms"]) == {"ce", "kd"}
-        weighted = 0.1 * record["terms"]["ce"] + 0.9 * record["terms"]["kd"]
+        weighted = (
+            0.1 * record["terms"]["ce"] + 0.9 * record["terms"]["kd"]
+        )  # the loss's own terms, as they come
         assert record["loss"] == pytest.approx(weighted, rel=1e-4)
         assert set(record["seconds"]) == set(PARTS)
         assert all(record["seconds"][part] > 0 for part in PARTS)
     assert result.seconds["loss"] == pytest.approx(sum(r["seconds"]["loss"] for r in result.history))
 
 
-def test_the_cut_graph_gives_the_gradient_of_the_whole(data: GlyphData) -> None:
+def test_a_step_is_the_step_of_a_bare_loop(data: GlyphData) -> None:
     teacher = network(data, 4, 1).eval()
     images, target = next(iter(data.train_loader(64, 0, CPU)))
 
@@ -90,11 +92,11 @@ def test_the_cut_graph_gives_the_gradient_of_the_whole(data: GlyphData) -> None:
     KD(whole(images), teacher_logits, target)[0].backward()
     optimizer.step()
 
-    cut = network(data)
-    optimizer = torch.optim.SGD(cut.parameters(), lr=0.1)
+    fitted = network(data)
+    optimizer = torch.optim.SGD(fitted.parameters(), lr=0.1)
     batch = [(images, target)]
-    fit(cut, teacher, batch, batch, loss=KD, epochs=1, optimizer=optimizer, progress=False)
-    for (name, expected), got in zip(whole.named_parameters(), cut.parameters(), strict=True):
+    fit(fitted, teacher, batch, batch, loss=KD, epochs=1, optimizer=optimizer, progress=False)
+    for (name, expected), got in zip(whole.named_parameters(), fitted.parameters(), strict=True):
         torch.testing.assert_close(got, expected, msg=name)
 
 
