@@ -7,12 +7,16 @@ a method all go by them. ``**shared`` in a signature means "and those of the cla
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 Weight = Annotated[float, Ge(0.0), Lt(float("inf"))]
 Positive = Annotated[float, Gt(0.0), Lt(float("inf"))]
@@ -67,28 +71,38 @@ def check_options(
     ``partial``: an option without a default may be left out (it is given by position). Raises
     ``OptionError``: an unknown option (with the nearest valid names), a missing one, a wrong type or value.
     """
-    from pydantic import ConfigDict, ValidationError, create_model  # wanted here only
+    from pydantic import ValidationError  # wanted here only
 
     options = options_of(cls)
     for name in values:
         if name not in options:
             known = ", ".join(options) or "none"
             raise OptionError(f"unknown option {prefix}{name}{nearest(name, options)}; there are {known}")
+    try:
+        checked = _model_of(cls, partial)(**{_PREFIX + name: value for name, value in values.items()})
+    except ValidationError as error:
+        raise OptionError("; ".join(_explain(item, prefix) for item in error.errors())) from None
+    return {name: getattr(checked, _PREFIX + name) for name in options}
+
+
+# Before names of fields, which pydantic does not allow to be such as "model_x" or "copy".
+_PREFIX = "option_"
+
+
+@functools.lru_cache(maxsize=256)
+def _model_of(cls: type, partial: bool) -> type[BaseModel]:
+    from pydantic import ConfigDict, create_model
+
     absent = None if partial else ...
     fields: dict[str, Any] = {
-        f"option_{name}": (
+        _PREFIX + name: (
             option.annotation,
             absent if option.default is inspect.Parameter.empty else option.default,
         )
-        for name, option in options.items()
+        for name, option in options_of(cls).items()
     }
-    strict = ConfigDict(strict=True, arbitrary_types_allowed=True)
-    model = create_model("Options", __config__=strict, **fields)
-    try:
-        checked = model(**{f"option_{name}": value for name, value in values.items()})
-    except ValidationError as error:
-        raise OptionError("; ".join(_explain(item, prefix) for item in error.errors())) from None
-    return {name: getattr(checked, f"option_{name}") for name in options}
+    config = ConfigDict(strict=True, arbitrary_types_allowed=True)
+    return create_model("Options", __config__=config, **fields)
 
 
 def is_file(annotation: Any) -> bool:
@@ -103,7 +117,7 @@ def nearest(word: str, possible: Iterable[str]) -> str:
 
 
 def _explain(item: Any, prefix: str) -> str:
-    name = prefix + str(item["loc"][0]).removeprefix("option_")
+    name = prefix + str(item["loc"][0]).removeprefix(_PREFIX)
     if item["type"] == "missing":
         return f"{name} is missing"
     message = item["msg"]

@@ -47,18 +47,21 @@ _TORCHVISION = "torchvision/"
 
 
 def check_model(name: str, width: int | None) -> None:
-    """Raise ``ValueError`` unless there is a network ``name``, and a width just where it takes one."""
-    names: list[str] = [*_SCALABLE, *_FIXED]
-    if name.startswith(_TORCHVISION):
-        import torchvision
+    """Raise ``ValueError`` unless there is a network ``name``, and a width just where it takes one.
 
-        names = [_TORCHVISION + model for model in torchvision.models.list_models(torchvision.models)]
+    Names of torchvision's are believed until they are built: importing it takes seconds.
+    """
+    if not name.startswith(_TORCHVISION):
+        _check_name(name, [*_SCALABLE, *_FIXED])
+    if (width is None) == (name in _SCALABLE):
+        raise ValueError(f"{name} needs a width" if width is None else f"{name} has no width, got {width}")
+
+
+def _check_name(name: str, names: list[str]) -> None:
     if name not in names:
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
         hint = f" (did you mean {', '.join(near)}?)" if near else ""
         raise ValueError(f"unknown model {name!r}{hint}; there are {', '.join(names[:40])}")
-    if (width is None) == (name in _SCALABLE):
-        raise ValueError(f"{name} needs a width" if width is None else f"{name} has no width, got {width}")
 
 
 def build_model(name: str, *, num_classes: int, width: int | None = None, channels: int = 3) -> nn.Module:
@@ -75,7 +78,8 @@ def build_model(name: str, *, num_classes: int, width: int | None = None, channe
     if name in _SCALABLE:
         return _SCALABLE[name](num_classes, width=width)
     if name.startswith(_TORCHVISION):
-        import torchvision
+        from torchvision import models
 
-        return torchvision.models.get_model(name.removeprefix(_TORCHVISION), num_classes=num_classes)
+        _check_name(name, [_TORCHVISION + model for model in models.list_models(models)])
+        return models.get_model(name.removeprefix(_TORCHVISION), num_classes=num_classes)
     return _FIXED[name](num_classes)

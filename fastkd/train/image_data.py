@@ -244,9 +244,7 @@ class FolderImages:
                 for part, start in (("train", cropped if augment else centre), ("val", centre))
             )
         except (FileNotFoundError, OSError) as error:
-            raise DataError(
-                f"data.folder: {folder} is not laid out as train/CLASS, val/CLASS: {error}"
-            ) from None
+            raise DataError(f"data.folder: {folder} must hold train/CLASS and val/CLASS: {error}") from None
         if self._train.classes != self._val.classes:
             raise DataError(f"data.folder: train and val of {folder} have different class folders")
         self.num_classes = len(self._train.classes)

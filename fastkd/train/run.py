@@ -34,7 +34,9 @@ class Stopped(KeyboardInterrupt):
 
 
 @dataclass(frozen=True)
-class _TeacherInUse:
+class TeacherInUse:
+    """A trained teacher and what is known of it."""
+
     model: nn.Module
     summary: dict[str, Any]  # checkpoint, val_accuracy (last epoch), best_val_accuracy where known
 
@@ -64,7 +66,7 @@ def run_recipe(
             folder = create_run_folder(runs, name)
         write_recipe(folder, name, recipe)
         if recipe.teacher is not None and teacher is None:
-            teacher = _own_teacher(recipe.teacher, data, runs, device, console)
+            teacher = own_teacher(recipe.teacher, data, runs, device, console)
         if teacher is not None:
             accuracy, path = teacher.summary["val_accuracy"], teacher.summary["checkpoint"]
             console.print(f"teacher: {accuracy:.2%}, {path}", markup=False)
@@ -82,7 +84,7 @@ def _distil(
     name: str,
     recipe: Recipe,
     data: Data,
-    teacher: _TeacherInUse | None,
+    teacher: TeacherInUse | None,
     folder: Path,
     device: torch.device,
     console: Console,
@@ -90,11 +92,11 @@ def _distil(
     """Train the student and write the summary."""
     # Seeded here, so that a student does not depend on whether its teacher was trained or read.
     torch.manual_seed(recipe.train.seed)
-    student = _build(recipe.student, data).to(device)
+    student = build_network(recipe.student, data).to(device)
     result = _fit_in_folder(
         folder,
         "student",
-        _build_method(recipe, student, teacher.model if teacher else None, data, device),
+        build_method(recipe, student, teacher.model if teacher else None, data, device),
         recipe.train,
         data,
         device,
@@ -139,10 +141,10 @@ def comparison_key(recipe: Recipe, data: Data) -> str:
     return _hash([data.fingerprint, recipe.student.model_dump(), train])
 
 
-def _load_given_teacher(config: Teacher, data: Data, device: torch.device) -> _TeacherInUse | None:
+def _load_given_teacher(config: Teacher, data: Data, device: torch.device) -> TeacherInUse | None:
     if config.checkpoint is None:
         return None
-    model = _build(config, data)
+    model = build_network(config, data)
     path = Path(config.checkpoint)
     facts = load_weights(
         model,
@@ -154,12 +156,12 @@ def _load_given_teacher(config: Teacher, data: Data, device: torch.device) -> _T
     if facts.get("data") != _hash(data.fingerprint) or accuracy is None:
         model.to(device)
         accuracy, _ = evaluate(model, data.val_loader(device), device=device)
-    return _TeacherInUse(model, {"checkpoint": str(path), "val_accuracy": accuracy})
+    return TeacherInUse(model, {"checkpoint": str(path), "val_accuracy": accuracy})
 
 
-def _own_teacher(
+def own_teacher(
     config: Teacher, data: Data, runs: Path, device: torch.device, console: Console
-) -> _TeacherInUse:
+) -> TeacherInUse:
     """The teacher of this data and configuration: read, gone on with, or trained."""
     # The hash holds all that determines the weights: other data never meet this teacher.
     settings = config.model_dump(exclude={"checkpoint"})
@@ -168,7 +170,7 @@ def _own_teacher(
     folder = runs / "teachers" / f"{label}-{key}"
     path = folder / "teacher.pt"
     torch.manual_seed(config.seed)
-    model = _build(config, data)
+    model = build_network(config, data)
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "run.json", {"name": "teacher", "settings": settings, "data": data.describe()})
@@ -201,7 +203,7 @@ def _own_teacher(
     }
     if "val_accuracy" not in known:
         raise TrainError(f"checkpoint {path} lacks its accuracy; delete it to have the teacher trained again")
-    return _TeacherInUse(model, {"checkpoint": str(path), **known})
+    return TeacherInUse(model, {"checkpoint": str(path), **known})
 
 
 def _fit_in_folder(
@@ -221,7 +223,7 @@ def _fit_in_folder(
     """Train with one method, going on from the folder's last checkpoint if there is one."""
     resume = read_resume_state(folder)
     train_loader = data.train_loader(optimization.batch_size, optimization.seed, device)
-    optimizer = _optimizer(method, optimization)
+    optimizer = build_optimizer(method, optimization)
     recorder = RunRecorder(
         folder,
         ConsoleProgress(role, console),
@@ -237,7 +239,7 @@ def _fit_in_folder(
         data.val_loader(device),
         epochs=optimization.epochs,
         optimizer=optimizer,
-        scheduler=_scheduler(optimizer, optimization, len(train_loader)),
+        scheduler=build_scheduler(optimizer, optimization, len(train_loader)),
         clip_norm=clip_norm,
         device=device,
         precision=precision,
@@ -246,9 +248,10 @@ def _fit_in_folder(
     )
 
 
-def _build_method(
+def build_method(
     recipe: Recipe, student: nn.Module, teacher: nn.Module | None, data: Data, device: torch.device
 ) -> Method:
+    """The recipe's method on ``device``. Raises ``RecipeError`` if it does not fit the networks."""
     example, _ = data.example()
     if teacher is not None:
         teacher.to(device)
@@ -262,9 +265,9 @@ def _build_method(
 def _try_method(recipe: Recipe, data: Data, device: torch.device) -> None:
     """A step on two images with untrained networks: what does not fit is found before any training."""
     with torch.random.fork_rng():
-        student = _build(recipe.student, data).to(device)
-        teacher = _build(recipe.teacher, data) if recipe.teacher is not None else None
-        method = _build_method(recipe, student, teacher, data, device)
+        student = build_network(recipe.student, data).to(device)
+        teacher = build_network(recipe.teacher, data) if recipe.teacher is not None else None
+        method = build_method(recipe, student, teacher, data, device)
         images, target = data.example()
         try:
             method.check((images.to(device), target.to(device)))
@@ -272,7 +275,8 @@ def _try_method(recipe: Recipe, data: Data, device: torch.device) -> None:
             raise RecipeError(f"method {recipe.method}: {error}") from None
 
 
-def _build(config: Model, data: Data) -> nn.Module:
+def build_network(config: Model, data: Data) -> nn.Module:
+    """A fresh network for the data. Raises ``RecipeError`` if it takes other images."""
     try:
         return build_model(
             config.name, num_classes=data.num_classes, width=config.width, channels=data.channels
@@ -281,7 +285,8 @@ def _build(config: Model, data: Data) -> nn.Module:
         raise RecipeError(str(error)) from None
 
 
-def _optimizer(method: Method, config: Optimization) -> torch.optim.Optimizer:
+def build_optimizer(method: Method, config: Optimization) -> torch.optim.Optimizer:
+    """Over all that the method trains."""
     parameters = [parameter for parameter in method.parameters() if parameter.requires_grad]
     if config.optimizer == "sgd":
         return torch.optim.SGD(
@@ -291,7 +296,8 @@ def _optimizer(method: Method, config: Optimization) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
 
-def _scheduler(optimizer: torch.optim.Optimizer, config: Optimization, batches: int) -> Any:
+def build_scheduler(optimizer: torch.optim.Optimizer, config: Optimization, batches: int) -> Any:
+    """To be stepped after each of ``batches`` steps an epoch; None for a constant learning rate."""
     steps = batches * config.epochs
     if config.schedule == "one_cycle":
         return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=config.lr, total_steps=steps)

@@ -110,7 +110,6 @@ def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ("student.name=glyph_cn", ["student: unknown model 'glyph_cn'", "did you mean glyph_cnn"]),
         ("student.name=resnet8", ["student: resnet8 has no width"]),
         ("student.width=null", ["student: glyph_cnn needs a width"]),
-        ("student.name=torchvision/resnet9", ["torchvision/resnet50"]),
         ("data.holdout=Sans", ["data.holdout", "'Sans'", "list"]),
         ("train.epochs", ["'train.epochs'", "key=value"]),
         ("train.lr=[1", ["train.lr", "not valid YAML"]),
@@ -156,7 +155,7 @@ def test_missing_keys_are_named(tmp_path: Path) -> None:
 def test_an_unknown_recipe_gets_the_nearest_names() -> None:
     with pytest.raises(RecipeError, match=r"did you mean .*glyphs/dkd"):
         load_recipe("glyphs/dkdd")
-    with pytest.raises(RecipeError, match="did you mean glyphs/lskd"):
+    with pytest.raises(RecipeError, match=r"did you mean .*glyphs/lskd"):
         load_recipe("lskd")
     with pytest.raises(RecipeError, match=r"no recipe file nowhere\.yaml"):
         load_recipe("nowhere.yaml")
