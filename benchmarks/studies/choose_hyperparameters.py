@@ -68,10 +68,11 @@ def choose(name: str, overrides: list[str], seeds: range, output: Path, runs: Pa
     if stated.method not in GRIDS:
         raise SystemExit(f"{name}: no grid for the method {stated.method}; there are {', '.join(GRIDS)}")
     grid = GRIDS[stated.method]
+    earlier = read(output)
     done = {
         (line["recipe"], json.dumps(line["options"]), line["seed"]): line
-        for line in read(output)
-        if "seed" in line
+        for line in earlier
+        if "seed" in line and line["overrides"] == overrides
     }
     means: dict[str, float] = {}
     for values in itertools.product(*grid.values()):
@@ -101,10 +102,10 @@ def choose(name: str, overrides: list[str], seeds: range, output: Path, runs: Pa
 
     best = max(means, key=rank)
     console.print(f"{name}: chosen {best}, {means[best]:.2%} on the face or images held out", markup=False)
-    append(
-        output,
-        {"recipe": name, "chosen": json.loads(best), "last": means[best], "grid": grid, "split": split},
-    )
+    choice = {"recipe": name, "chosen": json.loads(best), "last": means[best], "grid": grid}
+    choice |= {"overrides": overrides, "split": split}
+    if choice not in earlier:
+        append(output, choice)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
