@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from .taps import FeatureError
+from .taps import FeatureError, unwrapped
 
 # The attribute of torchvision's, timm's and fastkd's networks, in the order in which they are believed.
 _NAMES = ("fc", "classifier", "head", "heads", "linear")
@@ -18,6 +18,7 @@ def find_classifier(model: nn.Module, role: str = "student") -> tuple[str, nn.Li
     timm's networks say themselves (``get_classifier``); elsewhere it is the last ``nn.Linear`` in ``fc``,
     ``classifier``, ``head``, ``heads`` or ``linear``, or the only one there is. Raises ``FeatureError``.
     """
+    model = unwrapped(model)
     tell = getattr(model, "get_classifier", None)
     candidates: Iterable[nn.Module | None] = [getattr(model, name, None) for name in _NAMES]
     if callable(tell):

@@ -23,7 +23,7 @@ from torch.amp import GradScaler
 from .classifier import find_classifier
 from .features import Hint, angle_loss, distance_loss
 from .options import GIVEN, Weight, check_options, nearest
-from .taps import INPUT, Taps, eval_mode, logits_of
+from .taps import INPUT, Taps, eval_mode, logits_of, unwrapped
 
 Terms = dict[str, Tensor]
 TOTAL = "loss"  # the name under which a fused loss of several terms carries their gradient
@@ -43,18 +43,15 @@ class Seen:
 class Method(nn.Module):
     """A way to train ``student`` with ``teacher``. Subclass it and define ``terms``; that is all.
 
-    The class is known to recipes by its name in lower case, or ``class MyMethod(Method, name="other")``; one
-    that lives in no imported module by ``module:Class``. The keyword arguments of ``__init__`` are the
-    options, and their annotations (``fastkd.distill.Weight``, ``Literal[...]``, ...) are checked on
-    construction.
+    The class is known by its name in lower case, or by ``class MyMethod(Method, name="other")``; to a recipe
+    also by ``module:Class``, which is imported. The keyword arguments of ``__init__`` are the options; their
+    annotations (``fastkd.distill.Weight``, ``Literal[...]``, ...) are checked on construction.
 
     Args:
         student: any module from inputs to logits ``[N, C]``; trained in place.
         teacher: likewise, or None for a method that uses none. It is put into eval mode, runs without
-            gradient
-            and is no submodule: not in ``parameters()`` or ``state_dict()``, never wrapped by DDP.
-        example: a batch of inputs, on the student's device; for methods that must know the shapes of
-            features.
+            gradient and is no submodule: not in ``parameters()`` or ``state_dict()``, never wrapped by DDP.
+        example: a batch of inputs, on the student's device; for methods that must know shapes of features.
         hint_weight: weight of the hint of FitNets, the mean squared error between the teacher's feature and a
             projection of the student's. Published: 100 (CRD's benchmark).
         hint_layer, hint_teacher_layer: paths of the two layers; the teacher's is by default the student's.
@@ -113,11 +110,8 @@ class Method(nn.Module):
         self._teacher = (None if teacher is None else teacher.eval(),)
         self.student_taps = Taps(student, "student")
         self.teacher_taps = Taps(teacher or nn.Identity(), "teacher")
-        self._hint_weight, self._distance_weight, self._angle_weight = (
-            hint_weight,
-            distance_weight,
-            angle_weight,
-        )
+        self._hint_weight = hint_weight
+        self._distance_weight, self._angle_weight = distance_weight, angle_weight
         self.hint: Hint | None = None
         if hint_weight:
             if hint_layer is None:
@@ -203,14 +197,7 @@ class Method(nn.Module):
 
     def export(self) -> nn.Module:
         """The plain student: the module that was given, freed of wrappers, nothing of the method in it."""
-        student: Any = self.student
-        while True:
-            if isinstance(student, nn.parallel.DistributedDataParallel):
-                student = student.module
-            elif hasattr(student, "_orig_mod"):  # torch.compile's wrapper
-                student = student._orig_mod
-            else:
-                return student
+        return unwrapped(self.student)
 
     def parts_state(self) -> dict[str, Tensor]:
         """State of everything beyond the student: heads and projections. ``load_parts_state`` reads it."""
@@ -228,7 +215,7 @@ class Method(nn.Module):
     def check(self, batch: tuple[Tensor, Tensor]) -> None:
         """A step in eval mode without gradient: what does not fit raises here, and nothing changes."""
         with eval_mode(self, self.teacher):
-            self.loss(batch)
+            total_of(self.loss(batch))
 
     # What a subclass may use.
 
@@ -264,6 +251,8 @@ class Method(nn.Module):
 
 def total_of(terms: Terms) -> Tensor:
     """The sum of the terms that require grad; of all if none does. Raises ``ValueError`` for no scalar."""
+    if not terms:
+        raise ValueError("terms is empty; expected one named scalar at least")
     for name, value in terms.items():
         if not isinstance(value, Tensor) or value.ndim != 0:
             raise ValueError(

@@ -20,18 +20,20 @@ class FeatureError(ValueError):
 class Taps:
     """Reads the outputs of the layers of ``model`` that ``paths`` name; ``path:input`` is a layer's input.
 
-    Paths are those of ``model.named_modules()``. ``role`` ("student", "teacher") is for messages.
+    Paths are those of ``model.named_modules()``, without wrappers such as DDP's. ``role`` ("student",
+    "teacher") is for messages.
     """
 
     def __init__(self, model: nn.Module, role: str) -> None:
         self._model = model
+        self._plain = unwrapped(model)
         self._role = role
         self._layers: dict[str, tuple[nn.Module, bool]] = {}
 
     def add(self, path: str) -> str:
         """Read ``path`` from now on; returns it. Raises ``FeatureError`` if there is no such layer."""
         name = path.removesuffix(INPUT)
-        layers = dict(self._model.named_modules())
+        layers = dict(self._plain.named_modules())
         if not name or name not in layers:
             raise FeatureError(f"the {self._role} has no layer {name!r}; {_near(name, layers)}")
         self._layers[path] = (layers[name], path.endswith(INPUT))
@@ -81,6 +83,18 @@ class Taps:
         with eval_mode(self._model), self.reading() as features:
             logits = logits_of(self._model, example, self._role)
         return {path: feature.shape for path, feature in features.items()}, logits.shape
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel, DataParallel or torch.compile."""
+    inner: Any = model
+    while True:
+        if isinstance(inner, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            inner = inner.module
+        elif hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        else:
+            return inner
 
 
 def logits_of(model: nn.Module, inputs: Any, role: str) -> Tensor:

@@ -136,7 +136,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def comparison_key(recipe: Recipe, data: Data) -> str:
-    """Equal for runs that differ in loss, teacher or seed only, so that their results can be compared."""
+    """Equal for runs that differ in method, teacher or seed only, so that their results can be compared."""
     train = recipe.train.model_dump(exclude={"seed", "device", "threads"})
     return _hash([data.fingerprint, recipe.student.model_dump(), train])
 

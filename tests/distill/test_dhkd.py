@@ -11,10 +11,10 @@ import torch
 import torch.multiprocessing as multiprocessing
 from torch import Tensor, nn
 
-from fastkd.distill import DHKD, GradientAlignment
+from fastkd.distill import DHKD, GradientAlignment, find_method
 from fastkd.distill.alignment import parameters_of
 
-from .models import CLASSES, Net, batch, pair
+from .models import CLASSES, METHODS, Net, batch, pair
 
 SCOPES = ("all", "shared")
 
@@ -197,7 +197,7 @@ def _rank(rank: int, port: int, folder: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    found = {}
+    found: dict[str, list[dict[str, Tensor]]] = {}
     for scope in SCOPES:
         method, (images, target) = conflicting(scope)
         runner = nn.parallel.DistributedDataParallel(method)
@@ -212,8 +212,19 @@ def _rank(rank: int, port: int, folder: str) -> None:
         method.backward(runner((images[mine][2:], target[mine][2:])), micro_batches=2)
         method.finish_gradients()
         found[scope] = [whole, gradients(method)]
+    for name in ("dckd", "mhkd"):
+        found[name] = [gradients_of_half(name, rank, wrapped=True)]
     torch.save(found, Path(folder) / f"{rank}.pt")
     torch.distributed.destroy_process_group()
+
+
+def gradients_of_half(name: str, rank: int, *, wrapped: bool) -> dict[str, Tensor]:
+    method = find_method(name)(*pair(), example=batch(2)[0], **METHODS[name]).eval()
+    runner = nn.parallel.DistributedDataParallel(method) if wrapped else method
+    images, target = batch()
+    mine = slice(4 * rank, 4 * rank + 4)
+    method.backward(runner((images[mine], target[mine])))
+    return gradients(method)
 
 
 def test_two_processes_align_the_reduced_gradient(tmp_path: Path) -> None:
@@ -221,6 +232,12 @@ def test_two_processes_align_the_reduced_gradient(tmp_path: Path) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     multiprocessing.spawn(_rank, (port, str(tmp_path)), nprocs=2)
+    for name in ("dckd", "mhkd"):  # methods without an alignment leave everything to DDP
+        halves = [gradients_of_half(name, rank, wrapped=False) for rank in (0, 1)]
+        for rank in (0, 1):
+            (found,) = torch.load(tmp_path / f"{rank}.pt")[name]
+            for key, gradient in found.items():
+                torch.testing.assert_close(gradient, (halves[0][key] + halves[1][key]) / 2)
     for scope in SCOPES:
         method, one = conflicting(scope)
         expected = aligned(*separate(method, [one]), scope)

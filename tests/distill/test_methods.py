@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import fastkd
 from fastkd import reference
-from fastkd.distill import DCKD, DKD, KD, Method, OptionError, find_method, options_of
+from fastkd.distill import DCKD, DHKD, DKD, KD, Method, OptionError, find_method, options_of
 from fastkd.distill.method import total_of
 
 from .models import CLASSES, METHODS, Net, batch, pair
@@ -72,9 +72,14 @@ def test_export_is_the_plain_student(name: str) -> None:
     plain.load_state_dict(exported.state_dict())
     with torch.no_grad():
         assert torch.equal(exported.eval()(images), plain.eval()(images))
-    wrapped = build(name)
-    wrapped.student = torch.compile(wrapped.student)
-    assert type(wrapped.export()) is Net
+
+
+def test_wrapped_students() -> None:
+    student, teacher = pair()
+    for wrapped in (torch.compile(student), nn.DataParallel(student)):
+        method = DHKD(wrapped, teacher, hint_layer="features.1", hint_weight=1.0, example=batch(2)[0])
+        assert method.export() is student
+        assert method.feature == "fc:input"  # paths are those of the plain student
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -241,6 +246,11 @@ def test_a_missing_teacher_and_unlike_classes() -> None:
         ValueError, match=r"the student returns a torch.float32 tensor of shape \[8, 3, 8, 8\]"
     ):
         KD(nn.Identity(), student).check(batch())
+    for wrong, words in (({}, "terms is empty"), ({"a": torch.zeros(2)}, r"'a' is torch.Size\(\[2\]\)")):
+        method = KD(student, Net(6))
+        method.terms = lambda seen, wrong=wrong: dict(wrong)
+        with pytest.raises(ValueError, match=words):
+            method.check(batch())
     with pytest.raises(ValueError, match=r"unknown method 'dkhd' .did you mean .*dhkd"):
         find_method("dkhd")
     with pytest.raises(ValueError, match="cannot be imported"):
