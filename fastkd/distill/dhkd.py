@@ -57,25 +57,19 @@ class DHKD(Method):
         **shared: Any,
     ) -> None:
         super().__init__(student, teacher, **shared)
-        self.ce_weight, self.alpha, self.temperature, self.stop_epoch = (
-            ce_weight,
-            alpha,
-            temperature,
-            stop_epoch,
-        )
+        self.ce_weight, self.alpha = ce_weight, alpha
+        self.temperature, self.stop_epoch = temperature, stop_epoch
         self.alignment = None if align == "none" else GradientAlignment(align)
         if feature is None:
             path, classifier = find_classifier(student)
             self.feature = self.student_taps.add(path + INPUT)
-            width, num_classes, device = (
-                classifier.in_features,
-                classifier.out_features,
-                classifier.weight.device,
-            )
+            width, num_classes = classifier.in_features, classifier.out_features
+            device = classifier.weight.device
         else:
             self.feature = self.student_taps.add(feature)
             shapes, logits_shape = self.student_taps.shapes(self.example)
-            width, num_classes, device = width_of(shapes[feature]), logits_shape[1], self.example.device
+            width, num_classes = width_of(shapes[feature]), logits_shape[1]
+            device = self.example.device
         self.head = pooled_head(head, width, num_classes, hidden=hidden, dropout=dropout).to(device)
 
     def needs_teacher(self) -> bool:
