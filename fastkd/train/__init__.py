@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .loop import FitResult, Watcher, evaluate, fit
+    from .loop import FitResult, Watcher, evaluate, fit, fit_method
 
-__all__ = ["FitResult", "Watcher", "evaluate", "fit"]
+__all__ = ["FitResult", "Watcher", "evaluate", "fit", "fit_method"]
 
 
 def __getattr__(name: str) -> Any:

@@ -53,13 +53,13 @@ def plot_curves(
     accuracy.yaxis.set_major_formatter(PercentFormatter(1.0))
     accuracy.legend(frameon=False)
 
-    terms = list(history[-1]["terms"])
+    terms = list(dict.fromkeys(name for record in history for name in record["terms"]))
     if len(terms) != 1:
         losses.plot(epochs, [r["loss"] for r in history], color="0.2", label="loss", linewidth=2)
     for name, colour in zip(terms, _COLOURS * len(terms), strict=False):
         values = [r["terms"].get(name, float("nan")) for r in history]
         losses.plot(epochs, values, marker=marker, markersize=4, color=colour, label=name)
-    losses.set(title="training loss, and its terms before weighting", xlabel="epoch")
+    losses.set(title="training loss and its terms", xlabel="epoch")
     # A logarithm shows a late, small term; a term may be exactly 0, which it cannot show.
     if all(value > 0 for r in history for value in (r["loss"], *r["terms"].values())):
         losses.set_yscale("log")

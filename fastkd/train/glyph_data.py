@@ -40,6 +40,14 @@ class GlyphData:
         return self.images.shape[1]
 
     @property
+    def channels(self) -> int:
+        return 1
+
+    @property
+    def notes(self) -> list[str]:
+        return self.glyphs.notes
+
+    @property
     def fingerprint(self) -> list[object]:
         """What a network trained on these data depends on, apart from its own settings."""
         return [self.glyphs.digest, self.train_faces, self.val_faces, self.augment]
@@ -60,14 +68,18 @@ class GlyphData:
     def val_loader(self, device: torch.device, batch_size: int = 512) -> GlyphLoader:
         return GlyphLoader(self.images, self.val_faces, batch_size, device=device)
 
+    def example(self) -> tuple[Tensor, Tensor]:
+        """Two images as a network sees them, and their labels."""
+        return next(iter(self.val_loader(torch.device("cpu"), batch_size=2)))
+
 
 def load_glyph_data(config: GlyphsData) -> GlyphData:
     """Render (or read from the cache) and split. Raises ``DataError``."""
     glyphs, images = load_glyphs(config.fonts, config.characters, config.coverage)
     holdout = config.holdout
     if holdout is None and config.fonts is None:
-        holdout = list(DEJAVU_HOLDOUT)
-    train, val = split_faces(glyphs.faces, glyphs.files, holdout)
+        holdout = [face for face in DEJAVU_HOLDOUT if face not in (config.exclude or ())]
+    train, val = split_faces(glyphs.faces, glyphs.files, holdout, config.exclude)
     return GlyphData(glyphs, images, train, val, config.augment)
 
 

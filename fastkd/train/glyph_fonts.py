@@ -162,15 +162,26 @@ def _is_visible(point: int) -> bool:
 
 
 def split_faces(
-    names: Sequence[str], files: Sequence[str], holdout: Sequence[str] | None
+    names: Sequence[str],
+    files: Sequence[str],
+    holdout: Sequence[str] | None,
+    exclude: Sequence[str] | None = None,
 ) -> tuple[list[int], list[int]]:
     """Indices of the training and of the validation faces, given each face's name and file.
 
     ``holdout`` names validation faces. Without it every fourth *file* validates, in order of file name,
     the last one if there are fewer than four: faces of one collection often share most outlines,
     so that a split between them would show training images at validation. A single file
-    is split by faces. Raises ``DataError``.
+    is split by faces. ``exclude`` names faces that neither train nor validate. Raises ``DataError``.
     """
+    if exclude:
+        _check_names(names, exclude, "data.exclude")
+        kept = [i for i, name in enumerate(names) if name not in exclude]
+        if len(kept) < 2:
+            raise DataError(f"data.exclude leaves {len(kept)} of {len(names)} faces; two are needed at least")
+        parts = split_faces([names[i] for i in kept], [files[i] for i in kept], holdout)
+        train, val = ([kept[i] for i in part] for part in parts)
+        return train, val
     if holdout is not None:
         return _split_by_name(names, holdout)
     keys: Sequence[str] = files if len(set(files)) > 1 else names
@@ -186,14 +197,18 @@ def split_faces(
 
 
 def _split_by_name(names: Sequence[str], holdout: Sequence[str]) -> tuple[list[int], list[int]]:
-    unknown = [name for name in holdout if name not in names]
-    if unknown:
-        raise DataError(f"data.holdout: no face {unknown[0]!r}; there are {some(names, 20)}")
+    _check_names(names, holdout, "data.holdout")
     train = [i for i, name in enumerate(names) if name not in holdout]
     val = [i for i, name in enumerate(names) if name in holdout]
     if not train or not val:
         raise DataError(f"data.holdout leaves {len(train)} training and {len(val)} validation faces")
     return train, val
+
+
+def _check_names(names: Sequence[str], wanted: Sequence[str], option: str) -> None:
+    unknown = [name for name in wanted if name not in names]
+    if unknown:
+        raise DataError(f"{option}: no face {unknown[0]!r}; there are {some(names, 20)}")
 
 
 def some(items: Sequence[str], count: int = 5) -> str:

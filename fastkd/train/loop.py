@@ -1,4 +1,4 @@
-"""The training loop: one student, an optional frozen teacher, any loss on their logits."""
+"""The training loop: one student, an optional frozen teacher, any method or loss."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastkd.distill.logits import LossMethod
+from fastkd.distill.method import TOTAL, Method, Terms, total_of
+
 from .errors import TrainError
-from .meters import LossMeter, Stopwatch
+from .meters import LossMeter, PassTimer, Stopwatch
 from .random_state import get_random_state, set_random_state
 
 # (student_logits, teacher_logits or None, target) -> loss, or (loss, terms)
@@ -69,30 +72,51 @@ def fit(
     val_loader: Batches,
     *,
     loss: Loss,
+    device: torch.device | str | None = None,
+    **options: Any,
+) -> FitResult:
+    """Train ``student`` on ``train_loader`` with a loss of its logits and, when there is one, ``teacher``'s.
+
+    Args:
+        student: maps a batch of images to logits ``[N, C]``; trained in place.
+        teacher: likewise, or None. Frozen, in eval mode and without gradient while training; its modes and
+            ``requires_grad`` flags are as before afterwards.
+        loss: callable ``(student_logits, teacher_logits, target)`` that returns a scalar, or a scalar and a
+            dict of detached scalar terms to log. If it is a module, its parameters are trained too.
+        **options: those of ``fit_method``, whose other arguments and errors these are.
+    """
+    device = torch.device(device) if device is not None else _device_of(student)
+    with frozen(teacher, device):
+        method = LossMethod(student, teacher, loss)
+        return fit_method(method, train_loader, val_loader, device=device, **options)
+
+
+def fit_method(
+    method: Method,
+    train_loader: Batches,
+    val_loader: Batches,
+    *,
     epochs: int,
     optimizer: torch.optim.Optimizer | None = None,
     scheduler: Any = None,
     scheduler_interval: str = "step",
+    clip_norm: float | None = None,
     device: torch.device | str | None = None,
     precision: str = "float32",
     watcher: Watcher | None = None,
     progress: bool = True,
     resume: dict[str, Any] | None = None,
 ) -> FitResult:
-    """Train ``student`` on ``train_loader``, distilling from ``teacher`` when there is one.
+    """Train the student of ``method``, and what the method trains beside it; validate the plain student.
 
     Args:
-        student: maps a batch of images to logits ``[N, C]``; trained in place.
-        teacher: likewise, or None. Frozen, in eval mode and without gradient while training; its modes and
-            ``requires_grad`` flags are as before afterwards.
         train_loader, val_loader: any iterables of ``(images, target)``, iterated anew each epoch, targets
             int64 ``[N]``. A ``set_epoch(epoch)`` of the loader or of its sampler is called first, from 0.
-        loss: callable ``(student_logits, teacher_logits, target)`` that returns a scalar, or a scalar and a
-            dict of detached scalar terms to log. It may hold parameters only if ``optimizer`` has them.
-        optimizer: default AdamW, learning rate 1e-3.
+        optimizer: over ``method.parameters()``, heads among them; default AdamW, learning rate 1e-3.
         scheduler: stepped after each optimizer step, or each epoch with ``scheduler_interval="epoch"``.
+        clip_norm: largest norm of the gradient over all parameters.
         device: where to train; default, where the student's parameters are.
-        precision: ``"float32"``, or ``"bfloat16"`` to run the networks (not the loss) under autocast.
+        precision: ``"float32"``, or ``"bfloat16"`` to run networks and heads under autocast.
         watcher: told of every batch and epoch.
         progress: show a progress bar and a line an epoch; ignored when there is a ``watcher``.
         resume: a state that an earlier call handed to ``watcher.epoch_done``.
@@ -105,9 +129,10 @@ def fit(
         raise ValueError(f"epochs must be at least 1, got {epochs}")
     if scheduler_interval not in ("step", "epoch"):
         raise ValueError(f"scheduler_interval must be 'step' or 'epoch', got {scheduler_interval!r}")
+    student = method.student
     device = torch.device(device) if device is not None else _device_of(student)
-    student.to(device)
-    optimizer = optimizer or torch.optim.AdamW(student.parameters(), lr=1e-3)
+    method.to(device)
+    optimizer = optimizer or torch.optim.AdamW(method.parameters(), lr=1e-3)
     if watcher is None:
         from .console import ConsoleProgress  # rich is wanted only here
 
@@ -116,6 +141,7 @@ def fit(
     history: list[Record] = []
     if resume is not None:
         student.load_state_dict(resume["student"])
+        method.load_parts_state(resume["method"])
         optimizer.load_state_dict(resume["optimizer"])
         if scheduler is not None:
             scheduler.load_state_dict(resume["scheduler"])
@@ -125,63 +151,51 @@ def fit(
     def state() -> dict[str, Any]:
         return {
             "student": student.state_dict(),
+            "method": method.parts_state(),
             "optimizer": optimizer.state_dict(),
             "scheduler": None if scheduler is None else scheduler.state_dict(),
             "history": history,
             "random": get_random_state(),
         }
 
-    with frozen(teacher, device), watcher:
+    with watcher:
         for epoch in range(len(history), epochs):
             set_epoch(train_loader, epoch)
+            method.set_epoch(epoch)
             watcher.epoch_started(epoch + 1, epochs, _length(train_loader))
             watch = Stopwatch(device)
             meter = LossMeter(device, epoch + 1)
-            student.train()
-            for images, target in train_loader:
-                images = images.to(device, non_blocking=True)
-                target = target.to(device, non_blocking=True)
-                watch.lap("data")
+            method.train()
+            with PassTimer(student, method.teacher, watch) as passes:
+                for images, target in train_loader:
+                    images = images.to(device, non_blocking=True)
+                    target = target.to(device, non_blocking=True)
+                    watch.lap("data")
 
-                teacher_logits = None
-                if teacher is not None:
-                    with torch.no_grad(), _autocast(device, precision):
-                        teacher_logits = teacher(images)
-                    watch.lap("teacher")
+                    with _autocast(device, precision):
+                        terms = method((images, target))
+                    watch.lap("loss")
+                    meter.add(_total(terms), _logged(terms), passes.logits, target)
+                    watch.lap("other")
 
-                with _autocast(device, precision):
-                    student_logits = student(images)
-                watch.lap("student")
-
-                # The graph is cut at the logits, so that the loss's own forward and backward can be timed.
-                logits = student_logits.detach().requires_grad_()
-                value, terms = _value_and_terms(loss(logits, teacher_logits, target))
-                optimizer.zero_grad(set_to_none=True)
-                value.backward()
-                watch.lap("loss")
-
-                meter.add(value.detach(), terms, logits.detach(), target)
-                watch.lap("other")
-                if logits.grad is None:
-                    raise TrainError("the loss does not depend on student_logits: there is nothing to train")
-                student_logits.backward(logits.grad)
-                optimizer.step()
-                if scheduler is not None and scheduler_interval == "step":
-                    scheduler.step()
-                watch.lap("student")
-                watcher.batch_done(meter)
-                watch.lap("other")
+                    optimizer.zero_grad(set_to_none=True)
+                    method.backward(terms)
+                    method.finish_gradients()
+                    if clip_norm is not None:
+                        nn.utils.clip_grad_norm_(method.parameters(), clip_norm)
+                    optimizer.step()
+                    if scheduler is not None and scheduler_interval == "step":
+                        scheduler.step()
+                    watch.lap("student")
+                    watcher.batch_done(meter)
+                    watch.lap("other")
 
             meter.drain()
             if meter.rows == 0:
-                raise TrainError(
-                    f"the train loader yielded no batch in epoch {epoch + 1}"
-                    + (
-                        "; a generator can be iterated once only: give a list or a DataLoader"
-                        if epoch
-                        else ""
-                    )
+                again = (
+                    "; a generator can be iterated once only: give a list or a DataLoader" if epoch else ""
                 )
+                raise TrainError(f"the train loader yielded no batch in epoch {epoch + 1}{again}")
             if scheduler is not None and scheduler_interval == "epoch":
                 scheduler.step()
             watch.lap("other")
@@ -256,13 +270,18 @@ def set_epoch(loader: Any, epoch: int) -> None:
             tell(epoch)
 
 
-def _value_and_terms(result: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    value, terms = result if isinstance(result, tuple) else (result, {})
-    if not isinstance(value, Tensor) or value.ndim != 0:
-        raise TrainError(f"the loss must return a scalar tensor, got {getattr(value, 'shape', value)!r}")
-    if not value.requires_grad:
+def _total(terms: Terms) -> Tensor:
+    try:
+        total = total_of(terms)
+    except ValueError as error:
+        raise TrainError(str(error)) from None
+    if not total.requires_grad:
         raise TrainError("the loss does not depend on student_logits: there is nothing to train")
-    return value, terms
+    return total.detach()
+
+
+def _logged(terms: Terms) -> Terms:
+    return {name: value.detach() for name, value in terms.items() if name != TOTAL}
 
 
 def _autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:

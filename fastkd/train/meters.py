@@ -7,7 +7,8 @@ import time
 from collections import defaultdict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .errors import NonFiniteLossError
 
@@ -128,3 +129,42 @@ class Stopwatch:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+
+class PassTimer:
+    """Tells a stopwatch where, inside a method, teacher and student run, by hooks on the two modules.
+
+    What lies between is the loss's: its forward, the heads', and their backward until the gradient reaches
+    the student's logits. Keeps the student's logits of the last pass.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module | None, watch: Stopwatch) -> None:
+        self._student, self._teacher, self._watch = student, teacher, watch
+        self._hooks: list[RemovableHandle] = []
+        self._backward_seen = False
+        self.logits = torch.empty(0)
+
+    def __enter__(self) -> PassTimer:
+        modules = {"student": self._student} | (
+            {"teacher": self._teacher} if self._teacher is not None else {}
+        )
+        for part, module in modules.items():
+            self._hooks.append(module.register_forward_pre_hook(lambda *_: self._watch.lap("loss")))
+            self._hooks.append(module.register_forward_hook(lambda *_, part=part: self._watch.lap(part)))
+        self._hooks.append(self._student.register_forward_hook(self._after_student))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _after_student(self, module: nn.Module, inputs: object, logits: Tensor) -> None:
+        self.logits = logits.detach()
+        self._backward_seen = False
+        if logits.requires_grad:
+            logits.register_hook(self._at_the_logits)
+
+    def _at_the_logits(self, gradient: Tensor) -> None:
+        # A second backward, as alignment makes it, comes after the student's first one.
+        self._watch.lap("student" if self._backward_seen else "loss")
+        self._backward_seen = True

@@ -12,6 +12,9 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from fastkd.distill.method import Method, find_method
+from fastkd.distill.options import OptionError, check_options, is_file, options_of
+
 from .errors import RecipeError
 from .recipe_files import find_recipe, parse_flat_yaml, parse_scalar, suggest
 
@@ -32,22 +35,57 @@ class GlyphsData(_Section):
     name: Literal["glyphs"] = "glyphs"
     fonts: str | None = None  # folder of TTF, OTF, TTC; None: the DejaVu faces that matplotlib ships
     holdout: list[str] | None = None  # names of the validation faces; None: see glyph_fonts.split_faces
+    exclude: list[str] | None = None  # names of faces to leave out altogether
     characters: str | None = None  # "4E00-9FA5", several ranges with commas; None: all common characters
     coverage: Fraction = 0.95  # a face with a smaller share of `characters` is left out
     augment: Annotated[float, Field(ge=0.0, le=4.0)] = 1.0  # strength of affine and noise; 0 is none
 
 
+class ImageData(_Section):
+    """A data set of torchvision's that fits into memory."""
+
+    name: Literal["fashion_mnist", "cifar100"]
+    folder: str | None = None
+    download: bool = False  # to the folder, if it is not there
+    holdout: Count | None = None  # validate on this many training images, not on the test images
+    augment: bool = True  # crops and flips
+    synthetic: Count | None = None  # this many random images of the same shape in place of the files
+
+
+class FolderData(_Section):
+    """A folder with train/CLASS and val/CLASS."""
+
+    name: Literal["imagenet"]
+    folder: str | None = None
+    augment: bool = True
+    workers: Annotated[int, Field(ge=0)] = 8
+    synthetic: Count | None = None
+
+
+DataSection = GlyphsData | ImageData | FolderData
+
+
 class Model(_Section):
-    name: Literal["glyph_cnn"] = "glyph_cnn"
-    width: Count
+    name: str = "glyph_cnn"  # see fastkd.models; torchvision/NAME for torchvision's
+    width: Count | None = None  # of the networks that have one
+
+    @model_validator(mode="after")
+    def _exists(self) -> Model:
+        from fastkd.models import check_model
+
+        check_model(self.name, self.width)
+        return self
 
 
 class Optimization(_Section):
     epochs: Count
     batch_size: Count = 256
+    optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: Positive = 6e-3
+    momentum: Fraction = 0.9  # of sgd
     weight_decay: Weight = 1e-2
-    schedule: Literal["one_cycle", "cosine", "constant"] = "one_cycle"
+    schedule: Literal["one_cycle", "cosine", "steps", "constant"] = "one_cycle"
+    milestones: list[Count] = []  # of steps: the learning rate is a tenth after each of these epochs
     seed: Seed = 0
 
 
@@ -56,89 +94,49 @@ class Teacher(Optimization, Model):
 
 
 class Train(Optimization):
+    clip_norm: Positive | None = None  # largest norm of the gradient, after a method's own work on it
     device: str = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"
     threads: Count | None = None  # CPU threads; None: torch's choice
 
 
-class CrossEntropy(_Section):
-    name: Literal["cross_entropy"]
-    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-
-
-class Distill(_Section):
-    """Cross-entropy with softmax distillation: KD, DKD and their standardised forms."""
-
-    name: Literal["distill"]
-    ce_weight: Weight
-    kd_weight: Weight = 0.0
-    tckd_weight: Weight = 0.0
-    nckd_weight: Weight = 0.0
-    temperature: Positive = 4.0
-    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    standardize: bool = False
-
-    @model_validator(mode="after")
-    def _distils(self) -> Distill:
-        if not (self.kd_weight or self.tckd_weight or self.nckd_weight):
-            raise ValueError("at least one of kd_weight, tckd_weight, nckd_weight must be above 0")
-        return self
-
-
-class BinaryKL(_Section):
-    name: Literal["binary_kl"]
-    ce_weight: Weight = 1.0
-    weight: Positive = 1.0
-    temperature: Positive = 2.0
-
-
-class BinaryKLNorm(_Section):
-    name: Literal["binary_kl_norm"]
-    ce_weight: Weight = 1.0
-    weight: Positive = 1.0
-    temperature: Positive = 2.0
-
-
-Loss = Annotated[CrossEntropy | Distill | BinaryKL | BinaryKLNorm, Field(discriminator="name")]
-
-
 class Recipe(_Section):
-    """One run: data, student, optional teacher, loss, optimisation."""
+    """One run: data, student, optional teacher, method with its options, optimisation."""
 
     description: Annotated[str, Field(min_length=1)]
-    data: GlyphsData = GlyphsData()
+    data: Annotated[DataSection, Field(discriminator="name")] = GlyphsData()
     student: Model
     teacher: Teacher | None = None
-    loss: Loss
+    method: str
+    options: dict[str, Any] = {}  # of the method; `method.OPTION` in a recipe
     train: Train
 
     @model_validator(mode="after")
     def _teacher_if_needed(self) -> Recipe:
-        if self.teacher is None and self.loss.name != "cross_entropy":
-            raise ValueError(f"loss {self.loss.name} needs a teacher: give teacher.width and teacher.epochs")
+        if self.teacher is None and find_method(self.method).uses_teacher:
+            raise ValueError(f"method {self.method} needs a teacher: give teacher.name and teacher.epochs")
         return self
 
     def flat(self) -> dict[str, Any]:
         """Every value under its dotted key, in the order of declaration."""
         flat: dict[str, Any] = {}
-        for key, value in self.model_dump().items():
+        for key, value in self.model_dump(exclude_none=True).items():
             if isinstance(value, dict):
-                flat.update({f"{key}.{k}": v for k, v in value.items()})
-            elif value is not None:
+                prefix = "method" if key == "options" else key
+                flat.update({f"{prefix}.{k}": v for k, v in value.items() if v is not None})
+            else:
                 flat[key] = value
         return flat
 
 
-_LOSSES: dict[str, type[_Section]] = {
-    get_args(loss.model_fields["name"].annotation)[0]: loss
-    for loss in (CrossEntropy, Distill, BinaryKL, BinaryKLNorm)
+_DATA: dict[str, type[_Section]] = {
+    name: section
+    for section in get_args(DataSection)
+    for name in get_args(section.model_fields["name"].annotation)
 }
-_SECTIONS: dict[str, type[_Section]] = {
-    "data": GlyphsData,
-    "student": Model,
-    "teacher": Teacher,
-    "train": Train,
-}
+_SECTIONS = ("data", "student", "teacher", "method", "train")
+# What the teacher's section leaves out is as in train, so that a recipe states it once.
+_SHARED = [name for name in Optimization.model_fields if name != "seed"]
 
 
 def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> tuple[str, Recipe]:
@@ -152,60 +150,85 @@ def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> tuple[str, 
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise RecipeError(f"override {override!r}: expected key=value, for instance train.epochs=3")
-        if key == "loss.name":
-            _drop_options_of_other_loss(values, parse_scalar(text, key))
+        if key == "method":  # its own defaults: the options were for another method
+            values = {k: v for k, v in values.items() if not k.startswith("method.")}
         values[key] = parse_scalar(text, key)
     return found.name, make_recipe(values, found.origin)
 
 
 def make_recipe(values: Mapping[str, Any], origin: str) -> Recipe:
     """Validate flat dotted values; ``origin`` is named in errors. Raises ``RecipeError``."""
-    valid = _valid_keys(values, origin)
+    method, data = _choices(values, origin)
+    valid = _valid_keys(method, data)
     nested: dict[str, Any] = {}
     for key, value in values.items():
         if key in valid:
             section, _, option = key.partition(".")
             if option:
-                nested.setdefault(section, {})[option] = value
+                nested.setdefault("options" if section == "method" else section, {})[option] = value
             else:
                 nested[section] = value
-        elif isinstance(value, Mapping) and key in (*_SECTIONS, "loss"):
+        elif isinstance(value, Mapping) and key in _SECTIONS:
             raise RecipeError(
                 f"{origin}: {key}: recipes are flat, one dotted key a line, for instance "
                 f"`{key}.{next(iter(value), 'name')}: …`"
             )
         else:
             raise RecipeError(f"{origin}: unknown key {key!r}{suggest(key, valid)}")
+    if "teacher" in nested:
+        nested["teacher"] = {
+            **{key: nested["train"][key] for key in _SHARED if key in nested.get("train", {})},
+            **nested["teacher"],
+        }
     try:
+        nested["options"] = check_options(method, nested.get("options", {}), prefix="method.")
         recipe = Recipe.model_validate(nested)
+    except OptionError as error:
+        raise RecipeError(f"{origin}: {error}") from None
     except ValidationError as error:
         raise RecipeError(_explain(error, origin)) from None
     return _with_absolute_paths(recipe)
 
 
-def _valid_keys(values: Mapping[str, Any], origin: str) -> list[str]:
-    name = values.get("loss.name")
-    if not isinstance(name, str) or name not in _LOSSES:
-        given = "is missing" if name is None else f"= {name!r} is unknown{suggest(str(name), _LOSSES)}"
-        raise RecipeError(f"{origin}: loss.name {given}; expected one of {', '.join(_LOSSES)}")
-    sections = {**_SECTIONS, "loss": _LOSSES[name]}
-    dotted = [f"{section}.{option}" for section, model in sections.items() for option in model.model_fields]
-    return ["description", *dotted]
+def _choices(values: Mapping[str, Any], origin: str) -> tuple[type[Method], type[_Section]]:
+    """The method and the data set, which decide what other keys there may be."""
+    name = values.get("method")
+    if isinstance(name, Mapping):
+        raise RecipeError(
+            f"{origin}: method: recipes are flat: `method: dkd`, and `method.alpha: 1.0` for its options"
+        )
+    if not isinstance(name, str):
+        raise RecipeError(f"{origin}: method " + ("is missing" if name is None else f"= {name!r} is no name"))
+    try:
+        method = find_method(name)
+    except ValueError as error:
+        raise RecipeError(f"{origin}: {error}") from None
+    data = values.get("data.name", "glyphs")
+    if data not in _DATA:
+        near = suggest(str(data), _DATA)
+        raise RecipeError(
+            f"{origin}: data.name = {data!r} is unknown{near}; expected one of {', '.join(_DATA)}"
+        )
+    return method, _DATA[data]
 
 
-def _drop_options_of_other_loss(values: dict[str, Any], name: Any) -> None:
-    # Choosing another loss on the command line would otherwise fail on the old one's options.
-    if values.get("loss.name") != name and isinstance(name, str) and name in _LOSSES:
-        kept = _LOSSES[name].model_fields
-        for key in [k for k in values if k.startswith("loss.") and k.partition(".")[2] not in kept]:
-            del values[key]
+def _valid_keys(method: type[Method], data: type[_Section]) -> list[str]:
+    options: dict[str, Iterable[str]] = {
+        "data": data.model_fields,
+        "student": Model.model_fields,
+        "teacher": Teacher.model_fields,
+        "method": options_of(method),
+        "train": Train.model_fields,
+    }
+    dotted = [f"{section}.{option}" for section, names in options.items() for option in names]
+    return ["description", "method", *dotted]
 
 
 def _explain(error: ValidationError, origin: str) -> str:
     lines = []
     for item in error.errors():
-        # The discriminator's tag appears in the location of a loss option; it is no part of the key.
-        parts = [str(part) for part in item["loc"] if part not in _LOSSES]
+        # The discriminator's tag appears in the location of a data option; it is no part of the key.
+        parts = [str(part) for part in item["loc"] if part not in _DATA]
         key = ".".join(parts)
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "missing":
@@ -220,10 +243,19 @@ def _explain(error: ValidationError, origin: str) -> str:
 
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
     # The resolved recipe in a run folder must mean the same from any working directory.
-    data, teacher = recipe.data, recipe.teacher
-    if data.fonts is not None:
-        data = data.model_copy(update={"fonts": str(Path(data.fonts).expanduser().absolute())})
-    if teacher is not None and teacher.checkpoint is not None:
-        path = str(Path(teacher.checkpoint).expanduser().absolute())
-        teacher = teacher.model_copy(update={"checkpoint": path})
-    return recipe.model_copy(update={"data": data, "teacher": teacher})
+    def absolute(section: _Section, key: str) -> _Section:
+        value = getattr(section, key, None)
+        return section.model_copy(update={key: _absolute(value)}) if value is not None else section
+
+    data = absolute(absolute(recipe.data, "fonts"), "folder")
+    teacher = recipe.teacher and absolute(recipe.teacher, "checkpoint")
+    declared = options_of(find_method(recipe.method))
+    options = {
+        name: _absolute(value) if value is not None and is_file(declared[name].annotation) else value
+        for name, value in recipe.options.items()
+    }
+    return recipe.model_copy(update={"data": data, "teacher": teacher, "options": options})
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())

@@ -21,7 +21,7 @@ def print_results(summaries: Sequence[dict[str, Any]], runs: Path, console: Cons
         best = first["teacher"].get("best_val_accuracy")
         last = first["teacher"]["val_accuracy"]
         rows.append(("teacher", "" if best is None else f"{best * 100:.2f}", f"{last * 100:.2f}"))
-    if first["loss"] != "cross_entropy":
+    if first["method"] != "cross_entropy":
         alone = student_alone(runs, first["comparison"])
         label = "student alone" + _over(alone)
         rows.append(
@@ -38,13 +38,13 @@ def print_results(summaries: Sequence[dict[str, Any]], runs: Path, console: Cons
 
 
 def student_alone(runs: Path, comparison: str) -> list[dict[str, Any]]:
-    """Finished cross-entropy runs that differ from this one in the loss only, the newest of each seed."""
+    """Finished cross-entropy runs that differ from this one in the method only, the newest of each seed."""
     newest: dict[int, tuple[float, dict[str, Any]]] = {}
     for path in runs.glob("**/summary.json"):
         summary = read_json(path)
         if (
             isinstance(summary, dict)
-            and summary.get("loss") == "cross_entropy"
+            and summary.get("method") == "cross_entropy"
             and summary.get("comparison") == comparison
         ):
             made = path.stat().st_mtime

@@ -13,15 +13,15 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from fastkd.distill import CrossEntropy, Method, find_method
 from fastkd.models import build_model
 
 from .checkpoint import load_weights, save_checkpoint
 from .console import ConsoleProgress
+from .data import Data, load_data
 from .errors import NonFiniteLossError, RecipeError, TrainError
-from .glyph_data import GlyphData, load_glyph_data
-from .loop import FitResult, evaluate, fit
-from .objective import build_objective
-from .recipe import CrossEntropy, Model, Optimization, Recipe, Teacher
+from .loop import FitResult, evaluate, fit_method
+from .recipe import Model, Optimization, Recipe, Teacher
 from .run_folder import RunRecorder, create_run_folder, read_resume_state, write_json, write_recipe
 
 
@@ -34,7 +34,9 @@ class Stopped(KeyboardInterrupt):
 
 
 @dataclass(frozen=True)
-class _TeacherInUse:
+class TeacherInUse:
+    """A trained teacher and what is known of it."""
+
     model: nn.Module
     summary: dict[str, Any]  # checkpoint, val_accuracy (last epoch), best_val_accuracy where known
 
@@ -53,17 +55,18 @@ def run_recipe(
         if recipe.train.threads is not None:
             torch.set_num_threads(recipe.train.threads)
         console.print(f"{name}: {recipe.description}", markup=False)
-        data = load_glyph_data(recipe.data)
+        data = load_data(recipe.data)
         console.print(f"data: {data.describe()}", markup=False)
-        for note in data.glyphs.notes:
+        for note in data.notes:
             console.print(f"  {note}", markup=False)
-        # An unusable checkpoint must be found before anything is trained or written.
+        # An unusable checkpoint or layer must be found before anything is trained or written.
         teacher = _load_given_teacher(recipe.teacher, data, device) if recipe.teacher else None
+        _try_method(recipe, data, device)
         if folder is None:
             folder = create_run_folder(runs, name)
         write_recipe(folder, name, recipe)
         if recipe.teacher is not None and teacher is None:
-            teacher = _own_teacher(recipe.teacher, data, runs, device, console)
+            teacher = own_teacher(recipe.teacher, data, runs, device, console)
         if teacher is not None:
             accuracy, path = teacher.summary["val_accuracy"], teacher.summary["checkpoint"]
             console.print(f"teacher: {accuracy:.2%}, {path}", markup=False)
@@ -80,30 +83,32 @@ def run_recipe(
 def _distil(
     name: str,
     recipe: Recipe,
-    data: GlyphData,
-    teacher: _TeacherInUse | None,
+    data: Data,
+    teacher: TeacherInUse | None,
     folder: Path,
     device: torch.device,
     console: Console,
 ) -> dict[str, Any]:
     """Train the student and write the summary."""
+    # Seeded here, so that a student does not depend on whether its teacher was trained or read.
+    torch.manual_seed(recipe.train.seed)
+    student = build_network(recipe.student, data).to(device)
     result = _fit_in_folder(
         folder,
         "student",
-        recipe.student,
+        build_method(recipe, student, teacher.model if teacher else None, data, device),
         recipe.train,
         data,
         device,
         console,
-        teacher=teacher.model if teacher else None,
-        objective=build_objective(recipe.loss),
         precision=recipe.train.precision,
+        clip_norm=recipe.train.clip_norm,
         title=f"{name}, seed {recipe.train.seed}",
         teacher_accuracy=teacher.summary["val_accuracy"] if teacher else None,
     )
     summary = {
         "name": name,
-        "loss": recipe.loss.name,
+        "method": recipe.method,
         "seed": recipe.train.seed,
         "comparison": comparison_key(recipe, data),
         "num_classes": data.num_classes,
@@ -130,16 +135,16 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def comparison_key(recipe: Recipe, data: GlyphData) -> str:
-    """Equal for runs that differ in loss, teacher or seed only, so that their results can be compared."""
+def comparison_key(recipe: Recipe, data: Data) -> str:
+    """Equal for runs that differ in method, teacher or seed only, so that their results can be compared."""
     train = recipe.train.model_dump(exclude={"seed", "device", "threads"})
     return _hash([data.fingerprint, recipe.student.model_dump(), train])
 
 
-def _load_given_teacher(config: Teacher, data: GlyphData, device: torch.device) -> _TeacherInUse | None:
+def _load_given_teacher(config: Teacher, data: Data, device: torch.device) -> TeacherInUse | None:
     if config.checkpoint is None:
         return None
-    model = _build(config, data)
+    model = build_network(config, data)
     path = Path(config.checkpoint)
     facts = load_weights(
         model,
@@ -151,33 +156,33 @@ def _load_given_teacher(config: Teacher, data: GlyphData, device: torch.device) 
     if facts.get("data") != _hash(data.fingerprint) or accuracy is None:
         model.to(device)
         accuracy, _ = evaluate(model, data.val_loader(device), device=device)
-    return _TeacherInUse(model, {"checkpoint": str(path), "val_accuracy": accuracy})
+    return TeacherInUse(model, {"checkpoint": str(path), "val_accuracy": accuracy})
 
 
-def _own_teacher(
-    config: Teacher, data: GlyphData, runs: Path, device: torch.device, console: Console
-) -> _TeacherInUse:
+def own_teacher(
+    config: Teacher, data: Data, runs: Path, device: torch.device, console: Console
+) -> TeacherInUse:
     """The teacher of this data and configuration: read, gone on with, or trained."""
     # The hash holds all that determines the weights: other data never meet this teacher.
     settings = config.model_dump(exclude={"checkpoint"})
     key = _hash([data.fingerprint, settings])
-    folder = runs / "teachers" / f"{config.name}-{config.width}-{key}"
+    label = config.name.replace("/", "-") + (f"-{config.width}" if config.width else "")
+    folder = runs / "teachers" / f"{label}-{key}"
     path = folder / "teacher.pt"
-    model = _build(config, data)
+    torch.manual_seed(config.seed)
+    model = build_network(config, data)
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "run.json", {"name": "teacher", "settings": settings, "data": data.describe()})
         result = _fit_in_folder(
             folder,
             "teacher",
-            config,
+            CrossEntropy(model.to(device)),
             config,
             data,
             device,
             console,
-            objective=build_objective(CrossEntropy(name="cross_entropy")),
-            title=f"teacher {config.name}, width {config.width}",
-            model=model,
+            title=f"teacher {label}",
         )
         # The last epoch, not the best: picking by validation accuracy would flatter the teacher.
         save_checkpoint(
@@ -198,40 +203,27 @@ def _own_teacher(
     }
     if "val_accuracy" not in known:
         raise TrainError(f"checkpoint {path} lacks its accuracy; delete it to have the teacher trained again")
-    return _TeacherInUse(model, {"checkpoint": str(path), **known})
+    return TeacherInUse(model, {"checkpoint": str(path), **known})
 
 
 def _fit_in_folder(
     folder: Path,
     role: str,
-    network: Model,
+    method: Method,
     optimization: Optimization,
-    data: GlyphData,
+    data: Data,
     device: torch.device,
     console: Console,
     *,
-    objective: nn.Module,
     title: str,
-    teacher: nn.Module | None = None,
-    model: nn.Module | None = None,
     precision: str = "float32",
+    clip_norm: float | None = None,
     teacher_accuracy: float | None = None,
 ) -> FitResult:
-    """Train one network, going on from the folder's last checkpoint if there is one."""
+    """Train with one method, going on from the folder's last checkpoint if there is one."""
     resume = read_resume_state(folder)
-    # Seeded here, so that a student does not depend on whether its teacher was trained or read.
-    torch.manual_seed(optimization.seed)
-    fresh = _build(network, data)
-    if model is None:
-        model = fresh
-    else:
-        model.load_state_dict(fresh.state_dict())
-    model.to(device)
     train_loader = data.train_loader(optimization.batch_size, optimization.seed, device)
-    # Fused: one kernel over all parameters; the large linear layer makes it a tenth of a CPU step otherwise.
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=optimization.lr, weight_decay=optimization.weight_decay, fused=True
-    )
+    optimizer = build_optimizer(method, optimization)
     recorder = RunRecorder(
         folder,
         ConsoleProgress(role, console),
@@ -241,15 +233,14 @@ def _fit_in_folder(
     )
     if resume is not None:
         console.print(f"{role}: going on after epoch {len(resume['history'])} of {optimization.epochs}")
-    return fit(
-        model,
-        teacher,
+    return fit_method(
+        method,
         train_loader,
         data.val_loader(device),
-        loss=objective,
         epochs=optimization.epochs,
         optimizer=optimizer,
-        scheduler=_scheduler(optimizer, optimization, len(train_loader)),
+        scheduler=build_scheduler(optimizer, optimization, len(train_loader)),
+        clip_norm=clip_norm,
         device=device,
         precision=precision,
         watcher=recorder,
@@ -257,16 +248,64 @@ def _fit_in_folder(
     )
 
 
-def _build(config: Model, data: GlyphData) -> nn.Module:
-    return build_model(config.name, num_classes=data.num_classes, width=config.width)
+def build_method(
+    recipe: Recipe, student: nn.Module, teacher: nn.Module | None, data: Data, device: torch.device
+) -> Method:
+    """The recipe's method on ``device``. Raises ``RecipeError`` if it does not fit the networks."""
+    example, _ = data.example()
+    if teacher is not None:
+        teacher.to(device)
+    try:
+        method = find_method(recipe.method)(student, teacher, example=example.to(device), **recipe.options)
+    except ValueError as error:
+        raise RecipeError(f"method {recipe.method}: {error}") from None
+    return method.to(device)
 
 
-def _scheduler(optimizer: torch.optim.Optimizer, config: Optimization, batches: int) -> Any:
+def _try_method(recipe: Recipe, data: Data, device: torch.device) -> None:
+    """A step on two images with untrained networks: what does not fit is found before any training."""
+    with torch.random.fork_rng():
+        student = build_network(recipe.student, data).to(device)
+        teacher = build_network(recipe.teacher, data) if recipe.teacher is not None else None
+        method = build_method(recipe, student, teacher, data, device)
+        images, target = data.example()
+        try:
+            method.check((images.to(device), target.to(device)))
+        except ValueError as error:
+            raise RecipeError(f"method {recipe.method}: {error}") from None
+
+
+def build_network(config: Model, data: Data) -> nn.Module:
+    """A fresh network for the data. Raises ``RecipeError`` if it takes other images."""
+    try:
+        return build_model(
+            config.name, num_classes=data.num_classes, width=config.width, channels=data.channels
+        )
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+
+
+def build_optimizer(method: Method, config: Optimization) -> torch.optim.Optimizer:
+    """Over all that the method trains."""
+    parameters = [parameter for parameter in method.parameters() if parameter.requires_grad]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+    # Fused: one kernel over all parameters; a large linear layer makes it a tenth of a CPU step otherwise.
+    return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, config: Optimization, batches: int) -> Any:
+    """To be stepped after each of ``batches`` steps an epoch; None for a constant learning rate."""
     steps = batches * config.epochs
     if config.schedule == "one_cycle":
         return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=config.lr, total_steps=steps)
     if config.schedule == "cosine":
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+    if config.schedule == "steps":
+        milestones = [batches * epoch for epoch in config.milestones]
+        return torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
     return None
 
 

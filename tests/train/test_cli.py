@@ -110,13 +110,16 @@ def test_other_data_or_settings_get_another_teacher(tiny: list[str], workplace: 
     )  # another student seed: the same teacher
 
 
-@pytest.mark.parametrize("name", ["dkd", "lskd", "binary-kl-norm"])
+@pytest.mark.parametrize("name", ["dkd", "lskd", "binary-kl-norm", "dckd", "dhkd", "mhkd"])
 def test_the_other_recipes_train(tiny: list[str], workplace: Path, name: str) -> None:
     assert main(["train", f"glyphs/{name}", *tiny, "train.epochs=1", "teacher.epochs=1"]) == 0
     (record,) = metrics(workplace / "runs" / f"glyphs-{name}-001")
     expected = {
         "dkd": {"ce", "tckd", "nckd"},
         "lskd": {"ce", "kd"},
+        "dckd": {"ce", "tckd", "nckd"},
+        "dhkd": {"ce", "binary_kl_norm"},
+        "mhkd": {"ce", "kd", "head_ce", "head_kd", "teacher_head_ce"},
         "binary-kl-norm": {"ce", "binary_kl_norm"},
     }
     assert set(record["terms"]) == expected[name]
@@ -246,6 +249,49 @@ def test_bad_input_is_refused_before_anything_is_written(
     path.write_bytes(path.read_bytes()[:-200])
     assert f"{path} is truncated" in refused(capsys, "glyphs/kd", *tiny, f"teacher.checkpoint={path}")
     assert not (workplace / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["glyphs/mhkd", "method.layers=[stages.3]"],
+            ["method mhkd: the student has no layer 'stages.3'", "stages.2"],
+        ),
+        (
+            ["glyphs/mhkd", "method.teacher_layers=[stages.1, stages.0]"],
+            ["one spatial size", "[N, 2, 16, 16]", "[N, 8, 8, 8]"],
+        ),
+        (["glyphs/dhkd", "method.feature=stage"], ["the student has no layer 'stage'", "stages"]),
+        (["glyphs/kd", "method=fitnets"], ["hint_layer is missing"]),
+        (["glyphs/student", "method.hint_weight=1.0", "method.hint_layer=stages.0"], ["teacher is None"]),
+        (["glyphs/student", "student.name=resnet8", "student.width=null"], ["takes images of 3 channels"]),
+        (["glyphs/kd", "data.exclude=[Nobody]"], ["data.exclude: no face 'Nobody'"]),
+        (["cifar100/kd-resnet32x4-resnet8x4"], ["data.folder is missing"]),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_trained(
+    fonts: Path, workplace: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]
+) -> None:
+    small = [f"data.fonts={fonts}", "data.characters=41-5A"] if arguments[0].startswith("glyphs") else []
+    widths = [] if "student.name=resnet8" in arguments or not small else ["student.width=2"]
+    widths += ["teacher.width=4"] if small and "student" not in arguments[0] else []
+    text = refused(capsys, arguments[0], *small, *widths, *arguments[1:])
+    assert all(word in text for word in words), text
+    assert not (workplace / "runs").exists()
+
+
+def test_a_held_out_training_face(
+    tiny: list[str], workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reported = ["data.holdout=[DejaVu Serif Bold]"]
+    choosing = ["data.holdout=[DejaVu Sans Mono Book]", "data.exclude=[DejaVu Serif Bold]"]
+    for more in (reported, choosing):
+        assert main(["train", "glyphs/kd", *tiny, "train.epochs=1", "teacher.epochs=1", *more]) == 0
+        out = capsys.readouterr().out
+        assert f"{4 if more is reported else 3} training faces, 1 held out" in out
+    # The teacher of the choice has not seen the face that is held out for it.
+    assert len(list((workplace / "runs" / "teachers").iterdir())) == 2
 
 
 def test_a_damaged_own_teacher_is_named(

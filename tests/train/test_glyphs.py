@@ -245,3 +245,17 @@ def test_rendering_in_processes_is_the_same(fonts: Path, monkeypatch: pytest.Mon
     pooled = list(glyph_images._render_faces(faces, points))
     for face, got in zip(faces, pooled, strict=True):
         assert np.array_equal(got, render_face(str(face.path), 0, points))
+
+
+def test_excluded_faces_neither_train_nor_validate() -> None:
+    names, files = ["a", "b", "c", "d"], ["1", "1", "2", "3"]
+    assert split_faces(names, files, ["b"], ["c"]) == ([0, 3], [1])
+    assert split_faces(names, files, None, ["a", "b"]) == ([2], [3])
+    with pytest.raises(DataError, match=r"data\.exclude: no face 'x'"):
+        split_faces(names, files, None, ["x"])
+    with pytest.raises(DataError, match=r"data\.exclude leaves 1 of 4 faces"):
+        split_faces(names, files, None, ["a", "b", "c"])
+    with pytest.raises(DataError, match=r"data\.holdout: no face 'a'; there are b, c, d"):
+        split_faces(names, files, ["a"], ["a"])
+    data = load_glyph_data(GlyphsData(holdout=["DejaVu Serif Bold"], exclude=list(DEJAVU_HOLDOUT)))
+    assert (len(data.train_faces), len(data.val_faces)) == (8, 1)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastkd
+from fastkd.distill import Method, find_method
 from fastkd.models import GlyphCNN
-from fastkd.train import FitResult, Watcher, evaluate, fit
+from fastkd.train import FitResult, Watcher, evaluate, fit, fit_method
 from fastkd.train.checkpoint import load_checkpoint, save_checkpoint
 from fastkd.train.errors import NonFiniteLossError, TrainError
 from fastkd.train.glyph_data import GlyphData, load_glyph_data
@@ -72,14 +73,16 @@ def test_history_holds_terms_and_time(data: GlyphData) -> None:
     result = run(data, network(data), network(data, 4, 1))
     for record in result.history:
         assert set(record["terms"]) == {"ce", "kd"}
-        weighted = 0.1 * record["terms"]["ce"] + 0.9 * record["terms"]["kd"]
+        weighted = (
+            0.1 * record["terms"]["ce"] + 0.9 * record["terms"]["kd"]
+        )  # the loss's own terms, as they come
         assert record["loss"] == pytest.approx(weighted, rel=1e-4)
         assert set(record["seconds"]) == set(PARTS)
         assert all(record["seconds"][part] > 0 for part in PARTS)
     assert result.seconds["loss"] == pytest.approx(sum(r["seconds"]["loss"] for r in result.history))
 
 
-def test_the_cut_graph_gives_the_gradient_of_the_whole(data: GlyphData) -> None:
+def test_a_step_is_the_step_of_a_bare_loop(data: GlyphData) -> None:
     teacher = network(data, 4, 1).eval()
     images, target = next(iter(data.train_loader(64, 0, CPU)))
 
@@ -90,11 +93,11 @@ def test_the_cut_graph_gives_the_gradient_of_the_whole(data: GlyphData) -> None:
     KD(whole(images), teacher_logits, target)[0].backward()
     optimizer.step()
 
-    cut = network(data)
-    optimizer = torch.optim.SGD(cut.parameters(), lr=0.1)
+    fitted = network(data)
+    optimizer = torch.optim.SGD(fitted.parameters(), lr=0.1)
     batch = [(images, target)]
-    fit(cut, teacher, batch, batch, loss=KD, epochs=1, optimizer=optimizer, progress=False)
-    for (name, expected), got in zip(whole.named_parameters(), cut.parameters(), strict=True):
+    fit(fitted, teacher, batch, batch, loss=KD, epochs=1, optimizer=optimizer, progress=False)
+    for (name, expected), got in zip(whole.named_parameters(), fitted.parameters(), strict=True):
         torch.testing.assert_close(got, expected, msg=name)
 
 
@@ -159,6 +162,50 @@ def test_a_resumed_run_ends_the_same_to_the_bit(
         assert {k: v for k, v in a.items() if k != "seconds"} == {
             k: v for k, v in b.items() if k != "seconds"
         }
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "kd": {"warmup_epochs": 3},
+    "dckd": {"hint_layer": "stages.1", "hint_weight": 0.1, "distance_weight": 1.0},
+    "fitnets": {"hint_layer": "stages.0", "hint_weight": 1.0},
+    "dhkd": {"hidden": 8, "alpha": 0.1, "stop_epoch": 2, "dropout": 0.5},
+    "mhkd": {"layers": ["stages.0"], "head_width": 4},
+}
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "lskd", "dkd", "nkd", "binary_kl_norm", "rkd", *OPTIONS])
+def test_every_method_resumes_to_the_bit(data: GlyphData, tmp_path: Path, name: str) -> None:
+    batches = list(data.train_loader(32, 0, CPU))[:4]
+
+    def start(**options: Any) -> tuple[Method, Callable[[], FitResult]]:
+        teacher, student = network(data, 4, 1), network(data)
+        method = find_method(name)(student, teacher, example=batches[0][0][:2], **OPTIONS.get(name, {}))
+        optimizer = torch.optim.SGD(method.parameters(), lr=0.05, momentum=0.9)
+        shared = {"epochs": 3, "optimizer": optimizer, "progress": False, "clip_norm": 5.0}
+        return method, lambda: fit_method(method, batches, batches, **shared, **options)
+
+    whole, go = start()
+    expected = go().history
+    path = tmp_path / "last.pt"
+    _, go = start(watcher=StopAfter(1, path))
+    with pytest.raises(KeyboardInterrupt):
+        go()
+    torch.rand(7)
+    resumed, go = start(resume=load_checkpoint(path, remedy=""))
+    got = go().history
+    assert whole.state_dict().keys() == resumed.state_dict().keys()
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+    for a, b in zip(expected, got, strict=True):
+        assert {k: v for k, v in a.items() if k != "seconds"} == {
+            k: v for k, v in b.items() if k != "seconds"
+        }
+    assert set(expected[0]["seconds"]) == set(PARTS)
+    uses_teacher = name != "cross_entropy"
+    assert (expected[0]["seconds"]["teacher"] > 0) == uses_teacher
+    for record in expected:
+        assert record["loss"] == pytest.approx(sum(record["terms"].values()), rel=1e-4)
+    assert not whole.student._forward_hooks
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_are_lost(data: GlyphData) -> None:

@@ -1,0 +1,43 @@
+"""Distillation methods: two models, a loss with its options, and what it needs for training only."""
+
+from .alignment import GradientAlignment
+from .classifier import find_classifier
+from .dhkd import DHKD
+from .logits import DCKD, DKD, KD, LSKD, NKD, RKD, BinaryKL, BinaryKLNorm, CrossEntropy, FitNets, LossMethod
+from .method import Method, Seen, Terms, find_method
+from .mhkd import MHKD
+from .options import Count, Epochs, File, Fraction, OptionError, Positive, Weight, check_options, options_of
+from .taps import FeatureError, Taps
+
+__all__ = [
+    "DCKD",
+    "DHKD",
+    "DKD",
+    "KD",
+    "LSKD",
+    "MHKD",
+    "NKD",
+    "RKD",
+    "BinaryKL",
+    "BinaryKLNorm",
+    "Count",
+    "CrossEntropy",
+    "Epochs",
+    "FeatureError",
+    "File",
+    "FitNets",
+    "Fraction",
+    "GradientAlignment",
+    "LossMethod",
+    "Method",
+    "OptionError",
+    "Positive",
+    "Seen",
+    "Taps",
+    "Terms",
+    "Weight",
+    "check_options",
+    "find_classifier",
+    "find_method",
+    "options_of",
+]

@@ -1,0 +1,91 @@
+"""Gradient alignment of DHKD: the logit loss may not undo what the cross-entropy does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.amp import GradScaler
+
+
+class GradientAlignment:
+    """Adds max(0, -<g1, g0> / |g0|^2) g0 to the gradient g0 + g1 of two losses (Yang et al. 2024).
+
+    g0 is the gradient of the ``first`` loss, g1 that of the rest; where they point against each other, g1's
+    part along g0 is taken out. ``.grad`` holds g0 + g1 as any training step leaves it there; only g0 is
+    computed apart, in one more backward through the student. So accumulation, unscaling and DDP's reduction
+    of ``.grad`` are torch's own, and g0, which ``add`` accumulates and unscales, is averaged over the ranks
+    in ``apply``.
+
+    Args:
+        scope: "all", as released: one vector over all parameters that the first loss reaches, among them its
+            own classifier, whose part of |g0|^2 makes the correction of the backbone too small. "shared":
+            over those that both losses reach.
+    """
+
+    def __init__(self, scope: str = "all") -> None:
+        if scope not in ("all", "shared"):
+            raise ValueError(f"scope is {scope!r}; expected 'all' or 'shared'")
+        self.scope = scope
+        self._parameters: list[nn.Parameter] = []
+        self._first: list[Tensor] | None = None  # g0 so far in this step
+
+    def add(self, first: Tensor, rest: Sequence[Tensor], scaler: GradScaler | None = None) -> None:
+        """Accumulate g0, before the backward of the sum. ``first`` is unscaled, as is what is kept."""
+        if not self._parameters:
+            reached = parameters_of([first])
+            wanted = set(parameters_of(rest)) if self.scope == "shared" else set(reached)
+            self._parameters = [parameter for parameter in reached if parameter in wanted]
+        if not self._parameters:
+            return
+        loss = first if scaler is None else scaler.scale(first)
+        gradients = torch.autograd.grad(
+            loss, self._parameters, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        if scaler is not None:
+            # A scaled one is the scale, without reading it back from the device.
+            scale = scaler.scale(torch.ones_like(first))
+            gradients = tuple(gradient / scale.to(gradient.dtype) for gradient in gradients)
+        if self._first is None:
+            self._first = list(gradients)
+        else:
+            self._first = [total + gradient for total, gradient in zip(self._first, gradients, strict=True)]
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Correct ``.grad``, which is reduced over the ranks and unscaled by now; g0 starts anew."""
+        if self._first is None:
+            return
+        first = torch.cat([gradient.flatten().float() for gradient in self._first])
+        self._first = None
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(first)
+            first /= dist.get_world_size()
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self._parameters]
+        both = torch.cat([gradient.flatten().float() for gradient in gradients])
+        square = first.dot(first)
+        # -<g1, g0> / |g0|^2 with g1 = both - first; without g0 there is nothing to hold against g1.
+        correction = torch.where(square > 0, 1 - both.dot(first) / square, 0.0).clamp_min(0)
+        for gradient, part in zip(
+            gradients, (correction * first).split([g.numel() for g in gradients]), strict=True
+        ):
+            gradient += part.view_as(gradient)
+
+
+def parameters_of(losses: Iterable[Tensor]) -> list[nn.Parameter]:
+    """The leaves that the graphs of the losses end in: what a backward would give a gradient."""
+    found: dict[nn.Parameter, None] = {}
+    nodes = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            found[leaf] = None
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                nodes.append(following)
+    return list(found)

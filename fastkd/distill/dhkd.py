@@ -1,0 +1,96 @@
+"""DHKD: the labels train one head, the teacher another, and both the backbone."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.amp import GradScaler
+
+from fastkd import functional
+
+from .alignment import GradientAlignment
+from .classifier import find_classifier
+from .heads import pooled_head
+from .logits import cross_entropy
+from .method import Method, Seen, Terms
+from .options import Count, Epochs, Fraction, Positive, Weight
+from .taps import INPUT, pooled, width_of
+
+
+class DHKD(Method):
+    """ce_weight CE(main head, y) + alpha BinaryKL-Norm(auxiliary head, teacher): Dual-Head KD.
+
+    BinaryKL-Norm is T^2 sum_i log cosh((z_s,i - z_t,i) / 2T), a sum over classes and mean over rows. The
+    auxiliary head, on the features that the student's classifier takes, is for training only; its loss
+    trains the backbone. Where the two gradients are against each other, the cross-entropy's prevails
+    (``GradientAlignment``), at the cost of one more backward of the student. Yang et al. 2024 (arXiv
+    2411.08937) and their code.
+
+    Args:
+        alpha: published: 1 for CIFAR-100, 0.1 for ImageNet. As the loss sums over classes, more classes want
+            less.
+        head: "linear", or "nonlinear": Linear(d, hidden), Dropout, BatchNorm, ReLU, Linear(hidden, C).
+        align: scope of the alignment: "all" as released, "shared", or "none" (published for ImageNet).
+        stop_epoch: train this many epochs with the auxiliary head, then on the labels alone. Published: 50
+            of 100 for ImageNet. Under DDP it takes ``find_unused_parameters=True``.
+        feature: path of the layer whose output is the pooled features; by default the classifier's input.
+            ``[N, D, H, W]`` is averaged over space. Needs ``example``.
+
+    A hint or relation term beside it counts as the logit loss's for the alignment.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        *,
+        ce_weight: Weight = 1.0,
+        alpha: Weight = 1.0,
+        temperature: Positive = 2.0,
+        head: Literal["linear", "nonlinear"] = "nonlinear",
+        hidden: Count = 200,
+        dropout: Fraction = 0.1,
+        align: Literal["all", "shared", "none"] = "all",
+        stop_epoch: Epochs | None = None,
+        feature: str | None = None,
+        **shared: Any,
+    ) -> None:
+        super().__init__(student, teacher, **shared)
+        self.ce_weight, self.alpha = ce_weight, alpha
+        self.temperature, self.stop_epoch = temperature, stop_epoch
+        self.alignment = None if align == "none" else GradientAlignment(align)
+        if feature is None:
+            path, classifier = find_classifier(student)
+            self.feature = self.student_taps.add(path + INPUT)
+            width, num_classes = classifier.in_features, classifier.out_features
+            device = classifier.weight.device
+        else:
+            self.feature = self.student_taps.add(feature)
+            shapes, logits_shape = self.student_taps.shapes(self.example)
+            width, num_classes = width_of(shapes[feature]), logits_shape[1]
+            device = self.example.device
+        self.head = pooled_head(head, width, num_classes, hidden=hidden, dropout=dropout).to(device)
+
+    def needs_teacher(self) -> bool:
+        return self.alpha > 0 and (self.stop_epoch is None or self.epoch < self.stop_epoch)
+
+    def terms(self, seen: Seen) -> Terms:
+        terms = {"ce": self.ce_weight * cross_entropy(seen.student_logits, seen.target)}
+        if self.needs_teacher():
+            logits = self.head(pooled(seen.student[self.feature]))
+            distillation = functional.binary_kl_norm_loss(
+                logits, seen.teacher_logits, temperature=self.temperature
+            )
+            terms["binary_kl_norm"] = self.alpha * distillation
+        return terms
+
+    def backward(self, terms: Terms, *, scaler: GradScaler | None = None, micro_batches: int = 1) -> Tensor:
+        if self.alignment is not None and len(terms) > 1:
+            rest = [value for name, value in terms.items() if name != "ce"]
+            self.alignment.add(terms["ce"] / micro_batches, rest, scaler)
+        return super().backward(terms, scaler=scaler, micro_batches=micro_batches)
+
+    def finish_gradients(self) -> None:
+        if self.alignment is not None:
+            self.alignment.apply()

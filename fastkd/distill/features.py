@@ -1,0 +1,81 @@
+"""Feature and relation terms, which any method can carry beside its own: FitNets' hint, RKD's relations."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .taps import FeatureError, pooled, width_of
+
+
+class Hint(nn.Module):
+    """Mean squared error between a projection of the student's feature and the teacher's (Romero et al.
+    2015).
+
+    The projection is a 1x1 convolution for feature maps ``[N, D, H, W]``, a linear layer for ``[N, D]`` and
+    ``[N, L, D]``; it is for training only. Raises ``FeatureError`` where space or tokens differ.
+    """
+
+    def __init__(self, student: torch.Size, teacher: torch.Size, layers: tuple[str, str]) -> None:
+        super().__init__()
+        check_same_space(student, teacher, layers, "a hint")
+        widths = width_of(student), width_of(teacher)
+        self.projection = nn.Conv2d(*widths, 1) if len(student) == 4 else nn.Linear(*widths)
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return F.mse_loss(self.projection(student).float(), teacher.float())
+
+
+def check_same_space(student: torch.Size, teacher: torch.Size, layers: tuple[str, str], what: str) -> None:
+    def space(shape: torch.Size) -> list[int]:
+        return list(shape[1:2] if len(shape) == 3 else shape[2:])
+
+    if len(student) != len(teacher) or space(student) != space(teacher):
+        raise FeatureError(
+            f"{what} needs features of one spatial size, but the student's layer {layers[0]!r} gives "
+            f"{_sizes(student)} and the teacher's layer {layers[1]!r} {_sizes(teacher)}"
+        )
+
+
+def _sizes(shape: torch.Size) -> str:
+    return "[" + ", ".join(["N", *map(str, shape[1:])]) + "]"
+
+
+def distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Huber loss of the pairwise distances, each divided by their mean (RKD-D, Park et al. 2019).
+
+    Features ``[N, D]``, maps are averaged over space; the widths need not agree.
+    """
+    with torch.autocast(
+        student.device.type, enabled=False
+    ):  # distances of near points cancel in half precision
+        return F.smooth_l1_loss(_distances(_flat(student)), _distances(_flat(teacher)))
+
+
+def angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Huber loss of the cosines of the angles that triples of the batch span (RKD-A, Park et al. 2019).
+
+    Takes memory of N^3 numbers.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        return F.smooth_l1_loss(_angles(_flat(student)), _angles(_flat(teacher)))
+
+
+def _flat(feature: Tensor) -> Tensor:
+    flat = pooled(feature)
+    return flat if flat.dtype == torch.float64 else flat.float()
+
+
+def _distances(points: Tensor) -> Tensor:
+    squares = points.pow(2).sum(1)
+    squared = (squares[:, None] + squares[None, :] - 2 * points @ points.T).clamp_min(1e-12)
+    off_diagonal = ~torch.eye(len(points), dtype=torch.bool, device=points.device)
+    distances = torch.where(off_diagonal, squared, 1.0).sqrt() * off_diagonal
+    return distances / (distances.sum() / off_diagonal.sum().clamp_min(1)).clamp_min(1e-12)
+
+
+def _angles(points: Tensor) -> Tensor:
+    # Entry [i, j, k] is the cosine at point i between the directions to j and to k.
+    directions = F.normalize(points[None, :, :] - points[:, None, :], dim=2)
+    return directions @ directions.transpose(1, 2)

@@ -1,0 +1,48 @@
+"""Auxiliary classifiers for training: on pooled features (DHKD) and on feature maps (MHKD)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .taps import pooled
+
+
+def pooled_head(
+    kind: str, width: int, num_classes: int, *, hidden: int = 200, dropout: float = 0.1
+) -> nn.Module:
+    """``[N, width]`` to logits: Linear; "nonlinear": Linear, Dropout, BatchNorm, ReLU, Linear."""
+    if kind == "linear":
+        return nn.Linear(width, num_classes)
+    return nn.Sequential(
+        nn.Linear(width, hidden),
+        nn.Dropout(dropout),
+        nn.BatchNorm1d(hidden),
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden, num_classes),
+    )
+
+
+class MapHead(nn.Module):
+    """Two of 3x3 convolution, BatchNorm, ReLU at ``width`` channels, the mean over space, Linear.
+
+    Features without space (``[N, D]``, or the mean over tokens of ``[N, L, D]``) meet linear layers instead.
+    """
+
+    def __init__(self, shape: tuple[int, ...], num_classes: int, *, width: int = 256) -> None:
+        super().__init__()
+        self.is_map = len(shape) == 4
+        channels = shape[1] if self.is_map else shape[-1]
+        layers: list[nn.Module] = []
+        for inputs in (channels, width):
+            if self.is_map:
+                layers += [nn.Conv2d(inputs, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)]
+            else:
+                layers += [nn.Linear(inputs, width, bias=False), nn.BatchNorm1d(width)]
+            layers.append(nn.ReLU(inplace=True))
+        self.layers = nn.Sequential(*layers)
+        self.classifier = nn.Linear(width, num_classes)
+
+    def forward(self, feature: Tensor) -> Tensor:
+        if not self.is_map:
+            feature = pooled(feature)
+        return self.classifier(pooled(self.layers(feature)))

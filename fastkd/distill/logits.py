@@ -1,0 +1,274 @@
+"""Methods on the logits of one head, each a line or two over a fused loss; FitNets and RKD."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastkd import functional
+
+from .method import TOTAL, Method, Seen, Terms
+from .options import Epochs, Fraction, Positive, Weight
+
+
+def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    return F.cross_entropy(logits.float(), target, label_smoothing=label_smoothing)
+
+
+class CrossEntropy(Method, name="cross_entropy"):
+    """ce_weight CE(z_s, y): the student on the labels alone, or with a hint or relation term."""
+
+    uses_teacher = False
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None = None,
+        *,
+        ce_weight: Weight = 1.0,
+        label_smoothing: Fraction = 0.0,
+        **shared: Any,
+    ) -> None:
+        super().__init__(student, teacher, **shared)
+        self.ce_weight, self.label_smoothing = ce_weight, label_smoothing
+
+    def terms(self, seen: Seen) -> Terms:
+        return {"ce": self.ce_weight * cross_entropy(seen.student_logits, seen.target, self.label_smoothing)}
+
+
+class FitNets(CrossEntropy):
+    """CE + hint_weight MSE(projection of the student's feature, the teacher's) (Romero et al. 2015).
+
+    The hint trains together with the labels, as in CRD's benchmark, not in a stage of its own.
+    """
+
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module, *, hint_weight: Positive = 100.0, **shared: Any
+    ) -> None:
+        super().__init__(student, teacher, hint_weight=hint_weight, **shared)
+
+
+class RKD(CrossEntropy):
+    """CE + distance_weight RKD-D + angle_weight RKD-A on pooled features (Park et al. 2019)."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        *,
+        distance_weight: Weight = 25.0,
+        angle_weight: Weight = 50.0,
+        **shared: Any,
+    ) -> None:
+        super().__init__(
+            student, teacher, distance_weight=distance_weight, angle_weight=angle_weight, **shared
+        )
+
+
+class _Softmax(Method, abstract=True):
+    """CE and softmax distillation in one fused pass: what KD, LSKD, DKD and DCKD share."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        *,
+        label_smoothing: Fraction = 0.0,
+        warmup_epochs: Epochs = 0,
+        **shared: Any,
+    ) -> None:
+        super().__init__(student, teacher, **shared)
+        self.label_smoothing, self.warmup_epochs = label_smoothing, warmup_epochs
+
+    def warmup(self) -> float:
+        """min(epoch / warmup_epochs, 1), epochs from 1."""
+        return min((self.epoch + 1) / self.warmup_epochs, 1.0) if self.warmup_epochs else 1.0
+
+    def distil(self, seen: Seen, ce_weight: float, distillation: dict[str, float], **options: Any) -> Terms:
+        weights = {name: weight * self.warmup() for name, weight in distillation.items()}
+        options |= {f"{name}_weight": weight for name, weight in weights.items()}
+        loss, terms = functional.distill_loss(
+            seen.student_logits,
+            seen.teacher_logits,
+            seen.target,
+            ce_weight=ce_weight,
+            label_smoothing=self.label_smoothing,
+            **options,
+        )
+        weights["ce"] = ce_weight
+        return {TOTAL: loss, **{name: weights[name] * value for name, value in terms.items()}}
+
+
+class KD(_Softmax):
+    """ce_weight CE + kd_weight T^2 KL(softmax(z_t/T) || softmax(z_s/T)) (Hinton et al. 2015).
+
+    Published: 0.1, 0.9 and T 4 for CIFAR-100 (mdistiller); 0.5, 0.5 and T 1 for ImageNet. ``standardize``:
+    LSKD.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        *,
+        ce_weight: Weight = 0.1,
+        kd_weight: Weight = 0.9,
+        temperature: Positive = 4.0,
+        standardize: bool = False,
+        **shared: Any,
+    ) -> None:
+        super().__init__(student, teacher, **shared)
+        self.ce_weight, self.kd_weight = ce_weight, kd_weight
+        self.options = {"temperature": temperature, "standardize": standardize}
+
+    def terms(self, seen: Seen) -> Terms:
+        return self.distil(seen, self.ce_weight, {"kd": self.kd_weight}, **self.options)
+
+
+class LSKD(KD):
+    """KD of logits standardised to (z - mean) / std (Sun et al. 2024): 0.1 CE + 9 KD at T 2, as published."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        *,
+        kd_weight: Weight = 9.0,
+        temperature: Positive = 2.0,
+        standardize: bool = True,
+        **shared: Any,
+    ) -> None:
+        super().__init__(
+            student, teacher, kd_weight=kd_weight, temperature=temperature, standardize=standardize, **shared
+        )
+
+
+class DKD(_Softmax):
+    """ce_weight CE + T^2 (alpha TCKD + beta NCKD): decoupled distillation (Zhao et al. 2022).
+
+    Published for CIFAR-100: alpha 1, beta 8, T 4, ``warmup_epochs`` 20 (beta 6 and 2 for some pairs); for
+    ImageNet T 1, beta 0.5 (R34 to R18) or 2 (R50 to MobileNetV1), ``warmup_epochs`` 1. With ``standardize``
+    (LSKD): alpha and beta times 9 at T 2.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        *,
+        ce_weight: Weight = 1.0,
+        alpha: Weight = 1.0,
+        beta: Weight = 8.0,
+        temperature: Positive = 4.0,
+        standardize: bool = False,
+        **shared: Any,
+    ) -> None:
+        super().__init__(student, teacher, **shared)
+        self.ce_weight, self.alpha, self.beta = ce_weight, alpha, beta
+        self.options: dict[str, Any] = {"temperature": temperature, "standardize": standardize}
+
+    def terms(self, seen: Seen) -> Terms:
+        return self.distil(seen, self.ce_weight, {"tckd": self.alpha, "nckd": self.beta}, **self.options)
+
+
+class DCKD(DKD):
+    """DKD whose target term acts only where the teacher is the surer: T^2 (alpha g TCKD + beta NCKD).
+
+    g is 1 where p_y > q_y (of the label y), else 0. A reading of Decoupled Classifier Knowledge Distillation
+    (doi 10.1371/journal.pone.0314267), of which the abstract alone was at hand; no equation was. It says to
+    decouple the classifier's output into "non-target classes learned by the student, and target classes
+    obtained by both the teacher and the student", and to "fix the correct knowledge that the student has
+    already acquired", so that the loss can be merged with feature- and relation-based methods. Read here as:
+    the target term, which takes both models, never pulls the student's certainty of the label back; NCKD is
+    on the student's own non-target distribution; hint and relation terms stand beside it by option.
+    ``fix_acquired=False`` is DKD, to the bit.
+    """
+
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module, *, fix_acquired: bool = True, **shared: Any
+    ) -> None:
+        super().__init__(student, teacher, **shared)
+        self.options["fix_acquired"] = fix_acquired
+
+
+class NKD(Method):
+    """ce_weight CE + nkd_weight (-p_y log q_y - gamma T^2 sum_{i!=y} p-hat_i log q-hat_i) (Yang et al. 2023).
+
+    Published: gamma 1.5 and T 1 for ImageNet, 3.5 and 3 for CIFAR-100.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        *,
+        ce_weight: Weight = 1.0,
+        nkd_weight: Weight = 1.0,
+        gamma: Weight = 1.5,
+        temperature: Positive = 1.0,
+        **shared: Any,
+    ) -> None:
+        super().__init__(student, teacher, **shared)
+        self.ce_weight, self.nkd_weight = ce_weight, nkd_weight
+        self.options: dict[str, Any] = {"gamma": gamma, "temperature": temperature}
+
+    def terms(self, seen: Seen) -> Terms:
+        distillation = functional.nkd_loss(
+            seen.student_logits, seen.teacher_logits, seen.target, **self.options
+        )
+        ce = cross_entropy(seen.student_logits, seen.target)
+        return {"ce": self.ce_weight * ce, "nkd": self.nkd_weight * distillation}
+
+
+class BinaryKL(Method, name="binary_kl"):
+    """ce_weight CE + weight BinaryKL on the one head: what DHKD's auxiliary head is compared with."""
+
+    distillation: Callable[..., Tensor] = staticmethod(functional.binary_kl_loss)
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        *,
+        ce_weight: Weight = 1.0,
+        weight: Weight = 1.0,
+        temperature: Positive = 2.0,
+        **shared: Any,
+    ) -> None:
+        super().__init__(student, teacher, **shared)
+        self.ce_weight, self.weight, self.temperature = ce_weight, weight, temperature
+
+    def terms(self, seen: Seen) -> Terms:
+        distillation = self.distillation(
+            seen.student_logits, seen.teacher_logits, temperature=self.temperature
+        )
+        ce = cross_entropy(seen.student_logits, seen.target)
+        return {"ce": self.ce_weight * ce, self.name: self.weight * distillation}
+
+
+class BinaryKLNorm(BinaryKL, name="binary_kl_norm"):
+    """ce_weight CE + weight BinaryKL-Norm on the one head."""
+
+    distillation = staticmethod(functional.binary_kl_norm_loss)
+
+
+class LossMethod(Method, abstract=True):
+    """A callable ``(student_logits, teacher_logits, target)`` that gives a scalar, or it and terms to log."""
+
+    uses_teacher = False
+
+    def __init__(self, student: nn.Module, teacher: nn.Module | None, loss: Callable[..., Any]) -> None:
+        super().__init__(student, teacher)
+        self.callable = loss
+
+    def needs_teacher(self) -> bool:
+        return True
+
+    def terms(self, seen: Seen) -> Terms:
+        result = self.callable(seen.student_logits, seen.teacher_logits, seen.target)
+        value, terms = result if isinstance(result, tuple) else (result, {})
+        return {TOTAL: value, **{name: torch.as_tensor(term).detach() for name, term in terms.items()}}

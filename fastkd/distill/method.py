@@ -1,0 +1,290 @@
+"""The base of every method: two models, the features they are asked for, named terms, one way to train.
+
+A training step, with whatever around it::
+
+    terms = method((inputs, target))       # or DistributedDataParallel(method)((inputs, target))
+    method.backward(terms)
+    method.finish_gradients()              # after the last micro-batch and unscaling, before clipping
+    optimizer.step()
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+
+from .classifier import find_classifier
+from .features import Hint, angle_loss, distance_loss
+from .options import GIVEN, Weight, check_options, nearest
+from .taps import INPUT, Taps, eval_mode, logits_of, unwrapped
+
+Terms = dict[str, Tensor]
+TOTAL = "loss"  # the name under which a fused loss of several terms carries their gradient
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What both models gave for a batch. Teacher logits are None without a teacher."""
+
+    student_logits: Tensor  # [N, C]
+    teacher_logits: Any  # Tensor [N, C], without gradient
+    target: Tensor  # int64 [N]
+    student: dict[str, Tensor]  # features by path
+    teacher: dict[str, Tensor]
+
+
+class Method(nn.Module):
+    """A way to train ``student`` with ``teacher``. Subclass it and define ``terms``; that is all.
+
+    The class is known by its name in lower case, or by ``class MyMethod(Method, name="other")``; to a recipe
+    also by ``module:Class``, which is imported. The keyword arguments of ``__init__`` are the options; their
+    annotations (``fastkd.distill.Weight``, ``Literal[...]``, ...) are checked on construction.
+
+    Args:
+        student: any module from inputs to logits ``[N, C]``; trained in place.
+        teacher: likewise, or None for a method that uses none. It is put into eval mode, runs without
+            gradient and is no submodule: not in ``parameters()`` or ``state_dict()``, never wrapped by DDP.
+        example: a batch of inputs, on the student's device; for methods that must know shapes of features.
+        hint_weight: weight of the hint of FitNets, the mean squared error between the teacher's feature and a
+            projection of the student's. Published: 100 (CRD's benchmark).
+        hint_layer, hint_teacher_layer: paths of the two layers; the teacher's is by default the student's.
+        distance_weight, angle_weight: weights of RKD's relations. Published: 25 and 50.
+        relation_layer, relation_teacher_layer: paths of the features to relate; by default the pooled ones,
+            the inputs of the classifiers.
+
+    Raises:
+        OptionError: an unknown option or a bad value.
+        FeatureError: a layer that does not exist or gives no features, spatial sizes that differ.
+    """
+
+    name: ClassVar[str] = ""
+    uses_teacher: ClassVar[bool] = True
+    _known: ClassVar[dict[str, type[Method]]] = {}
+
+    def __init_subclass__(cls, name: str | None = None, abstract: bool = False, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        if abstract:
+            return
+        cls.name = name or cls.__name__.lower()
+        taken = Method._known.get(cls.name)
+        if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise TypeError(
+                f"the method name {cls.name!r} is taken by {taken.__module__}.{taken.__qualname__}; "
+                f'choose another: class {cls.__name__}(Method, name="...")'
+            )
+        Method._known[cls.name] = cls
+
+    def __new__(cls, *models: Any, **options: Any) -> Method:
+        given = {name: value for name, value in options.items() if name not in GIVEN}
+        check_options(cls, given, partial=True)
+        return super().__new__(cls)
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        *,
+        example: Tensor | None = None,
+        hint_weight: Weight = 0.0,
+        hint_layer: str | None = None,
+        hint_teacher_layer: str | None = None,
+        distance_weight: Weight = 0.0,
+        angle_weight: Weight = 0.0,
+        relation_layer: str | None = None,
+        relation_teacher_layer: str | None = None,
+    ) -> None:
+        super().__init__()
+        if teacher is None and (self.uses_teacher or hint_weight or distance_weight or angle_weight):
+            raise ValueError(f"teacher is None, but {self.name or 'a hint or relation'} distils from one")
+        self.student = student
+        self._example = example
+        self.epoch = 0
+        # In a tuple, so that it is no submodule.
+        self._teacher = (None if teacher is None else teacher.eval(),)
+        self.student_taps = Taps(student, "student")
+        self.teacher_taps = Taps(teacher or nn.Identity(), "teacher")
+        self._hint_weight = hint_weight
+        self._distance_weight, self._angle_weight = distance_weight, angle_weight
+        self.hint: Hint | None = None
+        if hint_weight:
+            if hint_layer is None:
+                raise ValueError("hint_layer is missing: the path of the student's layer that gets the hint")
+            self._hint_layers = self.tap_both(hint_layer, hint_teacher_layer)
+            (of_student, _), (of_teacher, _) = self.all_shapes()
+            layers = self._hint_layers
+            self.hint = Hint(of_student[layers[0]], of_teacher[layers[1]], layers).to(self.example.device)
+        if distance_weight or angle_weight:
+            if relation_layer is None:
+                assert teacher is not None
+                relation_layer = find_classifier(student)[0] + INPUT
+                relation_teacher_layer = (
+                    relation_teacher_layer or find_classifier(teacher, "teacher")[0] + INPUT
+                )
+            self._relation_layers = self.tap_both(relation_layer, relation_teacher_layer)
+
+    @property
+    def teacher(self) -> nn.Module | None:
+        return self._teacher[0]
+
+    # What a subclass defines.
+
+    def terms(self, seen: Seen) -> Terms:
+        """The named scalar terms of a batch, weights included.
+
+        Those that require grad are summed and trained; a detached one is only logged. A fused loss of several
+        terms goes under "loss" with its detached, weighted terms beside it, so that what is logged adds up.
+        """
+        raise NotImplementedError
+
+    def needs_teacher(self) -> bool:
+        """Whether this epoch's terms look at the teacher; if not, it does not run."""
+        return self.uses_teacher
+
+    # What a training loop calls.
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> Terms:
+        return self.loss(batch)
+
+    def loss(self, batch: tuple[Tensor, Tensor]) -> Terms:
+        """The terms of ``(inputs, int64 labels)``; both models run once."""
+        inputs, target = batch
+        carried = bool(self.hint or self._distance_weight or self._angle_weight)
+        teacher_logits, teacher_features = None, {}
+        if self.teacher is not None and (carried or self.needs_teacher()):
+            with torch.no_grad(), self.teacher_taps.reading() as teacher_features:
+                teacher_logits = logits_of(self.teacher, inputs, "teacher")
+        with self.student_taps.reading() as student_features:
+            student_logits = logits_of(self.student, inputs, "student")
+        terms = self.terms(Seen(student_logits, teacher_logits, target, student_features, teacher_features))
+        if self.hint is not None:
+            student, teacher = self._hint_layers
+            terms["hint"] = self._hint_weight * self.hint(
+                student_features[student], teacher_features[teacher]
+            )
+        if self._distance_weight or self._angle_weight:
+            student, teacher = self._relation_layers
+            pair = student_features[student], teacher_features[teacher]
+            if self._distance_weight:
+                terms["distance"] = self._distance_weight * distance_loss(*pair)
+            if self._angle_weight:
+                terms["angle"] = self._angle_weight * angle_loss(*pair)
+        return terms
+
+    def backward(self, terms: Terms, *, scaler: GradScaler | None = None, micro_batches: int = 1) -> Tensor:
+        """Adds the gradient of the terms to ``.grad``; returns the loss, detached.
+
+        Args:
+            scaler: of mixed precision; call ``scaler.unscale_(optimizer)`` before ``finish_gradients``.
+            micro_batches: how many of equal size make a step; the gradient is divided by it.
+        """
+        total = total_of(terms)
+        scaled(total / micro_batches if micro_batches > 1 else total, scaler).backward()
+        return total.detach()
+
+    def finish_gradients(self) -> None:
+        """Once a step, after the last ``backward`` and unscaling, before clipping: the place of alignment."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the epoch that begins, from 0, for warm-ups and stops."""
+        self.epoch = epoch
+
+    def export(self) -> nn.Module:
+        """The plain student: the module that was given, freed of wrappers, nothing of the method in it."""
+        return unwrapped(self.student)
+
+    def parts_state(self) -> dict[str, Tensor]:
+        """State of everything beyond the student: heads and projections. ``load_parts_state`` reads it."""
+        return {key: value for key, value in self.state_dict().items() if not key.startswith("student.")}
+
+    def load_parts_state(self, state: dict[str, Tensor]) -> None:
+        unfit = self.load_state_dict(state, strict=False)
+        missing = [key for key in unfit.missing_keys if not key.startswith("student.")]
+        if missing or unfit.unexpected_keys:
+            raise ValueError(
+                f"the state of the method's parts lacks {missing}, and has no place for {unfit[1]}"
+            )
+
+    @torch.no_grad()
+    def check(self, batch: tuple[Tensor, Tensor]) -> None:
+        """A step in eval mode without gradient: what does not fit raises here, and nothing changes."""
+        with eval_mode(self, self.teacher):
+            total_of(self.loss(batch))
+
+    # What a subclass may use.
+
+    def tap_both(self, student_path: str, teacher_path: str | None) -> tuple[str, str]:
+        """Read a layer of each model in every forward pass; the teacher's is by default the student's."""
+        return self.student_taps.add(student_path), self.teacher_taps.add(teacher_path or student_path)
+
+    def all_shapes(self) -> tuple[tuple[dict[str, torch.Size], torch.Size], ...]:
+        """For student and teacher: the shapes of the tapped features, by path, and of the logits."""
+        return tuple(taps.shapes(self.example) for taps in (self.student_taps, self.teacher_taps))
+
+    @property
+    def example(self) -> Tensor:
+        if self._example is None:
+            raise ValueError(
+                f"example is missing: {self.name} learns the shapes of features from it; give a batch of "
+                "inputs such as images[:2]"
+            )
+        return self._example
+
+    def train(self, mode: bool = True) -> Method:
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()  # also if someone has put it into train mode since
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Method:
+        super()._apply(fn, recurse)
+        if self.teacher is not None:
+            self.teacher._apply(fn)  # .to(device) moves the teacher along
+        return self
+
+
+def total_of(terms: Terms) -> Tensor:
+    """The sum of the terms that require grad; of all if none does. Raises ``ValueError`` for no scalar."""
+    if not terms:
+        raise ValueError("terms is empty; expected one named scalar at least")
+    for name, value in terms.items():
+        if not isinstance(value, Tensor) or value.ndim != 0:
+            raise ValueError(
+                f"the term {name!r} is {getattr(value, 'shape', value)!r}; expected a scalar tensor"
+            )
+    trained = [value for value in terms.values() if value.requires_grad]
+    return sum(trained[1:], trained[0]) if trained else torch.stack(list(terms.values())).sum()
+
+
+def scaled(value: Tensor, scaler: GradScaler | None) -> Tensor:
+    return value if scaler is None else scaler.scale(value)
+
+
+def find_method(name: str) -> type[Method]:
+    """The method called ``name``, or the class ``module:Class``, which is imported. Raises ``ValueError``."""
+    module_name, colon, class_name = name.partition(":")
+    if not colon:
+        if name not in Method._known:
+            known = ", ".join(sorted(Method._known))
+            raise ValueError(
+                f"unknown method {name!r}{nearest(name, Method._known)}; expected one of {known}"
+            )
+        return Method._known[name]
+    sys.path.insert(0, os.getcwd())  # a console script does not look in the working directory by itself
+    try:
+        found = getattr(importlib.import_module(module_name), class_name, None)
+    except ImportError as error:
+        raise ValueError(f"the method {name!r} cannot be imported: {error}") from None
+    finally:
+        sys.path.remove(os.getcwd())
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise ValueError(
+            f"the method {name!r} is {found!r}; expected a class derived from fastkd.distill.Method"
+        )
+    return found

@@ -1,0 +1,135 @@
+"""MHKD: classifiers on inner layers of both models, distilled pair by pair."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastkd import functional
+
+from .features import check_same_space
+from .heads import MapHead
+from .logits import cross_entropy
+from .method import Method, Seen, Terms
+from .options import Count, File, Fraction, Positive, Weight
+
+
+class MHKD(Method):
+    """Auxiliary heads on paired inner layers: Multi-head KD (arXiv 2012.02911, first author's later code).
+
+    ce_weight CE(z_s, y) + alpha T^2 KL(z_t, z_s) + sum_h CE(teacher head h, y)
+    + beta sum_h [head_kd T^2 KL(sg teacher head h, student head h) + (1 - head_kd) CE(student head h, y)]
+
+    Head: two of 3x3 convolution, BatchNorm, ReLU, then the mean over space and Linear. The teacher's
+    backbone is frozen and in eval mode; its heads learn from the labels alone, beside the student or before.
+    All heads and the final logits share one launch of the fused loss. Heads are for training only. Needs
+    ``example``.
+
+    Args:
+        layers: paths of the student's layers. Features of a pair have one spatial size; widths need not
+            agree.
+        teacher_layers: paths of the teacher's, in the same order; by default the student's.
+        head_width: channels of the heads. Published: 256.
+        teacher_heads: a checkpoint of an MHKD run (``last.pt``) whose teacher heads to use, frozen; by
+            default they train along.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        *,
+        layers: list[str],
+        teacher_layers: list[str] | None = None,
+        ce_weight: Weight = 1.0,
+        alpha: Weight = 1.0,
+        beta: Weight = 1.0,
+        temperature: Positive = 4.0,
+        head_kd: Fraction = 0.9,
+        head_width: Count = 256,
+        teacher_heads: File | None = None,
+        **shared: Any,
+    ) -> None:
+        super().__init__(student, teacher, **shared)
+        self.ce_weight, self.alpha, self.beta = ce_weight, alpha, beta
+        self.temperature, self.head_kd = temperature, head_kd
+        of_teacher = layers if teacher_layers is None else teacher_layers
+        if not layers or len(layers) != len(of_teacher):
+            raise ValueError(
+                f"layers {layers} and teacher_layers {of_teacher} must pair up, one or more of each model"
+            )
+        self.pairs = [self.tap_both(*pair) for pair in zip(layers, of_teacher, strict=True)]
+        (of_student, student_logits), (of_teacher_, teacher_logits) = self.all_shapes()
+        heads: list[list[MapHead]] = [[], []]
+        for pair in self.pairs:
+            shapes = of_student[pair[0]], of_teacher_[pair[1]]
+            check_same_space(*shapes, pair, "a pair of heads")
+            for made, shape, logits in zip(heads, shapes, (student_logits, teacher_logits), strict=True):
+                made.append(MapHead(tuple(shape), logits[1], width=head_width).to(self.example.device))
+        self.student_heads, self.teacher_heads = (nn.ModuleList(made) for made in heads)
+        self.teacher_heads_train = teacher_heads is None
+        if teacher_heads is not None:
+            self._load_teacher_heads(teacher_heads)
+
+    def terms(self, seen: Seen) -> Terms:
+        target = seen.target
+        student = [
+            head(seen.student[path]) for head, (path, _) in zip(self.student_heads, self.pairs, strict=True)
+        ]
+        with torch.set_grad_enabled(self.teacher_heads_train and torch.is_grad_enabled()):
+            teacher = [
+                head(seen.teacher[path])
+                for head, (_, path) in zip(self.teacher_heads, self.pairs, strict=True)
+            ]
+        # Detached: what the student's heads have to say must not move the teacher's.
+        teachers = [seen.teacher_logits, *(logits.detach() for logits in teacher)]
+        students = _of_one_dtype([seen.student_logits, *student])
+        kd = functional.kd_loss(students, _of_one_dtype(teachers), temperature=self.temperature)
+        head_ce = _sum([cross_entropy(logits, target) for logits in student])
+        terms = {
+            "ce": self.ce_weight * cross_entropy(seen.student_logits, target),
+            "kd": self.alpha * kd[0],
+            "head_kd": self.beta * self.head_kd * kd[1:].sum(),
+            "head_ce": self.beta * (1 - self.head_kd) * head_ce,
+        }
+        if self.teacher_heads_train:
+            terms["teacher_head_ce"] = _sum([cross_entropy(logits, target) for logits in teacher])
+        return terms
+
+    def train(self, mode: bool = True) -> MHKD:
+        super().train(mode)
+        if not self.teacher_heads_train:
+            self.teacher_heads.eval()
+        return self
+
+    def _load_teacher_heads(self, path: str) -> None:
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+            reason = (str(error).splitlines() or [""])[0]
+            raise ValueError(f"teacher_heads {path} cannot be read: {reason}") from None
+        state = content.get("method", content) if isinstance(content, dict) else {}
+        prefix = "teacher_heads."
+        heads = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        if not heads:
+            raise ValueError(
+                f"teacher_heads {path} holds no teacher heads; expected the last.pt of an MHKD run"
+            )
+        try:
+            self.teacher_heads.load_state_dict(heads)
+        except RuntimeError as error:
+            lines = [line.strip() for line in str(error).splitlines()]
+            raise ValueError(f"teacher_heads {path} does not fit: {' '.join(lines[1:3])}") from None
+        self.teacher_heads.requires_grad_(False).eval()
+
+
+def _of_one_dtype(logits: list[Tensor]) -> list[Tensor]:
+    """For one launch; autocast may have been on for some of them only."""
+    return logits if len({one.dtype for one in logits}) == 1 else [one.float() for one in logits]
+
+
+def _sum(values: list[Tensor]) -> Tensor:
+    return torch.stack(values).sum()

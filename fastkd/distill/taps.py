@@ -1,0 +1,151 @@
+"""Features of inner layers, by module path: forward hooks that exist only while a model runs."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+INPUT = ":input"
+
+
+class FeatureError(ValueError):
+    """A layer that does not exist, did not run, or gives something that is no tensor of features."""
+
+
+class Taps:
+    """Reads the outputs of the layers of ``model`` that ``paths`` name; ``path:input`` is a layer's input.
+
+    Paths are those of ``model.named_modules()``, without wrappers such as DDP's. ``role`` ("student",
+    "teacher") is for messages.
+    """
+
+    def __init__(self, model: nn.Module, role: str) -> None:
+        self._model = model
+        self._plain = unwrapped(model)
+        self._role = role
+        self._layers: dict[str, tuple[nn.Module, bool]] = {}
+
+    def add(self, path: str) -> str:
+        """Read ``path`` from now on; returns it. Raises ``FeatureError`` if there is no such layer."""
+        name = path.removesuffix(INPUT)
+        layers = dict(self._plain.named_modules())
+        if not name or name not in layers:
+            raise FeatureError(f"the {self._role} has no layer {name!r}; {_near(name, layers)}")
+        self._layers[path] = (layers[name], path.endswith(INPUT))
+        return path
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[dict[str, Tensor]]:
+        """``with taps.reading() as features: model(inputs)``; ``features`` is whole when the block ends."""
+        found: dict[str, Any] = {}
+        versions: dict[str, int] = {}
+
+        def keep(path: str, value: Any) -> None:
+            if isinstance(value, tuple) and len(value) == 1:
+                (value,) = value
+            where = f"the {self._role}'s layer {path!r}"
+            if path in found:
+                raise FeatureError(
+                    f"{where} runs more than once in a forward pass; name a layer that runs once"
+                )
+            if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() < 2:
+                raise FeatureError(
+                    f"{where} gives {_describe(value)}; expected a tensor of features [N, D, ...]"
+                )
+            found[path], versions[path] = value, _version(value)
+
+        with contextlib.ExitStack() as hooks:
+            for path, (layer, is_input) in self._layers.items():
+                if is_input:
+                    # Bound at once: a closure over the loop's variables would see their last values.
+                    handle = layer.register_forward_pre_hook(lambda _, args, path=path: keep(path, args))
+                else:
+                    handle = layer.register_forward_hook(lambda _, __, output, path=path: keep(path, output))
+                hooks.callback(handle.remove)
+            yield found
+        for path in self._layers:
+            if path not in found:
+                raise FeatureError(f"the {self._role}'s layer {path!r} did not run in the forward pass")
+            if _version(found[path]) != versions[path]:
+                raise FeatureError(
+                    f"the output of the {self._role}'s layer {path!r} is changed in place by a later layer "
+                    "(an in-place ReLU?); name that later layer"
+                )
+
+    @torch.no_grad()
+    def shapes(self, example: Tensor) -> tuple[dict[str, torch.Size], torch.Size]:
+        """Shapes of the features and of the logits for a batch; the model runs in eval mode, unchanged."""
+        with eval_mode(self._model), self.reading() as features:
+            logits = logits_of(self._model, example, self._role)
+        return {path: feature.shape for path, feature in features.items()}, logits.shape
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel, DataParallel or torch.compile."""
+    inner: Any = model
+    while True:
+        if isinstance(inner, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            inner = inner.module
+        elif hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        else:
+            return inner
+
+
+def logits_of(model: nn.Module, inputs: Any, role: str) -> Tensor:
+    """``model(inputs)``, if that is ``[N, C]``. Raises ``ValueError``."""
+    value = model(inputs)
+    if not isinstance(value, Tensor) or value.dim() != 2:
+        raise ValueError(f"the {role} returns {_describe(value)}; expected logits, a tensor [N, C]")
+    return value
+
+
+@contextlib.contextmanager
+def eval_mode(*models: nn.Module | None) -> Iterator[None]:
+    """The models in eval mode; afterwards each module's mode is as it was."""
+    modes = {module: module.training for model in models if model is not None for module in model.modules()}
+    try:
+        for model in models:
+            if model is not None:
+                model.eval()
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _version(value: Tensor) -> int:
+    return 0 if value.is_inference() else value._version  # tensors of inference mode keep no count
+
+
+def _near(name: str, layers: Iterable[str]) -> str:
+    paths = [path for path in layers if path]
+    near = difflib.get_close_matches(name, paths, n=5, cutoff=0.3)
+    if not near:
+        near = [path for path in paths if "." not in path][:10]
+    return f"the nearest are {', '.join(near)}" if near else "it has no layers inside"
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {list(value.shape)}"
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"a {type(value).__name__}"
+
+
+def pooled(feature: Tensor) -> Tensor:
+    """``[N, D]`` of a feature map: the mean over space of ``[N, D, H, W]``, over tokens of ``[N, L, D]``."""
+    if feature.dim() == 2:
+        return feature
+    return feature.mean(1) if feature.dim() == 3 else feature.flatten(2).mean(2)
+
+
+def width_of(shape: torch.Size) -> int:
+    """Channels D of features ``[N, D]``, ``[N, L, D]`` or ``[N, D, H, W]``."""
+    return shape[-1] if len(shape) == 3 else shape[1]

@@ -1,0 +1,313 @@
+"""DHKD: the head, the alignment in every setting it must work in, the stop."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+from torch import Tensor, nn
+
+from fastkd.distill import DHKD, GradientAlignment, find_method
+from fastkd.distill.alignment import parameters_of
+
+from .models import CLASSES, METHODS, Net, batch, pair
+
+SCOPES = ("all", "shared")
+
+
+def gradients(method: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in method.named_parameters() if p.grad is not None}
+
+
+def separate(
+    method: DHKD, batches: list[tuple[Tensor, Tensor]]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """g0 and g1 by name, each by a backward of its own, averaged over the batches; 0 where there is none."""
+    both: list[dict[str, Tensor]] = []
+    for term in ("ce", "binary_kl_norm"):
+        method.zero_grad()
+        for one in batches:
+            (method(one)[term] / len(batches)).backward()
+        both.append(
+            {
+                n: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+                for n, p in method.named_parameters()
+            }
+        )
+    method.zero_grad()
+    return both[0], both[1]
+
+
+def aligned(g0: dict[str, Tensor], g1: dict[str, Tensor], scope: str) -> dict[str, Tensor]:
+    """The released formula, p.grad = (1 - min(c, 0)) g0 + g1, on the vector of the scope."""
+    shared = [name for name in g0 if scope == "all" or name.startswith("student.features")]
+    dot = sum((g0[name].double() * g1[name].double()).sum() for name in shared)
+    square = sum(g0[name].double().square().sum() for name in shared)
+    c = float(dot / square)
+    return {n: (1 - min(c, 0.0) * (n in shared)) * g0[n] + g1[n] for n in g0}
+
+
+def conflicting(scope: str, **options: object) -> tuple[DHKD, tuple[Tensor, Tensor]]:
+    """A method, frozen in its randomness, on a batch where the gradients are against each other."""
+    student, teacher = pair()
+    images, target = batch()
+    with torch.no_grad():
+        logits = teacher.eval()(images)
+        teacher.fc.weight *= 30
+        # Labels that the teacher thinks least likely: what helps one loss hurts the other.
+        target = logits.argmin(1)
+    method = DHKD(student, teacher, align=scope, dropout=0.0, head="linear", **options).eval()
+    method.head.load_state_dict(student.fc.state_dict())
+    return method, (images, target)
+
+
+def matches(method: nn.Module, expected: dict[str, Tensor], **tolerance: float) -> None:
+    for name, gradient in gradients(method).items():
+        torch.testing.assert_close(gradient, expected[name], msg=lambda m, n=name: f"{n}: {m}", **tolerance)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_the_released_formula(scope: str) -> None:
+    method, one = conflicting(scope)
+    g0, g1 = separate(method, [one])
+    expected = aligned(g0, g1, scope)
+    assert not torch.equal(
+        expected["student.features.0.0.weight"],
+        (g0["student.features.0.0.weight"] + g1["student.features.0.0.weight"]),
+    )
+    method.backward(method(one))
+    method.finish_gradients()
+    matches(method, expected, rtol=1e-4, atol=1e-6)
+    # On the backbone the cross-entropy is no longer opposed, where the scope is the backbone.
+    after = gradients(method)
+    dot = sum(((after[n] - g0[n]) * g0[n]).sum() for n in g0 if n.startswith("student.features"))
+    before = sum((g1[n] * g0[n]).sum() for n in g0 if n.startswith("student.features"))
+    assert before < 0
+    assert dot > before
+    if scope == "shared":
+        assert abs(dot) < 1e-4 * abs(before)
+
+
+def test_gradients_that_agree_are_left_alone() -> None:
+    student, teacher = pair()
+    method = DHKD(student, teacher, dropout=0.0).eval()
+    images, _ = batch()
+    target = teacher(images).argmax(1)
+    method.head = nn.Sequential(method.head, nn.Identity())
+    g0, g1 = separate(method, [(images, target)])
+    dot = sum((g0[n] * g1[n]).sum() for n in g0)
+    assert dot > 0
+    method.backward(method((images, target)))
+    method.finish_gradients()
+    matches(method, {n: g0[n] + g1[n] for n in g0})
+
+
+def test_no_gradient_of_the_labels_is_no_nan() -> None:
+    student, teacher = pair()
+    method = DHKD(student, teacher, ce_weight=0.0)
+    method.backward(method(batch()))
+    method.finish_gradients()
+    assert all(gradient.isfinite().all() for gradient in gradients(method).values())
+    assert gradients(method)["student.features.0.0.weight"].any()
+
+
+@pytest.mark.parametrize("align", [*SCOPES, "none"])
+def test_alignment_costs_one_backward_of_the_student(align: str) -> None:
+    student, teacher = pair()
+    method = DHKD(student, teacher, align=align)
+    passes = 0
+
+    def count(*_: object) -> None:
+        nonlocal passes
+        passes += 1
+
+    student.features[1][0].register_full_backward_hook(count)
+    method.backward(method(batch()))
+    method.finish_gradients()
+    assert passes == (1 if align == "none" else 2)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_accumulated_gradients_are_aligned_once_and_whole(scope: str) -> None:
+    method, (images, target) = conflicting(scope)
+    halves = [(images[:4], target[:4]), (images[4:], target[4:])]
+    expected = aligned(*separate(method, halves), scope)
+    for _ in range(2):  # what is kept between the backward passes starts anew
+        method.zero_grad()
+        for half in halves:
+            method.backward(method(half), micro_batches=2)
+        method.finish_gradients()
+        matches(method, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_scaled_gradients_are_aligned_unscaled(scope: str) -> None:
+    method, one = conflicting(scope)
+    expected = aligned(*separate(method, [one]), scope)
+    optimizer = torch.optim.SGD(method.parameters(), lr=0.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for _ in range(2):
+        optimizer.zero_grad()
+        method.backward(method(one), scaler=scaler)
+        scaler.unscale_(optimizer)
+        method.finish_gradients()
+        matches(method, expected, rtol=1e-4, atol=1e-6)
+        scaler.step(optimizer)
+        scaler.update(2.0**7)  # another scale in the next step
+    optimizer.zero_grad()
+    method.backward(method((one[0] * torch.inf, one[1])), scaler=scaler)
+    scaler.unscale_(optimizer)
+    method.finish_gradients()
+    weights = [p.clone() for p in method.parameters()]
+    scaler.step(optimizer)  # a step that overflowed is skipped as ever
+    assert all(torch.equal(a, b) for a, b in zip(weights, method.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast(dtype: torch.dtype) -> None:
+    method, one = conflicting("all")
+    expected = aligned(*separate(method, [one]), "all")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, enabled=dtype == torch.float16)
+    optimizer = torch.optim.SGD(method.parameters(), lr=0.1)
+    with torch.autocast("cpu", dtype=dtype):
+        terms = method(one)
+    method.backward(terms, scaler=scaler)
+    scaler.unscale_(optimizer)
+    method.finish_gradients()
+    for name, gradient in gradients(method).items():
+        assert (gradient - expected[name]).norm() < 0.1 * expected[name].norm() + 1e-3, name
+
+
+def test_clipping_sees_the_aligned_gradient() -> None:
+    method, one = conflicting("all")
+    expected = aligned(*separate(method, [one]), "all")
+    method.backward(method(one))
+    method.finish_gradients()
+    norm = torch.nn.utils.clip_grad_norm_(method.parameters(), 1e-3)
+    torch.testing.assert_close(
+        norm, torch.stack([g.norm() for g in expected.values()]).norm(), rtol=1e-4, atol=0.0
+    )
+
+
+def _rank(rank: int, port: int, folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    found: dict[str, list[dict[str, Tensor]]] = {}
+    for scope in SCOPES:
+        method, (images, target) = conflicting(scope)
+        runner = nn.parallel.DistributedDataParallel(method)
+        mine = slice(4 * rank, 4 * rank + 4)
+        method.backward(runner((images[mine], target[mine])))
+        method.finish_gradients()
+        whole = gradients(method)
+        # And once more with accumulation, which does not reduce the first half.
+        method.zero_grad()
+        with runner.no_sync():
+            method.backward(runner((images[mine][:2], target[mine][:2])), micro_batches=2)
+        method.backward(runner((images[mine][2:], target[mine][2:])), micro_batches=2)
+        method.finish_gradients()
+        found[scope] = [whole, gradients(method)]
+    for name in ("dckd", "mhkd"):
+        found[name] = [gradients_of_half(name, rank, wrapped=True)]
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def gradients_of_half(name: str, rank: int, *, wrapped: bool) -> dict[str, Tensor]:
+    method = find_method(name)(*pair(), example=batch(2)[0], **METHODS[name]).eval()
+    runner = nn.parallel.DistributedDataParallel(method) if wrapped else method
+    images, target = batch()
+    mine = slice(4 * rank, 4 * rank + 4)
+    method.backward(runner((images[mine], target[mine])))
+    return gradients(method)
+
+
+def test_two_processes_align_the_reduced_gradient(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(_rank, (port, str(tmp_path)), nprocs=2)
+    for name in ("dckd", "mhkd"):  # methods without an alignment leave everything to DDP
+        halves = [gradients_of_half(name, rank, wrapped=False) for rank in (0, 1)]
+        for rank in (0, 1):
+            (found,) = torch.load(tmp_path / f"{rank}.pt")[name]
+            for key, gradient in found.items():
+                torch.testing.assert_close(gradient, (halves[0][key] + halves[1][key]) / 2)
+    for scope in SCOPES:
+        method, one = conflicting(scope)
+        expected = aligned(*separate(method, [one]), scope)
+        for rank in (0, 1):
+            for found in torch.load(tmp_path / f"{rank}.pt")[scope]:
+                assert found.keys() == expected.keys()
+                for name, gradient in found.items():
+                    torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_stop() -> None:
+    student, teacher = pair()
+    method = DHKD(student, teacher, stop_epoch=2)
+    calls = []
+    teacher.register_forward_hook(lambda *_: calls.append(1))
+    for epoch, names in (
+        (0, {"ce", "binary_kl_norm"}),
+        (1, {"ce", "binary_kl_norm"}),
+        (2, {"ce"}),
+        (3, {"ce"}),
+    ):
+        method.set_epoch(epoch)
+        terms = method(batch())
+        assert set(terms) == names
+        method.backward(terms)
+        method.finish_gradients()
+    assert len(calls) == 2  # a teacher that nobody asks does not run
+
+
+def test_a_weight_of_zero_is_the_student_alone() -> None:
+    student, teacher = pair()
+    with torch.no_grad():
+        teacher.fc.weight.fill_(torch.inf)  # 0 * inf would be NaN
+    method = DHKD(student, teacher, alpha=0.0)
+    method.backward(method(batch()))
+    method.finish_gradients()
+    assert all(gradient.isfinite().all() for gradient in gradients(method).values())
+
+
+def test_heads() -> None:
+    student, teacher = pair()
+    shape = [type(layer) for layer in DHKD(student, teacher).head]
+    assert shape == [nn.Linear, nn.Dropout, nn.BatchNorm1d, nn.ReLU, nn.Linear]
+    method = DHKD(student, teacher)
+    assert (method.head[0].in_features, method.head[0].out_features, method.head[4].out_features) == (
+        8,
+        200,
+        CLASSES,
+    )
+    assert method.head[1].p == 0.1
+    assert isinstance(DHKD(student, teacher, head="linear").head, nn.Linear)
+    by_path = DHKD(student, teacher, feature="features.1", head="linear", example=batch(2)[0])
+    assert by_path.head.in_features == 8
+    # The mean of features.1 is what the classifier takes: the same features by either way.
+    found = DHKD(student, teacher, head="linear")
+    by_path.head.load_state_dict(found.head.state_dict())
+    torch.testing.assert_close(by_path(batch())["binary_kl_norm"], found(batch())["binary_kl_norm"])
+
+
+def test_the_auxiliary_head_trains_the_backbone_and_not_the_main_head() -> None:
+    student, teacher = pair()
+    terms = DHKD(student, teacher)(batch())
+    reached = set(parameters_of([terms["binary_kl_norm"]]))
+    assert student.features[0][0].weight in reached
+    assert student.fc.weight not in reached
+
+
+def test_an_unknown_scope() -> None:
+    with pytest.raises(ValueError, match="scope is 'backbone'; expected 'all' or 'shared'"):
+        GradientAlignment("backbone")
+    with pytest.raises(ValueError, match="align = 'backbone'"):
+        DHKD(*pair(), align="backbone")
+    assert isinstance(pair()[0], Net)

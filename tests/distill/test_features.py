@@ -1,0 +1,202 @@
+"""Features by path, classifiers that are found, hints and relations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastkd.distill import DHKD, DKD, KD, RKD, FeatureError, FitNets, Taps, find_classifier
+from fastkd.distill.features import angle_loss, distance_loss
+from fastkd.models import GlyphCNN
+
+from .models import batch, pair
+
+
+class Odd(nn.Module):
+    """Layers that give what cannot be a feature, or do not behave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.two = Two()
+        self.flat = nn.Linear(4, 4)
+        self.never = nn.Linear(4, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.relu = nn.ReLU(inplace=True)
+        self.indices = Indices()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, _ = self.two(x)
+        x = self.flat(self.flat(x))
+        self.indices(x)
+        return self.relu(self.norm(x))
+
+
+class Two(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x
+
+
+class Indices(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.argmax(1)
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("two", "'two' gives a tuple of 2; expected a tensor of features"),
+        ("indices", "'indices' gives a torch.int64 tensor of shape"),
+        ("never", "'never' did not run"),
+        ("flat", "'flat' runs more than once"),
+        ("norm", "'norm' is changed in place by a later layer"),
+    ],
+)
+def test_what_is_no_feature(path: str, words: str) -> None:
+    model = Odd()
+    taps = Taps(model, "student")
+    taps.add(path)
+    with pytest.raises(FeatureError, match=words), taps.reading():
+        model(torch.randn(3, 4))
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_outputs_and_inputs_by_path() -> None:
+    student, _ = pair()
+    taps = Taps(student, "student")
+    taps.add("features.0")
+    taps.add("fc:input")
+    images, _ = batch()
+    with taps.reading() as features:
+        student(images)
+    assert features["features.0"].shape == (8, 4, 8, 8)
+    assert torch.equal(student.fc(features["fc:input"]), student(images)) or student.training
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in student.modules())
+    for path in ("", ":input", "fc:output", "feature.0"):
+        with pytest.raises(FeatureError, match="the student has no layer"):
+            taps.add(path)
+
+
+TORCHVISION = {
+    "resnet18": "fc",
+    "mobilenet_v2": "classifier.1",
+    "vgg11": "classifier.6",
+    "densenet121": "classifier",
+    "shufflenet_v2_x0_5": "fc",
+    "efficientnet_b0": "classifier.1",
+    "convnext_tiny": "classifier.2",
+    "swin_t": "head",
+    "vit_b_32": "heads.head",
+    "googlenet": "fc",
+}
+
+
+@pytest.mark.parametrize(("name", "path"), TORCHVISION.items())
+def test_torchvisions_classifiers(name: str, path: str) -> None:
+    with torch.device("meta"):
+        model = torchvision.models.get_model(name, num_classes=11)
+    found, linear = find_classifier(model)
+    assert (found, linear.out_features) == (path, 11)
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "mobilenetv3_small_050", "convnext_atto", "vit_tiny_patch16_224"]
+)
+def test_timms_classifiers(name: str) -> None:
+    timm = pytest.importorskip("timm")
+    model = timm.create_model(name, num_classes=11)
+    path, linear = find_classifier(model)
+    assert model.get_submodule(path) is model.get_classifier() is linear
+    with pytest.raises(FeatureError, match="cannot be found"):
+        find_classifier(timm.create_model(name, num_classes=0))
+
+
+def test_our_own_and_a_strangers_classifier() -> None:
+    assert find_classifier(GlyphCNN(11, width=2))[0] == "head"
+    assert find_classifier(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)))[0] == "1"
+    with pytest.raises(FeatureError, match=r"of the student \(Sequential\) cannot be found: .* are 0, 1"):
+        find_classifier(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)))
+    with pytest.raises(FeatureError, match="it has no linear layer; name the layer"):
+        DHKD(torchvision.models.squeezenet1_1(num_classes=7), pair()[1])
+
+
+def test_a_hint() -> None:
+    student, teacher = pair()
+    images, target = batch()
+    method = FitNets(student, teacher, hint_layer="features.1", hint_weight=3.0, example=images[:2]).eval()
+    terms = method((images, target))
+    projection = method.hint.projection
+    assert (projection.in_channels, projection.out_channels, projection.kernel_size) == (8, 12, (1, 1))
+    expected = 3 * F.mse_loss(projection(student.features(images)), teacher.features(images))
+    torch.testing.assert_close(terms["hint"], expected)
+    pooled = FitNets(student, teacher, hint_layer="fc:input", example=images[:2])
+    assert isinstance(pooled.hint.projection, nn.Linear)
+
+    with pytest.raises(ValueError, match="hint_layer is missing"):
+        FitNets(student, teacher)
+    with pytest.raises(ValueError, match="example is missing: fitnets"):
+        FitNets(student, teacher, hint_layer="features.1")
+    options = {"hint_layer": "features.1", "hint_teacher_layer": "features.0", "example": images[:2]}
+    with pytest.raises(FeatureError, match=r"one spatial size.*\[N, 8, 4, 4\].*\[N, 6, 8, 8\]"):
+        FitNets(student, teacher, **options)
+    with pytest.raises(ValueError, match="teacher is None"):
+        KD(student, None, hint_weight=1.0, hint_layer="fc")
+
+
+def test_relations() -> None:
+    generator = torch.Generator().manual_seed(0)
+    s, t = torch.randn(6, 3, generator=generator), torch.randn(6, 5, generator=generator)
+
+    def distances(x: Tensor) -> Tensor:
+        all_ = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
+        return all_ / all_[all_ > 0].mean()
+
+    def cosines(x: Tensor) -> Tensor:
+        out = torch.zeros(6, 6, 6)
+        for i in range(6):
+            for j in range(6):
+                for k in range(6):
+                    if i not in (j, k):
+                        out[i, j, k] = F.cosine_similarity(x[j] - x[i], x[k] - x[i], dim=0)
+        return out
+
+    torch.testing.assert_close(distance_loss(s, t), F.smooth_l1_loss(distances(s), distances(t)))
+    torch.testing.assert_close(angle_loss(s, t), F.smooth_l1_loss(cosines(s), cosines(t)))
+    for loss in (distance_loss, angle_loss):
+        same = s.clone().requires_grad_()
+        assert loss(same, 7 * s).item() < 1e-10  # relations do not see scale
+        twins = s[[0, 0, 1, 1]].clone().requires_grad_()
+        loss(twins, t[:4]).backward()
+        assert twins.grad.isfinite().all()  # equal points have no direction, and no NaN
+        single = s[:1].clone().requires_grad_()
+        loss(single, t[:1]).backward()
+        assert not single.grad.any()
+        maps = s[:, :, None, None].expand(6, 3, 2, 2)
+        torch.testing.assert_close(loss(maps, t), loss(s, t))
+
+
+def test_relations_are_of_the_pooled_features_by_default() -> None:
+    student, teacher = pair()
+    images, target = batch()
+    terms = RKD(student, teacher).eval()((images, target))
+    s, t = (model.features(images).mean((2, 3)) for model in (student, teacher))
+    torch.testing.assert_close(terms["distance"], 25 * distance_loss(s, t))
+    torch.testing.assert_close(terms["angle"], 50 * angle_loss(s, t))
+
+
+def test_any_method_with_a_feature_and_a_relation_term() -> None:
+    images, target = batch()
+    options = {"hint_layer": "features.1", "hint_weight": 2.0, "distance_weight": 3.0, "example": images[:2]}
+    for cls in (KD, DKD, DHKD):
+        student, teacher = pair()
+        torch.manual_seed(3)
+        plain = cls(student, teacher).eval()
+        torch.manual_seed(3)
+        more = cls(student, teacher, **options).eval()
+        if cls is DHKD:
+            more.head.load_state_dict(plain.head.state_dict())
+        alone, together = plain((images, target)), more((images, target))
+        assert together.keys() - alone.keys() == {"hint", "distance"}
+        assert all(torch.equal(alone[name], together[name]) for name in alone)

@@ -1,0 +1,129 @@
+"""MHKD: heads on named layers, the frozen backbone, the stop-gradient, heads from a checkpoint."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastkd.distill import MHKD, FeatureError
+
+from .models import Net, batch, pair
+
+LAYERS = ["features.0", "features.1"]
+
+
+def build(**options: object) -> MHKD:
+    student, teacher = pair()
+    return MHKD(student, teacher, **{"example": batch(2)[0], "layers": LAYERS, "head_width": 8, **options})
+
+
+def head_gradients(method: MHKD) -> list[Tensor | None]:
+    return [p.grad for p in method.teacher_heads.parameters()]
+
+
+def test_the_formula() -> None:
+    method = build(ce_weight=2.0, alpha=3.0, beta=0.5, temperature=3.0, head_kd=0.8).eval()
+    images, target = batch()
+    total = sum(method((images, target)).values())
+
+    def kd(s: Tensor, t: Tensor) -> Tensor:
+        return 9 * F.kl_div((s / 3).log_softmax(1), (t / 3).softmax(1), reduction="batchmean")
+
+    student, teacher = method.student, method.teacher
+    s, t = student(images), teacher(images)
+    expected = 2 * F.cross_entropy(s, target) + 3 * kd(s, t)
+    for i, (s_head, t_head) in enumerate(zip(method.student_heads, method.teacher_heads, strict=True)):
+        hs, ht = s_head(student.features[: i + 1](images)), t_head(teacher.features[: i + 1](images))
+        expected = expected + F.cross_entropy(ht, target)
+        expected = expected + 0.5 * (0.8 * kd(hs, ht) + 0.2 * F.cross_entropy(hs, target))
+    torch.testing.assert_close(total, expected)
+
+
+def test_heads_of_unlike_widths() -> None:
+    method = build(head_width=16)
+    kinds = [type(layer) for layer in method.student_heads[1].layers]
+    assert kinds == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU] * 2
+    assert [head.layers[0].in_channels for head in method.student_heads] == [4, 8]
+    assert [head.layers[0].in_channels for head in method.teacher_heads] == [6, 12]
+    assert method.student_heads[0].classifier.in_features == 16
+
+
+def test_the_teacher_stays_as_it_was_and_its_heads_learn() -> None:
+    method = build().train()
+    teacher = method.teacher
+    teacher.train()  # a user's mistake, put right by the next train()
+    method.train()
+    before, heads = copy.deepcopy(teacher.state_dict()), copy.deepcopy(method.teacher_heads.state_dict())
+    optimizer = torch.optim.SGD(method.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        method.backward(method(batch()))
+        optimizer.step()
+    assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
+    assert all(p.grad is None for p in teacher.parameters())
+    assert not torch.equal(method.teacher_heads[0].classifier.weight, heads["0.classifier.weight"])
+
+
+def test_the_teachers_heads_hear_nothing_of_the_student() -> None:
+    with_student, alone = build().eval(), build(alpha=0.0, beta=0.0).eval()
+    alone.load_parts_state(with_student.parts_state())
+    for method in (with_student, alone):
+        method.backward(method(batch()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(head_gradients(with_student), head_gradients(alone), strict=True)
+    )
+    assert all(gradient.any() for gradient in head_gradients(alone))
+
+
+def test_teacher_heads_from_a_checkpoint(tmp_path: Path) -> None:
+    trained = build()
+    path = tmp_path / "last.pt"
+    torch.save({"format": "fastkd-1", "method": trained.parts_state()}, path)
+    method = build(teacher_heads=str(path)).train()
+    for a, b in zip(trained.teacher_heads.parameters(), method.teacher_heads.parameters(), strict=True):
+        assert torch.equal(a, b)
+    before = copy.deepcopy(method.teacher_heads.state_dict())
+    terms = method(batch())
+    assert "teacher_head_ce" not in terms
+    method.backward(terms)
+    assert head_gradients(method) == [None] * len(head_gradients(method))
+    assert not method.teacher_heads.training
+    assert all(torch.equal(v, before[k]) for k, v in method.teacher_heads.state_dict().items())
+    assert method.student_heads[0].classifier.weight.grad.any()
+
+    with pytest.raises(ValueError, match="does not fit"):
+        build(teacher_heads=str(path), head_width=4)
+    torch.save({"method": {}}, path)
+    with pytest.raises(ValueError, match="holds no teacher heads"):
+        build(teacher_heads=str(path))
+    path.write_bytes(b"half a file")
+    with pytest.raises(ValueError, match="cannot be read"):
+        build(teacher_heads=str(path))
+    with pytest.raises(ValueError, match="cannot be read"):
+        build(teacher_heads=str(tmp_path / "none.pt"))
+
+
+def test_bad_layers() -> None:
+    with pytest.raises(
+        FeatureError, match=r"the student has no layer 'features\.2'; the nearest are features\.[01]"
+    ):
+        build(layers=["features.2"])
+    with pytest.raises(FeatureError, match="the teacher has no layer 'feature'; the nearest are features"):
+        build(teacher_layers=["features.0", "feature"])
+    with pytest.raises(ValueError, match="must pair up"):
+        build(teacher_layers=["features.0"])
+    with pytest.raises(ValueError, match="must pair up"):
+        build(layers=[])
+    with pytest.raises(ValueError, match="example is missing"):
+        build(example=None)
+    student, _ = pair()
+    unlike = Net(6, stride=1)
+    with pytest.raises(
+        FeatureError, match=r"'features\.1' gives \[N, 8, 4, 4\].*'features\.1' \[N, 12, 8, 8\]"
+    ):
+        MHKD(student, unlike, layers=LAYERS, example=batch(2)[0])
