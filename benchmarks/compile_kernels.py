@@ -26,7 +26,7 @@ from triton.compiler import ASTSource
 
 from fastkd.ops.plan import MAX_PARTS, Device, plan_rows
 from fastkd.ops.triton import formulas
-from fastkd.ops.triton.launch import EXACT_PRODUCTS, mixture_phases, softmax_phases, softmax_switches
+from fastkd.ops.triton.launch import EXACT_PRODUCTS, mixture_phases, needs_of, softmax_phases
 from fastkd.ops.triton.mixture_rows import jsd_rows
 from fastkd.ops.triton.pointwise_rows import pointwise_rows, scale_rows
 from fastkd.ops.triton.softmax_rows import softmax_rows
@@ -49,20 +49,20 @@ POINTERS = {
 }
 DEVICE = Device(multiprocessors=132, cache_bytes=50 << 20)
 MANY, FEW = 100_000, 4  # rows
-# Losses by name, options and what the call asks for.
-LABELLED = {"LABELLED": True, "WEIGHTED": True, "WITH_GRADIENT": True, "TERMS": False}
-UNLABELLED = {"LABELLED": False, "WEIGHTED": False, "WITH_GRADIENT": True, "TERMS": False}
-LOSSES: dict[str, tuple[str, tuple[float, ...], dict[str, bool]]] = {
-    "kd": ("softmax", (4.0, 0, 1, 0, 0, 0, 0, 0), UNLABELLED),
-    "kd, no gradient": ("softmax", (4.0, 0, 1, 0, 0, 0, 0, 0), UNLABELLED | {"WITH_GRADIENT": False}),
-    "lskd": ("softmax", (2.0, 0, 1, 0, 0, 0, 1, 0), UNLABELLED),
-    "dkd": ("softmax", (4.0, 0, 0, 1, 8, 0, 0, 0), LABELLED),
-    "ce": ("softmax", (4.0, 1, 0, 0, 0, 0, 0, 0), LABELLED | {"TERMS": True}),
-    "ce + kd": ("softmax", (4.0, 0.1, 0.9, 0, 0, 0, 0, 0), LABELLED | {"TERMS": True}),
-    "ce + lskd": ("softmax", (2.0, 0.1, 9, 0, 0, 0.1, 1, 0), LABELLED | {"TERMS": True}),
-    "nkd": ("nkd", (3.0, 1.5), LABELLED),
-    "ttm": ("ttm", (0.25, 1.0), UNLABELLED),
-    "reverse kl": ("reverse_kl", (1.0,), UNLABELLED),
+# Losses by name, options, whether there are labels, and what the call asks for.
+WEIGHED = {"WEIGHTED": True, "WITH_GRADIENT": True, "TERMS": False}
+PLAIN = {"WEIGHTED": False, "WITH_GRADIENT": True, "TERMS": False}
+LOSSES: dict[str, tuple[str, tuple[float, ...], bool, dict[str, bool]]] = {
+    "kd": ("softmax", (4.0, 0, 1, 0, 0, 0, 0, 0), False, PLAIN),
+    "kd, no gradient": ("softmax", (4.0, 0, 1, 0, 0, 0, 0, 0), False, PLAIN | {"WITH_GRADIENT": False}),
+    "lskd": ("softmax", (2.0, 0, 1, 0, 0, 0, 1, 0), False, PLAIN),
+    "dkd": ("softmax", (4.0, 0, 0, 1, 8, 0, 0, 0), True, WEIGHED),
+    "ce": ("softmax", (4.0, 1, 0, 0, 0, 0, 0, 0), True, WEIGHED | {"TERMS": True}),
+    "ce + kd": ("softmax", (4.0, 0.1, 0.9, 0, 0, 0, 0, 0), True, WEIGHED | {"TERMS": True}),
+    "ce + lskd": ("softmax", (2.0, 0.1, 9, 0, 0, 0.1, 1, 0), True, WEIGHED | {"TERMS": True}),
+    "nkd": ("nkd", (3.0, 1.5), True, WEIGHED),
+    "ttm": ("ttm", (0.25, 1.0), False, PLAIN),
+    "reverse kl": ("reverse_kl", (1.0,), False, PLAIN),
 }
 # Those compiled for every path where time is short: the smallest and the one that needs most registers.
 QUICK = ("kd", "ce + lskd")
@@ -86,13 +86,13 @@ def kernels(rows: int, classes: int, dtype: str, quick: bool) -> Iterator[tuple[
         plan = plan_rows(loss, rows, classes, 4 if dtype == "fp32" else 2, DEVICE)
         return plan, {"ROWS": plan.rows, "TILE": plan.tile}
 
-    for name, (loss, options, call) in LOSSES.items():
+    for name, (loss, options, labelled, call) in LOSSES.items():
         if quick and name not in QUICK and (rows == FEW or classes == 100):
             continue
         plan, shape = planned(loss)
-        switches = softmax_switches(loss, options)
-        for phase in softmax_phases(plan, switches["STANDARDIZED"]):
-            constants = switches | call | shape
+        needs = needs_of(loss, options, labelled)
+        for phase in softmax_phases(plan, needs):
+            constants = call | shape | {"FORMULA": getattr(formulas, loss), "NEEDS": needs}
             constants |= {"ONE_TILE": plan.one_tile, "PARTS": MAX_PARTS, "PHASE": phase}
             yield f"{name}, {where}{phase_name(phase)}", softmax_rows, constants, plan.warps, dtype
     weighted = {"WEIGHTED": True, "WITH_GRADIENT": True}

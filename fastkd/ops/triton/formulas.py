@@ -6,6 +6,8 @@ The same as ``csrc/row_math.h``; docs/formulas.md derives them.
 import triton
 import triton.language as tl
 
+from fastkd.ops.triton.statistics import CROSS_ENTROPY, DISTILS, LABELLED, STANDARDIZED
+
 
 @triton.jit
 def log1p(x):
@@ -58,10 +60,7 @@ def softmax(
     teacher_scale,
     label,
     classes,
-    LABELLED: tl.constexpr,
-    DISTILS: tl.constexpr,
-    CROSS_ENTROPY: tl.constexpr,
-    STANDARDIZED: tl.constexpr,
+    NEEDS: tl.constexpr,
 ):
     """w_ce CE + T^2 (w_kd KD + w_t TCKD + w_n NCKD); one-sided, TCKD only where the teacher is the surer."""
     max_s, sum_s, dot_s, moment_s, plain_s, max_t, sum_t, dot_t, moment_t, entropy_t, plain_t, total = sums
@@ -79,8 +78,8 @@ def softmax(
     constant = 0.0
     affine = 0.0
     target = 0.0
-    if DISTILS:
-        nckd = forward_kl(sums, student_scale, teacher_scale, STANDARDIZED)
+    if DISTILS & NEEDS:
+        nckd = forward_kl(sums, student_scale, teacher_scale, STANDARDIZED & NEEDS)
         # Without a label nothing is left out, and KD is NCKD over all classes.
         q = 0.0
         p = 0.0
@@ -88,7 +87,7 @@ def softmax(
         p_rest = 1.0
         label_u = 0.0
         gate = 1.0
-        if LABELLED:
+        if LABELLED & NEEDS:
             label_u = (label_s - mean_s) * slope_s
             odds_s = (label_s - max_s) * slope_s - tl.log(sum_s)
             odds_t = (label_t - max_t) * slope_t - tl.log(sum_t)
@@ -103,7 +102,7 @@ def softmax(
         student = temperature / sum_s * (w_kd * q_rest + w_t * gate * (p - q) + w_n)
         teacher = temperature / sum_t * (w_kd * p_rest + w_n)
         target = temperature * (w_kd + w_t * gate) * (q - p)
-        if STANDARDIZED:
+        if STANDARDIZED & NEEDS:
             # G = sum g_i x_i over the standardised logits x = T u.
             inverse = slope_s * temperature
             along = temperature * (student * moment_s - teacher * moment_t + target * label_u)
@@ -116,7 +115,7 @@ def softmax(
         kd *= square
         tckd *= square
         nckd *= square
-    if CROSS_ENTROPY:
+    if CROSS_ENTROPY & NEEDS:
         odds = (label_s - max_s) - tl.log(plain_s)
         rest = sigmoid(-odds)
         ce = softplus(-odds) + smoothing * (label_s - total / classes)
@@ -135,10 +134,7 @@ def nkd(
     teacher_scale,
     label,
     classes,
-    LABELLED: tl.constexpr,
-    DISTILS: tl.constexpr,
-    CROSS_ENTROPY: tl.constexpr,
-    STANDARDIZED: tl.constexpr,
+    NEEDS: tl.constexpr,
 ):
     """-p_y log q_y at T = 1, minus gamma T^2 sum over i != y of p-hat_i log q-hat_i."""
     max_s, sum_s, dot_s, moment_s, plain_s, max_t, sum_t, dot_t, moment_t, entropy_t, plain_t, total = sums
@@ -164,10 +160,7 @@ def ttm(
     teacher_scale,
     label,
     classes,
-    LABELLED: tl.constexpr,
-    DISTILS: tl.constexpr,
-    CROSS_ENTROPY: tl.constexpr,
-    STANDARDIZED: tl.constexpr,
+    NEEDS: tl.constexpr,
 ):
     """KL(softmax(gamma z_t) || softmax(z_s)), weighted by sum_i softmax(z_t)_i^gamma."""
     max_s, sum_s, dot_s, moment_s, plain_s, max_t, sum_t, dot_t, moment_t, entropy_t, plain_t, total = sums
@@ -185,10 +178,7 @@ def reverse_kl(
     teacher_scale,
     label,
     classes,
-    LABELLED: tl.constexpr,
-    DISTILS: tl.constexpr,
-    CROSS_ENTROPY: tl.constexpr,
-    STANDARDIZED: tl.constexpr,
+    NEEDS: tl.constexpr,
 ):
     """KL(q || p); its gradient is q_i (d_i - KL) / T with d = log q - log p."""
     max_s, sum_s, dot_s, moment_s, plain_s, max_t, sum_t, dot_t, moment_t, entropy_t, plain_t, total = sums

@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastkd.ops.plan import MAX_PARTS, Plan, device_of, plan_rows
-from fastkd.ops.triton import formulas, mixture_rows, softmax_rows
+from fastkd.ops.triton import formulas, mixture_rows, softmax_rows, statistics
 from fastkd.ops.triton.pointwise_rows import pointwise_rows, scale_rows
 
 # A fused multiply-add would leave a rounding error where two equal products must cancel to 0.
@@ -67,15 +66,15 @@ def row_loss(
                 torch.sum(of_parts, 1, out=rows)
         else:
             label = target if loss in ("softmax", "nkd") else None
-            needs = softmax_switches(loss, options)
+            needs = needs_of(loss, options, label is not None)
             moments, sums = partials(student, pairs, plan, 6), partials(student, pairs, plan, 12)
-            for phase in softmax_phases(plan, needs["STANDARDIZED"]):
+            for phase in softmax_phases(plan, needs):
                 softmax_rows.softmax_rows[grid](
                     *logits, student if label is None else label, weight, rows, terms, gradient,
                     moments, sums, count, blocks, plan.parts, classes, *strides,
                     0 if label is None else label.stride(0), gradient.stride(0),
                     scale, *slopes(loss, options), kernel_options(loss, options),
-                    **needs, **switches, LABELLED=label is not None, TERMS=terms.shape[0] > 0,
+                    FORMULA=getattr(formulas, loss), NEEDS=needs, **switches, TERMS=terms.shape[0] > 0,
                     PHASE=phase, ONE_TILE=plan.one_tile, PARTS=MAX_PARTS, **shape,
                 )  # fmt: skip
 
@@ -86,11 +85,11 @@ def partials(student: Tensor, pairs: int, plan: Plan, values: int) -> Tensor:
     return student.new_empty(pairs * count * plan.parts * values, dtype=torch.float32)
 
 
-def softmax_phases(plan: Plan, standardized: bool) -> list[int]:
+def softmax_phases(plan: Plan, needs: int) -> list[int]:
     """The launches: one, or where a row is shared by programs one for each time that its parts meet."""
     if plan.parts == 1:
         return [softmax_rows.WHOLE.value]
-    moments = [softmax_rows.MOMENTS.value] if standardized else []
+    moments = [softmax_rows.MOMENTS.value] if needs & statistics.STANDARDIZED.value else []
     return [*moments, softmax_rows.STATISTICS.value, softmax_rows.GRADIENT.value]
 
 
@@ -111,44 +110,34 @@ def kernel_options(loss: str, options: Sequence[float]) -> tuple[float, ...]:
     return tuple(values + [0.0] * (7 - len(values)))
 
 
-def softmax_switches(loss: str, options: Sequence[float]) -> dict[str, Any]:
-    """The formula of a loss, and what it needs of the sweeps; ``needs_of`` of csrc/row_formulas.h."""
-    switches: dict[str, Any] = dict.fromkeys(
-        (
-            "CROSS_ENTROPY",
-            "PLAIN",
-            "PLAIN_TEACHER",
-            "ENTROPY",
-            "TILT",
-            "SMOOTHED",
-            "OWN_SLOPES",
-            "STANDARDIZED",
-        ),
-        False,
-    )
-    switches["FORMULA"] = getattr(formulas, loss)
-    switches["DISTILS"] = True
+def needs_of(loss: str, options: Sequence[float], labelled: bool) -> int:
+    """Bits of ``statistics``: what a loss needs of the kernels, as ``needs_of`` of csrc/row_formulas.h."""
+    needs = statistics.LABELLED.value if labelled else 0
     match loss:
         case "softmax":
             temperature, w_ce, w_kd, w_t, w_n, smoothing, standardized, *_ = options
             distils = any((w_kd, w_t, w_n))
             standardizes = bool(standardized) and distils
-            switches |= {
-                "DISTILS": distils,
-                "CROSS_ENTROPY": w_ce != 0,
-                # At T = 1 the exponentials of the cross-entropy are the student's own.
-                "PLAIN": w_ce != 0 and (temperature != 1.0 or standardizes),
-                "SMOOTHED": smoothing != 0,
-                "OWN_SLOPES": standardizes,
-                "STANDARDIZED": standardizes,
-            }
+            if distils:
+                needs |= statistics.DISTILS.value
+            if w_ce:
+                needs |= statistics.CROSS_ENTROPY.value
+            # At T = 1 the exponentials of the cross-entropy are the student's own.
+            if w_ce and (temperature != 1.0 or standardizes):
+                needs |= statistics.PLAIN.value
+            if smoothing:
+                needs |= statistics.SMOOTHED.value
+            if standardizes:
+                needs |= statistics.OWN_SLOPES.value | statistics.STANDARDIZED.value
         case "nkd":
-            switches |= {"ENTROPY": True, "PLAIN": options[0] != 1.0, "PLAIN_TEACHER": options[0] != 1.0}
+            needs |= statistics.DISTILS.value | statistics.ENTROPY.value
+            if options[0] != 1.0:
+                needs |= statistics.PLAIN.value | statistics.PLAIN_TEACHER.value
         case "ttm":
-            switches |= {"OWN_SLOPES": True, "PLAIN_TEACHER": True}
+            needs |= statistics.DISTILS.value | statistics.OWN_SLOPES.value | statistics.PLAIN_TEACHER.value
         case "reverse_kl":
-            switches |= {"TILT": True}
-    return switches
+            needs |= statistics.DISTILS.value | statistics.TILT.value
+    return needs
 
 
 def scale_rows_(gradient: Tensor, upstream: Tensor) -> None:

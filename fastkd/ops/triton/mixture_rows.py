@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from fastkd.ops.triton.softmax_rows import GRADIENT, STATISTICS, WHOLE
-from fastkd.ops.triton.statistics import combine_statistics, store_partial, sweep_statistics
+from fastkd.ops.triton.statistics import DISTILS, combine_statistics, store_partial, sweep_statistics
 from fastkd.ops.triton.tiles import (
     load_logits,
     of_pair,
@@ -84,7 +84,7 @@ def jsd_block(
         no_label = tl.full((ROWS, 1), -1, tl.int64)
         sums, _, _, _ = sweep_statistics(
             student_rows, teacher_rows, no_label, classes, exists, common, common, first_tile, end_tile,
-            True, False, False, False, False, False, False, False, ROWS, TILE, False,
+            DISTILS, ROWS, TILE, False,
         )  # fmt: skip
     else:
         sums = combine_statistics(sums_pointer + result * parts * 12, parts, common, common, PARTS)

@@ -8,6 +8,12 @@ import triton
 import triton.language as tl
 
 from fastkd.ops.triton.statistics import (
+    DISTILS,
+    LABELLED,
+    PLAIN,
+    PLAIN_TEACHER,
+    STANDARDIZED,
+    TILT,
     combine_moments,
     combine_statistics,
     scale_of_moments,
@@ -42,25 +48,22 @@ def gradient_tile(
     student_scale,
     teacher_scale,
     weight,
-    DISTILS: tl.constexpr,
-    PLAIN: tl.constexpr,
-    TILT: tl.constexpr,
-    STANDARDIZED: tl.constexpr,
+    NEEDS: tl.constexpr,
 ):
     max_s, max_t = maxima
     by_student, by_teacher, by_plain, constant, affine, tilt, at_label = coefficients
     slope_s, mean_s, deviation_s = student_scale
     slope_t, mean_t, deviation_t = teacher_scale
     exp_u = tl.exp((student - max_s) * slope_s)
-    if TILT:
+    if TILT & NEEDS:
         value = exp_u * (by_student + tilt * ((teacher - student) * slope_t))
     else:
         value = by_student * exp_u
-        if DISTILS:
+        if DISTILS & NEEDS:
             value = value - by_teacher * tl.exp((teacher - max_t) * slope_t)
-    if PLAIN:
+    if PLAIN & NEEDS:
         value += by_plain * tl.exp(student - max_s)
-    if STANDARDIZED:
+    if STANDARDIZED & NEEDS:
         value += affine * (student - mean_s)
     return tl.where(columns == label, at_label, value + constant) * weight
 
@@ -79,19 +82,10 @@ def softmax_block(
     slopes,
     options,
     FORMULA: tl.constexpr,
-    LABELLED: tl.constexpr,
+    NEEDS: tl.constexpr,
     WEIGHTED: tl.constexpr,
     TERMS: tl.constexpr,
     WITH_GRADIENT: tl.constexpr,
-    DISTILS: tl.constexpr,
-    CROSS_ENTROPY: tl.constexpr,
-    PLAIN: tl.constexpr,
-    PLAIN_TEACHER: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    TILT: tl.constexpr,
-    SMOOTHED: tl.constexpr,
-    OWN_SLOPES: tl.constexpr,
-    STANDARDIZED: tl.constexpr,
     PHASE: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
@@ -127,7 +121,7 @@ def softmax_block(
         label = tl.full((ROWS, 1), -1, tl.int64)
         label_logits = (0.0, 0.0)
         bad_label = False
-        if LABELLED:
+        if LABELLED & NEEDS:
             label = tl.load(target_pointer + index * target_stride, mask=exists, other=0)
             bad_label = (label < 0) | (label >= classes)
             label = tl.where(bad_label, 0, label)
@@ -137,7 +131,7 @@ def softmax_block(
             )
         student_scale = (slope_s, 0.0, 0.0)
         teacher_scale = (slope_t, 0.0, 0.0)
-        if STANDARDIZED:
+        if STANDARDIZED & NEEDS:
             if PHASE == WHOLE:
                 student_moments = sweep_moments(
                     student_rows, classes, exists, first_tile, end_tile, ROWS, TILE, ONE_TILE
@@ -159,9 +153,7 @@ def softmax_block(
         else:
             sums, student, teacher, columns = sweep_statistics(
                 student_rows, teacher_rows, label, classes, exists, student_scale, teacher_scale,
-                first_tile, end_tile,
-                DISTILS, PLAIN, PLAIN_TEACHER, ENTROPY, TILT, SMOOTHED, OWN_SLOPES, STANDARDIZED,
-                ROWS, TILE, ONE_TILE,
+                first_tile, end_tile, NEEDS, ROWS, TILE, ONE_TILE,
             )  # fmt: skip
 
         if PHASE == STATISTICS:
@@ -172,18 +164,17 @@ def softmax_block(
                 max_t, sum_t, dot_t, moment_t, entropy_t, plain_t, total,
             ) = sums  # fmt: skip
             # Where a formula reads sums at T = 1 that were not taken, T is 1.
-            if not PLAIN:
+            if not PLAIN & NEEDS:
                 plain_s = sum_s
-            if not PLAIN_TEACHER:
+            if not PLAIN_TEACHER & NEEDS:
                 plain_t = sum_t
             sums = (
                 max_s, sum_s, dot_s, moment_s, plain_s,
                 max_t, sum_t, dot_t, moment_t, entropy_t, plain_t, total,
             )  # fmt: skip
             loss, terms, coefficients = FORMULA(
-                sums, options, student_scale, teacher_scale, label_logits, classes,
-                LABELLED, DISTILS, CROSS_ENTROPY, STANDARDIZED,
-            )  # fmt: skip
+                sums, options, student_scale, teacher_scale, label_logits, classes, NEEDS
+            )
             weight = weight_of_rows(weight_pointer, index, exists, scale, WEIGHTED)
             invalid = float("nan")
             if part == 0:
@@ -197,7 +188,7 @@ def softmax_block(
                         tl.store(terms_pointer + term * stride + result, value, mask=exists)
             if WITH_GRADIENT:
                 by_student, by_teacher, by_plain, constant, affine, tilt, at_label = coefficients
-                if not PLAIN:
+                if not PLAIN & NEEDS:
                     by_student += by_plain
                 coefficients = (by_student, by_teacher, by_plain, constant, affine, tilt, at_label)
                 maxima = (max_s, max_t)
@@ -205,7 +196,7 @@ def softmax_block(
                 if ONE_TILE:
                     value = gradient_tile(
                         student, teacher, columns, label, maxima, coefficients,
-                        student_scale, teacher_scale, weight, DISTILS, PLAIN, TILT, STANDARDIZED,
+                        student_scale, teacher_scale, weight, NEEDS,
                     )  # fmt: skip
                     store_tile(gradient_rows, columns, classes, exists, value, weight, bad_label)
                 else:
@@ -214,11 +205,11 @@ def softmax_block(
                         of_tile = (first_tile + end_tile - 1 - step) * TILE + tl.arange(0, TILE)[None, :]
                         logits_s = load_logits(student_rows, of_tile, classes, exists, "evict_first")
                         logits_t = logits_s
-                        if DISTILS:
+                        if DISTILS & NEEDS:
                             logits_t = load_logits(teacher_rows, of_tile, classes, exists, "evict_first")
                         value = gradient_tile(
                             logits_s, logits_t, of_tile, label, maxima, coefficients,
-                            student_scale, teacher_scale, weight, DISTILS, PLAIN, TILT, STANDARDIZED,
+                            student_scale, teacher_scale, weight, NEEDS,
                         )  # fmt: skip
                         store_tile(gradient_rows, of_tile, classes, exists, value, weight, bad_label)
 
@@ -247,19 +238,10 @@ def softmax_rows(
     slope_t,
     options,
     FORMULA: tl.constexpr,
-    LABELLED: tl.constexpr,
+    NEEDS: tl.constexpr,
     WEIGHTED: tl.constexpr,
     TERMS: tl.constexpr,
     WITH_GRADIENT: tl.constexpr,
-    DISTILS: tl.constexpr,
-    CROSS_ENTROPY: tl.constexpr,
-    PLAIN: tl.constexpr,
-    PLAIN_TEACHER: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    TILT: tl.constexpr,
-    SMOOTHED: tl.constexpr,
-    OWN_SLOPES: tl.constexpr,
-    STANDARDIZED: tl.constexpr,
     PHASE: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
@@ -268,8 +250,8 @@ def softmax_rows(
 ):
     """Loss, terms and gradient of ``count`` rows of each pair: what FORMULA makes of their statistics.
 
-    Programs: (blocks of ROWS rows, parts of a row, pairs). ``options`` are the loss's numbers. DISTILS: the
-    teacher is read. PLAIN to STANDARDIZED: statistics.update_statistics. PARTS: the most ``parts`` may be.
+    Programs: (blocks of ROWS rows, parts of a row, pairs). ``options`` are the loss's numbers. NEEDS:
+    bits of ``statistics``. PARTS: the most that ``parts`` may be.
     """
     pair = tl.program_id(2)
     logits = (of_pair(student_pointers, pair), of_pair(teacher_pointers, pair))
@@ -283,14 +265,12 @@ def softmax_rows(
         for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
             softmax_block(
                 block, logits, target_pointer, weight_pointer, outputs, partials, sizes, strides, scale,
-                slopes, options, FORMULA, LABELLED, WEIGHTED, TERMS, WITH_GRADIENT, DISTILS, CROSS_ENTROPY,
-                PLAIN, PLAIN_TEACHER, ENTROPY, TILT, SMOOTHED, OWN_SLOPES, STANDARDIZED,
+                slopes, options, FORMULA, NEEDS, WEIGHTED, TERMS, WITH_GRADIENT,
                 PHASE, ROWS, TILE, ONE_TILE, PARTS,
             )  # fmt: skip
     else:
         softmax_block(
             tl.program_id(0), logits, target_pointer, weight_pointer, outputs, partials, sizes, strides,
-            scale, slopes, options, FORMULA, LABELLED, WEIGHTED, TERMS, WITH_GRADIENT, DISTILS, CROSS_ENTROPY,
-            PLAIN, PLAIN_TEACHER, ENTROPY, TILT, SMOOTHED, OWN_SLOPES, STANDARDIZED,
+            scale, slopes, options, FORMULA, NEEDS, WEIGHTED, TERMS, WITH_GRADIENT,
             PHASE, ROWS, TILE, ONE_TILE, PARTS,
         )  # fmt: skip

@@ -11,6 +11,19 @@ from fastkd.ops.triton.tiles import MASKED, load_logits
 
 STANDARDIZE_EPSILON = tl.constexpr(1e-7)
 
+# What a loss needs of the kernels, as bits of NEEDS; those of csrc/row_math.h and four more. Tested as
+# `BIT & NEEDS`: in the interpreter NEEDS is a plain number, which cannot take a constexpr on its right.
+DISTILS = tl.constexpr(1)  # the teacher is read
+CROSS_ENTROPY = tl.constexpr(2)
+PLAIN = tl.constexpr(4)  # the student's sum at T = 1
+PLAIN_TEACHER = tl.constexpr(8)
+ENTROPY = tl.constexpr(16)  # the teacher's sum of exp(v - max v) (v - max v)
+TILT = tl.constexpr(32)  # gradient with a term exp(u) (v - u), and the sum of it
+SMOOTHED = tl.constexpr(64)  # the sum of the student's logits
+OWN_SLOPES = tl.constexpr(128)  # u and v of different slope
+STANDARDIZED = tl.constexpr(256)  # and of different mean
+LABELLED = tl.constexpr(512)  # a label stands apart from every sum
+
 
 # ---- mean and deviation, for standardised logits: (mean, sum of squared deviations, how many) ---------
 
@@ -90,24 +103,16 @@ def update_statistics(
     classes,
     student_scale,
     teacher_scale,
-    DISTILS: tl.constexpr,
-    PLAIN: tl.constexpr,
-    PLAIN_TEACHER: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    TILT: tl.constexpr,
-    SMOOTHED: tl.constexpr,
-    OWN_SLOPES: tl.constexpr,
-    STANDARDIZED: tl.constexpr,
+    NEEDS: tl.constexpr,
 ):
     """The statistics of the part seen so far and one tile more, relative to the largest logits of both.
 
-    The label is left out of every sum but that of the logits, so that nothing cancels. PLAIN to STANDARDIZED
-    say which of the sums the formula needs.
+    The label is left out of every sum but that of the logits, so that nothing cancels.
     """
     max_s, sum_s, dot_s, moment_s, plain_s, max_t, sum_t, dot_t, moment_t, entropy_t, plain_t, total = before
     slope_s, mean_s, deviation_s = student_scale
     slope_t, mean_t, deviation_t = teacher_scale
-    if SMOOTHED:
+    if SMOOTHED & NEEDS:
         total += tl.sum(tl.where(columns < classes, student, 0.0), 1, keep_dims=True)
     student = tl.where(columns == label, MASKED, student)
     teacher = tl.where(columns == label, MASKED, teacher)
@@ -116,30 +121,30 @@ def update_statistics(
     exp_u = tl.exp((student - top_s) * slope_s)
     factor_s = tl.exp((max_s - top_s) * slope_s)
     sum_s = factor_s * sum_s + tl.sum(exp_u, 1, keep_dims=True)
-    if PLAIN:
+    if PLAIN & NEEDS:
         exp_z = tl.exp(student - top_s)
         plain_s = tl.exp(max_s - top_s) * plain_s + tl.sum(exp_z, 1, keep_dims=True)
     top_t = max_t
-    if DISTILS:
+    if DISTILS & NEEDS:
         top_t = tl.maximum(max_t, tl.max(teacher, 1, keep_dims=True))
         exp_v = tl.exp((teacher - top_t) * slope_t)
         shift_t = (max_t - top_t) * slope_t
         factor_t = tl.exp(shift_t)
         difference = (teacher - student) * slope_t  # exactly 0 for equal logits
-        if OWN_SLOPES:
+        if OWN_SLOPES & NEEDS:
             u = (student - mean_s) * slope_s
             difference = (teacher - mean_t) * slope_t - u
-            if STANDARDIZED:
+            if STANDARDIZED & NEEDS:
                 moment_s = factor_s * moment_s + tl.sum(exp_u * u, 1, keep_dims=True)
                 moment_t = factor_t * moment_t + tl.sum(exp_v * u, 1, keep_dims=True)
-        if ENTROPY:
+        if ENTROPY & NEEDS:
             above = tl.sum(exp_v * ((teacher - top_t) * slope_t), 1, keep_dims=True)
             entropy_t = factor_t * (entropy_t + shift_t * sum_t) + above
-        if PLAIN_TEACHER:
+        if PLAIN_TEACHER & NEEDS:
             exp_plain = tl.exp(teacher - top_t)
             plain_t = tl.exp(max_t - top_t) * plain_t + tl.sum(exp_plain, 1, keep_dims=True)
         sum_t = factor_t * sum_t + tl.sum(exp_v, 1, keep_dims=True)
-        if TILT:
+        if TILT & NEEDS:
             dot_s = factor_s * dot_s + tl.sum(exp_u * difference, 1, keep_dims=True)
         else:
             dot_t = factor_t * dot_t + tl.sum(exp_v * difference, 1, keep_dims=True)
@@ -157,14 +162,7 @@ def sweep_statistics(
     teacher_scale,
     first_tile,
     end_tile,
-    DISTILS: tl.constexpr,
-    PLAIN: tl.constexpr,
-    PLAIN_TEACHER: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    TILT: tl.constexpr,
-    SMOOTHED: tl.constexpr,
-    OWN_SLOPES: tl.constexpr,
-    STANDARDIZED: tl.constexpr,
+    NEEDS: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     ONE_TILE: tl.constexpr,
@@ -178,20 +176,24 @@ def sweep_statistics(
     teacher = zero
     if ONE_TILE:
         student = load_logits(student_rows, columns, classes, exists, "evict_first")
-        teacher = load_logits(teacher_rows, columns, classes, exists, "evict_first") if DISTILS else student
+        teacher = (
+            load_logits(teacher_rows, columns, classes, exists, "evict_first") if DISTILS & NEEDS else student
+        )
         sums = update_statistics(
-            sums, student, teacher, columns, label, classes, student_scale, teacher_scale,
-            DISTILS, PLAIN, PLAIN_TEACHER, ENTROPY, TILT, SMOOTHED, OWN_SLOPES, STANDARDIZED,
-        )  # fmt: skip
+            sums, student, teacher, columns, label, classes, student_scale, teacher_scale, NEEDS
+        )
     else:
         for tile in range(first_tile, end_tile):
             of_tile = tile * TILE + columns
             logits = load_logits(student_rows, of_tile, classes, exists, "evict_last")
-            others = load_logits(teacher_rows, of_tile, classes, exists, "evict_last") if DISTILS else logits
+            others = (
+                load_logits(teacher_rows, of_tile, classes, exists, "evict_last")
+                if DISTILS & NEEDS
+                else logits
+            )
             sums = update_statistics(
-                sums, logits, others, of_tile, label, classes, student_scale, teacher_scale,
-                DISTILS, PLAIN, PLAIN_TEACHER, ENTROPY, TILT, SMOOTHED, OWN_SLOPES, STANDARDIZED,
-            )  # fmt: skip
+                sums, logits, others, of_tile, label, classes, student_scale, teacher_scale, NEEDS
+            )
     return sums, student, teacher, columns
 
 
