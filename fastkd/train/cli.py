@@ -65,11 +65,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.set_defaults(run=_train)
 
-    from . import cache_command
+    from . import cache_command, export_command, plot_command
 
     caching = commands.add_parser("cache-teacher", help="store the teacher's logits, to train without it")
     cache_command.add_arguments(caching)
     caching.set_defaults(run=cache_command.run)
+    plotting = commands.add_parser("plot", help="compare runs in one picture")
+    plot_command.add_arguments(plotting)
+    plotting.set_defaults(run=plot_command.run)
+    exporting = commands.add_parser("export", help="write the student as a state dict, program or ONNX model")
+    export_command.add_arguments(exporting)
+    exporting.set_defaults(run=export_command.run)
 
     recipes = commands.add_parser("recipes", help="list the recipes that come with fastkd")
     recipes.set_defaults(run=_recipes)

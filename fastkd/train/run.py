@@ -263,7 +263,11 @@ def _fit_in_folder(
     recorder = RunRecorder(
         folder,
         ConsoleProgress(role, console),
-        facts={"num_classes": data.num_classes, "data": _hash(data.fingerprint)},
+        facts={
+            "num_classes": data.num_classes,
+            "data": _hash(data.fingerprint),
+            "input": list(data.example()[0].shape[1:]),
+        },
         title=title,
         teacher_accuracy=teacher_accuracy,
     )
