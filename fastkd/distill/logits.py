@@ -90,6 +90,10 @@ class _Softmax(Method, abstract=True):
 
     def distil(self, seen: Seen, ce_weight: float, distillation: dict[str, float], **options: Any) -> Terms:
         weights = {name: weight * self.warmup() for name, weight in distillation.items()}
+        if seen.target.is_floating_point():  # KD and LSKD only: the others need one label
+            kd = functional.kd_loss(seen.student_logits, seen.teacher_logits, **options)
+            ce = cross_entropy(seen.student_logits, seen.target, self.label_smoothing)
+            return {"ce": ce_weight * ce, "kd": weights["kd"] * kd}
         options |= {f"{name}_weight": weight for name, weight in weights.items()}
         loss, terms = functional.distill_loss(
             seen.student_logits,
@@ -155,6 +159,8 @@ class DKD(_Softmax):
     (LSKD): alpha and beta times 9 at T 2.
     """
 
+    needs_one_label = "it takes the label's class apart from the others, so an image must have one label"
+
     def __init__(
         self,
         student: nn.Module,
@@ -200,6 +206,8 @@ class NKD(Method):
 
     Published: gamma 1.5 and T 1 for ImageNet, 3.5 and 3 for CIFAR-100.
     """
+
+    needs_one_label = DKD.needs_one_label
 
     def __init__(
         self,

@@ -10,9 +10,6 @@ A training step, with whatever around it::
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,12 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
+from fastkd.imports import import_named
+
 from .classifier import find_classifier
 from .features import Hint, angle_loss, distance_loss
 from .options import GIVEN, Weight, check_options, nearest
 from .taps import INPUT, Taps, eval_mode, logits_of, unwrapped
 
 Terms = dict[str, Tensor]
+Batch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]  # inputs, target, teacher's logits if known
 TOTAL = "loss"  # the name under which a fused loss of several terms carries their gradient
 
 
@@ -35,7 +35,7 @@ class Seen:
 
     student_logits: Tensor  # [N, C]
     teacher_logits: Any  # Tensor [N, C], without gradient
-    target: Tensor  # int64 [N]
+    target: Tensor  # int64 [N], or probabilities [N, C] of mixed images
     student: dict[str, Tensor]  # features by path
     teacher: dict[str, Tensor]
 
@@ -66,6 +66,7 @@ class Method(nn.Module):
 
     name: ClassVar[str] = ""
     uses_teacher: ClassVar[bool] = True
+    needs_one_label: ClassVar[str] = ""  # why soft targets [N, C] are refused; empty where they are defined
     _known: ClassVar[dict[str, type[Method]]] = {}
 
     def __init_subclass__(cls, name: str | None = None, abstract: bool = False, **more: Any) -> None:
@@ -149,15 +150,25 @@ class Method(nn.Module):
 
     # What a training loop calls.
 
-    def forward(self, batch: tuple[Tensor, Tensor]) -> Terms:
+    def forward(self, batch: Batch) -> Terms:
         return self.loss(batch)
 
-    def loss(self, batch: tuple[Tensor, Tensor]) -> Terms:
-        """The terms of ``(inputs, int64 labels)``; both models run once."""
-        inputs, target = batch
+    def loss(self, batch: Batch) -> Terms:
+        """The terms of ``(inputs, target)``; both models run once.
+
+        ``target`` is int64 labels ``[N]`` or, as MixUp and CutMix give them, probabilities ``[N, C]``. A
+        third entry is the teacher's logits, as a cache keeps them; then the teacher does not run.
+
+        Raises ``ValueError`` for soft targets where the loss needs one label.
+        """
+        inputs, target, *given = batch
+        if self.needs_one_label and target.is_floating_point():
+            raise ValueError(f"soft targets are not defined for {self.name}: {self.needs_one_label}")
         carried = bool(self.hint or self._distance_weight or self._angle_weight)
         teacher_logits, teacher_features = None, {}
-        if self.teacher is not None and (carried or self.needs_teacher()):
+        if given:
+            (teacher_logits,) = given
+        elif self.teacher is not None and (carried or self.needs_teacher()):
             with torch.no_grad(), self.teacher_taps.reading() as teacher_features:
                 teacher_logits = logits_of(self.teacher, inputs, "teacher")
         with self.student_taps.reading() as student_features:
@@ -212,7 +223,7 @@ class Method(nn.Module):
             )
 
     @torch.no_grad()
-    def check(self, batch: tuple[Tensor, Tensor]) -> None:
+    def check(self, batch: Batch) -> None:
         """A step in eval mode without gradient: what does not fit raises here, and nothing changes."""
         with eval_mode(self, self.teacher):
             total_of(self.loss(batch))
@@ -268,21 +279,14 @@ def scaled(value: Tensor, scaler: GradScaler | None) -> Tensor:
 
 def find_method(name: str) -> type[Method]:
     """The method called ``name``, or the class ``module:Class``, which is imported. Raises ``ValueError``."""
-    module_name, colon, class_name = name.partition(":")
-    if not colon:
+    if ":" not in name:
         if name not in Method._known:
             known = ", ".join(sorted(Method._known))
             raise ValueError(
                 f"unknown method {name!r}{nearest(name, Method._known)}; expected one of {known}"
             )
         return Method._known[name]
-    sys.path.insert(0, os.getcwd())  # a console script does not look in the working directory by itself
-    try:
-        found = getattr(importlib.import_module(module_name), class_name, None)
-    except ImportError as error:
-        raise ValueError(f"the method {name!r} cannot be imported: {error}") from None
-    finally:
-        sys.path.remove(os.getcwd())
+    found = import_named(name, "the method")
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise ValueError(
             f"the method {name!r} is {found!r}; expected a class derived from fastkd.distill.Method"

@@ -8,6 +8,8 @@ from functools import partial
 
 from torch import nn
 
+from fastkd.imports import import_named
+
 from .cifar_resnet import ResNet, ResNet50, WideResNet
 from .cifar_vgg import VGG
 from .glyphs import GlyphCNN
@@ -43,33 +45,33 @@ _FIXED: dict[str, Callable[[int], nn.Module]] = {
     "shufflenet_v1": ShuffleNetV1,
     "shufflenet_v2": ShuffleNetV2,
 }
-_TORCHVISION = "torchvision/"
+_TORCHVISION, _TIMM = "torchvision/", "timm/"
 
 
 def check_model(name: str, width: int | None) -> None:
     """Raise ``ValueError`` unless there is a network ``name``, and a width just where it takes one.
 
-    Names of torchvision's are believed until they are built: importing it takes seconds.
+    Names of torchvision's, timm's and ``module:callable`` are believed until they are built.
     """
-    if not name.startswith(_TORCHVISION):
-        _check_name(name, [*_SCALABLE, *_FIXED])
+    if ":" in name:  # a width is the callable's own affair
+        return
+    if not name.startswith((_TORCHVISION, _TIMM)):
+        _check_name(name, [*_SCALABLE, *_FIXED], list_all=True)
     if (width is None) == (name in _SCALABLE):
         raise ValueError(f"{name} needs a width" if width is None else f"{name} has no width, got {width}")
 
 
-def _check_name(name: str, names: list[str]) -> None:
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-        hint = f" (did you mean {', '.join(near)}?)" if near else ""
-        raise ValueError(f"unknown model {name!r}{hint}; there are {', '.join(names[:40])}")
-
-
 def build_model(name: str, *, num_classes: int, width: int | None = None, channels: int = 3) -> nn.Module:
-    """The network called ``name`` in recipes, for images of ``channels`` channels.
+    """The network called ``name`` in recipes, untrained, for images of ``channels`` channels.
 
-    ``torchvision/NAME`` is torchvision's, untrained. Raises ``ValueError``.
+    ``torchvision/NAME``, ``timm/NAME`` (timm must be installed), ``module:callable``, which is called with
+    ``num_classes=`` (and ``width=`` where one is given), or a network of fastkd's. Raises ``ValueError``.
     """
     check_model(name, width)
+    if ":" in name:
+        return _call_named(name, num_classes, width)
+    if name.startswith(_TIMM):
+        return _from_timm(name, num_classes, channels)
     if name == "small_cnn":
         return SmallCNN(num_classes, width=width or 1, channels=channels)
     wanted = 1 if name == "glyph_cnn" else 3
@@ -83,3 +85,39 @@ def build_model(name: str, *, num_classes: int, width: int | None = None, channe
         _check_name(name, [_TORCHVISION + model for model in models.list_models(models)])
         return models.get_model(name.removeprefix(_TORCHVISION), num_classes=num_classes)
     return _FIXED[name](num_classes)
+
+
+def _check_name(name: str, names: list[str], list_all: bool = False) -> None:
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+        hint = f" (did you mean {', '.join(near)}?)" if near else ""
+        rest = (
+            f"; there are {', '.join(names)}; others are torchvision/NAME, timm/NAME or module:callable"
+            if list_all
+            else ""
+        )
+        raise ValueError(f"unknown model {name!r}{hint}{rest}")
+
+
+def _from_timm(name: str, num_classes: int, channels: int) -> nn.Module:
+    try:
+        import timm
+    except ImportError:
+        raise ValueError(f"{name} needs timm, which is not installed: pip install timm") from None
+    _check_name(name, [_TIMM + model for model in timm.list_models()])
+    model = name.removeprefix(_TIMM)
+    return timm.create_model(model, pretrained=False, num_classes=num_classes, in_chans=channels)
+
+
+def _call_named(name: str, num_classes: int, width: int | None) -> nn.Module:
+    build = import_named(name, "the model")
+    options = {"num_classes": num_classes} | ({} if width is None else {"width": width})
+    if not callable(build):
+        raise ValueError(f"the model {name!r} is {build!r}; expected something to call with num_classes=")
+    try:
+        model = build(**options)
+    except TypeError as error:
+        raise ValueError(f"the model {name!r} cannot be built with {options}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"the model {name!r} gave {type(model).__name__}; expected a torch.nn.Module")
+    return model

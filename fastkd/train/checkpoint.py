@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from .errors import CheckpointError
 
@@ -53,33 +52,3 @@ def load_checkpoint(path: Path, *, remedy: str) -> dict[str, Any]:
             f"checkpoint {path} holds a {type(content).__name__}, expected a dict; {remedy}"
         )
     return content
-
-
-def load_weights(model: nn.Module, path: Path, *, num_classes: int, remedy: str) -> dict[str, Any]:
-    """Fill ``model`` from a fastkd checkpoint or a bare state dict; returns the checkpoint's other entries.
-
-    Raises ``CheckpointError`` naming the file and the first thing that does not fit.
-    """
-    content = load_checkpoint(path, remedy=remedy)
-    weights = content.pop("model", None) if content.get("format") == _FORMAT else content
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise CheckpointError(f"checkpoint {path} holds no state dict of tensors; {remedy}")
-    trained_classes = content.get("num_classes", num_classes)
-    if trained_classes != num_classes:
-        raise CheckpointError(
-            f"checkpoint {path} was trained for {trained_classes} classes, "
-            f"but this data set has {num_classes}; {remedy}"
-        )
-    expected = model.state_dict()
-    problems = [f"{key} is missing" for key in expected if key not in weights]
-    problems += [f"{key} is not in this model" for key in weights if key not in expected]
-    problems += [
-        f"{key} has shape {list(weights[key].shape)}, expected {list(value.shape)}"
-        for key, value in expected.items()
-        if key in weights and weights[key].shape != value.shape
-    ]
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise CheckpointError(f"checkpoint {path} does not fit the model: {problems[0]}{more}; {remedy}")
-    model.load_state_dict(weights)
-    return {} if weights is content else content

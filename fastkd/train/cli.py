@@ -12,7 +12,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
     parser = _parser()
     args, extra = parser.parse_known_args(argv)
-    if args.command == "train":
+    if args.command in ("train", "cache-teacher"):
         # argparse gives up on key=value words that follow an option; they are meant all the same.
         args.words += [word for word in extra if not word.startswith("-")]
         extra = [word for word in extra if word.startswith("-")]
@@ -64,6 +64,18 @@ def _parser() -> argparse.ArgumentParser:
         help="where run folders go (default: runs)",
     )
     train.set_defaults(run=_train)
+
+    from . import cache_command, export_command, plot_command
+
+    caching = commands.add_parser("cache-teacher", help="store the teacher's logits, to train without it")
+    cache_command.add_arguments(caching)
+    caching.set_defaults(run=cache_command.run)
+    plotting = commands.add_parser("plot", help="compare runs in one picture")
+    plot_command.add_arguments(plotting)
+    plotting.set_defaults(run=plot_command.run)
+    exporting = commands.add_parser("export", help="write the student as a state dict, program or ONNX model")
+    export_command.add_arguments(exporting)
+    exporting.set_defaults(run=export_command.run)
 
     recipes = commands.add_parser("recipes", help="list the recipes that come with fastkd")
     recipes.set_defaults(run=_recipes)

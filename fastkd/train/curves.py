@@ -9,7 +9,7 @@ from typing import Any
 from .checkpoint import write_atomically
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _PARTS = ("data", "teacher", "student", "loss", "other", "validation")
 
 
@@ -34,8 +34,8 @@ def plot_curves(
     marker = "o" if len(epochs) < 40 else ""
 
     for key, label, style in (
-        ("val_accuracy", "validation", {"color": _COLOURS[0]}),
-        ("train_accuracy", "training (augmented)", {"color": _COLOURS[0], "alpha": 0.4, "linestyle": "--"}),
+        ("val_accuracy", "validation", {"color": COLOURS[0]}),
+        ("train_accuracy", "training (augmented)", {"color": COLOURS[0], "alpha": 0.4, "linestyle": "--"}),
     ):
         accuracy.plot(epochs, [r[key] for r in history], marker=marker, markersize=4, label=label, **style)
     best = max(history, key=lambda record: record["val_accuracy"])
@@ -45,7 +45,7 @@ def plot_curves(
         xytext=(-6, 7),
         textcoords="offset points",
         ha="right",
-        color=_COLOURS[0],
+        color=COLOURS[0],
     )
     if teacher_accuracy is not None:
         accuracy.axhline(teacher_accuracy, color="0.45", linewidth=1, label=f"teacher {teacher_accuracy:.2%}")
@@ -56,7 +56,7 @@ def plot_curves(
     terms = list(dict.fromkeys(name for record in history for name in record["terms"]))
     if len(terms) != 1:
         losses.plot(epochs, [r["loss"] for r in history], color="0.2", label="loss", linewidth=2)
-    for name, colour in zip(terms, _COLOURS * len(terms), strict=False):
+    for name, colour in zip(terms, COLOURS * len(terms), strict=False):
         values = [r["terms"].get(name, float("nan")) for r in history]
         losses.plot(epochs, values, marker=marker, markersize=4, color=colour, label=name)
     losses.set(title="training loss and its terms", xlabel="epoch")
@@ -66,7 +66,7 @@ def plot_curves(
     losses.legend(frameon=False)
 
     bottom = [0.0] * len(history)
-    for part, colour in zip(_PARTS, _COLOURS, strict=False):
+    for part, colour in zip(_PARTS, COLOURS, strict=False):
         values = [r["seconds"][part] for r in history]
         if any(values):
             seconds.bar(epochs, values, bottom=bottom, color=colour, width=0.8, label=part)

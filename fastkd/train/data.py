@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from .recipe import DataSection, GlyphsData
+from .errors import DataError
+from .recipe import DataSection, GlyphsData, ImageData, SyntheticData
 
 
 class Loader(Protocol):
@@ -17,6 +18,15 @@ class Loader(Protocol):
     def __len__(self) -> int: ...
 
     def set_epoch(self, epoch: int) -> None: ...
+
+
+class IndexedLoader(Loader, Protocol):
+    """A loader whose images are a function of (seed, epoch, sample index), so that they can be cached for."""
+
+    def indexed(
+        self, start: int = 0, rank: int = 0, world: int = 1, even: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """``(images, target, int64 sample indices [N])``; see ``EpochOrder.batches``."""
 
 
 class Data(Protocol):
@@ -42,12 +52,45 @@ class Data(Protocol):
     def example(self) -> tuple[Tensor, Tensor]: ...
 
 
+@runtime_checkable
+class CacheableData(Data, Protocol):
+    """Data whose training loader is an ``IndexedLoader``."""
+
+    @property
+    def content(self) -> list[object]:
+        """Tells these training images from others."""
+
+    @property
+    def augmentation(self) -> dict[str, object]:
+        """All that decides what a network is shown of a training image, but for the seed."""
+
+    @property
+    def samples(self) -> int:
+        """How many training images there are."""
+
+    @property
+    def varies(self) -> bool:
+        """Whether an image looks different in each epoch."""
+
+    def train_loader(self, batch_size: int, seed: int, device: torch.device) -> IndexedLoader: ...
+
+
 def load_data(config: DataSection) -> Data:
     """The data that a recipe names. Raises ``DataError``."""
     if isinstance(config, GlyphsData):
         from .glyph_data import load_glyph_data
 
         return load_glyph_data(config)
-    from .image_data import load_image_data
+    from .image_data import load_image_data, random_images
 
-    return load_image_data(config)
+    if isinstance(config, SyntheticData) or config.synthetic is not None:
+        return random_images(config)
+    if isinstance(config, ImageData):
+        return load_image_data(config)
+    if config.root is None:
+        raise DataError(
+            "data.root is missing: where the images are (data.synthetic=64 tries a recipe without)"
+        )
+    from .file_data import load_file_data
+
+    return load_file_data(config)

@@ -1,4 +1,4 @@
-"""Fashion-MNIST, CIFAR-100 and ImageNet as batches; random images of the same shape for trials."""
+"""Images that fit into memory, as batches: Fashion-MNIST, CIFAR-100, random ones for trials."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .epoch_order import EpochOrder
 from .errors import DataError
-from .recipe import FolderData, ImageData
+from .recipe import FolderData, ImageData, ShardData, SyntheticData
+from .transforms import IMAGENET_MEAN, IMAGENET_STD, Mixing, Normalize
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,6 @@ class _Kind:
 KINDS = {
     "fashion_mnist": _Kind("Fashion-MNIST", 10, 1, 28, (0.2860,), (0.3530,), padding=2),
     "cifar100": _Kind("CIFAR-100", 100, 3, 32, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), padding=4),
-    "imagenet": _Kind("ImageNet", 1000, 3, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 
 
@@ -48,6 +49,7 @@ class ArrayData:
     val: tuple[Tensor, Tensor] = field(repr=False)
     augment: bool
     where: str  # for people
+    mixing: Mixing
     notes: tuple[str, ...] = ()
 
     @property
@@ -59,32 +61,49 @@ class ArrayData:
         return self.kind.channels
 
     @property
+    def augmentation(self) -> dict[str, object]:
+        """All that decides what a network is shown of a training image, but for the seed."""
+        crop = f"shift_{self.kind.padding}_flip" if self.augment else "none"
+        return {"crop": crop, "mixup": self.mixing.mixup, "cutmix": self.mixing.cutmix}
+
+    @property
+    def content(self) -> list[object]:
+        """The training images."""
+        return [self.kind.title, _digest(self.train), len(self.train[1])]
+
+    @property
+    def samples(self) -> int:
+        return len(self.train[1])
+
+    @property
+    def varies(self) -> bool:
+        return self.augment or bool(self.mixing)
+
+    @property
     def fingerprint(self) -> list[object]:
-        digest = hashlib.sha256()
-        for part in (*self.train, *self.val):
-            digest.update(part.numpy().data)
-        return [self.kind.title, digest.hexdigest(), len(self.train[1]), self.augment]
+        return [*self.content, _digest(self.val), self.augmentation]
 
     def describe(self) -> str:
         counts = f"{len(self.train[1]):,} training images, {len(self.val[1]):,} to validate"
         return f"{self.kind.title} ({self.where}), {self.kind.classes:,} classes, {counts}"
 
     def train_loader(self, batch_size: int, seed: int, device: torch.device) -> ArrayLoader:
-        return ArrayLoader(self.kind, *self.train, batch_size, device, seed=seed, augment=self.augment)
+        options: dict[str, Any] = {"seed": seed, "augment": self.augment, "mixing": self.mixing}
+        return ArrayLoader(self.kind, *self.train, batch_size, device, **options)
 
     def val_loader(self, device: torch.device, batch_size: int = 512) -> ArrayLoader:
         return ArrayLoader(self.kind, *self.val, batch_size, device)
 
     def example(self) -> tuple[Tensor, Tensor]:
-        """Two images as a network sees them, and their labels."""
+        """Two images as a network sees them in training, and their labels."""
         images, target = next(iter(self.val_loader(torch.device("cpu"), 2)))
-        return images, target
+        return self.mixing(images, target, 0)
 
 
 class ArrayLoader:
     """Batches of ``(images, target)``, normalised; with a seed shuffled, cropped and flipped anew each epoch.
 
-    Epoch k of a seed is always the same, whatever was drawn before.
+    Epoch k of a seed is always the same, and so is the crop of an image in it.
     """
 
     def __init__(
@@ -97,41 +116,62 @@ class ArrayLoader:
         *,
         seed: int | None = None,
         augment: bool = False,
+        mixing: Mixing | None = None,
     ) -> None:
-        self._images, self._target, self._batch_size, self._device = images, target, batch_size, device
-        self._seed, self._augment, self._padding, self._epoch = seed, augment, kind.padding, 0
-        mean, std = torch.tensor(kind.mean), torch.tensor(kind.std)
-        self._scale = (1 / (255 * std)).view(1, -1, 1, 1).to(device)
-        self._shift = (-mean / std).view(1, -1, 1, 1).to(device)
+        self._images, self._target, self._device = images, target, device
+        self._order = EpochOrder(len(target), batch_size, seed)
+        self._seed, self._augment, self._padding = seed, augment, kind.padding
+        self._mixing = mixing
+        self._normalize = Normalize(kind.mean, kind.std, device)
 
     def set_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
+        self._order.epoch = epoch
 
     def __len__(self) -> int:
-        return math.ceil(len(self._target) / self._batch_size)
+        return len(self._order)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.arange(len(self._target))
-        if self._seed is not None:
-            shuffled = np.random.default_rng([self._seed, self._epoch]).permutation(len(order))
-            order = torch.from_numpy(shuffled)
-        generator = torch.Generator()
-        generator.manual_seed((self._seed or 0) * 2**20 + self._epoch)
-        for chosen in order.split(self._batch_size):
-            images = self._images[chosen]
-            if self._augment and self._seed is not None:
-                images = crop_and_flip(images, self._padding, generator)
-            images = images.to(self._device, non_blocking=True).float().mul_(self._scale).add_(self._shift)
-            yield images, self._target[chosen].to(self._device, non_blocking=True)
+        return self.batches()
+
+    def batches(
+        self, start: int = 0, rank: int = 0, world: int = 1, even: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """``(images, target)`` from batch ``start`` of the epoch on, of each the rows of ``rank``."""
+        for images, target, _ in self.indexed(start, rank, world, even):
+            yield images, target
+
+    def indexed(
+        self, start: int = 0, rank: int = 0, world: int = 1, even: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """``(images, target, sample indices)``."""
+        epoch, training = self._order.epoch, self._seed is not None
+        generator = torch.Generator().manual_seed((self._seed or 0) * 2**20 + epoch)
+        # Drawn for all images in their own order: an image's crop does not depend on its batch.
+        moves = draw_moves(len(self._target), self._padding, generator)
+        for batch in self._order.batches(start, rank, world, even, borrow=bool(self._mixing)):
+            chosen = torch.from_numpy(batch.samples)
+            images, target = self._images[chosen], self._target[chosen]
+            if self._augment and training:
+                images = crop_and_flip(images, self._padding, moves[chosen])
+            images, target = self._normalize(images), target.to(self._device, non_blocking=True)
+            if self._mixing and training:
+                images, target = self._mixing(images, target, self._seed or 0, epoch, batch.position)
+            own = slice(int(batch.borrowed), None)
+            yield images[own], target[own], chosen[own]
 
 
-def crop_and_flip(images: Tensor, padding: int, generator: torch.Generator) -> Tensor:
-    """Random shifts by up to ``padding`` pixels, black moving in, and horizontal flips, for each image."""
+def draw_moves(count: int, padding: int, generator: torch.Generator) -> Tensor:
+    """Random shifts down and right by 0 to ``2 padding``, and whether to flip: ``[count, 3]``."""
+    shifts = torch.randint(0, 2 * padding + 1, (count, 2), generator=generator)
+    return torch.cat([shifts, torch.randint(0, 2, (count, 1), generator=generator)], dim=1)
+
+
+def crop_and_flip(images: Tensor, padding: int, moves: Tensor) -> Tensor:
+    """Shifts by up to ``padding`` pixels, black moving in, and horizontal flips; see ``draw_moves``."""
     n, channels, height, width = images.shape
-    shifts = torch.randint(0, 2 * padding + 1, (2, n, 1), generator=generator)
-    flips = torch.randint(0, 2, (n, 1), generator=generator).bool()
-    rows = shifts[0] + torch.arange(height)
-    columns = shifts[1] + torch.where(flips, torch.arange(width).flip(0), torch.arange(width))
+    down, right, flip = moves[:, :, None].unbind(1)
+    rows = down + torch.arange(height)
+    columns = right + torch.where(flip.bool(), torch.arange(width).flip(0), torch.arange(width))
     padded = F.pad(images, [padding] * 4)
     first = torch.arange(n)[:, None, None, None]
     return padded[
@@ -139,42 +179,63 @@ def crop_and_flip(images: Tensor, padding: int, generator: torch.Generator) -> T
     ]
 
 
-def load_image_data(config: ImageData | FolderData) -> ArrayData | FolderImages:
+def random_images(config: ImageData | FolderData | ShardData | SyntheticData) -> ArrayData:
+    """Random images and labels; in place of a data set's, of its shape."""
+    if isinstance(config, SyntheticData):
+        count, mixing = config.images, Mixing(0.0, 0.0, config.classes)
+        half = (0.5,) * config.channels
+        kind = _Kind("synthetic", config.classes, config.channels, config.size, half, half)
+    else:
+        assert config.synthetic is not None
+        count = config.synthetic
+        if isinstance(config, ImageData):
+            kind = KINDS[config.name]
+        else:
+            kind = _Kind(config.name, 1000, 3, config.size, IMAGENET_MEAN, IMAGENET_STD)
+        mixing = Mixing(config.mixup, config.cutmix, kind.classes)
+    generator = torch.Generator().manual_seed(0)
+    train, val = (_random_images(kind, count, generator) for _ in range(2))
+    augment = isinstance(config, ImageData) and config.augment
+    return ArrayData(kind, train, val, augment, "random images, for trials only", mixing)
+
+
+def load_image_data(config: ImageData) -> ArrayData:
     """The data set that a recipe names. Raises ``DataError``."""
     kind = KINDS[config.name]
-    if config.synthetic is not None:
-        generator = torch.Generator().manual_seed(0)
-        train, val = (_random_images(kind, config.synthetic, generator) for _ in range(2))
-        return ArrayData(kind, train, val, config.augment, "random images, for trials only")
     if config.folder is None:
         raise DataError(
             f"data.folder is missing: where {kind.title} is (data.synthetic=64 tries a recipe without it)"
         )
     folder = Path(config.folder)
-    if isinstance(config, FolderData):
-        return FolderImages(kind, folder, config.augment, config.workers)
     if not folder.is_dir() and not config.download:
         raise DataError(
             f"data.folder: {folder} is no folder; data.download=true downloads {kind.title} to it"
         )
     read = _fashion_mnist if config.name == "fashion_mnist" else _cifar100
     train, test = (read(folder, part, config.download) for part in (True, False))
+    mixing = Mixing(config.mixup, config.cutmix, kind.classes)
     if config.holdout is None:
-        return ArrayData(kind, train, test, config.augment, "its test images validate")
+        return ArrayData(kind, train, test, config.augment, "its test images validate", mixing)
     if config.holdout >= len(train[1]):
         raise DataError(f"data.holdout = {config.holdout} leaves none of {len(train[1])} training images")
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(train[1])))
     held, kept = order[: config.holdout], order[config.holdout :]
     where = "part of its training images validates, the test images are left alone"
-    return ArrayData(
-        kind, (train[0][kept], train[1][kept]), (train[0][held], train[1][held]), config.augment, where
-    )
+    parts = (train[0][kept], train[1][kept]), (train[0][held], train[1][held])
+    return ArrayData(kind, *parts, config.augment, where, mixing)
 
 
 def _random_images(kind: _Kind, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     shape = (count, kind.channels, kind.side, kind.side)
     images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     return images, torch.randint(0, kind.classes, (count,), generator=generator)
+
+
+def _digest(part: tuple[Tensor, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for values in part:
+        digest.update(values.numpy().data)
+    return digest.hexdigest()
 
 
 def _fashion_mnist(folder: Path, train: bool, download: bool) -> tuple[Tensor, Tensor]:
@@ -224,75 +285,3 @@ def _cifar100(folder: Path, train: bool, download: bool) -> tuple[Tensor, Tensor
             f"data.folder: {folder} holds no intact CIFAR-100 ({error}); data.download=true downloads it"
         ) from None
     return torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets)
-
-
-class FolderImages:
-    """A folder with ``train/CLASS/*.jpeg`` and ``val/CLASS/*.jpeg``, ImageNet's layout for torchvision."""
-
-    def __init__(self, kind: _Kind, folder: Path, augment: bool, workers: int) -> None:
-        from torchvision import datasets, transforms
-
-        self.channels = kind.channels
-        self.notes: tuple[str, ...] = ()
-        self._kind, self._workers = kind, workers
-        end = [transforms.ToTensor(), transforms.Normalize(kind.mean, kind.std)]
-        centre = [transforms.Resize(kind.side * 8 // 7), transforms.CenterCrop(kind.side)]
-        cropped = [transforms.RandomResizedCrop(kind.side), transforms.RandomHorizontalFlip()]
-        try:
-            self._train, self._val = (
-                datasets.ImageFolder(str(folder / part), transforms.Compose([*start, *end]))
-                for part, start in (("train", cropped if augment else centre), ("val", centre))
-            )
-        except (FileNotFoundError, OSError) as error:
-            raise DataError(f"data.folder: {folder} must hold train/CLASS and val/CLASS: {error}") from None
-        if self._train.classes != self._val.classes:
-            raise DataError(f"data.folder: train and val of {folder} have different class folders")
-        self.num_classes = len(self._train.classes)
-        self.fingerprint: list[object] = [
-            kind.title,
-            self._train.classes,
-            len(self._train),
-            len(self._val),
-            augment,
-        ]
-
-    def describe(self) -> str:
-        counts = f"{len(self._train):,} training images, {len(self._val):,} to validate"
-        return f"{self._kind.title}, {self.num_classes:,} classes, {counts}"
-
-    def train_loader(self, batch_size: int, seed: int, device: torch.device) -> FolderLoader:
-        return FolderLoader(self._train, batch_size, self._workers, device, seed)
-
-    def val_loader(self, device: torch.device, batch_size: int = 256) -> FolderLoader:
-        return FolderLoader(self._val, batch_size, self._workers, device)
-
-    def example(self) -> tuple[Tensor, Tensor]:
-        rows = [self._val[index] for index in range(min(2, len(self._val)))]
-        return torch.stack([image for image, _ in rows]), torch.tensor([label for _, label in rows])
-
-
-class FolderLoader:
-    """A ``DataLoader`` a pass, whose order and augmentation follow from seed and epoch."""
-
-    def __init__(
-        self, images: Any, batch_size: int, workers: int, device: torch.device, seed: int | None = None
-    ) -> None:
-        self._images, self._batch_size, self._workers, self._seed = images, batch_size, workers, seed
-        self._pin, self._epoch = device.type == "cuda", 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
-
-    def __len__(self) -> int:
-        return math.ceil(len(self._images) / self._batch_size)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed((self._seed or 0) * 2**20 + self._epoch)
-        yield from torch.utils.data.DataLoader(
-            self._images,
-            self._batch_size,
-            shuffle=self._seed is not None,
-            num_workers=self._workers,
-            pin_memory=self._pin,
-            generator=generator,
-        )

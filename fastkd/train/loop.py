@@ -19,7 +19,7 @@ from .random_state import get_random_state, set_random_state
 
 # (student_logits, teacher_logits or None, target) -> loss, or (loss, terms)
 Loss = Callable[[Tensor, Any, Tensor], Any]
-Batches = Iterable[tuple[Tensor, Tensor]]
+Batches = Iterable[tuple[Tensor, ...]]  # images, target and, where a cache gives them, teacher's logits
 Record = dict[str, Any]
 
 
@@ -111,7 +111,9 @@ def fit_method(
 
     Args:
         train_loader, val_loader: any iterables of ``(images, target)``, iterated anew each epoch, targets
-            int64 ``[N]``. A ``set_epoch(epoch)`` of the loader or of its sampler is called first, from 0.
+            int64 ``[N]``; in training also probabilities ``[N, C]``, where the method's loss is defined for
+            them, and a third entry, the teacher's logits, where they are known. A ``set_epoch(epoch)`` of
+            the loader or of its sampler is called first, from 0.
         optimizer: over ``method.parameters()``, heads among them; default AdamW, learning rate 1e-3.
         scheduler: stepped after each optimizer step, or each epoch with ``scheduler_interval="epoch"``.
         clip_norm: largest norm of the gradient over all parameters.
@@ -167,15 +169,14 @@ def fit_method(
             meter = LossMeter(device, epoch + 1)
             method.train()
             with PassTimer(student, method.teacher, watch) as passes:
-                for images, target in train_loader:
-                    images = images.to(device, non_blocking=True)
-                    target = target.to(device, non_blocking=True)
+                for batch in train_loader:
+                    batch = tuple(part.to(device, non_blocking=True) for part in batch)
                     watch.lap("data")
 
                     with _autocast(device, precision):
-                        terms = method((images, target))
+                        terms = method(batch)
                     watch.lap("loss")
-                    meter.add(_total(terms), _logged(terms), passes.logits, target)
+                    meter.add(_total(terms), _logged(terms), passes.logits, batch[1])
                     watch.lap("other")
 
                     optimizer.zero_grad(set_to_none=True)

@@ -35,14 +35,15 @@ class LossMeter:
         self._fetched_rows = 0
 
     def add(self, loss: Tensor, terms: dict[str, Tensor], logits: Tensor, target: Tensor) -> None:
-        """Count one step: scalar loss and terms, logits [N, C], target [N]."""
+        """Count one step: scalar loss and terms, logits [N, C], target [N], or [N, C] of mixed images."""
         self._names = tuple(terms)
-        correct = (logits.argmax(-1) == target).sum()
+        labels = target if target.ndim == 1 else target.argmax(-1)
+        correct = (logits.argmax(-1) == labels).sum()
         # Not in the logits' dtype: bfloat16 counts to 256 only.
         values = torch.stack([v.detach().to(torch.float32) for v in (loss, *terms.values(), correct)])
-        self._pending.append((target.numel(), values))
+        self._pending.append((len(target), values))
         self.steps += 1
-        self.rows += target.numel()
+        self.rows += len(target)
         if len(self._pending) >= self.interval:
             self.drain()
 

@@ -41,32 +41,63 @@ class GlyphsData(_Section):
     augment: Annotated[float, Field(ge=0.0, le=4.0)] = 1.0  # strength of affine and noise; 0 is none
 
 
-class ImageData(_Section):
+class _Images(_Section):
+    augment: bool = True  # random crops and flips
+    mixup: Weight = 0.0  # alpha of MixUp's beta distribution; 0 is none
+    cutmix: Weight = 0.0  # likewise; with both, each batch gets one of the two
+    synthetic: Count | None = None  # this many random images of the same shape in place of the files
+
+
+class ImageData(_Images):
     """A data set of torchvision's that fits into memory."""
 
     name: Literal["fashion_mnist", "cifar100"]
     folder: str | None = None
     download: bool = False  # to the folder, if it is not there
     holdout: Count | None = None  # validate on this many training images, not on the test images
-    augment: bool = True  # crops and flips
-    synthetic: Count | None = None  # this many random images of the same shape in place of the files
 
 
-class FolderData(_Section):
-    """A folder with train/CLASS and val/CLASS."""
+class SyntheticData(_Section):
+    """Random images, to measure throughput."""
 
-    name: Literal["imagenet"]
-    folder: str | None = None
-    augment: bool = True
+    name: Literal["synthetic"]
+    images: Count = 1024
+    classes: Annotated[int, Field(ge=2)] = 1000
+    channels: Count = 3
+    size: Count = 224
+
+
+class _FileImages(_Images):
+    root: str | None = None
+    size: Count = 224  # side of what the networks see
+    resize: Count | None = None  # of the shorter side before the central crop; None: 8/7 of size
     workers: Annotated[int, Field(ge=0)] = 8
-    synthetic: Count | None = None
+    corrupt_limit: Annotated[int, Field(ge=0)] = 10  # images that cannot be read are skipped, up to this many
 
 
-DataSection = GlyphsData | ImageData | FolderData
+class FolderData(_FileImages):
+    """Folders of image files, one folder a class."""
+
+    name: Literal["imagefolder"]
+    train: str = "train"  # below root; "." is root itself
+    val: str = "val"
+    holdout: Count | None = None  # validate on this many training images; `val` is left alone
+
+
+class ShardData(_FileImages):
+    """Tar shards in the WebDataset format: files KEY.jpg (or png, webp) and KEY.cls side by side."""
+
+    name: Literal["webdataset"]
+    train: str = "train-*.tar"  # below root; patterns such as train-{0000..0127}.tar too
+    val: str = "val-*.tar"
+    classes: Annotated[int, Field(ge=2)] | None = None  # None: the largest label, and one
+
+
+DataSection = GlyphsData | ImageData | FolderData | ShardData | SyntheticData
 
 
 class Model(_Section):
-    name: str = "glyph_cnn"  # see fastkd.models; torchvision/NAME for torchvision's
+    name: str = "glyph_cnn"  # of fastkd.models, torchvision/NAME, timm/NAME or module:callable
     width: Count | None = None  # of the networks that have one
 
     @model_validator(mode="after")
@@ -91,6 +122,16 @@ class Optimization(_Section):
 
 class Teacher(Optimization, Model):
     checkpoint: str | None = None  # a file to load instead of training one
+    weights: str | None = None  # likewise: a member of torchvision's weights enum, such as IMAGENET1K_V1
+    cache: str | None = None  # folder of `fastkd cache-teacher`: its logits in place of the teacher
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Teacher:
+        if self.checkpoint is not None and self.weights is not None:
+            raise ValueError("give one of teacher.checkpoint and teacher.weights")
+        if self.weights is not None and not self.name.startswith("torchvision/"):
+            raise ValueError(f"teacher.weights are torchvision's, but teacher.name is {self.name}")
+        return self
 
 
 class Train(Optimization):
@@ -152,6 +193,8 @@ def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> tuple[str, 
             raise RecipeError(f"override {override!r}: expected key=value, for instance train.epochs=3")
         if key == "method":  # its own defaults: the options were for another method
             values = {k: v for k, v in values.items() if not k.startswith("method.")}
+        if key == "teacher.checkpoint":  # in place of the recipe's
+            values.pop("teacher.weights", None)
         values[key] = parse_scalar(text, key)
     return found.name, make_recipe(values, found.origin)
 
@@ -247,8 +290,10 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
         value = getattr(section, key, None)
         return section.model_copy(update={key: _absolute(value)}) if value is not None else section
 
-    data = absolute(absolute(recipe.data, "fonts"), "folder")
-    teacher = recipe.teacher and absolute(recipe.teacher, "checkpoint")
+    data: _Section = recipe.data
+    for key in ("fonts", "folder", "root"):
+        data = absolute(data, key)
+    teacher = recipe.teacher and absolute(absolute(recipe.teacher, "checkpoint"), "cache")
     declared = options_of(find_method(recipe.method))
     options = {
         name: _absolute(value) if value is not None and is_file(declared[name].annotation) else value

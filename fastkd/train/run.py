@@ -16,13 +16,15 @@ from torch import nn
 from fastkd.distill import CrossEntropy, Method, find_method
 from fastkd.models import build_model
 
-from .checkpoint import load_weights, save_checkpoint
+from .checkpoint import save_checkpoint
 from .console import ConsoleProgress
 from .data import Data, load_data
 from .errors import NonFiniteLossError, RecipeError, TrainError
 from .loop import FitResult, evaluate, fit_method
 from .recipe import Model, Optimization, Recipe, Teacher
 from .run_folder import RunRecorder, create_run_folder, read_resume_state, write_json, write_recipe
+from .teacher_cache import CachedLoader, CachedTeacher, TeacherCache, wanted_facts
+from .weights import load_torchvision_weights, load_weights
 
 
 class Stopped(KeyboardInterrupt):
@@ -60,8 +62,13 @@ def run_recipe(
         for note in data.notes:
             console.print(f"  {note}", markup=False)
         # An unusable checkpoint or layer must be found before anything is trained or written.
-        teacher = _load_given_teacher(recipe.teacher, data, device) if recipe.teacher else None
-        _try_method(recipe, data, device)
+        cache = _open_cache(recipe, data)
+        teacher = None
+        if cache is not None:
+            teacher = TeacherInUse(CachedTeacher(), _cached_summary(cache))
+        elif recipe.teacher is not None:
+            teacher = _load_given_teacher(recipe.teacher, data, device)
+        try_method(recipe, data, device, cached=cache is not None)
         if folder is None:
             folder = create_run_folder(runs, name)
         write_recipe(folder, name, recipe)
@@ -70,7 +77,7 @@ def run_recipe(
         if teacher is not None:
             accuracy, path = teacher.summary["val_accuracy"], teacher.summary["checkpoint"]
             console.print(f"teacher: {accuracy:.2%}, {path}", markup=False)
-        summary = _distil(name, recipe, data, teacher, folder, device, console)
+        summary = _distil(name, recipe, data, teacher, folder, device, console, cache)
     except KeyboardInterrupt:
         if folder is None:
             raise
@@ -88,6 +95,7 @@ def _distil(
     folder: Path,
     device: torch.device,
     console: Console,
+    cache: TeacherCache | None,
 ) -> dict[str, Any]:
     """Train the student and write the summary."""
     # Seeded here, so that a student does not depend on whether its teacher was trained or read.
@@ -105,6 +113,7 @@ def _distil(
         clip_norm=recipe.train.clip_norm,
         title=f"{name}, seed {recipe.train.seed}",
         teacher_accuracy=teacher.summary["val_accuracy"] if teacher else None,
+        cache=cache,
     )
     summary = {
         "name": name,
@@ -142,9 +151,14 @@ def comparison_key(recipe: Recipe, data: Data) -> str:
 
 
 def _load_given_teacher(config: Teacher, data: Data, device: torch.device) -> TeacherInUse | None:
-    if config.checkpoint is None:
+    if config.checkpoint is None and config.weights is None:
         return None
     model = build_network(config, data)
+    if config.weights is not None:
+        load_torchvision_weights(model, config.name, config.weights, num_classes=data.num_classes)
+        measured, _ = evaluate(model.to(device), data.val_loader(device), device=device)
+        return TeacherInUse(model, {"checkpoint": config.weights, "val_accuracy": measured})
+    assert config.checkpoint is not None
     path = Path(config.checkpoint)
     facts = load_weights(
         model,
@@ -159,12 +173,31 @@ def _load_given_teacher(config: Teacher, data: Data, device: torch.device) -> Te
     return TeacherInUse(model, {"checkpoint": str(path), "val_accuracy": accuracy})
 
 
+def find_teacher(
+    config: Teacher, data: Data, runs: Path, device: torch.device, console: Console
+) -> TeacherInUse:
+    """The teacher of a recipe, trained if it must be. Raises ``TrainError``."""
+    return _load_given_teacher(config, data, device) or own_teacher(config, data, runs, device, console)
+
+
+def _open_cache(recipe: Recipe, data: Data) -> TeacherCache | None:
+    if recipe.teacher is None or recipe.teacher.cache is None:
+        return None
+    cache = TeacherCache(Path(recipe.teacher.cache))
+    cache.check_fits(wanted_facts(recipe, data))
+    return cache
+
+
+def _cached_summary(cache: TeacherCache) -> dict[str, Any]:
+    return {"checkpoint": f"cache {cache.folder}", "val_accuracy": cache.facts["val_accuracy"]}
+
+
 def own_teacher(
     config: Teacher, data: Data, runs: Path, device: torch.device, console: Console
 ) -> TeacherInUse:
     """The teacher of this data and configuration: read, gone on with, or trained."""
     # The hash holds all that determines the weights: other data never meet this teacher.
-    settings = config.model_dump(exclude={"checkpoint"})
+    settings = config.model_dump(exclude={"checkpoint", "weights", "cache"})
     key = _hash([data.fingerprint, settings])
     label = config.name.replace("/", "-") + (f"-{config.width}" if config.width else "")
     folder = runs / "teachers" / f"{label}-{key}"
@@ -219,15 +252,22 @@ def _fit_in_folder(
     precision: str = "float32",
     clip_norm: float | None = None,
     teacher_accuracy: float | None = None,
+    cache: TeacherCache | None = None,
 ) -> FitResult:
     """Train with one method, going on from the folder's last checkpoint if there is one."""
     resume = read_resume_state(folder)
-    train_loader = data.train_loader(optimization.batch_size, optimization.seed, device)
+    train_loader: Any = data.train_loader(optimization.batch_size, optimization.seed, device)
+    if cache is not None:
+        train_loader = CachedLoader(train_loader, cache)
     optimizer = build_optimizer(method, optimization)
     recorder = RunRecorder(
         folder,
         ConsoleProgress(role, console),
-        facts={"num_classes": data.num_classes, "data": _hash(data.fingerprint)},
+        facts={
+            "num_classes": data.num_classes,
+            "data": _hash(data.fingerprint),
+            "input": list(data.example()[0].shape[1:]),
+        },
         title=title,
         teacher_accuracy=teacher_accuracy,
     )
@@ -262,12 +302,20 @@ def build_method(
     return method.to(device)
 
 
-def _try_method(recipe: Recipe, data: Data, device: torch.device) -> None:
-    """A step on two images with untrained networks: what does not fit is found before any training."""
+def try_method(recipe: Recipe, data: Data, device: torch.device, *, cached: bool = False) -> None:
+    """A step on two images with untrained networks: what does not fit is found before any training.
+
+    ``cached``: the teacher will be a cache of logits, which has no layers. Raises ``RecipeError``.
+    """
     with torch.random.fork_rng():
         student = build_network(recipe.student, data).to(device)
         teacher = build_network(recipe.teacher, data) if recipe.teacher is not None else None
         method = build_method(recipe, student, teacher, data, device)
+        if cached and method.teacher_taps.paths:
+            raise RecipeError(
+                f"teacher.cache: method {recipe.method} looks at the teacher's layers "
+                f"{', '.join(method.teacher_taps.paths)}, but a cache has logits only"
+            )
         images, target = data.example()
         try:
             method.check((images.to(device), target.to(device)))

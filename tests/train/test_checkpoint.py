@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from fastkd.models import GlyphCNN
-from fastkd.train.checkpoint import load_checkpoint, load_weights, save_checkpoint, write_atomically
+from fastkd.train.checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from fastkd.train.errors import CheckpointError
 from fastkd.train.random_state import get_random_state, set_random_state
+from fastkd.train.weights import load_weights
 
 
 @pytest.fixture
@@ -83,7 +84,8 @@ def test_wrong_shapes_and_classes(path: Path) -> None:
     assert "more)" in text
     text = problem(path, GlyphCNN(30, width=2), num_classes=30)
     assert "trained for 20 classes, but this data set has 30" in text
-    assert "is missing" in problem(path, torch.nn.Linear(2, 2))
+    text = problem(path, torch.nn.Linear(2, 2))
+    assert "2 missing: weight, bias; 38 not in this model: stages.0.0.weight" in text
 
 
 def test_a_failed_write_leaves_the_old_file(path: Path) -> None:

@@ -1,0 +1,27 @@
+"""Importing what a user names as ``module:attribute``."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+
+def import_named(name: str, what: str) -> Any:
+    """The object ``module:attribute``, from any installed package or a file of the working directory.
+
+    ``what`` ("the method") begins the message. Raises ``ValueError``.
+    """
+    module_name, _, attribute = name.partition(":")
+    sys.path.insert(0, os.getcwd())  # a console script does not look in the working directory by itself
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(f"{what} {name!r} cannot be imported: {error}") from None
+    finally:
+        sys.path.remove(os.getcwd())
+    found = getattr(module, attribute, None)
+    if found is None:
+        raise ValueError(f"{what} {name!r}: the module {module_name} has no {attribute!r}")
+    return found
