@@ -30,6 +30,10 @@ class Taps:
         self._role = role
         self._layers: dict[str, tuple[nn.Module, bool]] = {}
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return tuple(self._layers)
+
     def add(self, path: str) -> str:
         """Read ``path`` from now on; returns it. Raises ``FeatureError`` if there is no such layer."""
         name = path.removesuffix(INPUT)
