@@ -88,7 +88,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     """The sum of a tensor over all ranks, on the CPU where there is gloo."""
     if world() == 1:
         return values
-    values = values.to(_talking_device())
+    values = values.to(_talking_device(), copy=True)
     dist.all_reduce(values)
     return values.cpu()
 
