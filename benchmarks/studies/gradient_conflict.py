@@ -30,15 +30,9 @@ from fastkd.distill import Method
 from fastkd.train.console import make_console
 from fastkd.train.data import Data, load_data
 from fastkd.train.loop import evaluate
+from fastkd.train.optimization import build_optimizer, build_scheduler
 from fastkd.train.recipe import Recipe, load_recipe
-from fastkd.train.run import (
-    build_method,
-    build_network,
-    build_optimizer,
-    build_scheduler,
-    own_teacher,
-    resolve_device,
-)
+from fastkd.train.run import build_method, build_network, own_teacher, resolve_device
 
 # One head and two, at one weight of the logit loss.
 HEADS = {

@@ -33,7 +33,7 @@ class DHKD(Method):
         head: "linear", or "nonlinear": Linear(d, hidden), Dropout, BatchNorm, ReLU, Linear(hidden, C).
         align: scope of the alignment: "all" as released, "shared", or "none" (published for ImageNet).
         stop_epoch: train this many epochs with the auxiliary head, then on the labels alone. Published: 50
-            of 100 for ImageNet. Under DDP it takes ``find_unused_parameters=True``.
+            of 100 for ImageNet. Under DDP it takes ``find_unused_parameters=True``, as the trainer knows.
         feature: path of the layer whose output is the pooled features; by default the classifier's input.
             ``[N, D, H, W]`` is averaged over space. Needs ``example``.
 
@@ -75,6 +75,9 @@ class DHKD(Method):
     def needs_teacher(self) -> bool:
         return self.alpha > 0 and (self.stop_epoch is None or self.epoch < self.stop_epoch)
 
+    def leaves_parameters_out(self) -> bool:
+        return self.alpha == 0 or self.stop_epoch is not None
+
     def terms(self, seen: Seen) -> Terms:
         terms = {"ce": self.ce_weight * cross_entropy(seen.student_logits, seen.target)}
         if self.needs_teacher():
@@ -85,7 +88,7 @@ class DHKD(Method):
             terms["binary_kl_norm"] = self.alpha * distillation
         return terms
 
-    def backward(self, terms: Terms, *, scaler: GradScaler | None = None, micro_batches: int = 1) -> Tensor:
+    def backward(self, terms: Terms, *, scaler: GradScaler | None = None, micro_batches: float = 1) -> Tensor:
         if self.alignment is not None and len(terms) > 1:
             rest = [value for name, value in terms.items() if name != "ce"]
             self.alignment.add(terms["ce"] / micro_batches, rest, scaler)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -40,6 +41,28 @@ def check_same_space(student: torch.Size, teacher: torch.Size, layers: tuple[str
 
 def _sizes(shape: torch.Size) -> str:
     return "[" + ", ".join(["N", *map(str, shape[1:])]) + "]"
+
+
+def over_all_ranks(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Pooled features of the batch of all ranks, which must have as many rows each; alone, the features.
+
+    The gradient reaches this rank's rows, times the number of ranks: DDP's average over ranks then is the
+    gradient of the one loss that all of them compute.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return student, teacher
+    if not torch.is_grad_enabled():  # a trial of shapes, which a rank may make alone
+        return student, teacher
+    world, rank = dist.get_world_size(), dist.get_rank()
+    gathered = []
+    for own in (_flat(student), _flat(teacher)):
+        parts = [torch.empty_like(own) for _ in range(world)]
+        dist.all_gather(parts, own.detach().contiguous())
+        parts[rank] = own.clone()
+        if own.requires_grad:
+            parts[rank].register_hook(lambda gradient: gradient * world)
+        gathered.append(torch.cat(parts))
+    return gathered[0], gathered[1]
 
 
 def distance_loss(student: Tensor, teacher: Tensor) -> Tensor:

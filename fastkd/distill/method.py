@@ -10,6 +10,7 @@ A training step, with whatever around it::
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,7 +21,7 @@ from torch.amp import GradScaler
 from fastkd.imports import import_named
 
 from .classifier import find_classifier
-from .features import Hint, angle_loss, distance_loss
+from .features import Hint, angle_loss, distance_loss, over_all_ranks
 from .options import GIVEN, Weight, check_options, nearest
 from .taps import INPUT, Taps, eval_mode, logits_of, unwrapped
 
@@ -107,6 +108,8 @@ class Method(nn.Module):
         self.student = student
         self._example = example
         self.epoch = 0
+        # None: as the networks around it. Set by a trainer that runs the teacher in a format of its own.
+        self.teacher_dtype: torch.dtype | None = None
         # In a tuple, so that it is no submodule.
         self._teacher = (None if teacher is None else teacher.eval(),)
         self.student_taps = Taps(student, "student")
@@ -148,6 +151,10 @@ class Method(nn.Module):
         """Whether this epoch's terms look at the teacher; if not, it does not run."""
         return self.uses_teacher
 
+    def leaves_parameters_out(self) -> bool:
+        """Whether some step may give a trained parameter no gradient, which DDP wants to know beforehand."""
+        return False
+
     # What a training loop calls.
 
     def forward(self, batch: Batch) -> Terms:
@@ -165,12 +172,17 @@ class Method(nn.Module):
         if self.needs_one_label and target.is_floating_point():
             raise ValueError(f"soft targets are not defined for {self.name}: {self.needs_one_label}")
         carried = bool(self.hint or self._distance_weight or self._angle_weight)
-        teacher_logits, teacher_features = None, {}
+        teacher_logits = None
+        teacher_features: dict[str, Tensor] = {}
         if given:
             (teacher_logits,) = given
         elif self.teacher is not None and (carried or self.needs_teacher()):
-            with torch.no_grad(), self.teacher_taps.reading() as teacher_features:
-                teacher_logits = logits_of(self.teacher, inputs, "teacher")
+            taps = self.teacher_taps.reading()
+            with torch.inference_mode(), self._teacher_format(inputs), taps as seen_by_teacher:
+                logits = logits_of(self.teacher, inputs, "teacher")
+            # Copies, which autograd may keep: tensors of inference mode it may not.
+            teacher_logits = logits.clone()
+            teacher_features = {path: feature.clone() for path, feature in seen_by_teacher.items()}
         with self.student_taps.reading() as student_features:
             student_logits = logits_of(self.student, inputs, "student")
         terms = self.terms(Seen(student_logits, teacher_logits, target, student_features, teacher_features))
@@ -181,22 +193,24 @@ class Method(nn.Module):
             )
         if self._distance_weight or self._angle_weight:
             student, teacher = self._relation_layers
-            pair = student_features[student], teacher_features[teacher]
+            # Pairs and triples of the whole batch, wherever its rows are.
+            pair = over_all_ranks(student_features[student], teacher_features[teacher])
             if self._distance_weight:
                 terms["distance"] = self._distance_weight * distance_loss(*pair)
             if self._angle_weight:
                 terms["angle"] = self._angle_weight * angle_loss(*pair)
         return terms
 
-    def backward(self, terms: Terms, *, scaler: GradScaler | None = None, micro_batches: int = 1) -> Tensor:
+    def backward(self, terms: Terms, *, scaler: GradScaler | None = None, micro_batches: float = 1) -> Tensor:
         """Adds the gradient of the terms to ``.grad``; returns the loss, detached.
 
         Args:
             scaler: of mixed precision; call ``scaler.unscale_(optimizer)`` before ``finish_gradients``.
-            micro_batches: how many of equal size make a step; the gradient is divided by it.
+            micro_batches: how many make a step; the gradient is divided by it. Where their sizes differ: the
+                rows of the step over the rows of this one.
         """
         total = total_of(terms)
-        scaled(total / micro_batches if micro_batches > 1 else total, scaler).backward()
+        scaled(total / micro_batches if micro_batches != 1 else total, scaler).backward()
         return total.detach()
 
     def finish_gradients(self) -> None:
@@ -227,6 +241,14 @@ class Method(nn.Module):
         """A step in eval mode without gradient: what does not fit raises here, and nothing changes."""
         with eval_mode(self, self.teacher):
             total_of(self.loss(batch))
+
+    def _teacher_format(self, inputs: Any) -> contextlib.AbstractContextManager[Any]:
+        if self.teacher_dtype is None or not isinstance(inputs, Tensor):
+            return contextlib.nullcontext()
+        wanted = self.teacher_dtype != torch.float32
+        return torch.autocast(
+            inputs.device.type, dtype=self.teacher_dtype if wanted else None, enabled=wanted
+        )
 
     # What a subclass may use.
 

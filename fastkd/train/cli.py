@@ -3,28 +3,40 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Run the command line; returns the exit status.
+
+    0; 2 for bad input; 75 after SIGTERM or SIGUSR1, with a checkpoint to go on from; 130 after Ctrl-C.
+    """
     parser = _parser()
     args, extra = parser.parse_known_args(argv)
     if args.command in ("train", "cache-teacher"):
         # argparse gives up on key=value words that follow an option; they are meant all the same.
         args.words += [word for word in extra if not word.startswith("-")]
+        if args.resume and "=" in args.resume:  # such a word behind --resume is no folder
+            args.words, args.resume = [*args.words, args.resume], ""
         extra = [word for word in extra if word.startswith("-")]
     if extra:
         parser.error(f"unknown arguments: {' '.join(extra)}")
-    from .errors import TrainError
+    from .errors import Preempted, TrainError
 
+    process = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
     try:
         status: int = args.run(args)
     except TrainError as error:
-        print(f"fastkd: error: {error}", file=sys.stderr)
+        print(f"fastkd: error{process}: {error}", file=sys.stderr)
         return 2
+    except Preempted as stop:
+        from .signals import REQUEUE_STATUS
+
+        print(f"fastkd{process}: {stop}", file=sys.stderr)
+        return REQUEUE_STATUS
     except KeyboardInterrupt as stop:
         folder = getattr(stop, "folder", None)
         print(
@@ -55,7 +67,18 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--seeds", type=_positive, metavar="N", help="run N seeds; print mean ± standard deviation"
     )
-    train.add_argument("--resume", type=Path, metavar="RUN_FOLDER", help="go on with a run that was stopped")
+    train.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="RUN_FOLDER",
+        help="go on with a run that was stopped; without a folder: with the newest run of the recipe",
+    )
+    train.add_argument(
+        "--eval-only",
+        action="store_true",
+        help="train nothing: validate the networks of --resume RUN_FOLDER, or teacher.checkpoint",
+    )
     train.add_argument(
         "--runs",
         type=Path,
@@ -102,17 +125,28 @@ def _positive(text: str) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from .distributed import launched
+
+    with launched():
+        return _train_launched(args)
+
+
+def _train_launched(args: argparse.Namespace) -> int:
+    from . import distributed
     from .console import make_console
     from .errors import RecipeError
     from .recipe import load_recipe
     from .results import print_results
     from .run import run_recipe
+    from .run_folder import find_run
     from .seeds import is_seed_group, run_seeds, seed_count
 
-    console = make_console()
+    console = make_console(quiet=not distributed.is_first())
     runs: Path = args.runs
-    folder: Path | None = args.resume
+    folder: Path | None = Path(args.resume) if args.resume else None
     count: int | None = args.seeds
+    if count and distributed.world() > 1:
+        raise RecipeError("--seeds is for one process; start each seed by itself: train.seed=…")
     if folder is not None:
         if args.words or count:
             raise RecipeError("--resume takes the run folder only: the recipe and the seeds are in it")
@@ -130,6 +164,16 @@ def _train(args: argparse.Namespace) -> int:
                 "which recipe? `fastkd recipes` lists them, for instance: fastkd train glyphs/kd"
             )
         name, recipe = load_recipe(args.words[0], args.words[1:])
+        if args.resume is not None:
+            if count:
+                raise RecipeError("--resume with --seeds takes the run folder")
+            folder = distributed.from_first(find_run(runs, name, recipe) if distributed.is_first() else None)
+            console.print(f"going on with {folder}" if folder else "no run of this recipe yet", markup=False)
+    if args.eval_only:
+        from .eval_only import evaluate_networks
+
+        evaluate_networks(name, recipe, folder, console)
+        return 0
 
     if count is None:
         summaries = [run_recipe(name, recipe, runs=runs, console=console, folder=folder)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
@@ -15,24 +16,30 @@ from .meters import LossMeter
 
 # Each value fetched from a GPU would be a wait; the eye needs no more than this.
 _REFRESH_SECONDS = 0.25
+# In the log of a job one line at times shows that it is alive and how fast.
+_LOG_SECONDS = 60.0
 
 
-def make_console() -> Console:
+def make_console(*, quiet: bool = False) -> Console:
     """A console that keeps tables whole when the output is a file or a pipe."""
-    console = Console(highlight=False, emoji=False)
+    console = Console(highlight=False, emoji=False, quiet=quiet)
     if not console.is_terminal:
-        console = Console(highlight=False, emoji=False, width=160)
+        console = Console(highlight=False, emoji=False, quiet=quiet, width=160)
     return console
 
 
 class ConsoleProgress(Watcher):
-    """A bar with loss terms and accuracy while an epoch runs (on a terminal), one line when it is done."""
+    """Loss terms, speed and time left while an epoch runs, one line when it is done.
+
+    On a terminal a bar, elsewhere a line a minute.
+    """
 
     def __init__(self, name: str = "", console: Console | None = None) -> None:
         self._console = console or make_console()
         self._name = f"{name} " if name else ""
         self._epochs = 0
-        self._shown = 0.0
+        self._batches: int | None = None
+        self._shown = time.monotonic()
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -53,7 +60,7 @@ class ConsoleProgress(Watcher):
         self._progress.stop()
 
     def epoch_started(self, epoch: int, epochs: int, batches: int | None) -> None:
-        self._epochs = epochs
+        self._epochs, self._batches = epochs, batches
         self._progress.reset(
             self._task,
             total=batches,
@@ -64,12 +71,31 @@ class ConsoleProgress(Watcher):
 
     def batch_done(self, meter: LossMeter) -> None:
         now = time.monotonic()
-        if self._progress.disable or now - self._shown < _REFRESH_SECONDS:
+        if now - self._shown < (_LOG_SECONDS if self._progress.disable else _REFRESH_SECONDS):
             return
         self._shown = now
-        self._progress.update(
-            self._task, completed=meter.steps, figures=_figures(meter.loss, meter.terms, meter.accuracy)
-        )
+        figures = _figures(meter.loss, meter.terms, meter.accuracy) + self._speed(meter)
+        if self._progress.disable:
+            of = f"/{self._batches}" if self._batches else ""
+            self._console.print(
+                f"{self._name}epoch {meter.epoch}/{self._epochs}, step {meter.steps}{of}  {figures}"
+            )
+        else:
+            self._progress.update(self._task, completed=meter.steps, figures=figures)
+
+    def note(self, text: str) -> None:
+        self._console.print(text, markup=False)
+
+    def _speed(self, meter: LossMeter) -> str:
+        """Since the epoch began, or was gone on with: images a second, the share of waiting, time left."""
+        seconds, steps, images = meter.since_start()
+        if seconds <= 0 or steps == 0:
+            return ""
+        text = f"  {images / seconds:,.0f} img/s, data {meter.waited / seconds:.0%}"
+        if self._batches:
+            steps_left = self._batches - meter.steps + (self._epochs - meter.epoch) * self._batches
+            text += f", {timedelta(seconds=round(steps_left * seconds / steps))} left"
+        return text
 
     def epoch_done(self, record: Mapping[str, Any], state: Callable[[], dict[str, Any]]) -> None:
         figures = _figures(record["loss"], record["terms"], record["train_accuracy"])
@@ -78,6 +104,7 @@ class ConsoleProgress(Watcher):
         self._console.print(
             f"{self._name}epoch {record['epoch']:{width}d}/{self._epochs}  {figures}  "
             f"[bold]val {record['val_accuracy']:.2%}[/bold]  {seconds:.1f} s"
+            + (f"  {record['skipped']} steps skipped" if record.get("skipped") else "")
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +13,21 @@ from torch import Tensor, nn
 from fastkd.distill.logits import LossMethod
 from fastkd.distill.method import TOTAL, Method, Terms, total_of
 
-from .errors import TrainError
+from . import distributed
+from .batches import Batches, micro_batches
+from .ema import make_ema
+from .errors import NonFiniteLossError, Preempted, TrainError
+from .evaluation import evaluate, validate
 from .meters import LossMeter, PassTimer, Stopwatch
+from .precision import autocast, compile_networks, dtype_of, make_scaler
 from .random_state import get_random_state, set_random_state
+from .signals import Control
+
+__all__ = ["FitResult", "Watcher", "evaluate", "fit", "fit_method", "frozen"]
 
 # (student_logits, teacher_logits or None, target) -> loss, or (loss, terms)
 Loss = Callable[[Tensor, Any, Tensor], Any]
-Batches = Iterable[tuple[Tensor, ...]]  # images, target and, where a cache gives them, teacher's logits
+Loader = Iterable[tuple[Tensor, ...]]  # images, target and, where a cache gives them, the teacher's logits
 Record = dict[str, Any]
 
 
@@ -28,8 +36,11 @@ class FitResult:
     """What ``fit`` returns. Accuracies are fractions of the validation set.
 
     ``history`` holds one record an epoch: ``epoch`` (from 1), ``loss``, ``terms``, ``train_accuracy``,
-    ``val_accuracy``, ``val_loss``, ``lr`` (after the epoch) and ``seconds`` (data, teacher, student, loss,
-    other, validation).
+    ``rows`` (images trained on, over all ranks), ``skipped`` (steps left out), ``val_accuracy``,
+    ``val_loss``, ``val_rows``, ``lr`` (after the epoch) and ``seconds`` (data, teacher, student, loss, other,
+    validation).
+    With an average of the weights, ``val_accuracy`` and ``val_loss`` are the average's, and
+    ``student_accuracy`` is that of the weights in training.
     """
 
     history: list[Record]
@@ -50,12 +61,17 @@ class FitResult:
 
 
 class Watcher:
-    """What ``fit`` tells while it runs; subclass to show or to store. Every method may be left out."""
+    """What ``fit`` tells while it runs; subclass to show or to store. Every method may be left out.
+
+    With several ranks each has a watcher of its own; the first one's is the place to write and print.
+    """
 
     def __enter__(self) -> Watcher:
         return self
 
     def __exit__(self, *exception: object) -> None: ...
+
+    def note(self, text: str) -> None: ...
 
     def epoch_started(self, epoch: int, epochs: int, batches: int | None) -> None: ...
 
@@ -64,12 +80,18 @@ class Watcher:
     def epoch_done(self, record: Record, state: Callable[[], dict[str, Any]]) -> None:
         """``state()`` is what ``fit(resume=…)`` takes to go on after this epoch."""
 
+    def checkpoint(self, epoch: int, step: int, state: Callable[[], dict[str, Any]]) -> None:
+        """In the middle of an epoch, after ``step`` of it: ``state()`` goes on from there."""
+
+    def not_finite(self, error: NonFiniteLossError, batch: tuple[Tensor, ...] | None) -> None:
+        """The loss of a batch was not finite, and training stops. The batch is that of all ranks."""
+
 
 def fit(
     student: nn.Module,
     teacher: nn.Module | None,
-    train_loader: Batches,
-    val_loader: Batches,
+    train_loader: Loader,
+    val_loader: Loader,
     *,
     loss: Loss,
     device: torch.device | str | None = None,
@@ -93,21 +115,33 @@ def fit(
 
 def fit_method(
     method: Method,
-    train_loader: Batches,
-    val_loader: Batches,
+    train_loader: Loader,
+    val_loader: Loader,
     *,
     epochs: int,
     optimizer: torch.optim.Optimizer | None = None,
     scheduler: Any = None,
     scheduler_interval: str = "step",
     clip_norm: float | None = None,
+    accumulate: int = 1,
+    ema: float | None = None,
+    nonfinite: str = "stop",
     device: torch.device | str | None = None,
     precision: str = "float32",
+    teacher_precision: str | None = None,
+    channels_last: bool = False,
+    compile: bool | str = False,
+    log_every: int | None = None,
+    checkpoint_every: int | str | None = None,
+    stop: Callable[[], bool] | None = None,
     watcher: Watcher | None = None,
     progress: bool = True,
     resume: dict[str, Any] | None = None,
 ) -> FitResult:
     """Train the student of ``method``, and what the method trains beside it; validate the plain student.
+
+    In a ``torch.distributed`` process group the method runs under DDP, and each batch of the loaders is
+    shared among the ranks, so that n processes do what one does (see ``batches.Batches``).
 
     Args:
         train_loader, val_loader: any iterables of ``(images, target)``, iterated anew each epoch, targets
@@ -117,90 +151,144 @@ def fit_method(
         optimizer: over ``method.parameters()``, heads among them; default AdamW, learning rate 1e-3.
         scheduler: stepped after each optimizer step, or each epoch with ``scheduler_interval="epoch"``.
         clip_norm: largest norm of the gradient over all parameters.
+        accumulate: compute each rank's batch in so many parts, to need less memory; the step is the same.
+        ema: decay of an average of the student's weights, which is then what is validated.
+        nonfinite: of a loss, ``"stop"`` or ``"skip"`` the step and count it; to skip, the host waits for
+            every step.
         device: where to train; default, where the student's parameters are.
-        precision: ``"float32"``, or ``"bfloat16"`` to run networks and heads under autocast.
+        precision: ``"float32"``, or ``"bfloat16"`` or ``"float16"`` to run networks and heads under autocast,
+            float16 with scaled gradients.
+        teacher_precision: that of the teacher, if it is another.
+        channels_last: keep images and convolutions in that memory format.
+        compile: ``torch.compile`` both networks; a text names its backend.
+        log_every: steps between fetching losses from the device; default 1 on a CPU, else 20.
+        checkpoint_every: call ``watcher.checkpoint`` every so many steps, or every ``"15min"``.
+        stop: asked after each step whether to end early, with a last ``watcher.checkpoint``.
         watcher: told of every batch and epoch.
         progress: show a progress bar and a line an epoch; ignored when there is a ``watcher``.
-        resume: a state that an earlier call handed to ``watcher.epoch_done``.
+        resume: a state that an earlier call handed to ``watcher.epoch_done`` or ``watcher.checkpoint``.
 
     Raises:
         NonFiniteLossError: the loss became NaN or infinite.
+        Preempted: ``stop`` said so.
         TrainError: a loader yields nothing, or the loss does not depend on the student.
     """
-    if epochs < 1:
-        raise ValueError(f"epochs must be at least 1, got {epochs}")
-    if scheduler_interval not in ("step", "epoch"):
-        raise ValueError(f"scheduler_interval must be 'step' or 'epoch', got {scheduler_interval!r}")
+    _check_options(epochs, scheduler_interval, accumulate, ema, nonfinite)
     student = method.student
     device = torch.device(device) if device is not None else _device_of(student)
     method.to(device)
+    if channels_last:
+        method.to(memory_format=torch.channels_last)
+    method.teacher_dtype = dtype_of(teacher_precision or precision, "teacher_precision") or torch.float32
+    scaler = make_scaler(device, precision)
     optimizer = optimizer or torch.optim.AdamW(method.parameters(), lr=1e-3)
+    average = make_ema(student, ema) if ema is not None else None
     if watcher is None:
-        from .console import ConsoleProgress  # rich is wanted only here
-
-        watcher = ConsoleProgress() if progress else Watcher()
+        watcher = _default_watcher(progress)
+    for note in compile_networks(method, "inductor" if compile is True else compile) if compile else ():
+        watcher.note(note)
 
     history: list[Record] = []
     if resume is not None:
         student.load_state_dict(resume["student"])
         method.load_parts_state(resume["method"])
         optimizer.load_state_dict(resume["optimizer"])
-        if scheduler is not None:
-            scheduler.load_state_dict(resume["scheduler"])
+        for name, part in (("scheduler", scheduler), ("scaler", scaler), ("ema", average)):
+            if part is not None:
+                part.load_state_dict(resume[name])
         history = list(resume["history"])
-        set_random_state(resume["random"])
+        set_random_state(_of_this_rank(resume["random"]))
+    runner = distributed.wrap(method)
+    train = Batches(train_loader, device, even=True, channels_last=channels_last)
+    buffers = list(method.buffers())
 
-    def state() -> dict[str, Any]:
-        return {
+    def state(**position: Any) -> Callable[[], dict[str, Any]]:
+        # Here and not in the function: all ranks take part, only the first one writes.
+        distributed.share_buffers(method)
+        randoms = distributed.of_all_ranks(get_random_state())
+        return lambda: {
             "student": student.state_dict(),
             "method": method.parts_state(),
             "optimizer": optimizer.state_dict(),
             "scheduler": None if scheduler is None else scheduler.state_dict(),
-            "history": history,
-            "random": get_random_state(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "ema": None if average is None else average.state_dict(),
+            "history": list(history),
+            "random": randoms,
+            "position": position or None,
         }
 
     with watcher:
         for epoch in range(len(history), epochs):
-            set_epoch(train_loader, epoch)
+            train.set_epoch(epoch)
             method.set_epoch(epoch)
-            watcher.epoch_started(epoch + 1, epochs, _length(train_loader))
-            watch = Stopwatch(device)
-            meter = LossMeter(device, epoch + 1)
+            watcher.epoch_started(epoch + 1, epochs, train.length)
+            meter = LossMeter(device, epoch + 1, log_every)
+            within = resume.get("position") if resume and epoch == len(resume["history"]) else None
+            watch = Stopwatch(device, within["seconds"] if within else None)
+            control = Control(checkpoint_every, stop, meter.interval)
+            random_now = random_at_start = get_random_state()
+            if within:  # a loader that draws its order from the global generator draws the same again
+                random_at_start = _of_this_rank(within["random"])
+                set_random_state(random_at_start)
+            batches = train.start(within["meter"]["steps"] if within else 0)
+            if within:
+                meter.load_state(within["meter"])
+                set_random_state(random_now)
             method.train()
-            with PassTimer(student, method.teacher, watch) as passes:
-                for batch in train_loader:
-                    batch = tuple(part.to(device, non_blocking=True) for part in batch)
+            with PassTimer(student, method.teacher, watch) as passes, _saving(watcher, train):
+                for batch in batches:
                     watch.lap("data")
-
-                    with _autocast(device, precision):
-                        terms = method(batch)
-                    watch.lap("loss")
-                    meter.add(_total(terms), _logged(terms), passes.logits, batch[1])
-                    watch.lap("other")
-
                     optimizer.zero_grad(set_to_none=True)
-                    method.backward(terms)
-                    method.finish_gradients()
-                    if clip_norm is not None:
-                        nn.utils.clip_grad_norm_(method.parameters(), clip_norm)
-                    optimizer.step()
+                    kept = [buffer.clone() for buffer in buffers] if nonfinite == "skip" else []
+                    parts = micro_batches(batch, accumulate)
+                    for number, (part, share) in enumerate(parts, start=1):
+                        # Ranks exchange gradients once a step.
+                        with distributed.without_sync(runner, number < len(parts)):
+                            with autocast(device, precision):
+                                terms = runner(part)
+                            watch.lap("loss")
+                            meter.add(_total(terms), _logged(terms), passes.logits, part[1])
+                            watch.lap("other")
+                            method.backward(terms, scaler=scaler, micro_batches=share)
+                    if nonfinite == "skip" and not meter.step_is_finite():
+                        meter.skip_step()
+                        _restore(buffers, kept)
+                    else:
+                        meter.end_step()
+                        if scaler is not None:
+                            scaler.unscale_(optimizer)
+                        method.finish_gradients()
+                        if clip_norm is not None:
+                            nn.utils.clip_grad_norm_(method.parameters(), clip_norm)
+                        if scaler is not None:
+                            scaler.step(optimizer)
+                            scaler.update()
+                        else:
+                            optimizer.step()
+                        if average is not None:
+                            average.update_parameters(student)
                     if scheduler is not None and scheduler_interval == "step":
                         scheduler.step()
                     watch.lap("student")
+                    meter.waited = train.waited
                     watcher.batch_done(meter)
+                    save, ask_to_stop = control.after_step(meter.steps)
+                    if save:
+                        position = {"meter": meter.state(), "seconds": watch.seconds()}
+                        start = distributed.of_all_ranks(random_at_start)
+                        watcher.checkpoint(epoch + 1, meter.steps, state(**position, random=start))
+                    if ask_to_stop:
+                        raise Preempted(f"stopped in epoch {epoch + 1} after step {meter.steps}")
                     watch.lap("other")
+                meter.drain()
 
-            meter.drain()
             if meter.rows == 0:
-                again = (
-                    "; a generator can be iterated once only: give a list or a DataLoader" if epoch else ""
-                )
-                raise TrainError(f"the train loader yielded no batch in epoch {epoch + 1}{again}")
+                raise TrainError(_nothing_came(epoch, meter))
             if scheduler is not None and scheduler_interval == "epoch":
                 scheduler.step()
             watch.lap("other")
-            val_accuracy, val_loss = evaluate(student, val_loader, device=device, precision=precision)
+            validated = validate(student, average, val_loader, device, precision, channels_last)
             watch.lap("validation")
             history.append(
                 {
@@ -208,41 +296,15 @@ def fit_method(
                     "loss": meter.loss,
                     "terms": meter.terms,
                     "train_accuracy": meter.accuracy,
-                    "val_accuracy": val_accuracy,
-                    "val_loss": val_loss,
+                    "rows": meter.rows,
+                    "skipped": meter.skipped,
+                    **validated,
                     "lr": optimizer.param_groups[0]["lr"],
                     "seconds": watch.seconds(),
                 }
             )
-            watcher.epoch_done(history[-1], state)
+            watcher.epoch_done(history[-1], state())
     return FitResult(history)
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, loader: Batches, *, device: torch.device | str, precision: str = "float32"
-) -> tuple[float, float]:
-    """Accuracy (a fraction) and mean cross-entropy of ``model`` over ``loader``; train/eval mode is kept."""
-    device = torch.device(device)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    correct = torch.zeros((), dtype=torch.int64, device=device)
-    total = torch.zeros((), dtype=torch.float64, device="cpu" if device.type == "mps" else device)
-    rows = 0
-    try:
-        for images, target in loader:
-            target = target.to(device, non_blocking=True)
-            with _autocast(device, precision):
-                logits = model(images.to(device, non_blocking=True))
-            correct += (logits.argmax(-1) == target).sum()
-            total += nn.functional.cross_entropy(logits.float(), target, reduction="sum").to(total)
-            rows += target.numel()
-    finally:
-        for module, training in modes.items():
-            module.training = training
-    if rows == 0:
-        raise TrainError("the validation loader yielded no batch")
-    return correct.item() / rows, total.item() / rows
 
 
 @contextlib.contextmanager
@@ -263,12 +325,55 @@ def frozen(model: nn.Module | None, device: torch.device) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-def set_epoch(loader: Any, epoch: int) -> None:
-    """Tell a loader, or its sampler, which epoch comes: the convention of DistributedSampler."""
-    for owner in (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
-        tell = getattr(owner, "set_epoch", None)
-        if callable(tell):
-            tell(epoch)
+def _check_options(
+    epochs: int, scheduler_interval: str, accumulate: int, ema: float | None, nonfinite: str
+) -> None:
+    for name, count in (("epochs", epochs), ("accumulate", accumulate)):
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
+    if scheduler_interval not in ("step", "epoch"):
+        raise ValueError(f"scheduler_interval must be 'step' or 'epoch', got {scheduler_interval!r}")
+    if nonfinite not in ("stop", "skip"):
+        raise ValueError(f"nonfinite must be 'stop' or 'skip', got {nonfinite!r}")
+    if ema is not None and not 0 < ema < 1:
+        raise ValueError(f"ema must be a decay between 0 and 1, got {ema}")
+
+
+def _default_watcher(progress: bool) -> Watcher:
+    if not progress or not distributed.is_first():
+        return Watcher()
+    from .console import ConsoleProgress  # rich is wanted only here
+
+    return ConsoleProgress()
+
+
+@contextlib.contextmanager
+def _saving(watcher: Watcher, train: Batches) -> Iterator[None]:
+    """Hands the watcher the batch of a loss that is not finite: read anew, since losses are fetched late."""
+    try:
+        yield
+    except NonFiniteLossError as error:
+        watcher.not_finite(error, train.whole(error.step - 1) if distributed.is_first() else None)
+        raise
+
+
+@torch.no_grad()
+def _restore(buffers: list[Tensor], kept: list[Tensor]) -> None:
+    # Running statistics have seen the batch that is skipped.
+    for buffer, before in zip(buffers, kept, strict=True):
+        buffer.copy_(before)
+
+
+def _of_this_rank(states: list[Any]) -> Any:
+    """Its random state; with other ranks than then there is none, and the present one stays."""
+    return states[distributed.rank()] if len(states) == distributed.world() else get_random_state()
+
+
+def _nothing_came(epoch: int, meter: LossMeter) -> str:
+    if meter.skipped:
+        return f"no loss was finite in all of epoch {epoch + 1}: {meter.skipped} steps skipped"
+    again = "; a generator can be iterated once only: give a list or a DataLoader" if epoch else ""
+    return f"the train loader yielded no batch in epoch {epoch + 1}{again}"
 
 
 def _total(terms: Terms) -> Tensor:
@@ -285,20 +390,5 @@ def _logged(terms: Terms) -> Terms:
     return {name: value.detach() for name, value in terms.items() if name != TOTAL}
 
 
-def _autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    if precision == "float32":
-        return contextlib.nullcontext()
-    if precision == "bfloat16":
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    raise ValueError(f"precision must be 'float32' or 'bfloat16', got {precision!r}")
-
-
 def _device_of(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-
-
-def _length(loader: Any) -> int | None:
-    try:
-        return len(loader)
-    except TypeError:
-        return None

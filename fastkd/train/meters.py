@@ -5,85 +5,118 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from . import distributed
 from .errors import NonFiniteLossError
 
 PARTS = ("data", "teacher", "student", "loss", "other", "validation")
 
 
 class LossMeter:
-    """Running means of loss, terms and accuracy over an epoch, weighted by rows.
+    """Running means of loss, terms and accuracy over an epoch and over all ranks, weighted by rows.
 
-    Values stay on the device and are fetched in one copy every ``interval`` steps: every step on a CPU, where
-    a value costs nothing, seldom on a GPU, where it costs a synchronisation. A loss that is not finite
-    is found when it is fetched.
+    Values stay on the device and are fetched in one copy every ``interval`` steps: by default every step on a
+    CPU, where a value costs nothing, seldom on a GPU, where it costs a synchronisation. A loss that is not
+    finite is found when it is fetched, on every rank alike.
     """
 
-    def __init__(self, device: torch.device, epoch: int = 1) -> None:
-        self.interval = 1 if device.type == "cpu" else 20
+    def __init__(self, device: torch.device, epoch: int = 1, interval: int | None = None) -> None:
+        self.interval = interval or (1 if device.type == "cpu" else 20)
         self.epoch = epoch
         self.steps = 0
-        self.rows = 0
+        self.skipped = 0  # of the steps, those left out for a loss that is not finite
+        self.rows = 0  # counted so far; the rest is pending
+        self.waited = 0.0  # seconds of the host's waiting for data
+        self._began = (time.perf_counter(), 0, 0)  # and steps and rows then
         self._names: tuple[str, ...] = ()
-        self._pending: list[tuple[int, Tensor]] = []
+        self._step: Tensor | None = None
+        self._pending: list[Tensor] = []
         self._sums: list[float] = []
         self._correct = 0.0
-        self._fetched_rows = 0
 
     def add(self, loss: Tensor, terms: dict[str, Tensor], logits: Tensor, target: Tensor) -> None:
-        """Count one step: scalar loss and terms, logits [N, C], target [N], or [N, C] of mixed images."""
+        """Count a micro-batch: scalar loss and terms, logits [N, C], target [N] (or [N, C], mixed)."""
         self._names = tuple(terms)
-        labels = target if target.ndim == 1 else target.argmax(-1)
+        labels = target.argmax(-1) if target.dim() == 2 else target
         correct = (logits.argmax(-1) == labels).sum()
         # Not in the logits' dtype: bfloat16 counts to 256 only.
-        values = torch.stack([v.detach().to(torch.float32) for v in (loss, *terms.values(), correct)])
-        self._pending.append((len(target), values))
+        means = torch.stack([value.detach().float() for value in (loss, *terms.values())])
+        rows = torch.full_like(correct, len(target))
+        values = torch.cat([means * len(target), torch.stack([correct, rows]).float()])
+        self._step = values if self._step is None else self._step + values
+
+    def end_step(self) -> None:
+        """What was added since the last time is a step. Raises ``NonFiniteLossError`` if it fetches one."""
+        assert self._step is not None
+        self._pending.append(self._step)
+        self._step = None
         self.steps += 1
-        self.rows += len(target)
-        if len(self._pending) >= self.interval:
+        if self.steps % self.interval == 0:
+            self.drain()
+
+    def step_is_finite(self) -> bool:
+        """Whether every loss of the step is finite on every rank: makes the host wait."""
+        assert self._step is not None
+        return bool(distributed.sum_over_ranks(self._step).isfinite().all())
+
+    def skip_step(self) -> None:
+        self._step = None
+        self.steps += 1
+        self.skipped += 1
+        if self.steps % self.interval == 0:
             self.drain()
 
     def drain(self) -> None:
         """Fetch what is pending. Raises ``NonFiniteLossError``, naming step and terms."""
         if not self._pending:
             return
-        fetched = torch.stack([values for _, values in self._pending]).tolist()
+        fetched = distributed.sum_over_ranks(torch.stack(self._pending).cpu().double()).tolist()
         first = self.steps - len(fetched) + 1
-        for step, ((rows, _), (*losses, correct)) in enumerate(
-            zip(self._pending, fetched, strict=True), start=first
-        ):
-            if not all(math.isfinite(value) for value in losses):
-                named = zip(("loss", *self._names), losses, strict=True)
-                raise NonFiniteLossError(
-                    f"the loss is not finite in epoch {self.epoch}, step {step}: "
-                    + ", ".join(f"{name} {value:.6g}" for name, value in named)
-                    + "; a lower learning rate or a higher temperature often helps"
-                )
-            self._sums = self._sums or [0.0] * len(losses)
-            self._sums = [total + value * rows for total, value in zip(self._sums, losses, strict=True)]
-            self._correct += correct
-            self._fetched_rows += rows
         self._pending.clear()
+        for step, (*losses, correct, rows) in enumerate(fetched, start=first):
+            if not all(math.isfinite(value) for value in losses):
+                terms = dict(zip(("loss", *self._names), (value / rows for value in losses), strict=True))
+                raise NonFiniteLossError.at(self.epoch, step, terms)
+            self._sums = self._sums or [0.0] * len(losses)
+            self._sums = [total + value for total, value in zip(self._sums, losses, strict=True)]
+            self._correct += correct
+            self.rows += int(rows)
+
+    def state(self) -> dict[str, Any]:
+        """Plain values, all of them fetched: ``load_state`` goes on from there."""
+        self.drain()
+        names = ("steps", "skipped", "rows", "_names", "_sums", "_correct")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+        self._names, self._sums = tuple(self._names), list(self._sums)
+        self._began = (time.perf_counter(), self.steps, self.rows)
+
+    def since_start(self) -> tuple[float, int, int]:
+        """Seconds, steps and images since the epoch began or was gone on with."""
+        when, steps, rows = self._began
+        return time.perf_counter() - when, self.steps - steps, self.rows - rows
 
     @property
     def loss(self) -> float:
-        return self._sums[0] / self._fetched_rows if self._fetched_rows else math.nan
+        return self._sums[0] / self.rows if self.rows else math.nan
 
     @property
     def terms(self) -> dict[str, float]:
-        if not self._fetched_rows:
+        if not self.rows:
             return {}
-        return {
-            name: total / self._fetched_rows for name, total in zip(self._names, self._sums[1:], strict=True)
-        }
+        return {name: total / self.rows for name, total in zip(self._names, self._sums[1:], strict=True)}
 
     @property
     def accuracy(self) -> float:
-        return self._correct / self._fetched_rows if self._fetched_rows else math.nan
+        return self._correct / self.rows if self.rows else math.nan
 
 
 class Stopwatch:
@@ -96,9 +129,10 @@ class Stopwatch:
 
     _PENDING = 2048
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, seconds: dict[str, float] | None = None) -> None:
+        """``seconds``: what a stopped run had measured."""
         self._cuda = device.type == "cuda"
-        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._seconds: defaultdict[str, float] = defaultdict(float, seconds or {})
         self._events: list[tuple[str, torch.cuda.Event]] = []
         self._last_time = time.perf_counter()
         if self._cuda:

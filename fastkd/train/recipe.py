@@ -10,19 +10,21 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fastkd.distill.method import Method, find_method
 from fastkd.distill.options import OptionError, check_options, is_file, options_of
 
 from .errors import RecipeError
 from .recipe_files import find_recipe, parse_flat_yaml, parse_scalar, suggest
+from .signals import seconds_of
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Precision = Literal["float32", "bfloat16", "float16"]
 
 
 class _Section(BaseModel):
@@ -110,14 +112,23 @@ class Model(_Section):
 
 class Optimization(_Section):
     epochs: Count
-    batch_size: Count = 256
+    batch_size: Count = 256  # of a step, over all ranks
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: Positive = 6e-3
     momentum: Fraction = 0.9  # of sgd
     weight_decay: Weight = 1e-2
     schedule: Literal["one_cycle", "cosine", "steps", "constant"] = "one_cycle"
     milestones: list[Count] = []  # of steps: the learning rate is a tenth after each of these epochs
+    warmup_epochs: Annotated[float, Field(ge=0.0)] = (
+        0.0  # the learning rate grows linearly, then as scheduled
+    )
     seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> Optimization:
+        if self.warmup_epochs and self.schedule == "one_cycle":
+            raise ValueError("warmup_epochs: one_cycle has a warm-up of its own; choose another schedule")
+        return self
 
 
 class Teacher(Optimization, Model):
@@ -137,8 +148,34 @@ class Teacher(Optimization, Model):
 class Train(Optimization):
     clip_norm: Positive | None = None  # largest norm of the gradient, after a method's own work on it
     device: str = "auto"
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
+    teacher_precision: Precision | None = None  # None: as precision
     threads: Count | None = None  # CPU threads; None: torch's choice
+    channels_last: bool = False
+    compile: bool = False  # networks whose inner layers the method does not read
+    accumulate: Count = 1  # parts that each rank's batch is computed in
+    sync_batchnorm: bool = False  # statistics over the batch of all ranks
+    ema: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None  # decay of averaged weights, then validated
+    nonfinite: Literal["stop", "skip"] = "stop"  # of a loss that is NaN or infinite
+    log_every: Count | None = None  # steps between fetching losses; None: 1 on a CPU, else 20
+    checkpoint_every: Annotated[int | str, Field(union_mode="left_to_right")] | None = None  # steps, "15min"
+    keep_every: Count | None = None  # epochs between states kept for good
+    tensorboard: bool = False
+
+    @field_validator("checkpoint_every")
+    @classmethod
+    def _steps_or_time(cls, value: int | str | None) -> int | str | None:
+        if isinstance(value, str):
+            seconds_of(value)
+        elif value is not None and value < 1:
+            raise ValueError(f"expected at least 1, got {value}")
+        return value
+
+    @model_validator(mode="after")
+    def _parts_of_a_batch(self) -> Train:
+        if self.accumulate > self.batch_size:
+            raise ValueError(f"accumulate = {self.accumulate} is more than batch_size = {self.batch_size}")
+        return self
 
 
 class Recipe(_Section):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,21 @@ from torch import nn
 from fastkd.distill import CrossEntropy, Method, find_method
 from fastkd.models import build_model
 
+from . import distributed
 from .checkpoint import save_checkpoint
 from .console import ConsoleProgress
 from .data import Data, load_data
-from .errors import NonFiniteLossError, RecipeError, TrainError
-from .loop import FitResult, evaluate, fit_method
-from .recipe import Model, Optimization, Recipe, Teacher
+from .errors import NonFiniteLossError, Preempted, RecipeError, TrainError
+from .evaluation import evaluate
+from .loop import FitResult, Watcher, fit_method
+from .optimization import build_optimizer, build_scheduler
+from .recipe import Model, Optimization, Recipe, Teacher, Train
 from .run_folder import RunRecorder, create_run_folder, read_resume_state, write_json, write_recipe
+from .run_lock import locked
+from .signals import StopSignals
+from .sync_batchnorm import synchronised
 from .teacher_cache import CachedLoader, CachedTeacher, TeacherCache, wanted_facts
+from .tensorboard import TensorBoard, require_tensorboard
 from .weights import load_torchvision_weights, load_weights
 
 
@@ -57,7 +66,11 @@ def run_recipe(
         if recipe.train.threads is not None:
             torch.set_num_threads(recipe.train.threads)
         console.print(f"{name}: {recipe.description}", markup=False)
-        data = load_data(recipe.data)
+        _check_shares(recipe)
+        if recipe.train.tensorboard:
+            require_tensorboard()
+        with distributed.first_rank_first():
+            data = load_data(recipe.data)
         console.print(f"data: {data.describe()}", markup=False)
         for note in data.notes:
             console.print(f"  {note}", markup=False)
@@ -67,24 +80,46 @@ def run_recipe(
         if cache is not None:
             teacher = TeacherInUse(CachedTeacher(), _cached_summary(cache))
         elif recipe.teacher is not None:
-            teacher = _load_given_teacher(recipe.teacher, data, device)
+            teacher = load_given_teacher(recipe.teacher, data, device)
         try_method(recipe, data, device, cached=cache is not None)
         if folder is None:
-            folder = create_run_folder(runs, name)
-        write_recipe(folder, name, recipe)
-        if recipe.teacher is not None and teacher is None:
-            teacher = own_teacher(recipe.teacher, data, runs, device, console)
-        if teacher is not None:
-            accuracy, path = teacher.summary["val_accuracy"], teacher.summary["checkpoint"]
-            console.print(f"teacher: {accuracy:.2%}, {path}", markup=False)
-        summary = _distil(name, recipe, data, teacher, folder, device, console, cache)
+            folder = distributed.from_first(create_run_folder(runs, name) if distributed.is_first() else None)
+        with _owned(folder):
+            if distributed.is_first():
+                write_recipe(folder, name, recipe)
+            if recipe.teacher is not None and teacher is None:
+                teacher = own_teacher(recipe.teacher, data, runs, device, console)
+            if teacher is not None:
+                accuracy, path = teacher.summary["val_accuracy"], teacher.summary["checkpoint"]
+                console.print(f"teacher: {accuracy:.2%}, {path}", markup=False)
+            summary = _distil(name, recipe, data, teacher, folder, device, console, cache)
     except KeyboardInterrupt:
         if folder is None:
             raise
         raise Stopped(folder) from None
+    except Preempted as error:
+        raise Preempted(f"{error}; to go on: fastkd train --resume {folder}") from None
     except NonFiniteLossError as error:
         raise NonFiniteLossError(f"{error}; the run folder {folder} keeps the epochs before") from None
     return {**summary, "folder": str(folder)}
+
+
+@contextlib.contextmanager
+def _owned(folder: Path) -> Iterator[None]:
+    """The folder is this training's; its first rank holds the lock."""
+    with locked(folder) if distributed.is_first() else contextlib.nullcontext():
+        yield
+
+
+def _check_shares(recipe: Recipe) -> None:
+    """Every rank must get as many images of a batch. Raises ``RecipeError``."""
+    world = distributed.world()
+    for key, section in (("train", recipe.train), ("teacher", recipe.teacher)):
+        if section is not None and section.batch_size % world:
+            raise RecipeError(
+                f"{key}.batch_size = {section.batch_size} cannot be shared among {world} processes evenly; "
+                "it counts the images of a step over all of them"
+            )
 
 
 def _distil(
@@ -101,16 +136,21 @@ def _distil(
     # Seeded here, so that a student does not depend on whether its teacher was trained or read.
     torch.manual_seed(recipe.train.seed)
     student = build_network(recipe.student, data).to(device)
+    if recipe.train.sync_batchnorm:
+        student = synchronised(student, device)
+    method = build_method(recipe, student, teacher.model if teacher else None, data, device)
+    if recipe.train.sync_batchnorm:
+        for part, module in method.named_children():
+            if part != "student":
+                setattr(method, part, synchronised(module, device))
     result = _fit_in_folder(
         folder,
         "student",
-        build_method(recipe, student, teacher.model if teacher else None, data, device),
+        method,
         recipe.train,
         data,
         device,
         console,
-        precision=recipe.train.precision,
-        clip_norm=recipe.train.clip_norm,
         title=f"{name}, seed {recipe.train.seed}",
         teacher_accuracy=teacher.summary["val_accuracy"] if teacher else None,
         cache=cache,
@@ -127,14 +167,17 @@ def _distil(
         "teacher": teacher.summary if teacher else None,
         "made_with": _versions(device),
     }
-    write_json(folder / "summary.json", summary)
+    if distributed.is_first():
+        write_json(folder / "summary.json", summary)
     return summary
 
 
 def resolve_device(name: str) -> torch.device:
     """``auto`` is a CUDA device if there is one. Raises ``RecipeError`` for one that cannot be used."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and distributed.world() > 1:
+        return distributed.local_device()
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -146,11 +189,25 @@ def resolve_device(name: str) -> torch.device:
 
 def comparison_key(recipe: Recipe, data: Data) -> str:
     """Equal for runs that differ in method, teacher or seed only, so that their results can be compared."""
-    train = recipe.train.model_dump(exclude={"seed", "device", "threads"})
+    train = _what_matters(recipe.train, _NO_MATTER)
     return _hash([data.fingerprint, recipe.student.model_dump(), train])
 
 
-def _load_given_teacher(config: Teacher, data: Data, device: torch.device) -> TeacherInUse | None:
+# Of a run's results: where and how it is computed, and what is written.
+_NO_MATTER = {
+    "seed", "device", "threads", "teacher_precision", "channels_last", "compile", "accumulate",
+    "nonfinite", "log_every", "checkpoint_every", "keep_every", "tensorboard",
+}  # fmt: skip
+# Left out where they are at their defaults: runs made before there were such settings are still the same.
+_LATER = {"warmup_epochs": 0.0, "sync_batchnorm": False, "ema": None}
+
+
+def _what_matters(config: Optimization, leave_out: set[str]) -> dict[str, Any]:
+    values = config.model_dump(exclude=leave_out)
+    return {key: value for key, value in values.items() if key not in _LATER or value != _LATER[key]}
+
+
+def load_given_teacher(config: Teacher, data: Data, device: torch.device) -> TeacherInUse | None:
     if config.checkpoint is None and config.weights is None:
         return None
     model = build_network(config, data)
@@ -177,7 +234,7 @@ def find_teacher(
     config: Teacher, data: Data, runs: Path, device: torch.device, console: Console
 ) -> TeacherInUse:
     """The teacher of a recipe, trained if it must be. Raises ``TrainError``."""
-    return _load_given_teacher(config, data, device) or own_teacher(config, data, runs, device, console)
+    return load_given_teacher(config, data, device) or own_teacher(config, data, runs, device, console)
 
 
 def _open_cache(recipe: Recipe, data: Data) -> TeacherCache | None:
@@ -197,37 +254,40 @@ def own_teacher(
 ) -> TeacherInUse:
     """The teacher of this data and configuration: read, gone on with, or trained."""
     # The hash holds all that determines the weights: other data never meet this teacher.
-    settings = config.model_dump(exclude={"checkpoint", "weights", "cache"})
+    settings = _what_matters(config, {"checkpoint", "weights", "cache"})
     key = _hash([data.fingerprint, settings])
     label = config.name.replace("/", "-") + (f"-{config.width}" if config.width else "")
     folder = runs / "teachers" / f"{label}-{key}"
     path = folder / "teacher.pt"
     torch.manual_seed(config.seed)
     model = build_network(config, data)
-    if not path.exists():
+    if not distributed.from_first(path.exists()):
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "run.json", {"name": "teacher", "settings": settings, "data": data.describe()})
-        result = _fit_in_folder(
-            folder,
-            "teacher",
-            CrossEntropy(model.to(device)),
-            config,
-            data,
-            device,
-            console,
-            title=f"teacher {label}",
-        )
-        # The last epoch, not the best: picking by validation accuracy would flatter the teacher.
-        save_checkpoint(
-            path,
-            {
+        facts = {"name": "teacher", "settings": settings, "data": data.describe()}
+        with _owned(folder):
+            if distributed.is_first():
+                write_json(folder / "run.json", facts)
+            result = _fit_in_folder(
+                folder,
+                "teacher",
+                CrossEntropy(model.to(device)),
+                config,
+                data,
+                device,
+                console,
+                title=f"teacher {label}",
+            )
+            # The last epoch, not the best: picking by validation accuracy would flatter the teacher.
+            content = {
                 "model": model.state_dict(),
                 "num_classes": data.num_classes,
                 "data": _hash(data.fingerprint),
                 "val_accuracy": result.last["val_accuracy"],
                 "best_val_accuracy": result.best["val_accuracy"],
-            },
-        )
+            }
+            if distributed.is_first():
+                save_checkpoint(path, content)
+        distributed.barrier()
     facts = load_weights(
         model, path, num_classes=data.num_classes, remedy="delete it to have the teacher trained again"
     )
@@ -249,43 +309,70 @@ def _fit_in_folder(
     console: Console,
     *,
     title: str,
-    precision: str = "float32",
-    clip_norm: float | None = None,
     teacher_accuracy: float | None = None,
     cache: TeacherCache | None = None,
 ) -> FitResult:
-    """Train with one method, going on from the folder's last checkpoint if there is one."""
-    resume = read_resume_state(folder)
+    """Train with one method, going on from the folder's newest state if there is one.
+
+    A teacher's section says nothing of how to compute: it is trained in float32, saved after every epoch.
+    """
+    train = optimization if isinstance(optimization, Train) else Train(epochs=optimization.epochs)
+    resume = read_resume_state(folder, lambda text: console.print(f"{role}: {text}", markup=False))
     train_loader: Any = data.train_loader(optimization.batch_size, optimization.seed, device)
     if cache is not None:
         train_loader = CachedLoader(train_loader, cache)
     optimizer = build_optimizer(method, optimization)
-    recorder = RunRecorder(
-        folder,
-        ConsoleProgress(role, console),
-        facts={
-            "num_classes": data.num_classes,
-            "data": _hash(data.fingerprint),
-            "input": list(data.example()[0].shape[1:]),
-        },
-        title=title,
-        teacher_accuracy=teacher_accuracy,
-    )
     if resume is not None:
-        console.print(f"{role}: going on after epoch {len(resume['history'])} of {optimization.epochs}")
-    return fit_method(
-        method,
-        train_loader,
-        data.val_loader(device),
-        epochs=optimization.epochs,
-        optimizer=optimizer,
-        scheduler=build_scheduler(optimizer, optimization, len(train_loader)),
-        clip_norm=clip_norm,
-        device=device,
-        precision=precision,
-        watcher=recorder,
-        resume=resume,
-    )
+        console.print(f"{role}: going on after {_reached(resume)} of {optimization.epochs}")
+    watcher = Watcher()
+    if distributed.is_first():
+        watcher = RunRecorder(
+            folder,
+            _shown(folder, role, console, tensorboard=train.tensorboard),
+            facts={
+                "num_classes": data.num_classes,
+                "data": _hash(data.fingerprint),
+                "input": list(data.example()[0].shape[1:]),
+            },
+            title=title,
+            teacher_accuracy=teacher_accuracy,
+            keep_every=train.keep_every,
+        )
+    # The same weights on every rank, but other dropout.
+    if distributed.rank():
+        torch.manual_seed(optimization.seed + 2**32 * distributed.rank())
+    with StopSignals() as stop:
+        return fit_method(
+            method,
+            train_loader,
+            data.val_loader(device),
+            epochs=optimization.epochs,
+            optimizer=optimizer,
+            scheduler=build_scheduler(optimizer, optimization, len(train_loader)),
+            device=device,
+            watcher=watcher,
+            resume=resume,
+            stop=stop,
+            **{name: getattr(train, name) for name in _OF_THE_LOOP},
+        )
+
+
+# Settings of a recipe that are arguments of ``fit_method`` by the same names.
+_OF_THE_LOOP = (
+    "clip_norm", "precision", "teacher_precision", "channels_last", "compile", "accumulate", "ema",
+    "nonfinite", "log_every", "checkpoint_every",
+)  # fmt: skip
+
+
+def _reached(state: dict[str, Any]) -> str:
+    position = state.get("position")
+    step = f"step {position['meter']['steps']} of epoch {len(state['history']) + 1}" if position else None
+    return step or f"epoch {len(state['history'])}"
+
+
+def _shown(folder: Path, role: str, console: Console, *, tensorboard: bool) -> Watcher:
+    shown = ConsoleProgress(role, console)
+    return TensorBoard(folder / "tensorboard", shown) if tensorboard else shown
 
 
 def build_method(
@@ -331,30 +418,6 @@ def build_network(config: Model, data: Data) -> nn.Module:
         )
     except ValueError as error:
         raise RecipeError(str(error)) from None
-
-
-def build_optimizer(method: Method, config: Optimization) -> torch.optim.Optimizer:
-    """Over all that the method trains."""
-    parameters = [parameter for parameter in method.parameters() if parameter.requires_grad]
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-        )
-    # Fused: one kernel over all parameters; a large linear layer makes it a tenth of a CPU step otherwise.
-    return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
-
-
-def build_scheduler(optimizer: torch.optim.Optimizer, config: Optimization, batches: int) -> Any:
-    """To be stepped after each of ``batches`` steps an epoch; None for a constant learning rate."""
-    steps = batches * config.epochs
-    if config.schedule == "one_cycle":
-        return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=config.lr, total_steps=steps)
-    if config.schedule == "cosine":
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
-    if config.schedule == "steps":
-        milestones = [batches * epoch for epoch in config.milestones]
-        return torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
-    return None
 
 
 def _hash(content: Any) -> str:

@@ -2,8 +2,10 @@
 
 recipe.yaml     the resolved recipe; `fastkd train FOLDER/recipe.yaml` runs it again
 run.json        the recipe's name
-last.pt         all that `--resume` needs, after every epoch
-best.pt         the weights of the best epoch
+last.pt         all that `--resume` needs, after every epoch and whenever one was due within
+previous.pt     the one before, should the last be damaged
+epoch-NNNN.pt   every `train.keep_every` epochs
+best.pt         the weights of the best epoch (their average, with `train.ema`)
 metrics.jsonl   one line an epoch
 curves.png      accuracy, loss terms, time
 summary.json    written when the run is finished
@@ -11,38 +13,65 @@ summary.json    written when the run is finished
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from .checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from .curves import plot_curves
+from .errors import CheckpointError, NonFiniteLossError, StorageError
 from .loop import Record, Watcher
 from .meters import LossMeter
 from .recipe import Recipe
 from .recipe_files import dump_flat_yaml
 
+_PREVIOUS = "previous.pt"
+
 
 def create_run_folder(runs: Path, name: str) -> Path:
-    """A new folder ``runs/NAME-NNN``, numbered after those that exist."""
-    stem = re.sub(r"[^\w.-]+", "-", name)
-    runs.mkdir(parents=True, exist_ok=True)
-    taken = [
-        int(match.group(1))
-        for path in runs.iterdir()
-        if (match := re.fullmatch(re.escape(stem) + r"-(\d+)", path.name))
-    ]
-    number = max(taken, default=0) + 1
-    while True:
-        folder = runs / f"{stem}-{number:03d}"
-        try:
-            folder.mkdir()
-        except FileExistsError:  # another process took it since
+    """A new folder ``runs/NAME-NNN``, numbered after those that exist. Raises ``StorageError``."""
+    number = max(_folders_of(runs, name), default=0) + 1
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        while True:
+            folder = runs / f"{_stem(name)}-{number:03d}"
+            with contextlib.suppress(FileExistsError):  # another process took it since
+                folder.mkdir()
+                return folder
             number += 1
-        else:
-            return folder
+    except OSError as error:
+        raise StorageError(
+            f"no run folder can be made in {runs}: {error.strerror}; --runs FOLDER chooses another place"
+        ) from None
+
+
+def find_run(runs: Path, name: str, recipe: Recipe) -> Path | None:
+    """The newest run folder of this very recipe, finished or not; None if there is none."""
+    text = dump_flat_yaml(recipe.flat())
+    for _, folder in sorted(_folders_of(runs, name).items(), reverse=True):
+        try:
+            if (folder / "recipe.yaml").read_text(encoding="utf-8") == text:
+                return folder
+        except OSError:
+            continue
+    return None
+
+
+def _stem(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", name)
+
+
+def _folders_of(runs: Path, name: str) -> dict[int, Path]:
+    """Run folders by number."""
+    if not runs.is_dir():
+        return {}
+    named = re.compile(re.escape(_stem(name)) + r"-(\d+)")
+    return {int(match.group(1)): path for path in runs.iterdir() if (match := named.fullmatch(path.name))}
 
 
 def write_recipe(folder: Path, name: str, recipe: Recipe) -> None:
@@ -66,18 +95,35 @@ def read_json(path: Path) -> Any:
         return None
 
 
-def read_resume_state(folder: Path) -> dict[str, Any] | None:
-    """The state after the last finished epoch; None if none was finished."""
-    path = folder / "last.pt"
-    if not path.exists():
-        return None
-    return load_checkpoint(path, remedy="delete it to start this run from its first epoch")
+def read_resume_state(folder: Path, note: Callable[[str], None]) -> dict[str, Any] | None:
+    """The newest state that can be read; None if nothing was finished. Past a damaged one ``note`` tells.
+
+    Raises ``CheckpointError`` if there are states, but none that can be read.
+    """
+    kept = sorted(folder.glob("epoch-*.pt"), reverse=True)
+    paths = [path for path in (folder / "last.pt", folder / _PREVIOUS, *kept) if path.exists()]
+    remedy = "delete it to start this run from its first epoch"
+    for path in paths:
+        try:
+            state = load_checkpoint(path, remedy=remedy)
+            missing = [key for key in ("student", "optimizer", "history", "random") if key not in state]
+            if missing:
+                raise CheckpointError(f"checkpoint {path} is no state of a run: {missing[0]} is missing")
+        except CheckpointError as error:
+            if path == paths[-1]:
+                raise
+            note(f"{str(error).removesuffix('; ' + remedy)}; taking the one before")
+        if isinstance(state["random"], dict):  # written before there were ranks
+            state["random"] = [state["random"]]
+        return state
+    return None
 
 
 class RunRecorder(Watcher):
     """Writes checkpoints and metrics after every epoch, the curves at the end (however it comes).
 
-    Everything is passed on to ``shown``. ``facts`` go into the checkpoints beside the weights.
+    Everything is passed on to ``shown``. ``facts`` go into the checkpoints beside the weights;
+    ``keep_every``: epochs between states that are kept for good.
     """
 
     def __init__(
@@ -88,12 +134,14 @@ class RunRecorder(Watcher):
         facts: dict[str, Any],
         title: str,
         teacher_accuracy: float | None = None,
+        keep_every: int | None = None,
     ) -> None:
         self._folder = folder
         self._shown = shown
         self._facts = facts
         self._title = title
         self._teacher_accuracy = teacher_accuracy
+        self._keep_every = keep_every
         self._history: list[Record] = []
 
     def __enter__(self) -> RunRecorder:
@@ -104,7 +152,14 @@ class RunRecorder(Watcher):
         self._shown.__exit__(*exception)
         if self._history:
             picture = self._folder / "curves.png"
-            plot_curves(self._history, picture, title=self._title, teacher_accuracy=self._teacher_accuracy)
+            # A failure here must not hide the one that ended the run.
+            with contextlib.suppress(*(() if exception[0] is None else (StorageError,))):
+                plot_curves(
+                    self._history, picture, title=self._title, teacher_accuracy=self._teacher_accuracy
+                )
+
+    def note(self, text: str) -> None:
+        self._shown.note(text)
 
     def epoch_started(self, epoch: int, epochs: int, batches: int | None) -> None:
         self._shown.epoch_started(epoch, epochs, batches)
@@ -117,9 +172,33 @@ class RunRecorder(Watcher):
         self._history = history = list(resume["history"])
         # Best before last: an interrupt in between repeats the epoch, which gives the same weights again.
         if all(record["val_accuracy"] > earlier["val_accuracy"] for earlier in history[:-1]):
-            best = {"model": resume["student"], "epoch": record["epoch"], **self._facts}
+            weights = resume["student"] if resume["ema"] is None else averaged_weights(resume["ema"])
+            best = {"model": weights, "epoch": record["epoch"], **self._facts}
             save_checkpoint(self._folder / "best.pt", {**best, "val_accuracy": record["val_accuracy"]})
-        save_checkpoint(self._folder / "last.pt", resume)
+        if self._keep_every is not None and record["epoch"] % self._keep_every == 0:
+            save_checkpoint(self._folder / f"epoch-{record['epoch']:04d}.pt", resume)
+        self._save(resume)
         # Whole, from the history: a line that an interrupt left out or doubled would stay so.
         write_text(self._folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in history))
         self._shown.epoch_done(record, state)
+
+    def checkpoint(self, epoch: int, step: int, state: Callable[[], dict[str, Any]]) -> None:
+        self._save(state())
+        self._shown.checkpoint(epoch, step, state)
+
+    def not_finite(self, error: NonFiniteLossError, batch: tuple[Tensor, ...] | None) -> None:
+        if batch is None:
+            return
+        path = self._folder / f"not-finite-epoch-{error.epoch:04d}-step-{error.step:06d}.pt"
+        images, target, *_ = batch
+        content = {"epoch": error.epoch, "step": error.step, "terms": dict(error.terms)}
+        save_checkpoint(path, {**content, "images": images.cpu(), "target": target.cpu()})
+        error.args = (f"{error}; its batch is in {path}",)
+
+    def _save(self, state: dict[str, Any]) -> None:
+        save_checkpoint(self._folder / "last.pt", state, keep_as=self._folder / _PREVIOUS)
+
+
+def averaged_weights(ema: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of a student from that of its average."""
+    return {key.removeprefix("module."): value for key, value in ema.items() if key.startswith("module.")}

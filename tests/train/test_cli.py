@@ -54,6 +54,7 @@ def test_a_run_from_nothing(tiny: list[str], workplace: Path, capsys: pytest.Cap
         "recipe.yaml",
         "run.json",
         "last.pt",
+        "previous.pt",
         "best.pt",
         "metrics.jsonl",
         "curves.png",

@@ -18,9 +18,10 @@ from fastkd.train.data import load_data
 from fastkd.train.errors import DataError
 from fastkd.train.image_data import ArrayData, crop_and_flip, draw_moves, load_image_data
 from fastkd.train.loop import fit_method
+from fastkd.train.optimization import build_optimizer, build_scheduler
 from fastkd.train.recipe import ImageData, load_recipe
 from fastkd.train.recipe_files import shipped_recipes
-from fastkd.train.run import build_method, build_network, build_optimizer, build_scheduler
+from fastkd.train.run import build_method, build_network
 
 CPU = torch.device("cpu")
 RANDOM = np.random.default_rng(0)

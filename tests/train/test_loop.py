@@ -225,11 +225,11 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_lost(data: Glyph
 
 
 def test_the_meter_finds_a_bad_step_late_but_names_it() -> None:
-    meter = LossMeter(CPU, epoch=4)
-    meter.interval = 20  # as on a GPU
+    meter = LossMeter(CPU, epoch=4, interval=20)  # as on a GPU
     logits, target = torch.eye(4), torch.tensor([0, 1, 2, 0])
     for value in (1.0, 3.0, math.inf, 2.0):
         meter.add(torch.tensor(value), {"kd": torch.tensor(value)}, logits, target)
+        meter.end_step()
     with pytest.raises(NonFiniteLossError, match="epoch 4, step 3: loss inf, kd inf"):
         meter.drain()
 
@@ -237,7 +237,9 @@ def test_the_meter_finds_a_bad_step_late_but_names_it() -> None:
 def test_the_meter_weights_by_rows() -> None:
     meter = LossMeter(CPU)
     meter.add(torch.tensor(1.0), {"ce": torch.tensor(2.0)}, torch.eye(3), torch.tensor([0, 1, 0]))
+    meter.end_step()
     meter.add(torch.tensor(5.0), {"ce": torch.tensor(6.0)}, torch.eye(3)[:1], torch.tensor([0]))
+    meter.end_step()
     assert meter.loss == pytest.approx(2.0)
     assert meter.terms == pytest.approx({"ce": 3.0})
     assert meter.accuracy == pytest.approx(3 / 4)

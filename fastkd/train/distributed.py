@@ -1,0 +1,161 @@
+"""Several processes, one training: torchrun's environment, DDP, and what ranks tell each other.
+
+Without a process group every function here is that of a single rank, so that the loop has one form.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastkd.distill.method import Method
+
+from .errors import RecipeError
+
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def rank() -> int:
+    return dist.get_rank() if _active() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if _active() else 1
+
+
+def is_first() -> bool:
+    """Whether this rank writes files and talks to people."""
+    return rank() == 0
+
+
+@contextlib.contextmanager
+def launched() -> Iterator[None]:
+    """The process group that torchrun's environment variables describe, if there are any.
+
+    Tensors on GPUs go by NCCL, those on CPUs by gloo. Raises ``RecipeError`` for an environment in part.
+    """
+    if _active() or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield
+        return
+    missing = [name for name in _TORCHRUN if name not in os.environ]
+    if missing:
+        raise RecipeError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} not set: start with "
+            "torchrun, or set what it sets (docs/launch.md)"
+        )
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_device())
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def local_device() -> torch.device:
+    """The GPU of this process: one for each rank of a machine."""
+    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= count:
+        raise RecipeError(
+            f"LOCAL_RANK is {local}, but this machine has {count} GPUs; start as many processes as GPUs, "
+            "or set train.device=cpu"
+        )
+    return torch.device("cuda", local)
+
+
+@contextlib.contextmanager
+def first_rank_first() -> Iterator[None]:
+    """The first rank runs the block alone, then the others: for caches that one process fills."""
+    if not is_first():
+        barrier()
+    yield
+    if is_first():
+        barrier()
+
+
+def barrier() -> None:
+    if _active():
+        sum_over_ranks(torch.zeros(1))
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum of a tensor over all ranks, on the CPU where there is gloo."""
+    if world() == 1:
+        return values
+    values = values.to(_talking_device(), copy=True)
+    dist.all_reduce(values)
+    return values.cpu()
+
+
+def any_over_ranks(*flags: bool) -> list[bool]:
+    """For each flag, whether it is set on some rank."""
+    if world() == 1:
+        return list(flags)
+    return [count > 0 for count in sum_over_ranks(torch.tensor(flags, dtype=torch.float32)).tolist()]
+
+
+def from_first(value: Any = None) -> Any:
+    """The first rank's value, on every rank."""
+    if world() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, device=_talking_device())
+    return box[0]
+
+
+def of_all_ranks(value: Any) -> list[Any]:
+    """Every rank's value, on every rank."""
+    if world() == 1:
+        return [value]
+    values: list[Any] = [None] * world()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def wrap(method: Method) -> nn.Module:
+    """``method`` under DDP, if there are several ranks: the student and the heads, never the teacher."""
+    if world() == 1 or not any(parameter.requires_grad for parameter in method.parameters()):
+        return method
+    device = next(method.parameters()).device
+    return nn.parallel.DistributedDataParallel(
+        method,
+        device_ids=[device] if device.type == "cuda" else None,
+        find_unused_parameters=method.leaves_parameters_out(),
+        gradient_as_bucket_view=True,
+    )
+
+
+def without_sync(runner: nn.Module, wanted: bool) -> contextlib.AbstractContextManager[Any]:
+    """Gradients stay with their rank: for all micro-batches of a step but the last."""
+    if wanted and isinstance(runner, nn.parallel.DistributedDataParallel):
+        return runner.no_sync()
+    return contextlib.nullcontext()
+
+
+@torch.no_grad()
+def share_buffers(module: nn.Module) -> None:
+    """The first rank's buffers everywhere: without SyncBatchNorm each rank has running statistics of its own.
+
+    What is validated is then what is saved.
+    """
+    if world() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def _active() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _talking_device() -> torch.device:
+    # A group of the user's own may have NCCL alone, which knows no tensors on the CPU.
+    backend = dist.get_backend_config(None)
+    return (
+        torch.device("cpu") if "gloo" in str(backend) else torch.device("cuda", torch.cuda.current_device())
+    )

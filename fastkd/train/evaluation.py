@@ -1,0 +1,85 @@
+"""Accuracy and loss of a network over a validation set, each image counted once whatever the ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
+
+from fastkd.distill.taps import eval_mode
+
+from . import distributed
+from .batches import Batches
+from .errors import TrainError
+from .precision import autocast
+
+
+def evaluate(
+    model: nn.Module,
+    loader: Any,
+    *,
+    device: torch.device | str,
+    precision: str = "float32",
+    channels_last: bool = False,
+) -> tuple[float, float]:
+    """Accuracy (a fraction) and mean cross-entropy of ``model`` over ``loader``; train/eval mode is kept.
+
+    In a process group each rank takes its share of every batch; all get the result of the whole.
+    """
+    accuracy, loss, _ = evaluate_rows(
+        model, loader, device=device, precision=precision, channels_last=channels_last
+    )
+    return accuracy, loss
+
+
+@torch.no_grad()
+def evaluate_rows(
+    model: nn.Module,
+    loader: Any,
+    *,
+    device: torch.device | str,
+    precision: str = "float32",
+    channels_last: bool = False,
+) -> tuple[float, float, int]:
+    """``evaluate`` and the number of images. Raises ``TrainError`` if there are none."""
+    device = torch.device(device)
+    correct = torch.zeros((), dtype=torch.int64, device=device)
+    total = torch.zeros((), dtype=torch.float64, device="cpu" if device.type == "mps" else device)
+    rows = 0
+    with eval_mode(model):
+        for images, target in Batches(loader, device, even=False, channels_last=channels_last).start():
+            if len(target) == 0:  # a rank without rows of this batch
+                continue
+            with autocast(device, precision):
+                logits = model(images)
+            correct += (logits.argmax(-1) == target).sum()
+            total += F.cross_entropy(logits.float(), target, reduction="sum").to(total)
+            rows += len(target)
+    counts = torch.stack([correct.to(total), total, torch.full_like(total, rows)])
+    correct_rows, loss, all_rows = distributed.sum_over_ranks(counts).tolist()
+    if all_rows == 0:
+        raise TrainError("the validation loader yielded no batch")
+    return correct_rows / all_rows, loss / all_rows, int(all_rows)
+
+
+def validate(
+    student: nn.Module,
+    average: AveragedModel | None,
+    loader: Any,
+    device: torch.device,
+    precision: str,
+    channels_last: bool,
+) -> dict[str, Any]:
+    """The part of an epoch's record that validation gives: of the average, where there is one."""
+    options: dict[str, Any] = {"device": device, "precision": precision, "channels_last": channels_last}
+    distributed.share_buffers(student)
+    accuracy, loss, rows = evaluate_rows(student, loader, **options)
+    record: dict[str, Any] = {}
+    if average is not None:
+        record["student_accuracy"] = accuracy
+        distributed.share_buffers(average.module)
+        accuracy, loss, _ = evaluate_rows(average.module, loader, **options)
+    return {**record, "val_accuracy": accuracy, "val_loss": loss, "val_rows": rows}

@@ -1,0 +1,58 @@
+"""Number formats of the networks: autocast, the scaler that float16 needs, compilation."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import nn
+from torch.amp import GradScaler
+
+from fastkd.distill.method import Method
+
+DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def dtype_of(precision: str, name: str = "precision") -> torch.dtype | None:
+    """None for float32, which is no autocast. Raises ``ValueError``."""
+    if precision not in DTYPES:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, DTYPES))}, got {precision!r}")
+    return DTYPES[precision]
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    dtype = dtype_of(precision)
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+def make_scaler(device: torch.device, precision: str) -> GradScaler | None:
+    """The loss scaling of float16, whose smallest gradients would be lost otherwise."""
+    return GradScaler(device.type) if precision == "float16" else None
+
+
+def compile_networks(method: Method, backend: str) -> list[str]:
+    """Compile student and teacher in place; returns notes on those that stay eager.
+
+    Only ``forward`` is compiled, so that state dicts, hooks on the network and the exported student stay as
+    they are. A method that reads inner layers does so by hooks that exist for one pass, for which a compiler
+    would start anew each step.
+    """
+    notes = []
+    for role, network, taps in (
+        ("student", method.student, method.student_taps),
+        ("teacher", method.teacher, method.teacher_taps),
+    ):
+        if network is None:
+            continue
+        if taps.paths:
+            notes.append(
+                f"train.compile: the {role} stays eager, {method.name} reads {', '.join(taps.paths)}"
+            )
+        elif not hasattr(network.forward, "get_compiler_config"):
+            _compile(network, backend)
+    return notes
+
+
+def _compile(network: nn.Module, backend: str) -> None:
+    network.forward = torch.compile(network.forward, backend=backend)

@@ -1,0 +1,143 @@
+"""Two processes do what one does: every method's weights, metrics by the image, states and their ranks."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
+
+from fastkd.train import FitResult, distributed, evaluate, fit_method
+from fastkd.train.batches import rows_of
+from fastkd.train.sync_batchnorm import synchronised
+
+from .ranks import on_two_ranks
+from .tiny import VARIANTS, Loader, Net, make_method
+
+CPU = torch.device("cpu")
+
+
+def train(variant: str, norm: bool = True, **options: Any) -> tuple[dict[str, torch.Tensor], FitResult]:
+    """A short training in whatever process group there is; heads and student with synchronised statistics."""
+    method = make_method(variant, lambda module: synchronised(module, CPU), norm=norm)
+    optimizer = torch.optim.SGD(method.parameters(), lr=0.05, momentum=0.9)
+    options = {"epochs": 2, "optimizer": optimizer, "progress": False, "clip_norm": 5.0, **options}
+    result = fit_method(method, Loader(), Loader(17, 4, shuffle=False), **options)
+    return {key: value.detach().clone() for key, value in method.state_dict().items()}, result
+
+
+def all_variants() -> dict[str, Any]:
+    done: dict[str, Any] = {}
+    for variant in VARIANTS:
+        weights, result = train(variant)
+        done[variant] = weights, result.history
+    for label, (_, of_two) in MORE.items():
+        weights, result = train("dhkd shared", **of_two)
+        done[label] = weights, result.history
+    done["in parts"] = train("kd", norm=False, accumulate=2)[0]
+    done["counts"] = counts()
+    done["normalised"] = normalised(slice(8 * distributed.rank(), 8 * distributed.rank() + 8))
+    done["agreement"] = distributed.any_over_ranks(distributed.rank() == 1, False)
+    return done
+
+
+# Options of one process, and of two.
+MORE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "averaged": ({"ema": 0.9}, {"ema": 0.9, "log_every": 3}),
+    "skipping": ({}, {"nonfinite": "skip", "channels_last": True}),
+}
+
+
+def counts() -> dict[str, Any]:
+    """Validation of 11 images on two ranks, by shared batches and by a sampler that pads."""
+    loader = Loader(11, 4)
+    torch.manual_seed(0)
+    model = Net(4)
+    data = TensorDataset(loader.images, loader.target)
+    found = {"shared": evaluate(model, DataLoader(data, 4), device=CPU)}
+    if distributed.world() > 1:
+        sampler = DistributedSampler(data, shuffle=False)
+        found["padded"] = evaluate(model, DataLoader(data, 4, sampler=sampler), device=CPU)
+    return found
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return on_two_ranks(all_variants, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, *MORE])
+def test_two_processes_train_as_one(both: list[dict[str, Any]], variant: str) -> None:
+    expected, result = train("dhkd shared", **MORE[variant][0]) if variant in MORE else train(variant)
+    for weights, history in (one[variant] for one in both):
+        assert weights.keys() == expected.keys()
+        for key, value in weights.items():
+            torch.testing.assert_close(
+                value, expected[key], rtol=1e-3, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}"
+            )
+        for got, record in zip(history, result.history, strict=True):
+            assert (got["rows"], got["val_rows"], got["epoch"]) == (56, 17, record["epoch"])
+            assert got["loss"] == pytest.approx(record["loss"], rel=1e-4)
+            assert got["terms"] == pytest.approx(record["terms"], rel=1e-3, abs=1e-6)
+            assert got["train_accuracy"] == record["train_accuracy"]
+            assert got["val_accuracy"] == record["val_accuracy"]
+            assert got["val_loss"] == pytest.approx(record["val_loss"], rel=1e-4)
+            assert got["lr"] == record["lr"]
+    assert all(torch.equal(both[0][variant][0][key], both[1][variant][0][key]) for key in expected)
+
+
+def test_micro_batches_on_two_ranks_are_the_step_of_one(both: list[dict[str, Any]]) -> None:
+    expected, _ = train("kd", norm=False)
+    in_parts, _ = train("kd", norm=False, accumulate=3)  # 16 rows are 6, 6 and 4
+    for weights in (in_parts, *(one["in parts"] for one in both)):
+        for key, value in weights.items():
+            torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-6)
+
+
+def test_each_image_counts_once(both: list[dict[str, Any]]) -> None:
+    expected = counts()["shared"]
+    for one in both:
+        for found in one["counts"].values():
+            assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_ranks_agree_on_flags(both: list[dict[str, Any]]) -> None:
+    assert [one["agreement"] for one in both] == [[True, False], [True, False]]
+
+
+def test_synchronised_statistics_are_those_of_the_whole_batch(both: list[dict[str, Any]]) -> None:
+    whole = normalised(slice(None))
+    for rank, one in enumerate(both):
+        weights, output, gradient = one["normalised"]
+        mine = slice(8 * rank, 8 * rank + 8)
+        torch.testing.assert_close(output, whole[1][mine], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(gradient, whole[2][mine], rtol=1e-4, atol=1e-6)
+        for key, value in weights.items():
+            torch.testing.assert_close(value, whole[0][key], rtol=1e-4, atol=1e-6)
+
+
+def normalised(mine: slice) -> Any:
+    """A layer's buffers, output and the gradient of its input, for some rows of a batch."""
+    torch.manual_seed(1)
+    images = torch.randn(16, 3, 4, 4)
+    weights = torch.randn(16, 3, 4, 4)[mine]
+    part = images[mine].clone().requires_grad_()
+    layer = synchronised(nn.BatchNorm2d(3), CPU).train()
+    output = layer(part)
+    (output * weights).sum().backward()
+    return dict(layer.state_dict()), output.detach(), part.grad
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 16])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_rows_are_shared_without_gaps(count: int, world: int) -> None:
+    rows = list(range(count))
+    shared = [rows[rows_of(count, rank, world, even=False)] for rank in range(world)]
+    assert [*itertools.chain(*shared)] == rows
+    even = [rows[rows_of(count, rank, world, even=True)] for rank in range(world)]
+    assert len({len(part) for part in even}) == 1
+    assert [*itertools.chain(*even)] == rows[: count - count % world]

@@ -1,0 +1,144 @@
+"""A training that is stopped at any step and gone on with ends with the same weights, to the bit."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from fastkd.distill import Method
+from fastkd.train import FitResult, Watcher, fit_method
+from fastkd.train.checkpoint import load_checkpoint, save_checkpoint
+from fastkd.train.errors import Preempted
+from fastkd.train.signals import Control, StopSignals, seconds_of
+
+from .tiny import VARIANTS, Loader, make_method
+
+STEPS = 4  # of an epoch of 56 images in batches of 16
+
+
+class Killed(BaseException):
+    pass
+
+
+class KillAfter(Watcher):
+    """Writes every state, and ends the training like a signal that cannot be caught."""
+
+    def __init__(self, path: Path, epoch: int, step: int) -> None:
+        self.path, self.when = path, (epoch, step)
+
+    def checkpoint(self, epoch: int, step: int, state: Callable[[], dict[str, Any]]) -> None:
+        save_checkpoint(self.path, state())
+        if (epoch, step) == self.when:
+            raise Killed
+
+
+def start(variant: str, loader: Any = None, **options: Any) -> tuple[Method, Callable[[], FitResult]]:
+    method = make_method(variant, dropout=0.3)
+    optimizer = torch.optim.AdamW(method.parameters(), lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=3 * STEPS)
+    shared = {"epochs": 3, "optimizer": optimizer, "scheduler": scheduler, "clip_norm": 5.0, "ema": 0.9}
+    loader = loader or Loader()
+    val = Loader(17, 4, shuffle=False)
+    return method, lambda: fit_method(method, loader, val, progress=False, **{**shared, **options})
+
+
+def without_time(result: FitResult) -> list[dict[str, Any]]:
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in result.history]
+
+
+def ends_the_same(
+    path: Path, variant: str, epoch: int, step: int, make_loader: Callable[[], Any] = Loader, **options: Any
+) -> None:
+    torch.manual_seed(5)
+    whole, go = start(variant, make_loader(), **options)
+    torch.manual_seed(6)
+    expected = go()
+    torch.manual_seed(5)
+    _, go = start(variant, make_loader(), watcher=KillAfter(path, epoch, step), checkpoint_every=1, **options)
+    torch.manual_seed(6)
+    with pytest.raises(Killed):
+        go()
+    resumed, go = start(variant, make_loader(), resume=load_checkpoint(path, remedy=""), **options)
+    torch.rand(7)  # whatever happens in between
+    got = go()
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+    assert without_time(expected) == without_time(got)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_method_goes_on_within_an_epoch(variant: str, tmp_path: Path) -> None:
+    where = random.Random(variant)
+    ends_the_same(tmp_path / "last.pt", variant, where.randint(1, 3), where.randint(1, STEPS))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"precision": "float16", "accumulate": 2},
+        {"precision": "bfloat16", "teacher_precision": "float32", "channels_last": True},
+        {"nonfinite": "skip", "ema": None, "log_every": 3},
+    ],
+)
+def test_with_everything_else_switched_on(options: dict[str, Any], tmp_path: Path) -> None:
+    ends_the_same(tmp_path / "last.pt", "dhkd", 2, 3, **options)
+
+
+def test_torchs_own_shuffling_loader(tmp_path: Path) -> None:
+    # Its order comes from the global generator, as it was when the epoch began.
+    data = TensorDataset(Loader().images, Loader().target)
+    ends_the_same(tmp_path / "last.pt", "kd", 2, 2, lambda: DataLoader(data, 16, shuffle=True))
+
+
+def test_stopping_writes_a_state(tmp_path: Path) -> None:
+    calls: list[tuple[int, int]] = []
+
+    class Keeps(Watcher):
+        def checkpoint(self, epoch: int, step: int, state: Callable[[], dict[str, Any]]) -> None:
+            calls.append((epoch, step))
+
+    asked = iter([False] * 5 + [True])
+    _, go = start("kd", watcher=Keeps(), stop=lambda: next(asked))
+    with pytest.raises(Preempted, match="in epoch 2 after step 2"):
+        go()
+    assert calls == [(2, 2)]
+
+
+def test_signals_are_seen_and_given_back() -> None:
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    for number in before:
+        with StopSignals() as stop:
+            assert not stop()
+            signal.raise_signal(number)
+            assert stop()
+    assert {number: signal.getsignal(number) for number in before} == before
+
+
+def test_the_clock() -> None:
+    by_steps = Control(3, None, 1)
+    assert [by_steps.after_step(step)[0] for step in range(1, 8)] == [False, False, True] * 2 + [False]
+    by_time = Control("0.01s", None, 1)
+
+    time.sleep(0.02)
+    assert by_time.after_step(1) == (True, False)
+    assert by_time.after_step(2) == (False, False)
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("15min", 900.0), ("90s", 90.0), ("1.5h", 5400.0)])
+def test_times(text: str, seconds: float) -> None:
+    assert seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["15", "min", "-1s", "0h", "a while", "infs", "nans"])
+def test_times_that_are_none(text: str) -> None:
+    with pytest.raises(ValueError, match="15min"):
+        seconds_of(text)

@@ -1,0 +1,94 @@
+"""A data set and networks of a few kilobytes, and every method on them: whole trainings in milliseconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastkd.distill import Method, find_method
+
+CLASSES = 7
+ROWS, BATCH = 56, 16  # the last batch of an epoch has 8 rows: shared evenly, and smaller than the others
+
+
+class Net(nn.Module):
+    """Two stages with BatchNorm, pooling, dropout where asked, a linear classifier."""
+
+    def __init__(self, width: int, dropout: float = 0.0, norm: bool = True) -> None:
+        super().__init__()
+        self.features = nn.Sequential(_stage(3, width, norm), _stage(width, 2 * width, norm))
+        self.dropout = nn.Dropout(dropout)
+        self.fc = nn.Linear(2 * width, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.dropout(self.features(images).mean((2, 3))))
+
+
+def _stage(inputs: int, outputs: int, norm: bool) -> nn.Module:
+    convolution = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=not norm)
+    return nn.Sequential(convolution, nn.BatchNorm2d(outputs) if norm else nn.Identity(), nn.ReLU())
+
+
+class Loader:
+    """Random images with labels; shuffled by (seed, epoch), jittered by (seed, epoch, position)."""
+
+    def __init__(self, rows: int = ROWS, batch_size: int = BATCH, *, shuffle: bool = True) -> None:
+        generator = torch.Generator().manual_seed(3)
+        self.images = torch.randn(rows, 3, 8, 8, generator=generator)
+        self.target = torch.randint(0, CLASSES, (rows,), generator=generator)
+        self.batch_size, self.shuffle, self.epoch = batch_size, shuffle, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-len(self.target) // self.batch_size)
+
+    def __iter__(self) -> Any:
+        generator = torch.Generator().manual_seed(100 + self.epoch)
+        order = torch.arange(len(self.target))
+        if self.shuffle:
+            order = torch.randperm(len(order), generator=generator)
+        for chosen in order.split(self.batch_size):
+            images = self.images[chosen]
+            if self.shuffle:
+                images = images + 0.1 * torch.randn(images.shape, generator=generator)
+            yield images, self.target[chosen]
+
+
+# Every method, with options under which all its terms act; without dropout in heads.
+METHODS: dict[str, dict[str, Any]] = {
+    "cross_entropy": {"label_smoothing": 0.1},
+    "kd": {"warmup_epochs": 2},
+    "lskd": {},
+    "dkd": {},
+    "dckd": {"hint_layer": "features.1", "hint_weight": 0.1, "distance_weight": 1.0, "angle_weight": 1.0},
+    "nkd": {},
+    "binary_kl": {"weight": 0.1},
+    "binary_kl_norm": {"weight": 0.1},
+    "fitnets": {"hint_layer": "features.0", "hint_weight": 0.1},
+    "rkd": {"distance_weight": 1.0, "angle_weight": 1.0},
+    "dhkd": {"hidden": 8, "alpha": 0.5, "dropout": 0.0},
+    "mhkd": {"layers": ["features.0"], "head_width": 4},
+}
+# DHKD in its other forms: the alignment of what both losses reach, and a stop, after which the head idles.
+VARIANTS = {
+    **{name: (name, options) for name, options in METHODS.items()},
+    "dhkd shared": ("dhkd", {**METHODS["dhkd"], "align": "shared"}),
+    "dhkd stop": ("dhkd", {**METHODS["dhkd"], "stop_epoch": 1}),
+}
+
+
+def make_method(variant: str, prepare: Callable[[nn.Module], nn.Module] = lambda m: m, **net: Any) -> Method:
+    """``prepare`` is done to the student before the method sees it, and to the method's own parts."""
+    name, options = VARIANTS[variant]
+    torch.manual_seed(0)
+    teacher, student = Net(6), prepare(Net(4, **net))
+    method = find_method(name)(student, teacher, example=torch.zeros(2, 3, 8, 8), **options)
+    for part, module in method.named_children():
+        if part != "student":
+            setattr(method, part, prepare(module))
+    return method
