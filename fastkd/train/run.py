@@ -125,6 +125,7 @@ def _distil(
         "last": {"epoch": result.last["epoch"], "val_accuracy": result.last["val_accuracy"]},
         "seconds": result.seconds,
         "teacher": teacher.summary if teacher else None,
+        "corrupt_images": list(getattr(data, "corrupt", ())),
         "made_with": _versions(device),
     }
     write_json(folder / "summary.json", summary)

@@ -68,7 +68,8 @@ def unpack(records: np.ndarray, num_classes: int, device: torch.device) -> Tenso
     """Logits ``[N, C]`` in float32. With top-k the other classes share their probability evenly."""
 
     def part(name: str) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(records[name])).to(device, non_blocking=True)
+        # A copy even of one row, whose strides torch would refuse.
+        return torch.from_numpy(records[name].copy()).to(device, non_blocking=True)
 
     log_probs = part("log_probs").float()
     if "classes" in (records.dtype.names or ()):
