@@ -98,8 +98,9 @@ def test_corrupt_images_end_up_in_the_summary(place: Path, capsys: pytest.Captur
 def test_throughput_data(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = place / "mine.yaml"
     path.write_text(
-        "description: x\ndata.name: synthetic\ndata.images: 8\ndata.classes: 6\ndata.size: 20\ntrain.epochs: 1\n"
-        "student.name: small_cnn\nstudent.width: 2\nmethod: cross_entropy\ntrain.device: cpu\n"
+        "description: x\ndata.name: synthetic\ndata.images: 8\ndata.classes: 6\ndata.size: 20\n"
+        "student.name: small_cnn\nstudent.width: 2\nmethod: cross_entropy\n"
+        "train.epochs: 1\ntrain.device: cpu\n"
     )
     assert main(["train", str(path)]) == 0
     assert (
