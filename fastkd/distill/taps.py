@@ -31,8 +31,8 @@ class Taps:
         self._layers: dict[str, tuple[nn.Module, bool]] = {}
 
     @property
-    def paths(self) -> list[str]:
-        return list(self._layers)
+    def paths(self) -> tuple[str, ...]:
+        return tuple(self._layers)
 
     def add(self, path: str) -> str:
         """Read ``path`` from now on; returns it. Raises ``FeatureError`` if there is no such layer."""

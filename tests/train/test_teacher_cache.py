@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,18 @@ def test_a_cache_is_written_whole_gone_on_with_and_never_over(tmp_path: Path) ->
         CacheWriter(tmp_path / "nan", FACTS).write_epoch(
             0, iter([(torch.tensor([0]), LOGITS[0, :1] * torch.nan)])
         )
+
+
+def test_a_full_disk_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    writer = CacheWriter(tmp_path / "cache", FACTS)
+    with pytest.raises(CacheError, match=r"no room for .* No space left on device"):
+        fill(writer, [0])
+    assert writer.missing_epochs() == [0, 1]
+    assert [path.name for path in (tmp_path / "cache.partial").iterdir()] == ["cache.json"]
 
 
 def test_damaged_caches_and_images_that_are_missing(tmp_path: Path) -> None:
