@@ -166,7 +166,8 @@ class Method(nn.Module):
         ``target`` is int64 labels ``[N]`` or, as MixUp and CutMix give them, probabilities ``[N, C]``. A
         third entry is the teacher's logits, as a cache keeps them; then the teacher does not run.
 
-        Raises ``ValueError`` for soft targets where the loss needs one label.
+        Raises ``ValueError`` for soft targets where the loss needs one label, and for given logits where it
+        needs the teacher's features.
         """
         inputs, target, *given = batch
         if self.needs_one_label and target.is_floating_point():
@@ -175,6 +176,9 @@ class Method(nn.Module):
         teacher_logits = None
         teacher_features: dict[str, Tensor] = {}
         if given:
+            if self.teacher_taps.paths:
+                layers = ", ".join(self.teacher_taps.paths)
+                raise ValueError(f"it looks at the teacher's layers {layers}, but was given its logits only")
             (teacher_logits,) = given
         elif self.teacher is not None and (carried or self.needs_teacher()):
             taps = self.teacher_taps.reading()

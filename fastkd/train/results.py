@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from .console import results_table, time_table
+from .recipe_files import shipped_recipes
 from .run_folder import read_json
 
 
@@ -28,8 +29,12 @@ def print_results(summaries: Sequence[dict[str, Any]], runs: Path, console: Cons
             (label, _mean(alone, "best"), _mean(alone, "last")) if alone else (label, "not known", "")
         )
         if not alone:
+            group = first["name"].partition("/")[0]
+            known = f"{group}/student" in shipped_recipes()
+            recipe = f"{group}/student" if known else f"{first['name']} method=cross_entropy"
             console.print(
-                "student alone is not known for these data and settings: run `fastkd train glyphs/student`"
+                f"student alone is not known for these data and settings: run `fastkd train {recipe}`",
+                soft_wrap=True,
             )
     rows.append((f"{first['name']}{_over(summaries)}", _mean(summaries, "best"), _mean(summaries, "last")))
     console.print(results_table("results", rows))

@@ -165,6 +165,7 @@ def _distil(
         "last": {"epoch": result.last["epoch"], "val_accuracy": result.last["val_accuracy"]},
         "seconds": result.seconds,
         "teacher": teacher.summary if teacher else None,
+        "corrupt_images": list(getattr(data, "corrupt", ())),
         "made_with": _versions(device),
     }
     if distributed.is_first():
@@ -398,14 +399,10 @@ def try_method(recipe: Recipe, data: Data, device: torch.device, *, cached: bool
         student = build_network(recipe.student, data).to(device)
         teacher = build_network(recipe.teacher, data) if recipe.teacher is not None else None
         method = build_method(recipe, student, teacher, data, device)
-        if cached and method.teacher_taps.paths:
-            raise RecipeError(
-                f"teacher.cache: method {recipe.method} looks at the teacher's layers "
-                f"{', '.join(method.teacher_taps.paths)}, but a cache has logits only"
-            )
-        images, target = data.example()
+        images, target = (part.to(device) for part in data.example())
+        logits = torch.zeros(len(target), data.num_classes, device=device)
         try:
-            method.check((images.to(device), target.to(device)))
+            method.check((images, target, logits) if cached else (images, target))
         except ValueError as error:
             raise RecipeError(f"method {recipe.method}: {error}") from None
 

@@ -68,7 +68,8 @@ def unpack(records: np.ndarray, num_classes: int, device: torch.device) -> Tenso
     """Logits ``[N, C]`` in float32. With top-k the other classes share their probability evenly."""
 
     def part(name: str) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(records[name])).to(device, non_blocking=True)
+        # A copy even of one row, whose strides torch would refuse.
+        return torch.from_numpy(records[name].copy()).to(device, non_blocking=True)
 
     log_probs = part("log_probs").float()
     if "classes" in (records.dtype.names or ()):
@@ -237,6 +238,7 @@ class CacheWriter:
             shard = np.lib.format.open_memmap(
                 temporary, mode="w+", dtype=kind, shape=(self._facts["samples"],)
             )
+            _take_room(temporary)
             for indices, logits in batches:
                 if not bool(logits.isfinite().all()):
                     raise CacheError(f"the teacher's logits are not finite in epoch {epoch + 1}")
@@ -253,6 +255,18 @@ class CacheWriter:
                 f"{self._partial} is whole, but cannot be named {self._folder}: {error}"
             ) from None
         return TeacherCache(self._folder)
+
+
+def _take_room(path: Path) -> None:
+    """Let a full disk be an error now: a write to a mapped file would kill the process."""
+    if not hasattr(os, "posix_fallocate"):  # macOS, Windows
+        return
+    try:
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError as error:
+        size = path.stat().st_size / 1e6
+        raise CacheError(f"no room for {path.name.strip('.')} of {size:.0f} MB: {error.strerror}") from None
 
 
 def shard_name(epoch: int) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .checkpoint import load_checkpoint
@@ -66,6 +68,12 @@ def load_torchvision_weights(model: nn.Module, name: str, weights: str, *, num_c
         raise CheckpointError(
             f"teacher.weights = {weights}: {entry.url} cannot be fetched ({error}); "
             "fetch it by other means and give it as teacher.checkpoint=FILE"
+        ) from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError):
+        file = Path(torch.hub.get_dir()) / "checkpoints" / entry.url.rpartition("/")[2]
+        raise CheckpointError(
+            f"teacher.weights = {weights}: {file} is damaged or holds more than tensors; "
+            "delete it to have it fetched again"
         ) from None
     fill(model, state, f"{name}'s weights {member}", "torchvision's code and weights differ")
 
