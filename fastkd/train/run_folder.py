@@ -113,6 +113,7 @@ def read_resume_state(folder: Path, note: Callable[[str], None]) -> dict[str, An
             if path == paths[-1]:
                 raise
             note(f"{str(error).removesuffix('; ' + remedy)}; taking the one before")
+            continue
         if isinstance(state["random"], dict):  # written before there were ranks
             state["random"] = [state["random"]]
         return state
