@@ -14,7 +14,7 @@ from fastkd.distill.logits import LossMethod
 from fastkd.distill.method import TOTAL, Method, Terms, total_of
 
 from . import distributed
-from .batches import Batches, micro_batches
+from .batches import Batch, Batches, micro_batches
 from .ema import make_ema
 from .errors import NonFiniteLossError, Preempted, TrainError
 from .evaluation import evaluate, validate
@@ -27,7 +27,7 @@ __all__ = ["FitResult", "Watcher", "evaluate", "fit", "fit_method", "frozen"]
 
 # (student_logits, teacher_logits or None, target) -> loss, or (loss, terms)
 Loss = Callable[[Tensor, Any, Tensor], Any]
-Loader = Iterable[tuple[Tensor, Tensor]]
+Loader = Iterable[Batch]
 Record = dict[str, Any]
 
 
@@ -83,7 +83,7 @@ class Watcher:
     def checkpoint(self, epoch: int, step: int, state: Callable[[], dict[str, Any]]) -> None:
         """In the middle of an epoch, after ``step`` of it: ``state()`` goes on from there."""
 
-    def not_finite(self, error: NonFiniteLossError, batch: tuple[Tensor, Tensor] | None) -> None:
+    def not_finite(self, error: NonFiniteLossError, batch: Batch | None) -> None:
         """The loss of a batch was not finite, and training stops. The batch is that of all ranks."""
 
 
@@ -235,11 +235,11 @@ def fit_method(
                 set_random_state(random_now)
             method.train()
             with PassTimer(student, method.teacher, watch) as passes, _saving(watcher, train):
-                for images, target in batches:
+                for batch in batches:
                     watch.lap("data")
                     optimizer.zero_grad(set_to_none=True)
                     kept = [buffer.clone() for buffer in buffers] if nonfinite == "skip" else []
-                    parts = micro_batches(images, target, accumulate)
+                    parts = micro_batches(batch, accumulate)
                     for number, (part, share) in enumerate(parts, start=1):
                         # Ranks exchange gradients once a step.
                         with distributed.without_sync(runner, number < len(parts)):
