@@ -17,7 +17,15 @@ from fastkd.train import distributed
 WORLD = 2
 # A process that has imported everything and done nothing, of which each rank is a copy: seconds saved a rank.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["fastkd.train.run", "fastkd.train.results", "fastkd.train.image_data"])
+_CONTEXT.set_forkserver_preload(
+    [
+        "fastkd.train.run",
+        "fastkd.train.results",
+        "fastkd.train.image_data",
+        "matplotlib.figure",
+        "torch._dynamo",
+    ]
+)
 
 
 def free_port() -> int:
