@@ -18,6 +18,8 @@ from torch.utils.data.distributed import DistributedSampler
 
 from . import distributed
 
+Batch = tuple[Tensor, ...]  # images, target and whatever else the method takes
+
 
 def rows_of(count: int, rank: int, world: int, *, even: bool) -> slice:
     """The rows of a batch of ``count`` that belong to a rank; together they are the batch.
@@ -71,15 +73,15 @@ class Batches:
             if callable(tell):
                 tell(epoch)
 
-    def start(self, position: int = 0) -> Iterator[tuple[Tensor, ...]]:
+    def start(self, position: int = 0) -> Iterator[Batch]:
         """An epoch from batch ``position`` on; what has to be skipped is skipped at once."""
         return self._timed(self._rows(position))
 
-    def whole(self, position: int) -> tuple[Tensor, ...] | None:
+    def whole(self, position: int) -> Batch | None:
         """Batch ``position`` of all ranks, as loaded; None for an iterator that is used up."""
         return next(itertools.islice(iter(self._loader), position, None), None)
 
-    def _rows(self, position: int) -> Iterator[tuple[Tensor, ...]]:
+    def _rows(self, position: int) -> Iterator[Batch]:
         rank, world = distributed.rank(), distributed.world()
         native = getattr(self._loader, "batches", None)
         if callable(native):
@@ -92,25 +94,23 @@ class Batches:
             return batches if self._even else _without_padding(batches, sampler)
         return batches if world == 1 else self._parts(batches, rank, world)
 
-    def _parts(
-        self, batches: Iterator[tuple[Tensor, ...]], rank: int, world: int
-    ) -> Iterator[tuple[Tensor, ...]]:
+    def _parts(self, batches: Iterator[Batch], rank: int, world: int) -> Iterator[Batch]:
         for batch in batches:
-            mine = rows_of(len(batch[1]), rank, world, even=self._even)
+            mine = rows_of(len(batch[0]), rank, world, even=self._even)
             yield tuple(part[mine] for part in batch)
 
-    def _timed(self, rows: Iterator[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
+    def _timed(self, rows: Iterator[Batch]) -> Iterator[Batch]:
         while True:
             before = time.perf_counter()
             batch = next(rows, None)
             self.waited += time.perf_counter() - before
             if batch is None:
                 return
-            images, *others = batch
+            images, *rest = batch
             # A rank of one row or none: batch normalisation needs two.
             if self._even and distributed.world() > 1 and len(images) < 2:
                 continue
-            yield self._moved(images), *(part.to(self._device, non_blocking=True) for part in others)
+            yield self._moved(images), *(part.to(self._device, non_blocking=True) for part in rest)
 
     def _moved(self, images: Tensor) -> Tensor:
         images = images.to(self._device, non_blocking=True)
@@ -124,23 +124,21 @@ class Batches:
         return images
 
 
-def micro_batches(batch: tuple[Tensor, ...], count: int) -> list[tuple[tuple[Tensor, ...], float]]:
+def micro_batches(batch: Batch, count: int) -> list[tuple[Batch, float]]:
     """A batch in ``count`` parts (fewer, if they had less than two rows), and what to divide each loss by.
 
     The losses are means over rows, so that a part of r of n rows counts r/n.
     """
-    rows = len(batch[1])
+    rows = len(batch[0])
     size = math.ceil(rows / max(1, min(count, rows // 2)))
-    parts = zip(*(tensor.split(size) for tensor in batch), strict=True)
-    return [(part, rows / len(part[1])) for part in parts]
+    parts = zip(*(entry.split(size) for entry in batch), strict=True)
+    return [(part, rows / len(part[0])) for part in parts]
 
 
-def _without_padding(
-    batches: Iterator[tuple[Tensor, ...]], sampler: DistributedSampler[Any]
-) -> Iterator[tuple[Tensor, ...]]:
+def _without_padding(batches: Iterator[Batch], sampler: DistributedSampler[Any]) -> Iterator[Batch]:
     # Of n samples rank r has those at r, r + world, ...; what comes after these are copies.
     left = math.ceil((len(sampler.dataset) - sampler.rank) / sampler.num_replicas)  # type: ignore[arg-type]
     for batch in batches:
         if left > 0:
             yield tuple(part[:left] for part in batch)
-        left -= len(batch[1])
+        left -= len(batch[0])

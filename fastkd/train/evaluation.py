@@ -50,7 +50,7 @@ def evaluate_rows(
     total = torch.zeros((), dtype=torch.float64, device="cpu" if device.type == "mps" else device)
     rows = 0
     with eval_mode(model):
-        for images, target in Batches(loader, device, even=False, channels_last=channels_last).start():
+        for images, target, *_ in Batches(loader, device, even=False, channels_last=channels_last).start():
             if len(target) == 0:  # a rank without rows of this batch
                 continue
             with autocast(device, precision):

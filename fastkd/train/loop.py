@@ -14,7 +14,7 @@ from fastkd.distill.logits import LossMethod
 from fastkd.distill.method import TOTAL, Method, Terms, total_of
 
 from . import distributed
-from .batches import Batches, micro_batches
+from .batches import Batch, Batches, micro_batches
 from .ema import make_ema
 from .errors import NonFiniteLossError, Preempted, TrainError
 from .evaluation import evaluate, validate
@@ -27,7 +27,7 @@ __all__ = ["FitResult", "Watcher", "evaluate", "fit", "fit_method", "frozen"]
 
 # (student_logits, teacher_logits or None, target) -> loss, or (loss, terms)
 Loss = Callable[[Tensor, Any, Tensor], Any]
-Loader = Iterable[tuple[Tensor, ...]]  # images, target and, where a cache gives them, the teacher's logits
+Loader = Iterable[Batch]
 Record = dict[str, Any]
 
 
@@ -83,7 +83,7 @@ class Watcher:
     def checkpoint(self, epoch: int, step: int, state: Callable[[], dict[str, Any]]) -> None:
         """In the middle of an epoch, after ``step`` of it: ``state()`` goes on from there."""
 
-    def not_finite(self, error: NonFiniteLossError, batch: tuple[Tensor, ...] | None) -> None:
+    def not_finite(self, error: NonFiniteLossError, batch: Batch | None) -> None:
         """The loss of a batch was not finite, and training stops. The batch is that of all ranks."""
 
 
@@ -145,9 +145,7 @@ def fit_method(
 
     Args:
         train_loader, val_loader: any iterables of ``(images, target)``, iterated anew each epoch, targets
-            int64 ``[N]``; in training also probabilities ``[N, C]``, where the method's loss is defined for
-            them, and a third entry, the teacher's logits, where they are known. A ``set_epoch(epoch)`` of
-            the loader or of its sampler is called first, from 0.
+            int64 ``[N]``. A ``set_epoch(epoch)`` of the loader or of its sampler is called first, from 0.
         optimizer: over ``method.parameters()``, heads among them; default AdamW, learning rate 1e-3.
         scheduler: stepped after each optimizer step, or each epoch with ``scheduler_interval="epoch"``.
         clip_norm: largest norm of the gradient over all parameters.

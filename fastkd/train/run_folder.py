@@ -22,6 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .batches import Batch
 from .checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from .curves import plot_curves
 from .errors import CheckpointError, NonFiniteLossError, StorageError
@@ -113,6 +114,7 @@ def read_resume_state(folder: Path, note: Callable[[str], None]) -> dict[str, An
             if path == paths[-1]:
                 raise
             note(f"{str(error).removesuffix('; ' + remedy)}; taking the one before")
+            continue
         if isinstance(state["random"], dict):  # written before there were ranks
             state["random"] = [state["random"]]
         return state
@@ -186,11 +188,11 @@ class RunRecorder(Watcher):
         self._save(state())
         self._shown.checkpoint(epoch, step, state)
 
-    def not_finite(self, error: NonFiniteLossError, batch: tuple[Tensor, ...] | None) -> None:
+    def not_finite(self, error: NonFiniteLossError, batch: Batch | None) -> None:
         if batch is None:
             return
         path = self._folder / f"not-finite-epoch-{error.epoch:04d}-step-{error.step:06d}.pt"
-        images, target, *_ = batch
+        images, target = batch[:2]
         content = {"epoch": error.epoch, "step": error.step, "terms": dict(error.terms)}
         save_checkpoint(path, {**content, "images": images.cpu(), "target": target.cpu()})
         error.args = (f"{error}; its batch is in {path}",)

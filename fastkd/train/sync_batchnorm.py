@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
 from . import distributed
 
@@ -27,6 +28,26 @@ def synchronised(module: nn.Module, device: torch.device) -> nn.Module:
     return module
 
 
+class _SumOfRanks(torch.autograd.Function):
+    """All ranks use the sum, so that the gradient of each summand is the sum of their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        values = values.clone()
+        dist.all_reduce(values)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone()
+        dist.all_reduce(gradient)
+        return gradient
+
+
+def _sum_of_ranks(values: Tensor) -> Tensor:
+    return _SumOfRanks.apply(values)
+
+
 class _Synchronised(nn.modules.batchnorm._BatchNorm):
     """In training the sums, squared sums and counts of all ranks; otherwise the layer that it was."""
 
@@ -38,10 +59,10 @@ class _Synchronised(nn.modules.batchnorm._BatchNorm):
         values = inputs.float()
         count = torch.full((1,), values.numel() / values.shape[1], device=values.device)
         # Differentiable: a rank's inputs act on the statistics that the others use.
-        total = all_reduce(torch.cat([values.sum(over), count]))
+        total = _sum_of_ranks(torch.cat([values.sum(over), count]))
         count, mean = total[-1:].detach(), total[:-1] / total[-1].detach()
         centred = values - self._shaped(mean, values)
-        variance = all_reduce(centred.square().sum(over)) / count
+        variance = _sum_of_ranks(centred.square().sum(over)) / count
         normalised = centred * self._shaped((variance + self.eps).rsqrt(), values)
         if self.affine:
             normalised = normalised * self._shaped(self.weight, values) + self._shaped(self.bias, values)

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
+from .batches import Batch
 from .errors import NonFiniteLossError, RecipeError
 from .loop import Record, Watcher
 from .meters import LossMeter
@@ -51,7 +50,7 @@ class TensorBoard(Watcher):
     def checkpoint(self, epoch: int, step: int, state: Callable[[], dict[str, Any]]) -> None:
         self._shown.checkpoint(epoch, step, state)
 
-    def not_finite(self, error: NonFiniteLossError, batch: tuple[Tensor, ...] | None) -> None:
+    def not_finite(self, error: NonFiniteLossError, batch: Batch | None) -> None:
         self._shown.not_finite(error, batch)
 
     def epoch_done(self, record: Record, state: Callable[[], dict[str, Any]]) -> None:
