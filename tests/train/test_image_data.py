@@ -94,6 +94,27 @@ def test_epochs_are_shuffled_and_augmented_reproducibly(tmp_path: Path) -> None:
     assert not torch.equal(epochs[0][0][0], epochs[1][0][0])
 
 
+def test_an_image_has_its_crop_whatever_its_batch_and_rank(tmp_path: Path) -> None:
+    fashion(tmp_path / "data", True)
+    plain, mixed = load(tmp_path / "data"), load(tmp_path / "data", mixup=0.3, cutmix=1.0)
+    crops = []
+    for batch_size in (8, 30):
+        loader = plain.train_loader(batch_size, 3, CPU)
+        loader.set_epoch(5)
+        crops.append(
+            {int(i): x for xs, _, chosen in loader.indexed() for i, x in zip(chosen, xs, strict=True)}
+        )
+    assert all(torch.equal(crop, crops[1][index]) for index, crop in crops[0].items())
+    for data in (plain, mixed):
+        loader = data.train_loader(8, 3, CPU)
+        whole = list(loader)
+        parts = [list(loader.batches(2, rank, 2, True)) for rank in range(2)]
+        for expected, *got in zip(whole[2:], *parts, strict=True):
+            for values, pieces in zip(expected, zip(*got, strict=True), strict=True):
+                torch.testing.assert_close(torch.cat(pieces), values, rtol=0, atol=1e-6)
+    assert mixed.example()[1].shape == (2, 10)
+
+
 def test_crops_and_flips() -> None:
     images = torch.arange(1, 13, dtype=torch.uint8).view(1, 1, 3, 4).repeat(200, 1, 1, 1)
     changed = crop_and_flip(images, 1, draw_moves(200, 1, torch.Generator().manual_seed(0)))

@@ -154,6 +154,19 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ["imagenet/r18-dkd", "data.root=tree", *TINY]
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a cache of the trees there."""
+    place = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        make_tree(Path("tree"), classes=4, train=4)
+        make_tree(Path("other"), classes=4, train=5)
+        arguments = ["imagenet/r18-dkd", "data.root=tree", *TINY, "--to", "cache", "--top-k", "2"]
+        assert main(["cache-teacher", *arguments]) == 0
+    return place
+
+
 def losses(folder: str) -> list[float]:
     return [json.loads(line)["loss"] for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
@@ -193,12 +206,14 @@ def test_training_from_a_cache_is_training_with_the_teacher(
     ],
 )
 def test_a_cache_that_does_not_fit_is_refused_with_what_differs(
-    recipe: list[str], change: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+    made: Path,
+    change: list[str],
+    words: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert main(["cache-teacher", *recipe, "--to", "cache", "--top-k", "2"]) == 0
-    make_tree(Path("other"), classes=4, train=5)
-    capsys.readouterr()
-    assert main(["train", *recipe, "teacher.cache=cache", *change]) == 2
+    monkeypatch.chdir(made)
+    assert main(["train", "imagenet/r18-dkd", "data.root=tree", *TINY, "teacher.cache=cache", *change]) == 2
     text = capsys.readouterr().err
     assert all(word in text for word in words), text
     assert len(list(Path("runs").iterdir())) == 1  # the teacher alone
