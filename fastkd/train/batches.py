@@ -50,7 +50,7 @@ class Batches:
     """
 
     def __init__(self, loader: Any, device: torch.device, *, even: bool, channels_last: bool = False) -> None:
-        self.waited = 0.0  # seconds that the host spent waiting for the loader
+        self.waited = 0.0  # seconds of this epoch that the host spent waiting for the loader
         self._loader, self._device, self._even = loader, device, even
         self._channels_last = channels_last
         self._scale = self._shift = None
@@ -75,6 +75,7 @@ class Batches:
 
     def start(self, position: int = 0) -> Iterator[Batch]:
         """An epoch from batch ``position`` on; what has to be skipped is skipped at once."""
+        self.waited = 0.0
         return self._timed(self._rows(position))
 
     def whole(self, position: int) -> Batch | None:

@@ -177,7 +177,8 @@ def fit_method(
     method.to(device)
     if channels_last:
         method.to(memory_format=torch.channels_last)
-    method.teacher_dtype = dtype_of(teacher_precision or precision, "teacher_precision") or torch.float32
+    if teacher_precision is not None:
+        method.teacher_dtype = dtype_of(teacher_precision, "teacher_precision") or torch.float32
     scaler = make_scaler(device, precision)
     optimizer = optimizer or torch.optim.AdamW(method.parameters(), lr=1e-3)
     average = make_ema(student, ema) if ema is not None else None
@@ -251,6 +252,7 @@ def fit_method(
                             method.backward(terms, scaler=scaler, micro_batches=share)
                     if nonfinite == "skip" and not meter.step_is_finite():
                         meter.skip_step()
+                        method.finish_gradients()  # what it keeps between backward passes is not for the next
                         _restore(buffers, kept)
                     else:
                         meter.end_step()
@@ -277,6 +279,7 @@ def fit_method(
                         start = distributed.of_all_ranks(random_at_start)
                         watcher.checkpoint(epoch + 1, meter.steps, state(**position, random=start))
                     if ask_to_stop:
+                        distributed.barrier()  # who ends early has the others killed, as they write
                         raise Preempted(f"stopped in epoch {epoch + 1} after step {meter.steps}")
                     watch.lap("other")
                 meter.drain()

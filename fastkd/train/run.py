@@ -66,7 +66,7 @@ def run_recipe(
         if recipe.train.threads is not None:
             torch.set_num_threads(recipe.train.threads)
         console.print(f"{name}: {recipe.description}", markup=False)
-        _check_shares(recipe)
+        check_shares(recipe)
         if recipe.train.tensorboard:
             require_tensorboard()
         with distributed.first_rank_first():
@@ -111,7 +111,7 @@ def _owned(folder: Path) -> Iterator[None]:
         yield
 
 
-def _check_shares(recipe: Recipe) -> None:
+def check_shares(recipe: Recipe) -> None:
     """Every rank must get as many images of a batch. Raises ``RecipeError``."""
     world = distributed.world()
     for key, section in (("train", recipe.train), ("teacher", recipe.teacher)):

@@ -19,7 +19,7 @@ _SIGNALS = ("SIGTERM", "SIGUSR1")
 class StopSignals:
     """``with StopSignals() as stop:``; ``stop()`` says whether SIGTERM or SIGUSR1 has come since.
 
-    A second signal of the kind ends the process at once, as if nobody listened.
+    More of them change nothing: torchrun and schedulers send several, while the checkpoint is written.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,6 @@ class StopSignals:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = True
-        signal.signal(number, signal.SIG_DFL)
 
 
 class Control:

@@ -13,6 +13,9 @@ from torch.utils.data.distributed import DistributedSampler
 
 from fastkd.train import FitResult, distributed, evaluate, fit_method
 from fastkd.train.batches import rows_of
+from fastkd.train.errors import RecipeError
+from fastkd.train.recipe import load_recipe
+from fastkd.train.run import check_shares
 from fastkd.train.sync_batchnorm import synchronised
 
 from .ranks import on_two_ranks
@@ -130,6 +133,20 @@ def normalised(mine: slice) -> Any:
     output = layer(part)
     (output * weights).sum().backward()
     return dict(layer.state_dict()), output.detach(), part.grad
+
+
+def test_an_environment_in_part_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(RecipeError, match=r"RANK, .*MASTER_ADDR.* not set: start with torchrun"):
+        distributed.launched().__enter__()
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "world", lambda: 3)
+    _, recipe = load_recipe("fashion-mnist/student", ["train.batch_size=16"])
+    with pytest.raises(RecipeError, match="batch_size = 16 cannot be shared among 3 processes"):
+        check_shares(recipe)
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 16])

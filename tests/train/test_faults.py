@@ -108,6 +108,24 @@ def test_a_scheduler_takes_the_machine_away(name: str, tell: Any, at_step: Any, 
     )
 
 
+def test_sigterm_to_one_of_two_processes(tell: Any, workplace: Path) -> None:
+    arguments = ["fashion-mnist/student", *TINY, "train.epochs=40"]
+    processes = start(2, in_folder, str(workplace), arguments)
+    deadline = time.monotonic() + 60
+    while steps_done(RUN) < 2:
+        assert time.monotonic() < deadline, "no checkpoint came"
+        assert all(process.is_alive() for process in processes)
+        time.sleep(0.005)
+    os.kill(processes[1].pid, signal.SIGTERM)
+    assert finish(processes) == [75, 75]
+    assert 2 <= steps_done(RUN) < 160
+    tell(
+        "SIGTERM to one of two processes",
+        "both stop at the same step, one checkpoint, a status to requeue on",
+        "status 75 of both, the checkpoint can be read",
+    )
+
+
 @pytest.mark.parametrize(
     ("ranks", "recipe"), [(1, "mhkd"), (2, "dhkd")], ids=["one process", "two processes"]
 )
@@ -338,15 +356,16 @@ def test_a_loss_that_is_not_finite_stops(log_every: int, tell: Any) -> None:
     )
 
 
-def test_a_loss_that_is_not_finite_is_skipped(tell: Any) -> None:
-    method = make_method("dkd")
+@pytest.mark.parametrize("variant", ["dkd", "dhkd"])
+def test_a_loss_that_is_not_finite_is_skipped(variant: str, tell: Any) -> None:
+    method = make_method(variant)
     result = fit_method(method, Poisoned(), Loader(), epochs=2, nonfinite="skip", progress=False)
     assert [record["skipped"] for record in result.history] == [1, 0]
     assert [record["rows"] for record in result.history] == [40, 56]
     assert all(value.isfinite().all() for value in method.state_dict().values())  # statistics included
     assert math.isfinite(result.last["val_loss"])
     tell(
-        "the loss becomes NaN, `train.nonfinite: skip`",
+        f"the loss becomes NaN, `train.nonfinite: skip` ({variant})",
         "the step is left out and counted; weights and running statistics stay finite",
         "1 step skipped and counted, all weights and statistics finite",
     )
