@@ -24,9 +24,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastkd.ops.plan import MAX_PARTS, Device, plan_rows
+from fastkd.ops.plan import MAX_PARTS, Device, Plan, plan_rows
 from fastkd.ops.triton import formulas
-from fastkd.ops.triton.launch import EXACT_PRODUCTS, mixture_phases, needs_of, softmax_phases
+from fastkd.ops.triton.launch import compile_options, mixture_phases, needs_of, softmax_phases
 from fastkd.ops.triton.mixture_rows import jsd_rows
 from fastkd.ops.triton.pointwise_rows import pointwise_rows, scale_rows
 from fastkd.ops.triton.softmax_rows import softmax_rows
@@ -69,8 +69,8 @@ QUICK = ("kd", "ce + lskd")
 CLASSES = (10, 100, 1000, 4096, 8192, 20902)
 
 
-def configurations(quick: bool) -> Iterator[tuple[str, object, dict, int, str]]:
-    """(name, kernel, constants, warps, dtype) of every kernel as ops/triton/launch.py launches it."""
+def configurations(quick: bool) -> Iterator[tuple[str, object, dict, Plan, str]]:
+    """(name, kernel, constants, plan, dtype) of every kernel as ops/triton/launch.py launches it."""
     dtypes = ("bf16",) if quick else ("fp32", "bf16", "fp16")
     sizes = (100, 1000, 20902) if quick else CLASSES
     for classes, dtype in itertools.product(sizes, dtypes):
@@ -79,7 +79,9 @@ def configurations(quick: bool) -> Iterator[tuple[str, object, dict, int, str]]:
             yield from kernels(rows, classes, dtype, quick)
 
 
-def kernels(rows: int, classes: int, dtype: str, quick: bool) -> Iterator[tuple[str, object, dict, int, str]]:
+def kernels(
+    rows: int, classes: int, dtype: str, quick: bool
+) -> Iterator[tuple[str, object, dict, Plan, str]]:
     where = f"C {classes}" + (", few rows" if rows == FEW else "")
 
     def planned(loss: str):
@@ -94,25 +96,25 @@ def kernels(rows: int, classes: int, dtype: str, quick: bool) -> Iterator[tuple[
         for phase in softmax_phases(plan, needs):
             constants = call | shape | {"FORMULA": getattr(formulas, loss), "NEEDS": needs}
             constants |= {"ONE_TILE": plan.one_tile, "PARTS": MAX_PARTS, "PHASE": phase}
-            yield f"{name}, {where}{phase_name(phase)}", softmax_rows, constants, plan.warps, dtype
+            yield f"{name}, {where}{phase_name(phase)}", softmax_rows, constants, plan, dtype
     weighted = {"WEIGHTED": True, "WITH_GRADIENT": True}
     plan, shape = planned("jsd")
     for phase in mixture_phases(plan):
         constants = weighted | shape | {"PARTS": MAX_PARTS, "PHASE": phase}
-        yield f"jsd, {where}{phase_name(phase)}", jsd_rows, constants, plan.warps, dtype
+        yield f"jsd, {where}{phase_name(phase)}", jsd_rows, constants, plan, dtype
     for formula in ("binary_kl", "binary_kl_norm"):
         plan, shape = planned(formula)
         constants = weighted | shape | {"FORMULA": getattr(formulas, formula)}
-        yield f"{formula}, {where}", pointwise_rows, constants, plan.warps, dtype
+        yield f"{formula}, {where}", pointwise_rows, constants, plan, dtype
     plan, shape = planned("scale")
-    yield f"scale, {where}", scale_rows, {"TILE": plan.tile}, plan.warps, dtype
+    yield f"scale, {where}", scale_rows, {"TILE": plan.tile}, plan, dtype
 
 
 def phase_name(phase: int) -> str:
     return ("", ", moments", ", statistics", ", gradient", ", mixture")[phase]
 
 
-def compile_kernel(kernel, constants: dict, warps: int, dtype: str, target: GPUTarget):
+def compile_kernel(kernel, constants: dict, plan: Plan, dtype: str, target: GPUTarget):
     names = [parameter.name for parameter in kernel.params]
     signature = {}
     for name in names:
@@ -130,7 +132,9 @@ def compile_kernel(kernel, constants: dict, warps: int, dtype: str, target: GPUT
             signature[name] = "fp32"
     values = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs={})
-    return triton.compile(source, target=target, options={"num_warps": warps, **EXACT_PRODUCTS})
+    return triton.compile(
+        source, target=target, options=compile_options(plan, constants.get("NEEDS", 0), target.backend)
+    )
 
 
 def used_by(compiled) -> dict[str, int]:
@@ -151,11 +155,11 @@ def main() -> int:
     quick = parser.parse_args().quick
     print(f"triton {triton.__version__}; registers a thread; stack and local memory must be 0")
     failures = compiled_kernels = 0
-    for name, kernel, constants, warps, dtype in configurations(quick):
+    for name, kernel, constants, plan, dtype in configurations(quick):
         cells = []
         for architecture, target in TARGETS.items():
             try:
-                compiled = compile_kernel(kernel, constants, warps, dtype, target)
+                compiled = compile_kernel(kernel, constants, plan, dtype, target)
             except Exception as error:  # whatever a compiler raises is this row's result
                 failures += 1
                 cells.append(f"{architecture} FAILED ({type(error).__name__}: {error})")
@@ -168,7 +172,7 @@ def main() -> int:
             bad = used["STACK"] or used["LOCAL"]
             failures += bool(bad)
             cells.append(f"{architecture} {used['REG']:3d} reg" + (f" SPILLS {used}" if bad else ""))
-        print(f"{name:36s} {dtype:5s} {warps:2d} warps  " + "  ".join(cells), flush=True)
+        print(f"{name:36s} {dtype:5s} {plan.warps:2d} warps  " + "  ".join(cells), flush=True)
     compiled_cuda, failures_cuda = compile_cuda.check()
     failures += failures_cuda
     print(f"{compiled_kernels + compiled_cuda} kernels compiled, {failures} failed or spilled")

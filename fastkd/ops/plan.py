@@ -69,7 +69,9 @@ def plan_rows(loss: str, rows: int, classes: int, element_bytes: int, device: De
     if classes <= longest:
         tile = max(16, 1 << (classes - 1).bit_length())
         together = 1 if loss == "scale" else max(1, ELEMENTS_A_WARP // tile)
-        warps = min(4, together) if together > 1 else min(16, max(1, tile // ELEMENTS_A_WARP))
+        # Half as many logits a warp where a class costs more arithmetic, hence more registers.
+        a_warp = ELEMENTS_A_WARP if resident else ELEMENTS_A_WARP // 2
+        warps = min(4, together) if together > 1 else min(16, max(1, tile // a_warp))
         return Plan(together, tile, resident, warps, 1, rows)
     tiles = -(-classes // STREAMED_TILE)
     parts = 1

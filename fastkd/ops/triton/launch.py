@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,9 +11,18 @@ from fastkd.ops.plan import MAX_PARTS, Plan, device_of, plan_rows
 from fastkd.ops.triton import formulas, mixture_rows, softmax_rows, statistics
 from fastkd.ops.triton.pointwise_rows import pointwise_rows, scale_rows
 
-# A fused multiply-add would leave a rounding error where two equal products must cancel to 0.
-# Triton's default changes between versions.
-EXACT_PRODUCTS = {"enable_fp_fusion": False}
+
+def compile_options(plan: Plan, needs: int = 0, backend: str | None = None) -> dict[str, Any]:
+    """How a kernel is compiled, for ``backend`` "cuda" or "hip" (by default torch's)."""
+    # A fused multiply-add would leave a rounding error where two equal products must cancel to 0.
+    # Triton's default changes between versions.
+    options = {"num_warps": plan.warps, "enable_fp_fusion": False}
+    backend = backend or ("hip" if torch.version.hip else "cuda")
+    # Left to itself NVIDIA's assembler keeps these to 64 registers and spills a few (compile_kernels.py).
+    crowded = needs & (statistics.STANDARDIZED.value | statistics.PLAIN.value)
+    if backend == "cuda" and plan.warps == 16 and crowded:
+        options["maxnreg"] = 128
+    return options
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
@@ -42,7 +52,7 @@ def row_loss(
     strides = (student.stride(0), teacher.stride(0))
     # A pointer that is not used still has to be one.
     weight = rows if row_weight is None else row_weight
-    shape = {"ROWS": plan.rows, "TILE": plan.tile, "num_warps": plan.warps, **EXACT_PRODUCTS}
+    shape = {"ROWS": plan.rows, "TILE": plan.tile}
     switches = {"WEIGHTED": row_weight is not None, "WITH_GRADIENT": gradient.shape[0] > 0}
     with on_device(student):
         if loss == "jsd":
@@ -53,6 +63,7 @@ def row_loss(
                     *logits, weight, rows, gradient, kl, sums,
                     count, blocks, plan.parts, classes, *strides, gradient.stride(0),
                     scale, 1.0 / temperature, beta, **switches, PHASE=phase, PARTS=MAX_PARTS, **shape,
+                    **compile_options(plan),
                 )  # fmt: skip
         elif loss in ("binary_kl", "binary_kl_norm"):
             temperature = options[0]
@@ -60,7 +71,7 @@ def row_loss(
             pointwise_rows[blocks, plan.parts, pairs](
                 *logits, weight, of_parts, gradient, count, plan.parts, classes, *strides, gradient.stride(0),
                 scale, temperature, temperature * (0.5 if loss == "binary_kl_norm" else 1.0),
-                FORMULA=getattr(formulas, loss), **switches, **shape,
+                FORMULA=getattr(formulas, loss), **switches, **shape, **compile_options(plan),
             )  # fmt: skip
             if plan.parts > 1:
                 torch.sum(of_parts, 1, out=rows)
@@ -76,6 +87,7 @@ def row_loss(
                     scale, *slopes(loss, options), kernel_options(loss, options),
                     FORMULA=getattr(formulas, loss), NEEDS=needs, **switches, TERMS=terms.shape[0] > 0,
                     PHASE=phase, ONE_TILE=plan.one_tile, PARTS=MAX_PARTS, **shape,
+                    **compile_options(plan, needs),
                 )  # fmt: skip
 
 
@@ -148,5 +160,5 @@ def scale_rows_(gradient: Tensor, upstream: Tensor) -> None:
     with on_device(gradient):
         scale_rows[count, plan.parts](
             gradient, upstream, classes, gradient.stride(0), upstream.stride(0), plan.parts,
-            TILE=plan.tile, num_warps=plan.warps,
+            TILE=plan.tile, **compile_options(plan),
         )  # fmt: skip
