@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from fastkd.distill.method import Method, total_of
 from fastkd.distill.taps import eval_mode
 
+from .build import build_method, build_network, resolve_device, try_method
 from .console import make_console
 from .data import Data, IndexedLoader, load_data
 from .errors import RecipeError
+from .optimization import build_optimizer
 from .recipe import Recipe, load_recipe
-from .run import build_method, build_network, build_optimizer, find_teacher, resolve_device, try_method
+from .run import find_teacher
 from .run_folder import write_json
 from .teacher_cache import CachedLoader, CacheWriter, TeacherCache, wanted_facts
 

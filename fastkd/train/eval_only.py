@@ -10,12 +10,13 @@ from rich.table import Table
 from torch import nn
 
 from . import distributed
+from .build import build_network, resolve_device
 from .checkpoint import load_checkpoint
 from .data import load_data
 from .errors import RecipeError
 from .evaluation import evaluate_rows
 from .recipe import Recipe
-from .run import build_network, load_given_teacher, resolve_device
+from .run import load_given_teacher
 from .run_folder import averaged_weights
 from .weights import load_weights
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastkd.train.build import build_method, build_network
 from fastkd.train.cli import main
 from fastkd.train.data import load_data
 from fastkd.train.errors import DataError
@@ -21,7 +22,6 @@ from fastkd.train.loop import fit_method
 from fastkd.train.optimization import build_optimizer, build_scheduler
 from fastkd.train.recipe import ImageData, load_recipe
 from fastkd.train.recipe_files import shipped_recipes
-from fastkd.train.run import build_method, build_network
 
 CPU = torch.device("cpu")
 RANDOM = np.random.default_rng(0)
