@@ -19,14 +19,10 @@ Common to all of them:
 - TypeError and ValueError name the argument, its value and what is expected, before anything is computed.
 """
 
-from collections.abc import Sequence
-from typing import TypeAlias
-
-import torch
 from torch import Tensor
 
-from fastkd import backend, checks, reference
-from fastkd.ops import library
+from fastkd import checks
+from fastkd.rows import Logits, reduced_loss
 
 __all__ = [
     "binary_kl_loss",
@@ -40,8 +36,6 @@ __all__ = [
     "reverse_kl_loss",
     "ttm_loss",
 ]
-
-Logits: TypeAlias = Tensor | Sequence[Tensor]
 
 
 def kd_loss(
@@ -61,7 +55,7 @@ def kd_loss(
     standardisation, Sun et al. 2024; published with T 2). ``target`` [...] int64 only marks the rows to
     leave out (``ignore_index``); the loss itself uses no labels.
     """
-    loss, _ = _reduced(
+    loss, _ = reduced_loss(
         "softmax",
         (temperature, 0.0, 1.0, 0.0, 0.0, 0.0, standardize),
         student_logits,
@@ -140,7 +134,7 @@ def distill_loss(
     for name, value in weights.items():
         checks.check_number(f"{name}_weight", value)
     checks.check_label_smoothing(label_smoothing)
-    loss, terms = _reduced(
+    loss, terms = reduced_loss(
         "softmax",
         (temperature, *weights.values(), label_smoothing, standardize, fix_acquired),
         student_logits,
@@ -212,7 +206,7 @@ def dckd_loss(
     """
     checks.check_number("alpha", alpha)
     checks.check_number("beta", beta)
-    loss, _ = _reduced(
+    loss, _ = reduced_loss(
         "softmax",
         (temperature, 0.0, 0.0, alpha, beta, 0.0, standardize, fix_acquired),
         student_logits,
@@ -243,7 +237,7 @@ def nkd_loss(
     Published: gamma 1.5 and T 1 for ImageNet.
     """
     checks.check_number("gamma", gamma)
-    loss, _ = _reduced(
+    loss, _ = reduced_loss(
         "nkd",
         (temperature, gamma),
         student_logits,
@@ -321,7 +315,7 @@ def _unlabelled(
     weight: Tensor | None,
     reduction: str,
 ) -> Tensor:
-    value, _ = _reduced(
+    value, _ = reduced_loss(
         loss,
         options,
         student_logits,
@@ -332,97 +326,3 @@ def _unlabelled(
         reduction=reduction,
     )
     return value
-
-
-def _reduced(
-    loss: str,
-    options: tuple[float, ...],
-    student_logits: Logits,
-    teacher_logits: Logits,
-    target: Tensor | None,
-    *,
-    uses_label: bool,
-    ignore_index: int = -100,
-    weight: Tensor | None,
-    reduction: str,
-    with_terms: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Check, flatten to rows, run the backend and reduce: the one way from logits to a loss."""
-    checks.check_temperature(options[0])
-    options = tuple(map(float, options))
-    checks.check_reduction(reduction)
-    students, teachers = checks.check_pairs(student_logits, teacher_logits)
-    student = students[0]
-    if target is None and uses_label:
-        raise TypeError("target is None; expected an int64 tensor of labels")
-    if weight is not None:
-        checks.check_row_weight(weight, student)
-    all_count = target is None or checks.check_target(target, student, ignore_index)
-
-    reduced = reduction != "none"
-    leading, classes = student.shape[:-1], student.shape[-1]
-    labels = target
-    if student.dim() != 2:
-        students = [logits.reshape(-1, classes) for logits in students]
-        teachers = [logits.reshape(-1, classes) for logits in teachers]
-        labels = None if target is None else target.reshape(-1)
-        weight = None if weight is None else weight.reshape(-1)
-    counted = None if labels is None or all_count else labels != ignore_index
-    row_weight, divisor = _row_weight(weight, counted, students[0].shape[0], reduction)
-    label = labels if uses_label else None
-    chosen = backend.resolve(backend.get_backend(), student.device.type, student.dtype, teachers[0].dtype)
-    if chosen == "eager":
-        rows, terms = _eager(loss, options, students, teachers, label, counted, row_weight, divisor, reduced)
-    else:
-        rows, terms = library.row_loss(
-            students, teachers, label, row_weight, divisor, loss, options, chosen,
-            reduced=reduced, with_terms=with_terms,
-        )  # fmt: skip
-    of_pairs = () if isinstance(student_logits, Tensor) else (len(students),)
-    shape = of_pairs if reduced else of_pairs + leading
-    if rows.shape != shape:
-        rows, terms = rows.view(shape), terms.view(terms.shape[0], *shape)
-    return rows, terms.detach()
-
-
-def _row_weight(
-    weight: Tensor | None, counted: Tensor | None, rows: int, reduction: str
-) -> tuple[Tensor | None, int]:
-    """What each row's loss is multiplied by, where rows differ in it [N], and what all are divided by.
-
-    The kernels apply it as they write the gradient, so that the reduction costs no pass of its own.
-    """
-    mean = reduction == "batchmean"
-    row_weight = None if weight is None else weight.float()
-    if counted is None:
-        return row_weight, max(rows, 1) if mean else 1
-    present = counted.float()
-    row_weight = present if row_weight is None else torch.where(counted, row_weight, 0.0)
-    return (row_weight / present.sum().clamp_min(1.0) if mean else row_weight), 1
-
-
-def _eager(
-    loss: str,
-    options: tuple[float, ...],
-    students: Sequence[Tensor],
-    teachers: Sequence[Tensor],
-    label: Tensor | None,
-    counted: Tensor | None,
-    row_weight: Tensor | None,
-    divisor: int,
-    reduced: bool,
-) -> tuple[Tensor, Tensor]:
-    """``library.row_loss`` in plain torch: rows [H, N] and terms [K, H, N], or their sums over N."""
-    if counted is not None:
-        # A row left out may hold anything, also what would make 0 * its gradient NaN.
-        students, teachers = (
-            [torch.where(counted[:, None], one, 0.0) for one in logits] for logits in (students, teachers)
-        )
-        label = None if label is None else torch.where(counted, label, 0)
-    row_loss = reference.ROW_LOSSES[loss]
-    pairs = [row_loss(s, t, label, *options) for s, t in zip(students, teachers, strict=True)]
-    rows, terms = torch.stack([rows for rows, _ in pairs]), torch.stack([terms for _, terms in pairs], 1)
-    rows, terms = (
-        (values if row_weight is None else values * row_weight) / divisor for values in (rows, terms)
-    )
-    return (rows.sum(-1), terms.sum(-1)) if reduced else (rows, terms)
