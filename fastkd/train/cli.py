@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command in ("train", "cache-teacher"):
         # argparse gives up on key=value words that follow an option; they are meant all the same.
         args.words += [word for word in extra if not word.startswith("-")]
-        if args.resume and "=" in args.resume:  # such a word behind --resume is no folder
+        if getattr(args, "resume", None) and "=" in args.resume:  # such a word behind --resume is no folder
             args.words, args.resume = [*args.words, args.resume], ""
         extra = [word for word in extra if word.startswith("-")]
     if extra:
