@@ -36,7 +36,7 @@ GRIDS: dict[str, dict[str, list[Any]]] = {
     "nkd": {"gamma": [0.5, 1.5], "temperature": [1.0, 3.0]},
     "binary_kl_norm": {"weight": [1e-3, 1e-2, 1e-1]},
     "dhkd": {"alpha": [1e-3, 1e-2, 1e-1, 1.0], "align": ["all", "none"]},
-    "mhkd": {"alpha": [0.3, 1.0, 3.0], "beta": [0.3, 1.0]},
+    "mhkd": {"alpha": [0.3, 1.0, 3.0]},
 }
 SPLITS = {
     "glyphs": ["data.holdout=[DejaVu Serif Bold]", f"data.exclude=[{', '.join(DEJAVU_HOLDOUT)}]"],
