@@ -26,8 +26,7 @@ FASTKD_KERNEL jsd_rows(FASTKD_PARAMETER RowLossArguments arguments) {
   const int64_t index = team.row();
   const RowHead head = head_of(rows, index, false);
   const int classes = int(rows.classes);
-  const Share share(team, arguments.plan, rows.student, rows.teacher, true, index,
-                    head.kind == RowKind::kComputed ? classes : 0, kMasked);
+  const Share share = share_of(team, arguments, rows, index, head.kind);
   Row<float> row{};
   row.classes = rows.classes;
   row.student.slope = row.teacher.slope = arguments.slope_s;

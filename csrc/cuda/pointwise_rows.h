@@ -2,7 +2,7 @@
 // gradient by what comes from upstream.
 #pragma once
 
-#include "outputs.h"
+#include "row_ends.h"
 
 namespace fastkd {
 namespace cuda {
@@ -60,8 +60,7 @@ FASTKD_KERNEL pointwise_rows(FASTKD_PARAMETER RowLossArguments arguments) {
   const int64_t index = team.row();
   const RowHead head = head_of(rows, index, false);
   const int classes = int(rows.classes);
-  const Share share(team, arguments.plan, rows.student, rows.teacher, true, index,
-                    head.kind == RowKind::kComputed ? classes : 0, kMasked);
+  const Share share = share_of(team, arguments, rows, index, head.kind);
   const float temperature = arguments.options.values[0], inverse = arguments.slope_s;
   // d loss / d z: T^2 f'(u) / T for BinaryKL, T^2 f'(x) / 2T for BinaryKL-Norm.
   const float slope_weight = head.weight * temperature * (kLoss == Loss::kBinaryKL ? 1.0f : 0.5f);

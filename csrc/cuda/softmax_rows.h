@@ -1,7 +1,7 @@
 // The row skeleton of the softmax family: statistics in one sweep, the row formula, the gradient in a second.
 #pragma once
 
-#include "outputs.h"
+#include "row_ends.h"
 
 namespace fastkd {
 namespace cuda {
@@ -186,8 +186,7 @@ FASTKD_KERNEL softmax_rows(FASTKD_PARAMETER RowLossArguments arguments) {
   const bool labelled = (kLoss == Loss::kSoftmax || kLoss == Loss::kNKD) && rows.target != nullptr;
   const RowHead head = head_of(rows, index, labelled);
   const int label = head.label;
-  const Share share(team, arguments.plan, rows.student, rows.teacher, arguments.reads_teacher, index,
-                    head.kind == RowKind::kComputed ? int(rows.classes) : 0, kMasked);
+  const Share share = share_of(team, arguments, rows, index, head.kind);
   LoadedLogit label_s{}, label_t{};
   if (label >= 0) {
     label_s = load_logit(share.student(), label);

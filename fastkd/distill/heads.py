@@ -7,6 +7,19 @@ from torch import Tensor, nn
 from .taps import pooled
 
 
+class RowBatchNorm(nn.BatchNorm1d):
+    """BatchNorm of ``[N, D]`` that takes a single row too, the last of an epoch for instance.
+
+    It has no variance, so that the running statistics serve.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training and len(input) == 1:
+            statistics = self.running_mean, self.running_var
+            return nn.functional.batch_norm(input, *statistics, self.weight, self.bias, eps=self.eps)
+        return super().forward(input)
+
+
 def pooled_head(
     kind: str, width: int, num_classes: int, *, hidden: int = 200, dropout: float = 0.1
 ) -> nn.Module:
@@ -16,7 +29,7 @@ def pooled_head(
     return nn.Sequential(
         nn.Linear(width, hidden),
         nn.Dropout(dropout),
-        nn.BatchNorm1d(hidden),
+        RowBatchNorm(hidden),
         nn.ReLU(inplace=True),
         nn.Linear(hidden, num_classes),
     )
@@ -37,7 +50,7 @@ class MapHead(nn.Module):
             if self.is_map:
                 layers += [nn.Conv2d(inputs, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)]
             else:
-                layers += [nn.Linear(inputs, width, bias=False), nn.BatchNorm1d(width)]
+                layers += [nn.Linear(inputs, width, bias=False), RowBatchNorm(width)]
             layers.append(nn.ReLU(inplace=True))
         self.layers = nn.Sequential(*layers)
         self.classifier = nn.Linear(width, num_classes)

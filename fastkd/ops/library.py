@@ -158,16 +158,16 @@ def _gradients(ctx: Any, upstream: Tensor | None) -> Sequence[Tensor | None]:
             "(create_graph=True); use fastkd.set_backend('eager') for second derivatives"
         )
     of_pair = gradient.shape[0] // ctx.pairs
-    # A number on the CPU is read without waiting for anything; on a GPU the kernel decides.
-    unscaled = upstream.dim() == 0 and upstream.device.type == "cpu" and not traced and float(upstream) == 1.0
+    factors = upstream
     if upstream.numel() != gradient.shape[0]:  # one number a pair
-        upstream = upstream.expand(of_pair) if ctx.pairs == 1 else upstream.repeat_interleave(of_pair)
+        factors = upstream.expand(of_pair) if ctx.pairs == 1 else upstream.repeat_interleave(of_pair)
     # In place where the saved gradient is ours alone. Whoever keeps the graph may come again, and a compiler
     # fuses a plain product with what follows.
     if traced or torch._C._autograd._get_current_graph_task_keep_graph():
-        gradient = (gradient * upstream.unsqueeze(-1)).to(gradient.dtype)
-    elif of_pair and not unscaled:
-        _launcher(ctx.backend).scale_rows_(gradient, upstream)
+        gradient = (gradient * factors.unsqueeze(-1)).to(gradient.dtype)
+    # A number on the CPU is read without waiting for anything; on a GPU the kernel decides.
+    elif of_pair and not (upstream.dim() == 0 and upstream.device.type == "cpu" and float(upstream) == 1.0):
+        _launcher(ctx.backend).scale_rows_(gradient, factors)
     return [gradient] if ctx.pairs == 1 else gradient.split(of_pair)
 
 

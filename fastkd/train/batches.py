@@ -17,20 +17,9 @@ from torch import Tensor
 from torch.utils.data.distributed import DistributedSampler
 
 from . import distributed
+from .epoch_order import rows_of
 
 Batch = tuple[Tensor, ...]  # images, target and whatever else the method takes
-
-
-def rows_of(count: int, rank: int, world: int, *, even: bool) -> slice:
-    """The rows of a batch of ``count`` that belong to a rank; together they are the batch.
-
-    ``even``, for training: the same number for each rank, as an average of gradients over ranks wants it;
-    up to ``world - 1`` rows at the end are left out.
-    """
-    if even:
-        share = count // world
-        return slice(rank * share, (rank + 1) * share)
-    return slice(rank * count // world, (rank + 1) * count // world)
 
 
 class Batches:

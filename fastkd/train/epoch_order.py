@@ -1,12 +1,26 @@
-"""Which samples make each batch of an epoch, from any batch on, for one rank of several."""
+"""Which samples make each batch of an epoch, from any batch on, for one rank of several; loaders of them."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
+
+
+def rows_of(count: int, rank: int, world: int, *, even: bool) -> slice:
+    """The rows of a batch of ``count`` that belong to a rank; together they are the batch.
+
+    ``even``, for training: the same number for each rank, as an average of gradients over ranks wants it;
+    up to ``world - 1`` rows at the end are left out.
+    """
+    if even:
+        share = count // world
+        return slice(rank * share, (rank + 1) * share)
+    return slice(rank * count // world, (rank + 1) * count // world)
 
 
 @dataclass(frozen=True)
@@ -35,20 +49,46 @@ class EpochOrder:
     ) -> Iterator[Chosen]:
         """Batches from ``start`` on, of each the rows of ``rank``.
 
-        ``even``: as many rows for each rank; up to ``world - 1`` rows of a batch are left out. ``borrow``:
-        the row before a rank's own comes along, so that MixUp pairs the rows as in one process.
+        ``even`` as in ``rows_of``. ``borrow``: the row before a rank's own comes along, so that MixUp pairs
+        the rows as in one process.
         """
         order = np.arange(self._count)
         if self._seed is not None:
             order = np.random.default_rng([self._seed, self.epoch]).permutation(self._count)
         for position in range(start, len(self)):
             batch = order[position * self._batch_size : (position + 1) * self._batch_size]
-            share = len(batch) // world
-            low, high = rank * len(batch) // world, (rank + 1) * len(batch) // world
-            if even:
-                low, high = rank * share, (rank + 1) * share
-            samples = batch[low:high]
+            own = rows_of(len(batch), rank, world, even=even)
+            samples = batch[own]
             if borrow and 0 < len(samples) < len(batch):
-                yield Chosen(position, np.concatenate([batch[[low - 1]], samples]), borrowed=True)
+                yield Chosen(position, np.concatenate([batch[[own.start - 1]], samples]), borrowed=True)
             else:
                 yield Chosen(position, samples)
+
+
+class OrderedLoader(ABC):
+    """Batches in an ``EpochOrder``; a kind of data adds what becomes of the samples."""
+
+    def __init__(self, order: EpochOrder) -> None:
+        self._order = order
+
+    def set_epoch(self, epoch: int) -> None:
+        self._order.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.batches()
+
+    def batches(
+        self, start: int = 0, rank: int = 0, world: int = 1, even: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """``(images, target)`` from batch ``start`` of the epoch on, of each the rows of ``rank``."""
+        for images, target, _ in self.indexed(start, rank, world, even):
+            yield images, target
+
+    @abstractmethod
+    def indexed(
+        self, start: int = 0, rank: int = 0, world: int = 1, even: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """``(images, target, sample indices)``, as ``batches``."""

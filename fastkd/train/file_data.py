@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .epoch_order import Chosen, EpochOrder
+from .epoch_order import Chosen, EpochOrder, OrderedLoader
 from .errors import DataError
 from .image_sources import FolderSource, ShardSource, Source
 from .recipe import FolderData, ShardData
@@ -95,7 +95,7 @@ def collate(rows: list[tuple[Tensor, int, int] | Corrupt]) -> Batch:
     return pixels, labels, indices, [row for row in rows if isinstance(row, Corrupt)]
 
 
-class FileLoader:
+class FileLoader(OrderedLoader):
     """Batches of ``(images, target)`` on the device, normalised and mixed; epoch k is always the same."""
 
     def __init__(
@@ -109,7 +109,7 @@ class FileLoader:
         seed: int | None = None,
         mixing: Mixing | None = None,
     ) -> None:
-        self._order = EpochOrder(len(samples), batch_size, seed)
+        super().__init__(EpochOrder(len(samples), batch_size, seed))
         self._seed, self._mixing, self._corrupt, self._device = seed or 0, mixing, corrupt, device
         self._normalize = Normalize(IMAGENET_MEAN, IMAGENET_STD, device)
         self._keys = _Keys()
@@ -123,45 +123,42 @@ class FileLoader:
             generator=torch.Generator(),  # its own: else each pass would draw from the global one
         )
 
-    def set_epoch(self, epoch: int) -> None:
-        self._order.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self._order)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return self.batches()
-
-    def batches(
-        self, start: int = 0, rank: int = 0, world: int = 1, even: bool = False
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """``(images, target)`` from batch ``start`` of the epoch on, of each the rows of ``rank``."""
-        for images, target, _ in self.indexed(start, rank, world, even):
-            yield images, target
-
     def indexed(
         self, start: int = 0, rank: int = 0, world: int = 1, even: bool = False
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """``(images, target, sample indices)``; images that cannot be read are left out."""
+        """``(images, target, sample indices)``; images that cannot be read are left out.
+
+        For ``even`` shares another image of the share takes the place of each.
+        """
         epoch = self._order.epoch
         chosen = list(self._order.batches(start, rank, world, even, borrow=bool(self._mixing)))
         self._keys.epoch, self._keys.batches = epoch, chosen
         for batch, (pixels, labels, indices, missing) in zip(chosen, self._loader, strict=True):
             for image in missing:
                 self._corrupt.add(image)
-            if missing and even and world > 1 and len(labels) < 2:
-                # This rank would leave the step out while the others wait for it.
-                raise DataError(
-                    f"all images of a batch but {len(labels)} cannot be read: {missing[0].name} …"
-                )
+            borrowed = batch.borrowed and bool(len(indices)) and bool(indices[0] == batch.samples[0])
+            if missing and even and world > 1:
+                # Ranks share gathered features and averaged gradients: each needs as many rows as the others.
+                wanted = len(batch.samples) - int(batch.borrowed and not borrowed)
+                pixels, labels, indices = _filled(wanted, pixels, labels, indices, missing)
             if not len(labels):
                 continue
             images = self._normalize(pixels)
             target = labels.to(self._device, non_blocking=True)
             if self._mixing:
                 images, target = self._mixing(images, target, self._seed, epoch, batch.position)
-            own = slice(int(batch.borrowed and bool(indices[0] == batch.samples[0])), None)
+            own = slice(int(borrowed), None)
             yield images[own], target[own], indices[own]
+
+
+def _filled(
+    wanted: int, pixels: Tensor, labels: Tensor, indices: Tensor, missing: list[Corrupt]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """So many rows, images of the same share again in place of the missing ones."""
+    if not len(labels):
+        raise DataError(f"no image of a batch's share can be read: {missing[0].name} …")
+    again = torch.arange(wanted) % len(labels)
+    return pixels[again], labels[again], indices[again]
 
 
 class _Keys:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .epoch_order import EpochOrder
+from .epoch_order import EpochOrder, OrderedLoader
 from .errors import DataError
 from .recipe import FolderData, ImageData, ShardData, SyntheticData
 from .transforms import IMAGENET_MEAN, IMAGENET_STD, Mixing, Normalize
@@ -100,7 +100,7 @@ class ArrayData:
         return self.mixing(images, target, 0)
 
 
-class ArrayLoader:
+class ArrayLoader(OrderedLoader):
     """Batches of ``(images, target)``, normalised; with a seed shuffled, cropped and flipped anew each epoch.
 
     Epoch k of a seed is always the same, and so is the crop of an image in it.
@@ -118,27 +118,11 @@ class ArrayLoader:
         augment: bool = False,
         mixing: Mixing | None = None,
     ) -> None:
+        super().__init__(EpochOrder(len(target), batch_size, seed))
         self._images, self._target, self._device = images, target, device
-        self._order = EpochOrder(len(target), batch_size, seed)
         self._seed, self._augment, self._padding = seed, augment, kind.padding
         self._mixing = mixing
         self._normalize = Normalize(kind.mean, kind.std, device)
-
-    def set_epoch(self, epoch: int) -> None:
-        self._order.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self._order)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return self.batches()
-
-    def batches(
-        self, start: int = 0, rank: int = 0, world: int = 1, even: bool = False
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """``(images, target)`` from batch ``start`` of the epoch on, of each the rows of ``rank``."""
-        for images, target, _ in self.indexed(start, rank, world, even):
-            yield images, target
 
     def indexed(
         self, start: int = 0, rank: int = 0, world: int = 1, even: bool = False

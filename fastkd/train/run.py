@@ -22,7 +22,7 @@ from .build import build_method, build_network, resolve_device, try_method
 from .checkpoint import save_checkpoint
 from .console import ConsoleProgress
 from .data import Data, load_data
-from .errors import NonFiniteLossError, Preempted, RecipeError, TrainError
+from .errors import DataError, NonFiniteLossError, Preempted, RecipeError, TrainError
 from .evaluation import evaluate
 from .loop import FitResult, Watcher, fit_method
 from .optimization import build_optimizer, build_scheduler
@@ -99,8 +99,10 @@ def run_recipe(
         raise Stopped(folder) from None
     except Preempted as error:
         raise Preempted(f"{error}; to go on: fastkd train --resume {folder}") from None
-    except NonFiniteLossError as error:
-        raise NonFiniteLossError(f"{error}; the run folder {folder} keeps the epochs before") from None
+    except (NonFiniteLossError, DataError) as error:
+        if folder is None:
+            raise
+        raise type(error)(f"{error}; the run folder {folder} keeps the epochs before") from None
     return {**summary, "folder": str(folder)}
 
 

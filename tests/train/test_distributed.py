@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from fastkd.train import FitResult, distributed, evaluate, fit_method
-from fastkd.train.batches import rows_of
+from fastkd.train.epoch_order import rows_of
 from fastkd.train.errors import RecipeError
 from fastkd.train.recipe import load_recipe
 from fastkd.train.run import check_shares

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from fastkd.models import build_model
 from fastkd.train import Watcher, fit_method
 from fastkd.train.checkpoint import load_checkpoint
 from fastkd.train.cli import main
@@ -25,6 +26,7 @@ from fastkd.train.errors import NonFiniteLossError, StorageError
 from fastkd.train.run_folder import RunRecorder
 from fastkd.train.run_lock import locked
 
+from .image_trees import make_tree
 from .ranks import finish, start
 from .tiny import Loader, make_method
 
@@ -126,17 +128,37 @@ def test_sigterm_to_one_of_two_processes(tell: Any, workplace: Path) -> None:
     )
 
 
+# 4 steps an epoch as well.
+SYNTHETIC = [*TINY, "teacher.width=4", "teacher.epochs=1", "train.epochs=10"]
+JPEG_FILES = [
+    "data.root=tree", "data.size=32", "data.workers=1", "teacher.checkpoint=teacher.pth", "train.lr=0.01",
+    "train.epochs=3", "train.milestones=[1]", "train.batch_size=4", *TINY[4:],
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("ranks", "recipe"), [(1, "mhkd"), (2, "dhkd")], ids=["one process", "two processes"]
+    ("ranks", "recipe", "options", "of"),
+    [
+        (1, "fashion-mnist/mhkd", SYNTHETIC, 40),
+        (2, "fashion-mnist/dhkd", SYNTHETIC, 40),
+        (2, "imagenet/r18-dkd", JPEG_FILES, 12),
+    ],
+    ids=["one process", "two processes", "ImageNet's recipe"],
 )
-def test_sigkill_at_a_random_step(ranks: int, recipe: str, tell: Any, workplace: Path) -> None:
-    arguments = [f"fashion-mnist/{recipe}", *TINY, "teacher.width=4", "teacher.epochs=1", "train.epochs=6"]
-    run = Path(f"runs/fashion-mnist-{recipe}-001")
-    assert launch(ranks, workplace, [*arguments, "--runs", "whole"]) == [0] * ranks
-    (whole,) = Path("whole").glob(f"fashion-mnist-{recipe}-*")
+def test_sigkill_at_a_random_step(
+    ranks: int, recipe: str, options: list[str], of: int, tell: Any, workplace: Path
+) -> None:
+    arguments, stem = [recipe, *options], recipe.replace("/", "-")
+    run = Path(f"runs/{stem}-001")
     Path("runs").mkdir()
-    Path("whole/teachers").rename("runs/teachers")  # so that the kill comes to the student
-    steps = random.SystemRandom().randint(1, 20)  # of 24
+    if options is JPEG_FILES:
+        make_tree(Path("tree"), classes=4, train=4, val=1)
+        torch.save(build_model("torchvision/resnet34", num_classes=4).state_dict(), "teacher.pth")
+    assert launch(ranks, workplace, [*arguments, "--runs", "whole"]) == [0] * ranks
+    (whole,) = Path("whole").glob(f"{stem}-*")
+    if options is SYNTHETIC:
+        Path("whole/teachers").rename("runs/teachers")  # so that the kill comes to the student
+    steps = random.SystemRandom().randint(1, of // 2)  # not so late that it could end before
     processes = start(ranks, in_folder, str(workplace), [*arguments, "--resume"])
     deadline = time.monotonic() + 60
     while steps_done(run) < steps:
@@ -146,13 +168,13 @@ def test_sigkill_at_a_random_step(ranks: int, recipe: str, tell: Any, workplace:
     for process in processes:
         process.kill()
     assert finish(processes) == [-signal.SIGKILL] * ranks
-    assert 0 < steps_done(run) < 24
+    assert 0 < steps_done(run) < of
     assert not (run / "summary.json").exists()
     assert launch(ranks, workplace, [*arguments, "--resume"]) == [0] * ranks
     expected, got = weights(whole), weights(run)
     assert all(torch.equal(expected[key], got[key]) for key in expected)
     tell(
-        f"SIGKILL at a random step, {ranks} process{'es' if ranks > 1 else ''} ({recipe})",
+        f"SIGKILL at a random step, {ranks} process{'es' if ranks > 1 else ''} (`{recipe}`)",
         "`--resume` ends with the weights of a run that was never killed, to the bit",
         "resumed and ended with the same bits; the lock of the dead did not stand in the way",
     )

@@ -229,6 +229,28 @@ def test_corrupt_images_are_named_skipped_and_counted(
     assert all(str(path) in str(raised.value) for path in bad)
 
 
+def test_ranks_stay_even_where_images_are_corrupt(tmp_path: Path) -> None:
+    root = make_tree(tmp_path / "tree")
+    (root / "train/n00000001/train_1_0.JPEG").write_text("no image")
+    good = {0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 11}
+    for mixup in (0.0, 0.4):
+        data = folder_data(root, mixup=mixup)
+        seen: set[int] = set()
+        for rank in range(2):
+            batches = list(data.train_loader(6, 1, CPU).indexed(rank=rank, world=2, even=True))
+            assert [len(part) for batch in batches for part in batch] == [3] * 6
+            seen |= {int(index) for _, _, indices in batches for index in indices}
+        assert seen == good
+    for label in (1, 2):
+        for path in (root / f"train/n0000000{label}").iterdir():
+            path.write_text("no image")
+    data = folder_data(root, corrupt_limit=20)
+    loader = data.train_loader(4, 1, CPU)
+    batches = (batch for _ in range(9) for batch in loader.indexed(rank=1, world=2, even=True))
+    with pytest.raises(DataError, match="no image of a batch's share can be read"):
+        list(batches)
+
+
 def test_the_script_draws_imagenets_sizes(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     sizes = [SCRIPT.draw_size(random, 1.0) for _ in range(4000)]

@@ -20,6 +20,8 @@ from fastkd.train.glyph_data import GlyphData, load_glyph_data
 from fastkd.train.meters import PARTS, LossMeter
 from fastkd.train.recipe import GlyphsData
 
+from .tiny import VARIANTS, Loader, make_method
+
 CPU = torch.device("cpu")
 KD = fastkd.DistillLoss(ce_weight=0.1, kd_weight=0.9)
 
@@ -243,6 +245,16 @@ def test_the_meter_weights_by_rows() -> None:
     assert meter.loss == pytest.approx(2.0)
     assert meter.terms == pytest.approx({"ce": 3.0})
     assert meter.accuracy == pytest.approx(3 / 4)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_last_batch_may_be_of_one_row(variant: str) -> None:
+    method = make_method(variant)
+    before = {key: value.clone() for key, value in method.state_dict().items()}
+    result = fit_method(method, Loader(17, 16), Loader(5), epochs=2, progress=False)
+    assert all(math.isfinite(value) for value in result.last["terms"].values())
+    assert all(value.isfinite().all() for value in method.state_dict().values())
+    assert any(not torch.equal(before[key], value) for key, value in method.state_dict().items())
 
 
 def test_loaders_are_told_the_epoch(data: GlyphData) -> None:

@@ -1,4 +1,5 @@
-// What a team writes of its row: loss, terms, and gradients that are one number.
+// The two ends of a row. First: whether it is to be computed, and a thread's share of its logits. Last: loss, terms, and
+// gradients that are one number.
 #pragma once
 
 #include "share.h"
@@ -22,6 +23,13 @@ FASTKD_DEVICE RowHead head_of(const Rows& rows, int64_t index, bool labelled) {
   if (weight == 0) return {RowKind::kLeftOut, 0.0f, -1};
   if (labelled && (label < 0 || label >= rows.classes)) return {RowKind::kUndefined, weight, -1};
   return {RowKind::kComputed, weight, int(label)};
+}
+
+// What a thread reads of the row: nothing, unless it is to be computed.
+FASTKD_DEVICE Share share_of(const Team& team, const RowLossArguments& arguments, const Rows& rows, int64_t index,
+                             RowKind kind) {
+  return Share(team, arguments.plan, rows.student, rows.teacher, arguments.reads_teacher, index,
+               kind == RowKind::kComputed ? int(rows.classes) : 0, kMasked);
 }
 
 FASTKD_DEVICE void write_losses(const Team& team, const Rows& rows, int64_t index, float loss, const float (&terms)[4]) {
