@@ -31,7 +31,7 @@ def write_atomically(path: Path, write: Any, *, keep_as: Path | None = None) -> 
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         if keep_as is not None and path.exists():
-            os.replace(path, keep_as)
+            _name_also(path, keep_as)
         os.replace(temporary, path)
     except OSError as error:
         reason = error.strerror or str(error)
@@ -42,6 +42,17 @@ def write_atomically(path: Path, write: Any, *, keep_as: Path | None = None) -> 
     finally:
         with contextlib.suppress(OSError):  # a folder that has become read-only: the first error tells it
             temporary.unlink(missing_ok=True)
+
+
+def _name_also(path: Path, other: Path) -> None:
+    """A second name for a file, so that ``path`` is there throughout; without links, another name."""
+    link = other.with_name(f".{other.stem}.{os.getpid()}.tmp{other.suffix}")
+    try:
+        os.link(path, link)
+        os.replace(link, other)
+        link.unlink(missing_ok=True)  # it stays where both were the same file already
+    except OSError:
+        os.replace(path, other)
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any], *, keep_as: Path | None = None) -> None:

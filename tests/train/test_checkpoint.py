@@ -101,6 +101,37 @@ def test_a_failed_write_leaves_the_old_file(path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_the_one_before_is_kept_and_the_last_never_missing(
+    path: Path, links: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, keep, replace = path.read_bytes(), path.with_name("previous.pt"), os.replace
+    found = []
+
+    def watched(source: Path, target: Path) -> None:
+        replace(source, target)
+        found.append(path.exists())
+
+    def refused(source: Path, target: Path) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "replace", watched)
+    if not links:
+        monkeypatch.setattr(os, "link", refused)
+    for content in (b"second", b"third"):
+        if content == b"third":
+            before = b"second"
+            if links:  # as a write leaves it that is cut off between the two names
+                keep.unlink()
+                keep.hardlink_to(path)
+        write_atomically(
+            path, lambda temporary, content=content: temporary.write_bytes(content), keep_as=keep
+        )
+        assert (keep.read_bytes(), path.read_bytes()) == (before, content)
+        assert sorted(p.name for p in path.parent.iterdir()) == [path.name, keep.name]
+    assert all(found) or not links
+
+
 def test_random_states_survive_a_checkpoint(tmp_path: Path) -> None:
     import random
 

@@ -132,7 +132,7 @@ def test_sigterm_to_one_of_two_processes(tell: Any, workplace: Path) -> None:
 SYNTHETIC = [*TINY, "teacher.width=4", "teacher.epochs=1", "train.epochs=10"]
 JPEG_FILES = [
     "data.root=tree", "data.size=32", "data.workers=1", "teacher.checkpoint=teacher.pth", "train.lr=0.01",
-    "train.epochs=3", "train.milestones=[1]", "train.batch_size=4", *TINY[4:],
+    "train.epochs=2", "train.milestones=[1]", "train.batch_size=4", *TINY[4:],
 ]  # fmt: skip
 
 
@@ -141,7 +141,7 @@ JPEG_FILES = [
     [
         (1, "fashion-mnist/mhkd", SYNTHETIC, 40),
         (2, "fashion-mnist/dhkd", SYNTHETIC, 40),
-        (2, "imagenet/r18-dkd", JPEG_FILES, 12),
+        (2, "imagenet/r18-dkd", JPEG_FILES, 8),
     ],
     ids=["one process", "two processes", "ImageNet's recipe"],
 )
