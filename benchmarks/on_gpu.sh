@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in one go and within about eight minutes: the tests with every kernel compiled on it,
-# `fastkd check`, the accuracy table, the benchmark suite, training steps, the report.
+# Everything that wants a GPU, in one go and within about nine minutes: the tests with every kernel compiled on it,
+# `fastkd check`, the accuracy table, the benchmark suite, training steps, the trainer's throughput, the report.
 #
 #     benchmarks/on_gpu.sh FOLDER
 #
@@ -48,8 +48,11 @@ run suite "$(left 380)" python3 -m fastkd.bench --device cuda --dtypes bfloat16 
 tell suite
 run steps "$(left 420)" python3 -m fastkd.bench --device cuda --step --seconds 0.2 --output "$out/steps.jsonl"
 tell steps
-run all "$(left 465)" python3 -m fastkd.bench --device cuda --peers native triton eager liger quack \
-  --seconds 0.1 --time-limit "$(left 450)" --output "$out/all.jsonl"
+run throughput "$(left 495)" python3 benchmarks/throughput.py --device cuda --steps 30 --turns 5 \
+  --output "$out/throughput.jsonl"
+tell throughput
+run all "$(left 540)" python3 -m fastkd.bench --device cuda --peers native triton eager liger quack \
+  --seconds 0.1 --time-limit "$(left 525)" --output "$out/all.jsonl"
 tell all
 
 files=()

@@ -1,0 +1,267 @@
+"""Images a second of ImageNet's recipe, by the trainer and by two loops written by hand.
+
+    python benchmarks/throughput.py --output FILE.jsonl           # on a GPU: ResNet-34 to ResNet-18 at 224 px
+    python benchmarks/throughput.py --output FILE.jsonl --size 96 --batch 16                        # on a CPU
+
+DKD as `imagenet/r18-dkd` has it (alpha 1, beta 0.5, T 1), SGD, on random images that wait as bytes in the
+host's memory, so that there is transfer and normalisation but no decoding. Three variants take turns:
+
+trainer   ``fastkd.train.fit_method``: the loop of `fastkd train`, with all it logs and watches
+bare      the same method and fused loss in a loop of nothing but the step: what the trainer adds is the rest
+plain     that loop in torch alone: a teacher under no_grad, and DKD of eager operations as it is in wide use
+
+All have the same precision, memory format and compilation. A turn is ``--steps`` steps after ``--warm-up``,
+between two synchronisations. Written: a header, one line a variant (images a second: median, p20, p80) with
+the trainer's own split of the time, and one with the ratios of turns side by side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from fastkd.bench.protocol import percentile
+from fastkd.bench.results import Writer, header
+from fastkd.distill import DKD
+from fastkd.train import Watcher, fit_method
+from fastkd.train.precision import autocast, compile_networks
+
+ALPHA, BETA = 1.0, 0.5
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class RandomBytes:
+    """So many batches of the same few, pinned where there is a GPU; normalised by who takes them."""
+
+    mean, std = MEAN, STD
+
+    def __init__(self, batches: int, shape: tuple[int, ...], classes: int, *, pinned: bool) -> None:
+        self._batches = batches
+        self._stored = []
+        for _ in range(min(4, batches)):
+            batch = torch.randint(0, 256, shape, dtype=torch.uint8), torch.randint(0, classes, shape[:1])
+            self._stored.append(tuple(part.pin_memory() for part in batch) if pinned else batch)
+
+    def __len__(self) -> int:
+        return self._batches
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        return (self._stored[number % len(self._stored)] for number in range(self._batches))
+
+
+class Clock:
+    """Seconds between two steps, by number; the device has finished at both."""
+
+    def __init__(self, device: torch.device, begin: int, end: int) -> None:
+        self._device, self._ends, self._times, self._steps = device, (begin, end), [], 0
+
+    def step_done(self) -> None:
+        self._steps += 1
+        if self._steps in self._ends:
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            self._times.append(time.perf_counter())
+
+    @property
+    def seconds(self) -> float:
+        begin, end = self._times
+        return end - begin
+
+
+class Timed(Watcher):
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+
+    def batch_done(self, meter: Any) -> None:
+        self._clock.step_done()
+
+
+def plain_dkd(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy and DKD at T 1 in the form in wide use: masks, two-class probabilities, -1000."""
+    label = torch.zeros_like(student).scatter_(1, target[:, None], 1).bool()
+    q, p = F.softmax(student, 1), F.softmax(teacher, 1)
+    two_q, two_p = (torch.stack([(x * label).sum(1), (x * ~label).sum(1)], 1) for x in (q, p))
+    tckd = F.kl_div(two_q.log(), two_p, reduction="sum") / len(student)
+    rest_p, rest_q = F.softmax(teacher - 1000.0 * label, 1), F.log_softmax(student - 1000.0 * label, 1)
+    nckd = F.kl_div(rest_q, rest_p, reduction="sum") / len(student)
+    return F.cross_entropy(student, target) + ALPHA * tckd + BETA * nckd
+
+
+class Comparison:
+    """The networks and settings that all variants share."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        torch.manual_seed(0)
+        self.device, self.precision = torch.device(args.device), args.precision
+        self.channels_last = args.channels_last
+        student, teacher = (network(args.classes).to(self.device) for network in NETWORKS[args.networks])
+        self.method = DKD(student, teacher, alpha=ALPHA, beta=BETA, temperature=1.0, warmup_epochs=0)
+        if self.channels_last:
+            self.method.to(memory_format=torch.channels_last)
+            teacher.to(memory_format=torch.channels_last)
+        if args.compile:
+            compile_networks(self.method, "inductor")
+        self.student, self.teacher = student, teacher
+        self.begin, self.end = args.warm_up, args.warm_up + args.steps
+        shape = (args.batch, 3, args.size, args.size)
+        self.loader = RandomBytes(self.end, shape, args.classes, pinned=self.device.type == "cuda")
+        self.validation = RandomBytes(1, (2, *shape[1:]), args.classes, pinned=False)
+        mean, std = (torch.tensor(values, device=self.device).view(1, -1, 1, 1) for values in (MEAN, STD))
+        self._scale, self._shift = 1 / (255 * std), -mean / std
+        self.split: dict[str, float] = {}
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        fused = self.device.type == "cuda"
+        return torch.optim.SGD(
+            self.student.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4, fused=fused
+        )
+
+    def images(self, pixels: Tensor) -> Tensor:
+        images = pixels.to(self.device, non_blocking=True).float().mul_(self._scale).add_(self._shift)
+        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
+
+    def trainer(self) -> float:
+        clock = Clock(self.device, self.begin, self.end)
+        result = fit_method(
+            self.method,
+            self.loader,
+            self.validation,
+            epochs=1,
+            optimizer=self.optimizer(),
+            precision=self.precision,
+            channels_last=self.channels_last,
+            watcher=Timed(clock),
+        )
+        self.split = {part: value for part, value in result.seconds.items() if part != "validation"}
+        return clock.seconds
+
+    def bare(self) -> float:
+        def terms_of(images: Tensor, target: Tensor) -> Tensor:
+            return sum(self.method((images, target)).values(), torch.zeros((), device=self.device))
+
+        return self._loop(terms_of)
+
+    def plain(self) -> float:
+        def loss_of(images: Tensor, target: Tensor) -> Tensor:
+            with torch.no_grad():
+                teacher = self.teacher(images)
+            student = self.student(images)
+            # Eager softmax in half precision would be another loss: autocast takes it in float32 too.
+            return plain_dkd(student.float(), teacher.float(), target)
+
+        return self._loop(loss_of)
+
+    def _loop(self, loss_of: Callable[[Tensor, Tensor], Tensor]) -> float:
+        clock, optimizer = Clock(self.device, self.begin, self.end), self.optimizer()
+        self.method.train()
+        for pixels, labels in self.loader:
+            images, target = self.images(pixels), labels.to(self.device, non_blocking=True)
+            with autocast(self.device, self.precision):
+                loss = loss_of(images, target)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            clock.step_done()
+        return clock.seconds
+
+
+def _torchvision(name: str) -> Callable[[int], nn.Module]:
+    def build(classes: int) -> nn.Module:
+        import torchvision
+
+        return torchvision.models.get_model(name, num_classes=classes)
+
+    return build
+
+
+NETWORKS = {
+    "resnet34-resnet18": (_torchvision("resnet18"), _torchvision("resnet34")),
+    "resnet50-resnet18": (_torchvision("resnet18"), _torchvision("resnet50")),
+}
+VARIANTS = ("trainer", "bare", "plain")
+
+
+def main() -> None:
+    args = arguments().parse_args()
+    if args.device == "cpu" and args.precision == "float16":
+        raise SystemExit("--precision float16 is for GPUs: this loop scales no gradients")
+    settings = {key: value for key, value in vars(args).items() if key not in ("output", "device")}
+    with Writer(args.output) as output:
+        output.write([header(args.device, {}, command=" ".join(sys.argv), settings=settings)])
+        comparison = Comparison(args)
+        seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+        splits: list[dict[str, float]] = []
+        for turn in range(args.turns):
+            for variant in VARIANTS if turn % 2 else reversed(VARIANTS):
+                seconds[variant].append(getattr(comparison, variant)())
+            splits.append(comparison.split)
+            told = ", ".join(f"{v} {args.batch * args.steps / seconds[v][-1]:.1f}" for v in VARIANTS)
+            print(f"turn {turn + 1}/{args.turns}, images a second: {told}", flush=True)
+        shares = shares_of(splits)
+        for variant in VARIANTS:
+            rates = [args.batch * args.steps / value for value in seconds[variant]]
+            record: dict[str, Any] = {"kind": "throughput", "variant": variant, "turns": len(rates)}
+            low, median, high = (percentile(rates, share) for share in (0.2, 0.5, 0.8))
+            record |= {"images_per_second": median, "p20": low, "p80": high}
+            if variant == "trainer":
+                record["split"] = shares
+            output.write([record])
+            print(f"{variant:8} {median:9.1f} images/s ({low:.1f} to {high:.1f})")
+        ratios = {
+            "trainer_over_bare_seconds": ratio(seconds["trainer"], seconds["bare"]),
+            "plain_over_trainer_seconds": ratio(seconds["plain"], seconds["trainer"]),
+        }
+        output.write([{"kind": "throughput_ratios", **ratios}])
+    overhead = ratios["trainer_over_bare_seconds"] - 1
+    faster = ratios["plain_over_trainer_seconds"]
+    print(f"the trainer costs {overhead:+.1%} over the bare loop, and is {faster:.3f} times as fast as plain")
+    print(f"its time: {', '.join(f'{part} {share:.1%}' for part, share in shares.items())}")
+
+
+def shares_of(splits: list[dict[str, float]]) -> dict[str, float]:
+    """The trainer's parts as shares of its time, medians over the turns."""
+    wholes = [sum(split.values()) for split in splits]
+    return {
+        part: statistics.median(split[part] / whole for split, whole in zip(splits, wholes, strict=True))
+        for part in splits[0]
+    }
+
+
+def ratio(numerators: list[float], denominators: list[float]) -> float:
+    """Median of the ratios of turns: neighbours in time share the machine's drift."""
+    return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
+
+
+def arguments() -> argparse.ArgumentParser:
+    gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl")
+    parser.add_argument("--networks", choices=NETWORKS, default="resnet34-resnet18")
+    parser.add_argument("--device", default="cuda" if gpu else "cpu")
+    parser.add_argument("--precision", default="bfloat16" if gpu else "float32")
+    parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=gpu)
+    parser.add_argument("--compile", action="store_true", help="torch.compile of both networks")
+    parser.add_argument("--batch", type=int, default=256 if gpu else 8)
+    parser.add_argument("--size", type=int, default=224, help="side of the images, in pixels")
+    parser.add_argument("--classes", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=40 if gpu else 6, help="timed in a turn")
+    parser.add_argument("--warm-up", type=int, default=10 if gpu else 2, help="steps before, untimed")
+    parser.add_argument("--turns", type=int, default=7)
+    return parser
+
+
+if __name__ == "__main__":
+    main()
