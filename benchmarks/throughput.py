@@ -32,7 +32,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fastkd.bench.protocol import percentile
-from fastkd.bench.results import Writer, header
+from fastkd.bench.results import ResultFileError, Writer, header
 from fastkd.distill import DKD
 from fastkd.train import Watcher, fit_method
 from fastkd.train.precision import autocast, compile_networks
@@ -197,7 +197,11 @@ def main() -> None:
     if args.device == "cpu" and args.precision == "float16":
         raise SystemExit("--precision float16 is for GPUs: this loop scales no gradients")
     settings = {key: value for key, value in vars(args).items() if key not in ("output", "device")}
-    with Writer(args.output) as output:
+    try:
+        writer = Writer(args.output)
+    except ResultFileError as error:
+        raise SystemExit(str(error)) from None
+    with writer as output:
         output.write([header(args.device, {}, command=" ".join(sys.argv), settings=settings)])
         comparison = Comparison(args)
         seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
@@ -243,6 +247,13 @@ def ratio(numerators: list[float], denominators: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
 
 
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("expected at least 1")
+    return value
+
+
 def arguments() -> argparse.ArgumentParser:
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(
@@ -254,12 +265,12 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--precision", default="bfloat16" if gpu else "float32")
     parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=gpu)
     parser.add_argument("--compile", action="store_true", help="torch.compile of both networks")
-    parser.add_argument("--batch", type=int, default=256 if gpu else 8)
-    parser.add_argument("--size", type=int, default=224, help="side of the images, in pixels")
-    parser.add_argument("--classes", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=40 if gpu else 6, help="timed in a turn")
-    parser.add_argument("--warm-up", type=int, default=10 if gpu else 2, help="steps before, untimed")
-    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--batch", type=positive, default=256 if gpu else 8)
+    parser.add_argument("--size", type=positive, default=224, help="side of the images, in pixels")
+    parser.add_argument("--classes", type=positive, default=1000)
+    parser.add_argument("--steps", type=positive, default=40 if gpu else 6, help="timed in a turn")
+    parser.add_argument("--warm-up", type=positive, default=10 if gpu else 2, help="steps before, untimed")
+    parser.add_argument("--turns", type=positive, default=7)
     return parser
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -228,6 +229,24 @@ def test_training_step():
         assert record["loss_share"] == pytest.approx(
             record["split_ms"]["loss"] / sum(record["split_ms"].values())
         )
+
+
+def test_throughput_of_the_trainer(tmp_path):
+    script = Path(__file__).parents[1] / "benchmarks/throughput.py"
+    output = tmp_path / "run.jsonl"
+    command = [
+        sys.executable, script, "--output", output, "--device=cpu", "--precision=float32", "--size=32",
+        "--batch=2", "--classes=10", "--steps=1", "--warm-up=1", "--turns=1", "--no-channels-last",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    _, records = results.read(output)
+    assert [record.get("variant") for record in records] == ["trainer", "bare", "plain", None]
+    assert sum(records[0]["split"].values()) == pytest.approx(1)
+    assert all(record["images_per_second"] > 0 for record in records[:3])
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode == 1
+    assert "results are never overwritten" in again.stderr
 
 
 def test_measuring_needs_torch_alone(tmp_path):
