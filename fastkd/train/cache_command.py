@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from .optimization import build_optimizer
 from .recipe import Recipe, load_recipe
 from .run import find_teacher
 from .run_folder import write_json
+from .run_lock import locked
 from .teacher_cache import CachedLoader, CacheWriter, TeacherCache, wanted_facts
 
 _STEPS = 10  # of each kind that the report times
@@ -41,6 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        raise RecipeError(
+            f"cache-teacher runs in one process, but WORLD_SIZE is {processes}: no torchrun here"
+        )
     console = make_console()
     _, recipe = load_recipe(args.words[0], args.words[1:])
     device = resolve_device(recipe.train.device)
@@ -82,11 +89,12 @@ def _fill(
     console: Console,
 ) -> TeacherCache:
     loader: Any = data.train_loader(recipe.train.batch_size, recipe.train.seed, device)
-    for epoch in writer.missing_epochs():
-        began = time.perf_counter()
-        writer.write_epoch(epoch, _logits(loader, epoch, teacher, device, recipe.train.precision))
-        seconds = time.perf_counter() - began
-        console.print(f"epoch {epoch + 1}/{epochs} cached, {seconds:.1f} s")
+    with locked(writer.partial):
+        for epoch in writer.missing_epochs():
+            began = time.perf_counter()
+            writer.write_epoch(epoch, _logits(loader, epoch, teacher, device, recipe.train.precision))
+            seconds = time.perf_counter() - began
+            console.print(f"epoch {epoch + 1}/{epochs} cached, {seconds:.1f} s")
     return writer.finish()
 
 

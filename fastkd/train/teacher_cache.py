@@ -215,20 +215,20 @@ class CacheWriter:
         if folder.exists():
             raise CacheError(f"{folder} exists; a cache is never written over: name another folder")
         self._folder = folder
-        self._partial = folder.with_name(folder.name + ".partial")
+        self.partial = folder.with_name(folder.name + ".partial")
         self._facts = {"format": FORMAT, **facts}
-        self._partial.mkdir(parents=True, exist_ok=True)
-        path = self._partial / _FACTS
+        self.partial.mkdir(parents=True, exist_ok=True)
+        path = self.partial / _FACTS
         if path.exists():
             begun = json.loads(path.read_text(encoding="utf-8"))
             if begun != json.loads(json.dumps(self._facts)):
-                raise CacheError(f"{self._partial} was begun for another recipe; name another folder")
+                raise CacheError(f"{self.partial} was begun for another recipe; name another folder")
         else:
             text = json.dumps(self._facts, indent=2) + "\n"
             write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
     def missing_epochs(self) -> list[int]:
-        return [e for e in range(self._facts["epochs"]) if not (self._partial / shard_name(e)).exists()]
+        return [e for e in range(self._facts["epochs"]) if not (self.partial / shard_name(e)).exists()]
 
     def write_epoch(self, epoch: int, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
         """``batches`` of (sample indices, logits); an image that is left out keeps a record of zeros."""
@@ -245,14 +245,14 @@ class CacheWriter:
                 shard[indices.numpy()] = pack(logits, self._facts["top_k"])
             shard.flush()
 
-        write_atomically(self._partial / shard_name(epoch), write)
+        write_atomically(self.partial / shard_name(epoch), write)
 
     def finish(self) -> TeacherCache:
         try:
-            os.rename(self._partial, self._folder)
+            os.rename(self.partial, self._folder)
         except OSError as error:
             raise CacheError(
-                f"{self._partial} is whole, but cannot be named {self._folder}: {error}"
+                f"{self.partial} is whole, but cannot be named {self._folder}: {error}"
             ) from None
         return TeacherCache(self._folder)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from fastkd.models import SmallCNN
 from fastkd.train import fit
 from fastkd.train.cli import main
 from fastkd.train.recipe import FolderData
+from fastkd.train.run_lock import locked
 from fastkd.train.teacher_cache import CachedLoader, CacheError, CacheWriter, TeacherCache, pack, unpack
 
 from .image_trees import make_tree
@@ -189,6 +191,20 @@ def test_training_from_a_cache_is_training_with_the_teacher(
     assert cached == pytest.approx(exact, rel=1e-2)
     record = json.loads(Path("runs/imagenet-r18-dkd-002/metrics.jsonl").read_text().splitlines()[0])
     assert record["seconds"]["teacher"] == 0
+
+
+def test_one_process_writes_a_cache(
+    recipe: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["cache-teacher", *recipe, "--to", "cache"]
+    Path("cache.partial").mkdir()
+    with locked(Path("cache.partial")):
+        assert main(command) == 2
+    assert f"cache.partial is in use by process {os.getpid()}" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert main(command) == 2
+    assert "WORLD_SIZE is 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
