@@ -8,8 +8,8 @@ point against each other in the linear classifier, late in training, while they 
 two heads. The student is trained with both losses, on one head and on two (without alignment), each from the
 same start. At regular steps the two gradients are computed apart, on the batch at hand, and their cosine is
 kept, for the classifier (of two heads: between the main head's and the auxiliary head's weights, each from
-its own loss) and for the backbone. Written: OUTPUT.jsonl, one line a measurement, and OUTPUT.png. key=value
-words override the recipe.
+its own loss) and for the backbone. Written: OUTPUT.jsonl, a header and one line a measurement, and
+OUTPUT.png. key=value words override the recipe.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from fastkd.bench.results import header
 from fastkd.distill import Method
 from fastkd.train.build import build_method, build_network, resolve_device
 from fastkd.train.console import make_console
@@ -53,21 +54,24 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="FOLDER")
     args = parser.parse_intermixed_args()
     rows: list[dict[str, Any]] = []
+    device = resolve_device(load_recipe("glyphs/dhkd", args.overrides)[1].train.device)
     for weight in map(float, args.weights.split(",")):
         for head, words in HEADS.items():
             chosen = [word.format(weight=weight) for word in words]
             _, recipe = load_recipe("glyphs/dhkd", [*chosen, *args.overrides])
-            rows += study(recipe, head, weight, args.every, args.runs)
+            rows += study(recipe, device, head, weight, args.every, args.runs)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     path = args.output.with_name(args.output.name + ".jsonl")
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    about = header(device.type, {}, command=" ".join(sys.argv))
+    path.write_text("".join(json.dumps(line) + "\n" for line in (about, *rows)), encoding="utf-8")
     plot(rows, args.output.with_name(args.output.name + ".png"))
     print(f"written: {path} and the picture beside it")
 
 
-def study(recipe: Recipe, head: str, weight: float, every: int, runs: Path) -> list[dict[str, Any]]:
+def study(
+    recipe: Recipe, device: torch.device, head: str, weight: float, every: int, runs: Path
+) -> list[dict[str, Any]]:
     """Train as the recipe says; a row of cosines every so many steps."""
-    device = resolve_device(recipe.train.device)
     if recipe.train.threads is not None:
         torch.set_num_threads(recipe.train.threads)
     console = make_console()
