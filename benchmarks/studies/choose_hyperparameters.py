@@ -27,7 +27,8 @@ from fastkd.train.glyph_fonts import DEJAVU_HOLDOUT
 from fastkd.train.recipe import load_recipe
 from fastkd.train.run import run_recipe
 
-# By method: the options to try, every combination of them.
+# By method: the options to try, every combination of them. A recipe's own comes first: BinaryKL-Norm is a sum
+# over classes, and what a weight means depends on their number.
 GRIDS: dict[str, dict[str, list[Any]]] = {
     "kd": {"temperature": [2.0, 4.0, 8.0]},
     "lskd": {"kd_weight": [3.0, 9.0], "temperature": [2.0, 4.0]},
@@ -35,7 +36,8 @@ GRIDS: dict[str, dict[str, list[Any]]] = {
     "dckd": {"beta": [2.0, 8.0], "temperature": [2.0, 4.0]},
     "nkd": {"gamma": [0.5, 1.5], "temperature": [1.0, 3.0]},
     "binary_kl_norm": {"weight": [1e-3, 1e-2, 1e-1]},
-    "dhkd": {"alpha": [1e-3, 1e-2, 1e-1, 1.0], "align": ["all", "none"]},
+    "dhkd": {"alpha": [1e-2, 1e-1, 1.0], "align": ["all", "none"]},
+    "glyphs/dhkd": {"alpha": [1e-4, 1e-3, 1e-2], "align": ["all", "none"]},
     "mhkd": {"alpha": [0.3, 1.0, 3.0]},
 }
 SPLITS = {
@@ -67,7 +69,7 @@ def choose(name: str, overrides: list[str], seeds: range, output: Path, runs: Pa
     _, stated = load_recipe(name, overrides)
     if stated.method not in GRIDS:
         raise SystemExit(f"{name}: no grid for the method {stated.method}; there are {', '.join(GRIDS)}")
-    grid = GRIDS[stated.method]
+    grid = GRIDS.get(name, GRIDS[stated.method])
     earlier = read(output)
     done = {
         (line["recipe"], json.dumps(line["options"]), line["seed"]): line
