@@ -36,8 +36,8 @@ GRIDS: dict[str, dict[str, list[Any]]] = {
     "dckd": {"beta": [2.0, 8.0], "temperature": [2.0, 4.0]},
     "nkd": {"gamma": [0.5, 1.5], "temperature": [1.0, 3.0]},
     "binary_kl_norm": {"weight": [1e-3, 1e-2, 1e-1]},
-    "dhkd": {"alpha": [1e-2, 1e-1, 1.0], "align": ["all", "none"]},
-    "glyphs/dhkd": {"alpha": [1e-4, 1e-3, 1e-2], "align": ["all", "none"]},
+    "dhkd": {"alpha": [1e-2, 1e-1, 1.0], "head": ["nonlinear", "linear"]},
+    "glyphs/dhkd": {"alpha": [1e-4, 1e-3, 1e-2], "head": ["nonlinear", "linear"]},
     "mhkd": {"alpha": [0.3, 1.0, 3.0]},
 }
 SPLITS = {
