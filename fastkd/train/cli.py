@@ -201,7 +201,3 @@ def _doctor(args: argparse.Namespace) -> int:
 
     print(doctor.report())
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -16,7 +16,7 @@ def test_the_own_method_of_the_docs_trains_from_a_recipe(tmp_path: Path) -> None
     (code,) = re.findall(r"<!-- own method.*?-->\n```python\n(.*?)```", text, re.DOTALL)
     assert len([line for line in code.split("class ")[1].splitlines() if line.strip()]) <= 10
     (tmp_path / "my_methods.py").write_text(code)
-    command = [sys.executable, "-m", "fastkd.train.cli", "train", "fashion-mnist/student"]
+    command = [sys.executable, "-m", "fastkd", "train", "fashion-mnist/student"]
     options = ["method=my_methods:TTM", "method.gamma=0.5", "teacher.name=small_cnn", "teacher.width=4"]
     short = ["data.synthetic=8", "train.epochs=1", "train.device=cpu"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -150,7 +150,7 @@ def test_seeds(workplace: Path, fonts: Path, capsys: pytest.CaptureFixture[str])
 def test_ctrl_c_and_going_on(tiny: list[str], workplace: Path, during: str) -> None:
     epochs = {"teacher": (2, 25), "student": (25, 1)}[during]
     long = [*tiny, "data.characters=41-5A", f"train.epochs={epochs[0]}", f"teacher.epochs={epochs[1]}"]
-    command = [sys.executable, "-m", "fastkd.train.cli", "train", "glyphs/kd", *long]
+    command = [sys.executable, "-m", "fastkd", "train", "glyphs/kd", *long]
     root = str(Path(__file__).resolve().parents[2])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
     process = subprocess.Popen(

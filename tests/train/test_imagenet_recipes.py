@@ -38,7 +38,7 @@ def test_r18_dkd_as_people_run_it(place: Path, capsys: pytest.CaptureFixture[str
     teacher = build_model("torchvision/resnet34", num_classes=4)
     torch.save({"state_dict": {"module." + k: v for k, v in teacher.state_dict().items()}}, "teacher.pth")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "fastkd.train.cli", "train", "imagenet/r18-dkd", "data.root=tree"]
+    command = [sys.executable, "-m", "fastkd", "train", "imagenet/r18-dkd", "data.root=tree"]
     done = subprocess.run(
         [*command, "teacher.checkpoint=teacher.pth", *TINY], capture_output=True, text=True, env=environment
     )
