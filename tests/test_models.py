@@ -10,7 +10,7 @@ from fastkd.models import build_model
 
 # Parameters at 100 classes of the networks of CRD's benchmark and mdistiller. Held against print: WRN-40-2 to
 # the last one (2,255,156); rounded, ResNet-20, 32, 56 (0.278, 0.473, 0.862 million, pytorch-cifar100) and
-# ResNet-50 (23.71 million). The others were not found in print to the last one: here they guard against change.
+# ResNet-50 (23.71 million). The others were not found in print to the last one: they guard against change.
 COUNTS = {
     "resnet8": 83_892,
     "resnet14": 181_108,
