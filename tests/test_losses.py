@@ -45,6 +45,18 @@ def test_rows_of_several_tiles(fused, case, classes):
 
 
 @each_case
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_logits_that_grow_along_the_row(fused, case, dtype):
+    """The largest so far, to which sums are relative, is passed again and again, or never, or once by far."""
+    student, teacher, target = make_logits(3, 4500, torch.float32, fused)
+    ramp = torch.linspace(0, 90, 4500, device=fused)
+    student, teacher = (logits + torch.stack([ramp, -ramp, 0 * ramp]) for logits in (student, teacher))
+    student[2, 3000] = teacher[2, 4000] = 80.0
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    assert_matches(case, student, teacher, target, torch.randn(3, device=fused), reduction="none")
+
+
+@each_case
 @pytest.mark.parametrize(("rows", "classes"), [(1, 70_001), (2, 150_001), (3, 270_001)])
 def test_long_rows_on_three_threads(case, rows, classes):
     """On the CPU: rows shared by threads, and rows too long to keep their exponentials."""
@@ -218,24 +230,26 @@ def test_confident_logits(fused, case):
     [case for case in CASES if "ls" not in case.name and case.name not in ("ce-kd-t1", "ce-dkd")],
     ids=lambda case: case.name,
 )
-def test_classes_masked_in_both_models_add_nothing(fused, case):
-    student, teacher, target = make_logits(4, 40, torch.float32, fused)
-    target %= 30
+@pytest.mark.parametrize(("classes", "kept"), [(40, 30), (4500, 3000)])
+def test_classes_masked_in_both_models_add_nothing(fused, case, classes, kept):
+    student, teacher, target = make_logits(4, classes, torch.float32, fused)
+    target %= kept
     masked_student, masked_teacher = student.clone(), teacher.clone()
-    masked_student[:, 30:] = masked_teacher[:, 30:] = -torch.inf
+    masked_student[:, kept:] = masked_teacher[:, kept:] = -torch.inf
     loss, gradient = loss_and_gradient(case, masked_student, masked_teacher, target, reduction="none")
-    fewer = (student[:, :30], teacher[:, :30], target)
+    fewer = (student[:, :kept], teacher[:, :kept], target)
     true_loss, true_gradient = exact(case, *fewer, reduction="none")
     assert error(loss, true_loss) < 1e-5
-    assert error(gradient[:, :30], true_gradient) < 1e-5
-    assert gradient[:, 30:].count_nonzero() == 0
+    assert error(gradient[:, :kept], true_gradient) < 1e-5
+    assert gradient[:, kept:].count_nonzero() == 0
 
 
 @each_case
-def test_nonfinite_logits_are_not_hidden(fused, case):
+@pytest.mark.parametrize(("classes", "at"), [(20, 7), (3000, 2500)])
+def test_nonfinite_logits_are_not_hidden(fused, case, classes, at):
     for value in (torch.nan, torch.inf):
-        student, teacher, target = make_logits(3, 20, torch.float32, fused)
-        student[1, 7] = value
+        student, teacher, target = make_logits(3, classes, torch.float32, fused)
+        student[1, at] = value
         if value == torch.inf and "binary" in case.name:
             continue  # a Bernoulli that is certain: its loss is infinite, not undefined
         loss = case.loss(student, teacher, target, reduction="none")

@@ -13,7 +13,7 @@ struct ValueAndSlope {
 
 // KL(Bern(sigmoid(v)) || Bern(sigmoid(u))) and its derivative in u, sigmoid(u) - sigmoid(v).
 FASTKD_INLINE ValueAndSlope binary_kl(vf u, vf v) {
-  const vf e_u = exp_nonpositive(-absolute(u)), e_v = exp_nonpositive(-absolute(v));
+  const vf e_u = exp_or_zero(-absolute(u)), e_v = exp_or_zero(-absolute(v));
   const vf sigmoid_u = select(u > 0.0f, broadcast(1.0f), e_u) / (1.0f + e_u);
   const vf sigmoid_v = select(v > 0.0f, broadcast(1.0f), e_v) / (1.0f + e_v);
   // softplus(u) - softplus(v) = max(u, 0) - max(v, 0) + log((1 + e_u) / (1 + e_v)).

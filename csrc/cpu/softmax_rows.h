@@ -70,10 +70,10 @@ FASTKD_INLINE Exponents exponents_of(const Row<double>& row, float max_s, float 
 }
 
 FASTKD_INLINE vf student_exponential(const Exponents& e, vf s) {
-  return power_of_two_nonpositive((s - e.base_s) * e.power_s);
+  return exp2_or_zero((s - e.base_s) * e.power_s);
 }
 FASTKD_INLINE vf teacher_exponential(const Exponents& e, vf t) {
-  return power_of_two_nonpositive((t - e.base_t) * e.power_t);
+  return exp2_or_zero((t - e.base_t) * e.power_t);
 }
 
 // Takes the label's logits out of a block, as masked classes; `top` is then the largest of what remains.
@@ -87,89 +87,167 @@ FASTKD_INLINE void set_label_aside(float* z_s, float* z_t, int64_t at, int padde
   }
 }
 
-// The sums that kNeeds asks for.
+// What the classes of a block add to each sum; kNeeds asks for some of them.
+struct BlockSums {
+  vf sum_s, sum_t, dot_s, dot_t, moment_s, moment_t, entropy_t, plain_s, plain_t;
+};
+
+// Where a block's exponentials are kept; what is not kept is written to one place over and over.
+struct Exponentials {
+  float *student, *teacher, *plain;
+  int step;
+};
+
+// `logits(i, s, t)` gives the block's vectors.
+template <unsigned kNeeds, class Logits>
+FASTKD_INLINE BlockSums sum_block(const RowJob& job, int64_t offset, int padded, const Exponents& exponents,
+                                  Exponentials to, const Logits& logits) {
+  const Rows& rows = *job.rows;
+  const Row<double>& row = job.row;
+  const vf slope_s = broadcast(float(row.student.slope)), slope_t = broadcast(float(row.teacher.slope));
+  const vf mean_s = broadcast(float(row.student.mean)), mean_t = broadcast(float(row.teacher.mean));
+  const bool with_gradient = rows.gradient.data != nullptr;
+  const Ahead next_s = ahead_of_block(rows.student, rows, job.index, offset);
+  const Ahead next_t = ahead_of_block(rows.teacher, rows, job.index, offset);
+  const Ahead gradient = ahead_at(rows.gradient, job.index, offset);
+  vf sum_s = {}, sum_t = {}, dot_s = {}, dot_t = {}, moment_s = {}, moment_t = {}, entropy_t = {};
+  vf plain_s = {}, plain_t = {};
+  for (int i = 0; i < padded; i += kLanes) {
+    fetch(next_s, i);
+    fetch(next_t, i);
+    if (with_gradient) fetch_to_write(gradient, i);
+    vf s, t;
+    logits(i, s, t);
+    const vf exp_u = student_exponential(exponents, s), exp_v = teacher_exponential(exponents, t);
+    // Equal logits differ by exactly 0, and masked ones by a number. A common slope follows after the sum.
+    vf difference = t - s;
+    if (kNeeds & kOwnSlopes) {
+      const vf u = rounded((s - mean_s) * slope_s);
+      difference = rounded((t - mean_t) * slope_t) - u;
+      if (kNeeds & kStandardized) {
+        moment_s += exp_u * u;
+        moment_t += exp_v * u;
+      }
+    }
+    sum_s += exp_u;
+    sum_t += exp_v;
+    if (kNeeds & kTilt) dot_s += exp_u * difference;
+    else dot_t += exp_v * difference;
+    if (kNeeds & kTeacherEntropy) entropy_t += exp_v * (t - exponents.base_t);
+    if (kNeeds & kPlainTeacher) plain_t += exp_or_zero(t - exponents.base_t);
+    store(to.student, exp_u);
+    store(to.teacher, exp_v);
+    to.student += to.step, to.teacher += to.step;
+    if (kNeeds & kPlainStudent) {
+      const vf exp_z = exp_or_zero(s - exponents.base_s);
+      plain_s += exp_z;
+      store(to.plain, exp_z);
+      to.plain += to.step;
+    }
+  }
+  return {sum_s, sum_t, dot_s, dot_t, moment_s, moment_t, entropy_t, plain_s, plain_t};
+}
+
+template <unsigned kNeeds>
+FASTKD_INLINE void add_block(const BlockSums& sums, const Row<double>& row, SoftmaxStatistics<double>& total) {
+  const double common_slope = kNeeds & kOwnSlopes ? 1.0 : row.teacher.slope;
+  total.sum_s += horizontal_sum(sums.sum_s);
+  total.sum_t += horizontal_sum(sums.sum_t);
+  total.dot_s += horizontal_sum(sums.dot_s) * common_slope;
+  total.dot_t += horizontal_sum(sums.dot_t) * common_slope;
+  total.moment_s += horizontal_sum(sums.moment_s);
+  total.moment_t += horizontal_sum(sums.moment_t);
+  total.entropy_t += horizontal_sum(sums.entropy_t) * row.teacher.slope;
+  total.plain_s += horizontal_sum(sums.plain_s);
+  total.plain_t += horizontal_sum(sums.plain_t);
+}
+
+FASTKD_INLINE bool all_finite(const BlockSums& b) {
+  const vf all = b.sum_s + b.sum_t + b.dot_s + b.dot_t + b.moment_s + b.moment_t + b.entropy_t + b.plain_s + b.plain_t;
+  return horizontal_sum(all - all) == 0;
+}
+
+// How far above the base of the exponentials a logit may be, in units of the exponent: their sums are far from
+// overflow, and as exact.
+constexpr float kHeadroom = 8.0f;
+
+// What came of a block that was swept once: converted, compared and summed relative to the bases so far, so that
+// its logits need not be stored before their largest is known.
+enum class Once { kDone, kAboveBase, kNotFinite };
+
+template <unsigned kNeeds, DType kType>
+static __attribute__((noinline)) Once sum_at_once(const RowJob& job, int64_t offset, const Exponents& exponents, const Exponentials& to,
+                         SoftmaxStatistics<double>& total) {
+  typedef Element<kType> E;
+  typedef const typename E::type* Pointer;
+  const Row<double>& row = job.row;
+  const Pointer from_s = (Pointer)job.rows->student.data + job.index * job.rows->student.stride + offset;
+  const Pointer from_t = (Pointer)job.rows->teacher.data + job.index * job.rows->teacher.stride + offset;
+  vf top_s = exponents.base_s, top_t = exponents.base_t;
+  const BlockSums sums = sum_block<kNeeds>(job, offset, kBlock, exponents, to,
+      [&](int i, vf& s, vf& t) __attribute__((always_inline)) {
+    s = E::load(from_s + i), t = E::load(from_t + i);
+    top_s = at_least(s, top_s), top_t = at_least(t, top_t);
+  });
+  if (!all_finite(sums)) return Once::kNotFinite;
+  const float slope_s = float(row.student.slope), slope_t = float(row.teacher.slope);
+  const float room_s = kHeadroom / (kNeeds & kPlainStudent && slope_s < 1 ? 1.0f : slope_s);
+  const float room_t = kHeadroom / (kNeeds & kPlainTeacher && slope_t < 1 ? 1.0f : slope_t);
+  if (horizontal_max(top_s) > total.max_s + room_s || horizontal_max(top_t) > total.max_t + room_t)
+    return Once::kAboveBase;
+  add_block<kNeeds>(sums, row, total);
+  return Once::kDone;
+}
+
+template <unsigned kNeeds>
+static Once sum_at_once(const RowJob& job, int64_t offset, const Exponents& exponents, const Exponentials& to,
+                        SoftmaxStatistics<double>& total) {
+  switch (job.rows->student.dtype) {
+    case DType::kFloat: return sum_at_once<kNeeds, DType::kFloat>(job, offset, exponents, to, total);
+    case DType::kBFloat16: return sum_at_once<kNeeds, DType::kBFloat16>(job, offset, exponents, to, total);
+    default: return sum_at_once<kNeeds, DType::kHalf>(job, offset, exponents, to, total);
+  }
+}
+
 template <unsigned kNeeds>
 static void sweep_statistics(const RowJob& job, int64_t begin, int64_t end, RowPart& part) {
-  float z_s[kBlock], z_t[kBlock];
+  float z_s[kBlock], z_t[kBlock], unkept[3][kLanes];
   const Rows& rows = *job.rows;
   const Row<double>& row = job.row;
   const Kept& kept = job.kept;
   SoftmaxStatistics<double>& total = part.sums;
-  const bool with_gradient = rows.gradient.data != nullptr, keeps = kept.student != nullptr;
+  const bool keeps = kept.student != nullptr;
   const bool smooths = job.options->loss == Loss::kSoftmax && job.options->softmax.label_smoothing != 0;
+  bool at_once = rows.teacher.dtype == rows.student.dtype && !smooths;
   total.max_s = total.max_t = kMasked;
-  const vf slope_s = broadcast(float(row.student.slope)), slope_t = broadcast(float(row.teacher.slope));
-  const vf mean_s = broadcast(float(row.student.mean)), mean_t = broadcast(float(row.teacher.mean));
-  float unkept_s[kLanes], unkept_t[kLanes], unkept_plain[kLanes];
 
   for (int64_t offset = begin; offset < end; offset += kBlock) {
     const int n = block_size(end, offset);
-    const vf top_before_s = broadcast(total.max_s), top_before_t = broadcast(total.max_t);
-    vf top_s = top_before_s, top_t = top_before_t;
-    const int padded = load_block(rows.student, job.index, offset, n, z_s, kMasked, top_s);
-    load_block(rows.teacher, job.index, offset, n, z_t, kMasked, top_t);
-    if (smooths) total.logit_sum += sum_of_block(z_s, n);
     const int64_t label_at = job.label_class - offset;
-    if (job.label_class >= 0 && label_at >= 0 && label_at < n) {
-      top_s = top_before_s, top_t = top_before_t;
-      set_label_aside(z_s, z_t, label_at, padded, part.label, top_s, top_t);
-    }
-    const float max_s = horizontal_max(top_s), max_t = horizontal_max(top_t);
-    rebase(total, max_s, max_t, row.student.slope, row.teacher.slope);
-    if (keeps) kept.max_s[offset / kBlock] = max_s, kept.max_t[offset / kBlock] = max_t;
-
-    const Exponents exponents = exponents_of(row, max_s, max_t);
-    vf sum_s = {}, sum_t = {}, dot_s = {}, dot_t = {}, moment_s = {}, moment_t = {}, entropy_t = {};
-    vf plain_s = {}, plain_t = {};
-    const Ahead next_s = ahead_of_block(rows.student, rows, job.index, offset);
-    const Ahead next_t = ahead_of_block(rows.teacher, rows, job.index, offset);
-    const Ahead gradient = ahead_at(rows.gradient, job.index, offset);
-    // What is not kept is written to one place over and over.
-    const int step = keeps ? kLanes : 0;
-    float* to_s = keeps ? kept.student + offset : unkept_s;
-    float* to_t = keeps ? kept.teacher + offset : unkept_t;
-    float* to_plain = keeps ? kept.plain + offset : unkept_plain;
-    for (int i = 0; i < padded; i += kLanes, to_s += step, to_t += step) {
-      fetch(next_s, i);
-      fetch(next_t, i);
-      if (with_gradient) fetch_to_write(gradient, i);
-      const vf s = load(z_s + i), t = load(z_t + i);
-      const vf exp_u = student_exponential(exponents, s), exp_v = teacher_exponential(exponents, t);
-      // Equal logits differ by exactly 0, and masked ones by a number. A common slope follows after the sum.
-      vf difference = t - s;
-      if (kNeeds & kOwnSlopes) {
-        const vf u = rounded((s - mean_s) * slope_s);
-        difference = rounded((t - mean_t) * slope_t) - u;
-        if (kNeeds & kStandardized) {
-          moment_s += exp_u * u;
-          moment_t += exp_v * u;
-        }
+    const bool has_label = job.label_class >= 0 && label_at >= 0 && label_at < n;
+    const Exponentials to = keeps ? Exponentials{kept.student + offset, kept.teacher + offset, kept.plain + offset, kLanes}
+                                  : Exponentials{unkept[0], unkept[1], unkept[2], 0};
+    Once came = Once::kAboveBase;
+    if (at_once && n == kBlock && !has_label && total.max_s > kMasked && total.max_t > kMasked)
+      came = sum_at_once<kNeeds>(job, offset, exponents_of(row, total.max_s, total.max_t), to, total);
+    at_once = at_once && came != Once::kNotFinite;  // masked classes, likely to come again
+    if (came != Once::kDone) {
+      const vf top_before_s = broadcast(total.max_s), top_before_t = broadcast(total.max_t);
+      vf top_s = top_before_s, top_t = top_before_t;
+      const int padded = load_block(rows.student, job.index, offset, n, z_s, kMasked, top_s);
+      load_block(rows.teacher, job.index, offset, n, z_t, kMasked, top_t);
+      if (smooths) total.logit_sum += sum_of_block(z_s, n);
+      if (has_label) {
+        top_s = top_before_s, top_t = top_before_t;
+        set_label_aside(z_s, z_t, label_at, padded, part.label, top_s, top_t);
       }
-      sum_s += exp_u;
-      sum_t += exp_v;
-      if (kNeeds & kTilt) dot_s += exp_u * difference;
-      else dot_t += exp_v * difference;
-      if (kNeeds & kTeacherEntropy) entropy_t += exp_v * (t - exponents.base_t);
-      if (kNeeds & kPlainTeacher) plain_t += exp_nonpositive(t - exponents.base_t);
-      store(to_s, exp_u);
-      store(to_t, exp_v);
-      if (kNeeds & kPlainStudent) {
-        const vf exp_z = exp_nonpositive(s - exponents.base_s);
-        plain_s += exp_z;
-        store(to_plain, exp_z);
-        to_plain += step;
-      }
+      rebase(total, horizontal_max(top_s), horizontal_max(top_t), row.student.slope, row.teacher.slope);
+      const Exponents exponents = exponents_of(row, total.max_s, total.max_t);
+      const BlockSums sums = sum_block<kNeeds>(job, offset, padded, exponents, to,
+          [&](int i, vf& s, vf& t) __attribute__((always_inline)) { s = load(z_s + i), t = load(z_t + i); });
+      add_block<kNeeds>(sums, row, total);
     }
-    const double common_slope = kNeeds & kOwnSlopes ? 1.0 : row.teacher.slope;
-    total.sum_s += horizontal_sum(sum_s);
-    total.sum_t += horizontal_sum(sum_t);
-    total.dot_s += horizontal_sum(dot_s) * common_slope;
-    total.dot_t += horizontal_sum(dot_t) * common_slope;
-    total.moment_s += horizontal_sum(moment_s);
-    total.moment_t += horizontal_sum(moment_t);
-    total.entropy_t += horizontal_sum(entropy_t) * row.teacher.slope;
-    total.plain_s += horizontal_sum(plain_s);
-    total.plain_t += horizontal_sum(plain_t);
+    if (keeps) kept.max_s[offset / kBlock] = total.max_s, kept.max_t[offset / kBlock] = total.max_t;
   }
 }
 
@@ -239,7 +317,7 @@ static void sweep_gradient(const RowJob& job, int64_t begin, int64_t end, RowPar
       for (int i = 0; i < padded; i += kLanes) {
         store(again_s + i, student_exponential(exponents, load(z_s + i)));
         store(again_t + i, teacher_exponential(exponents, load(z_t + i)));
-        if (kNeeds & kPlainStudent) store(again_plain + i, exp_nonpositive(load(z_s + i) - exponents.base_s));
+        if (kNeeds & kPlainStudent) store(again_plain + i, exp_or_zero(load(z_s + i) - exponents.base_s));
       }
     }
     // Mostly the largest logit came early, and the factors are 1.

@@ -73,33 +73,47 @@ FASTKD_INLINE float horizontal_max(vf x) {
   return largest;
 }
 
+// y = n + rest for -127 <= y < 127, n the nearest integer; scale is 2^n.
+struct IntegerAndRest {
+  vf scale, rest;
+};
+
+FASTKD_INLINE IntegerAndRest split_exponent(vf y) {
+  // Adding 1.5 * 2^23 rounds y to the integer n, which then stands in the low bits of the sum; with 127 added,
+  // those bits are the exponent of 2^n.
+  constexpr float kRounder = 12582912.0f + 127.0f;
+  const vf shifted = rounded(y + kRounder);
+  return {as_float(as_int(shifted) << 23), y - (shifted - kRounder)};
+}
+
 // 2^y = scale + scale * minus_one for -127 <= y < 127: kept apart because 2^y - 1 is wanted without cancellation.
 struct PowerOfTwo {
   vf scale, minus_one;
 };
 
 FASTKD_INLINE PowerOfTwo power_of_two(vf y) {
-  // y = n + f. Adding 1.5 * 2^23 rounds y to the integer n, which then stands in the low bits of the sum; with
-  // 127 added, those bits are the exponent of 2^n.
-  constexpr float kRounder = 12582912.0f + 127.0f;
-  const vf shifted = rounded(y + kRounder);
-  const vf f = y - (shifted - kRounder);
+  const IntegerAndRest split = split_exponent(y);
+  const vf f = split.rest;
   // Least-maximum-error fit of (2^f - 1) / f, relative error 1e-8.
   const vf slope = 
       0.693147188f + f * (0.240226498f + f * (0.0555035722f +
       f * (0.00961823793f + f * (0.00133908498f + f * 0.000154035126f))));
-  return {as_float(as_int(shifted) << 23), f * slope};
+  return {split.scale, f * slope};
 }
 
-// 2^y for y <= 0; exactly 0 below 2^-126, NaN stays.
-FASTKD_INLINE vf power_of_two_nonpositive(vf y) {
-  const PowerOfTwo power = power_of_two(at_least(y, broadcast(-127.0f)));  // whose scale is 0
-  return power.scale + power.scale * power.minus_one;
+// 2^y for y < 127; exactly 0 below 2^-126, NaN stays.
+FASTKD_INLINE vf exp2_or_zero(vf y) {
+  const IntegerAndRest split = split_exponent(at_least(y, broadcast(-127.0f)));  // whose scale is 0
+  // Least-maximum-error fit of 2^f that is 1 at 0, relative error 1.1e-7.
+  const vf f = split.rest;
+  const vf power = 1.0f + f * (0.693147004f + f * (0.240222424f + f * (0.0555073395f +
+      f * (0.00967151113f + f * 0.00132646528f))));
+  return power * split.scale;
 }
 
 constexpr float kLog2E = 1.44269504f;
 
-FASTKD_INLINE vf exp_nonpositive(vf x) { return power_of_two_nonpositive(x * kLog2E); }
+FASTKD_INLINE vf exp_or_zero(vf x) { return exp2_or_zero(x * kLog2E); }
 
 // 2 atanh(w) = log((1 + w) / (1 - w)) for |w| <= 1/3, relative error 4e-9.
 FASTKD_INLINE vf twice_atanh(vf w) {
