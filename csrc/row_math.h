@@ -38,10 +38,10 @@ struct RowScale {
   Real slope, mean, deviation;
 };
 
-// Sums over a part of a row, relative to the largest logits seen in it.
+// Sums over a part of a row, relative to the largest logits seen in it, or to others not far below.
 template <class Real>
 struct SoftmaxStatistics {
-  float max_s, max_t;       // largest logits, in units of z
+  float max_s, max_t;       // what they are relative to, in units of z
   Real sum_s, sum_t;        // sum exp(u - max u), sum exp(v - max v)
   Real dot_s, dot_t;        // sum exp(u - max u) (v - u), sum exp(v - max v) (v - u)
   Real moment_s, moment_t;  // sum exp(u - max u) u, sum exp(v - max v) u: for standardised logits

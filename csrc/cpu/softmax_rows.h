@@ -175,9 +175,10 @@ constexpr float kHeadroom = 8.0f;
 // its logits need not be stored before their largest is known.
 enum class Once { kDone, kAboveBase, kNotFinite };
 
+// Not inlined: with both forms of the loop in one function, its sums were kept on the stack.
 template <unsigned kNeeds, DType kType>
-static __attribute__((noinline)) Once sum_at_once(const RowJob& job, int64_t offset, const Exponents& exponents, const Exponentials& to,
-                         SoftmaxStatistics<double>& total) {
+static __attribute__((noinline)) Once sum_at_once(const RowJob& job, int64_t offset, const Exponents& exponents,
+                                                  const Exponentials& to, SoftmaxStatistics<double>& total) {
   typedef Element<kType> E;
   typedef const typename E::type* Pointer;
   const Row<double>& row = job.row;
@@ -189,12 +190,12 @@ static __attribute__((noinline)) Once sum_at_once(const RowJob& job, int64_t off
     s = E::load(from_s + i), t = E::load(from_t + i);
     top_s = at_least(s, top_s), top_t = at_least(t, top_t);
   });
-  if (!all_finite(sums)) return Once::kNotFinite;
   const float slope_s = float(row.student.slope), slope_t = float(row.teacher.slope);
   const float room_s = kHeadroom / (kNeeds & kPlainStudent && slope_s < 1 ? 1.0f : slope_s);
   const float room_t = kHeadroom / (kNeeds & kPlainTeacher && slope_t < 1 ? 1.0f : slope_t);
   if (horizontal_max(top_s) > total.max_s + room_s || horizontal_max(top_t) > total.max_t + room_t)
     return Once::kAboveBase;
+  if (!all_finite(sums)) return Once::kNotFinite;
   add_block<kNeeds>(sums, row, total);
   return Once::kDone;
 }
@@ -230,7 +231,7 @@ static void sweep_statistics(const RowJob& job, int64_t begin, int64_t end, RowP
     Once came = Once::kAboveBase;
     if (at_once && n == kBlock && !has_label && total.max_s > kMasked && total.max_t > kMasked)
       came = sum_at_once<kNeeds>(job, offset, exponents_of(row, total.max_s, total.max_t), to, total);
-    at_once = at_once && came != Once::kNotFinite;  // masked classes, likely to come again
+    at_once = at_once && came != Once::kNotFinite;  // masked classes: likely there are more
     if (came != Once::kDone) {
       const vf top_before_s = broadcast(total.max_s), top_before_t = broadcast(total.max_t);
       vf top_s = top_before_s, top_t = top_before_t;
