@@ -7,42 +7,105 @@
 namespace fastkd {
 namespace FASTKD_ISA {
 
-struct ValueAndSlope {
-  vf value, slope;
+// What a class adds to its row's loss, value + log(factor), and the derivative. A product of factors takes one
+// logarithm for all of them.
+struct ClassTerm {
+  vf value, factor, slope;
 };
 
+// Every factor is from 1/2 to 1: a product of so many is in the normal range.
+constexpr int kFactors = 64;
+
 // KL(Bern(sigmoid(v)) || Bern(sigmoid(u))) and its derivative in u, sigmoid(u) - sigmoid(v).
-FASTKD_INLINE ValueAndSlope binary_kl(vf u, vf v) {
+FASTKD_INLINE ClassTerm binary_kl(vf u, vf v) {
   const vf e_u = exp_or_zero(-absolute(u)), e_v = exp_or_zero(-absolute(v));
   const vf sigmoid_u = select(u > 0.0f, broadcast(1.0f), e_u) / (1.0f + e_u);
   const vf sigmoid_v = select(v > 0.0f, broadcast(1.0f), e_v) / (1.0f + e_v);
   // softplus(u) - softplus(v) = max(u, 0) - max(v, 0) + log((1 + e_u) / (1 + e_v)).
   const vf log_ratio = twice_atanh((e_u - e_v) / (2.0f + e_u + e_v));
   const vf hinges = select(u > 0.0f, u, vf{}) - select(v > 0.0f, v, vf{});
-  return {sigmoid_v * (v - u) + (hinges + log_ratio), sigmoid_u - sigmoid_v};
+  return {sigmoid_v * (v - u) + (hinges + log_ratio), broadcast(1.0f), sigmoid_u - sigmoid_v};
 }
 
 // log cosh(x) and its derivative tanh(x).
-FASTKD_INLINE ValueAndSlope log_cosh(vf x) {
+FASTKD_INLINE ClassTerm log_cosh(vf x) {
   const vf magnitude = absolute(x);
   const PowerOfTwo e = power_of_two(at_least(magnitude * (-2.0f * kLog2E), broadcast(-126.0f)));
   const vf e_minus_one = e.scale * e.minus_one + (e.scale - 1.0f);  // E = e^{-2|x|} - 1, exact near 0
-  // tanh|x| = -E / (2 + E) and log((1 + e^{-2|x|}) / 2) = 2 atanh(E / (4 + E)), with one division.
-  const vf two = 2.0f + e_minus_one, four = 4.0f + e_minus_one;
-  const vf ratio = e_minus_one / (two * four);
-  const vf tanh_magnitude = -ratio * four;
-  const vf tanh = select(x < 0.0f, -tanh_magnitude, tanh_magnitude);
-  // The series where log cosh would cancel against |x|.
+  const vf tanh_magnitude = e_minus_one / (-2.0f - e_minus_one);
+  const vf tanh = as_float(as_int(tanh_magnitude) | (as_int(x) & int32_t(0x80000000)));
+  // |x| + log((1 + e^{-2|x|}) / 2), or a series where these would cancel.
   const vf s = x * x;
   const vf series = s * (0.5f - s * (1.0f / 12 - s * (1.0f / 45 - s * (17.0f / 2520))));
-  const vf value = magnitude + twice_atanh(ratio * two);
-  return {select(magnitude < 0.2f, series, value), tanh};
+  const vi small = magnitude < 0.2f;
+  return {select(small, series, magnitude), select(small, broadcast(1.0f), 1.0f + 0.5f * e_minus_one), tanh};
 }
 
 template <Loss kLoss>
-FASTKD_INLINE ValueAndSlope pointwise(vf s, vf t, float inverse) {
+FASTKD_INLINE ClassTerm pointwise(vf s, vf t, float inverse) {
   if (kLoss == Loss::kBinaryKL) return binary_kl(s * inverse, t * inverse);
   return log_cosh((s - t) * (0.5f * inverse));
+}
+
+// `logits(i, s, t)` gives the vectors of n logits, `take(i, slope)` gets each one's derivative; returns the sum.
+template <Loss kLoss, class Logits, class Take>
+FASTKD_INLINE double sum_pointwise(int n, float inverse, const Logits& logits, const Take& take) {
+  double total = 0;
+  for (int begin = 0; begin < n; begin += kFactors * kLanes) {
+    const int end = n - begin < kFactors * kLanes ? n : begin + kFactors * kLanes;
+    vf sum = {}, product = broadcast(1.0f);
+    for (int i = begin; i < end; i += kLanes) {
+      vf s, t;
+      logits(i, s, t);
+      const ClassTerm term = pointwise<kLoss>(s, t, inverse);
+      sum += term.value;
+      if (kLoss == Loss::kBinaryKLNorm) product *= term.factor;
+      take(i, term.slope);
+    }
+    if (kLoss == Loss::kBinaryKLNorm) sum += natural_log(product);
+    total += horizontal_sum(sum);
+  }
+  return total;
+}
+
+// Whole vectors of one dtype, from the row to the gradient without a stop; returns how many logits that were.
+template <Loss kLoss, DType kType>
+static int sweep_vectors(const RowJob& job, int64_t offset, int n, float inverse, float slope_weight, double& total) {
+  typedef Element<kType> E;
+  typedef typename E::type Number;
+  const Rows& rows = *job.rows;
+  const Number* from_s = (const Number*)rows.student.data + job.index * rows.student.stride + offset;
+  const Number* from_t = (const Number*)rows.teacher.data + job.index * rows.teacher.stride + offset;
+  const bool with_gradient = rows.gradient.data != nullptr;
+  Number* to = with_gradient ? (Number*)rows.gradient.data + job.index * rows.gradient.stride + offset : nullptr;
+  const Ahead next_s = ahead_of_block(rows.student, rows, job.index, offset);
+  const Ahead next_t = ahead_of_block(rows.teacher, rows, job.index, offset);
+  const Ahead next_gradient = ahead_of_block(rows.gradient, rows, job.index, offset);
+  const vf masked = broadcast(kMasked);
+  const int whole = n - n % kLanes;
+  total += sum_pointwise<kLoss>(
+      whole, inverse,
+      [&](int i, vf& s, vf& t) __attribute__((always_inline)) {
+        fetch(next_s, i);
+        fetch(next_t, i);
+        s = at_least(E::load(from_s + i), masked), t = at_least(E::load(from_t + i), masked);
+      },
+      [&](int i, vf slope) __attribute__((always_inline)) {
+        if (!with_gradient) return;
+        fetch_to_write(next_gradient, i);
+        E::store(to + i, slope * slope_weight);
+      });
+  return whole;
+}
+
+template <Loss kLoss>
+static int sweep_vectors(const RowJob& job, int64_t offset, int n, float inverse, float slope_weight, double& total) {
+  if (job.rows->student.dtype != job.rows->teacher.dtype) return 0;
+  switch (job.rows->student.dtype) {
+    case DType::kFloat: return sweep_vectors<kLoss, DType::kFloat>(job, offset, n, inverse, slope_weight, total);
+    case DType::kBFloat16: return sweep_vectors<kLoss, DType::kBFloat16>(job, offset, n, inverse, slope_weight, total);
+    default: return sweep_vectors<kLoss, DType::kHalf>(job, offset, n, inverse, slope_weight, total);
+  }
 }
 
 template <Loss kLoss>
@@ -55,24 +118,20 @@ static void sweep_pointwise(const RowJob& job, int64_t begin, int64_t end, RowPa
   const bool with_gradient = rows.gradient.data != nullptr;
   float z_s[kBlock], z_t[kBlock];
   for (int64_t offset = begin; offset < end; offset += kBlock) {
-    const int n = block_size(end, offset);
-    const int padded = load_block(rows.student, job.index, offset, n, z_s);
-    load_block(rows.teacher, job.index, offset, n, z_t);
-    vf sum = {};
-    const Ahead next_s = ahead_of_block(rows.student, rows, job.index, offset);
-    const Ahead next_t = ahead_of_block(rows.teacher, rows, job.index, offset);
-    const Ahead gradient = ahead_at(rows.gradient, job.index, offset);
-    for (int i = 0; i < padded; i += kLanes) {
-      fetch(next_s, i);
-      fetch(next_t, i);
-      if (with_gradient) fetch_to_write(gradient, i);
-      const ValueAndSlope at = pointwise<kLoss>(load(z_s + i), load(z_t + i), inverse);
-      sum += at.value;
-      store(z_s + i, at.slope * slope_weight);
-    }
-    part.student_sum += horizontal_sum(sum);
+    int n = block_size(end, offset);
+    const int done = sweep_vectors<kLoss>(job, offset, n, inverse, slope_weight, part.student_sum);
+    if (done == n) continue;
+    // The row's last logits, or what has to be converted from two dtypes.
+    n -= done;
+    const int64_t rest = offset + done;
+    const int padded = load_block(rows.student, job.index, rest, n, z_s);
+    load_block(rows.teacher, job.index, rest, n, z_t);
+    part.student_sum += sum_pointwise<kLoss>(
+        padded, inverse,
+        [&](int i, vf& s, vf& t) __attribute__((always_inline)) { s = load(z_s + i), t = load(z_t + i); },
+        [&](int i, vf slope) __attribute__((always_inline)) { store(z_s + i, slope * slope_weight); });
     if (with_gradient)
-      store_block(rows.gradient, job.index, offset, n,
+      store_block(rows.gradient, job.index, rest, n,
                   [&](int i) __attribute__((always_inline)) { return load(z_s + i); });
   }
 }
