@@ -4,7 +4,8 @@
 #
 #     benchmarks/on_gpu.sh FOLDER
 #
-# Run from the repository's root with torch and triton importable; nothing else is needed but pytest, for the tests.
+# Run from the repository's root with torch and triton importable, pytest for the tests, and torchvision and pydantic for
+# the throughput; what is missing fails by itself, and the rest goes on.
 # Results go to FOLDER, which must not exist yet. Commit FOLDER's .jsonl files under benchmarks/results/.
 set -u
 out=${1:?usage: benchmarks/on_gpu.sh FOLDER}

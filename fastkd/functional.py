@@ -8,12 +8,13 @@ Common to all of them:
 - Several pairs of logits of equal shape, such as the heads of a multi-head student, go through one call as
   two lists: one launch on a GPU, and a result with a first dimension for the pairs (``[H]``, or ``[H, ...]``
   for "none"). ``target`` and ``weight`` hold for every pair. Heads of different classes need a call each.
-- T^2 is included: a weight means the same at every temperature.
+- T^2 is included, so that a weight means the same at every temperature; not in ``reverse_kl_loss`` and
+  ``jsd_loss``, as is the custom for language models, and ``ttm_loss`` has no T.
 - ``reduction``: ``"batchmean"`` (sum over the rows that count, divided by their number), ``"sum"``, or
   ``"none"`` (one value a row, in the shape of the leading dimensions). ``"mean"`` is refused.
 - ``weight`` [...], where given, multiplies each row's loss; "batchmean" still divides by the number of rows.
-- A row whose label is ``ignore_index`` adds nothing to loss, gradient or count; with no row left
-  the loss is 0.
+- Where there is a ``target``, a row whose label is ``ignore_index`` adds nothing to loss, gradient or count;
+  with no row left the loss is 0.
 - The gradient is computed with the loss. It differentiates once; ``create_graph=True`` raises (use
   ``fastkd.set_backend("eager")`` for second derivatives).
 - TypeError and ValueError name the argument, its value and what is expected, before anything is computed.
@@ -86,8 +87,8 @@ def dkd_loss(
 
     TCKD is the KL between the two models' (p_y, 1 - p_y); NCKD the KL between their distributions over the
     classes that are not the label, which is 0 by definition where there are only two classes. ``target``
-    [...] int64. Published: alpha 1, beta 8, T 4 for CIFAR-100 (beta 2 to 8 by pair), T 1 and beta 0.5 or 2
-    for ImageNet, a cross-entropy of weight 1 beside it and a linear warm-up over 20 epochs.
+    [...] int64. Published, with a cross-entropy of weight 1 beside it: alpha 1, beta 8 (2 to 8 by pair), T 4
+    and a linear warm-up over 20 epochs for CIFAR-100; beta 0.5 or 2, T 1 and 1 epoch of it for ImageNet.
     """
     return dckd_loss(
         student_logits,

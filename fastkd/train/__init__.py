@@ -1,4 +1,4 @@
-"""Training: recipes, the loop, the `fastkd` command. Imported lazily: only `fit` needs no extra packages."""
+"""Training: recipes, the loop, the `fastkd` command. Imported lazily: a loss needs none of its libraries."""
 
 from __future__ import annotations
 

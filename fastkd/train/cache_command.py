@@ -89,10 +89,11 @@ def _fill(
     console: Console,
 ) -> TeacherCache:
     loader: Any = data.train_loader(recipe.train.batch_size, recipe.train.seed, device)
+    precision = recipe.train.teacher_precision or recipe.train.precision
     with locked(writer.partial):
         for epoch in writer.missing_epochs():
             began = time.perf_counter()
-            writer.write_epoch(epoch, _logits(loader, epoch, teacher, device, recipe.train.precision))
+            writer.write_epoch(epoch, _logits(loader, epoch, teacher, device, precision))
             seconds = time.perf_counter() - began
             console.print(f"epoch {epoch + 1}/{epochs} cached, {seconds:.1f} s")
     return writer.finish()

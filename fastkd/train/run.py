@@ -117,10 +117,12 @@ def check_shares(recipe: Recipe) -> None:
     """Every rank must get as many images of a batch. Raises ``RecipeError``."""
     world = distributed.world()
     for key, section in (("train", recipe.train), ("teacher", recipe.teacher)):
-        if section is not None and section.batch_size % world:
+        if section is None or world == 1:
+            continue
+        if section.batch_size % world or section.batch_size < 2 * world:
             raise RecipeError(
-                f"{key}.batch_size = {section.batch_size} cannot be shared among {world} processes evenly; "
-                "it counts the images of a step over all of them"
+                f"{key}.batch_size = {section.batch_size} cannot be shared among {world} processes evenly, "
+                "two images or more to each; it counts the images of a step over all of them"
             )
 
 
@@ -167,7 +169,7 @@ def _distil(
         "last": {"epoch": result.last["epoch"], "val_accuracy": result.last["val_accuracy"]},
         "seconds": result.seconds,
         "teacher": teacher.summary if teacher else None,
-        "corrupt_images": list(getattr(data, "corrupt", ())),
+        "corrupt_images": dict(getattr(data, "corrupt", {})),
         "made_with": _versions(device),
     }
     if distributed.is_first():

@@ -147,6 +147,9 @@ def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatc
     _, recipe = load_recipe("fashion-mnist/student", ["train.batch_size=16"])
     with pytest.raises(RecipeError, match="batch_size = 16 cannot be shared among 3 processes"):
         check_shares(recipe)
+    monkeypatch.setattr(distributed, "world", lambda: 16)
+    with pytest.raises(RecipeError, match="two images or more to each"):
+        check_shares(recipe)
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 16])

@@ -90,7 +90,7 @@ def test_corrupt_images_end_up_in_the_summary(place: Path, capsys: pytest.Captur
     student = ["student.name=small_cnn", "student.width=2"]
     assert main(["train", "imagenet/r18", "data.root=tree", *TINY, *student]) == 0
     (run,) = place.glob("runs/imagenet-*")
-    assert json.loads((run / "summary.json").read_text())["corrupt_images"] == [str(bad)]
+    assert json.loads((run / "summary.json").read_text())["corrupt_images"].keys() == {str(bad)}
     assert main(["train", "imagenet/r18", "data.root=tree", *TINY, *student, "data.corrupt_limit=0"]) == 2
     assert str(bad) in capsys.readouterr().err
 
