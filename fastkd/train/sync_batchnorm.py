@@ -8,23 +8,32 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastkd.distill.heads import RowBatchNorm
+
 from . import distributed
+from .errors import RecipeError
 
 
 def synchronised(module: nn.Module, device: torch.device) -> nn.Module:
     """``module`` with the statistics of every BatchNorm taken over all ranks; parameters stay the same.
 
-    Raises nothing and changes nothing with one rank. A method reads layers by reference: convert the student
-    before it is handed to one.
+    Changes nothing with one rank. A method reads layers by reference: convert the student before it is handed
+    to one. Raises ``RecipeError`` for a layer that does more than normalise, which would be lost.
     """
     if distributed.world() == 1:
         return module
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and type(layer).forward not in _KNOWN:
+            raise RecipeError(
+                f"train.sync_batchnorm: layer {name!r} is a {type(layer).__name__}, with a forward of its "
+                "own; only torch's BatchNorm can be synchronised"
+            )
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    for name, child in module.named_children():
-        setattr(module, name, synchronised(child, device))
-    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
-        module.__class__ = _SYNCHRONISED[type(module)]
+    for layer in module.modules():
+        for plain, synchronised_class in _SYNCHRONISED.items():
+            if isinstance(layer, plain):
+                layer.__class__ = synchronised_class
     return module
 
 
@@ -93,6 +102,10 @@ class _Synchronised2d(_Synchronised, nn.BatchNorm2d): ...
 class _Synchronised3d(_Synchronised, nn.BatchNorm3d): ...
 
 
+# A head's RowBatchNorm takes a single row too, which all ranks together never have.
+_KNOWN = tuple(
+    kind.forward for kind in (nn.modules.batchnorm._BatchNorm, RowBatchNorm, nn.SyncBatchNorm, _Synchronised)
+)
 _SYNCHRONISED: dict[type, type] = {
     nn.BatchNorm1d: _Synchronised1d,
     nn.BatchNorm2d: _Synchronised2d,

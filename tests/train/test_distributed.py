@@ -123,6 +123,16 @@ def test_synchronised_statistics_are_those_of_the_whole_batch(both: list[dict[st
             torch.testing.assert_close(value, whole[0][key], rtol=1e-4, atol=1e-6)
 
 
+def test_a_layer_that_does_more_than_normalise_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    class WithActivation(nn.BatchNorm2d):
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return super().forward(inputs).relu()
+
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    with pytest.raises(RecipeError, match=r"layer '1' is a WithActivation"):
+        synchronised(nn.Sequential(nn.Conv2d(3, 3, 1), WithActivation(3)), CPU)
+
+
 def normalised(mine: slice) -> Any:
     """A layer's buffers, output and the gradient of its input, for some rows of a batch."""
     torch.manual_seed(1)
