@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastkd.distill import DHKD, GradientAlignment, find_method
 from fastkd.distill.alignment import parameters_of
+from fastkd.distill.heads import RowBatchNorm
 
 from .models import CLASSES, METHODS, Net, batch, pair
 
@@ -279,7 +280,7 @@ def test_a_weight_of_zero_is_the_student_alone() -> None:
 def test_heads() -> None:
     student, teacher = pair()
     shape = [type(layer) for layer in DHKD(student, teacher).head]
-    assert shape == [nn.Linear, nn.Dropout, nn.BatchNorm1d, nn.ReLU, nn.Linear]
+    assert shape == [nn.Linear, nn.Dropout, RowBatchNorm, nn.ReLU, nn.Linear]
     method = DHKD(student, teacher)
     assert (method.head[0].in_features, method.head[0].out_features, method.head[4].out_features) == (
         8,
