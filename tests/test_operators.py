@@ -59,11 +59,12 @@ def test_backward_twice_over_a_kept_graph(fused, case):
     student.requires_grad_()
     loss = case.loss(student, teacher, target)
     expected = exact(case, student.detach(), teacher, target)[1].float()
+    rounding = 5e-7 * max(1.0, expected.abs().max().item())  # of terms that may cancel
     for factor in (0.0, 2.5, 1.0):
         (gradient,) = torch.autograd.grad(loss * factor, student, retain_graph=True)
-        torch.testing.assert_close(gradient, factor * expected, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(gradient, factor * expected, rtol=1e-4, atol=rounding)
     loss.backward()
-    torch.testing.assert_close(student.grad, expected, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(student.grad, expected, rtol=1e-4, atol=rounding)
 
 
 def test_gradient_of_a_shared_loss_is_not_overwritten(fused):
