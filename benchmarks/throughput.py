@@ -26,25 +26,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from fastkd.bench.command import positive
+from fastkd.bench.peers import masked_dkd
 from fastkd.bench.protocol import percentile
 from fastkd.bench.results import ResultFileError, Writer, header
 from fastkd.distill import DKD
+from fastkd.models import build_model
 from fastkd.train import Watcher, fit_method
 from fastkd.train.precision import autocast, compile_networks
+from fastkd.train.transforms import IMAGENET_MEAN, IMAGENET_STD, Normalize
 
-ALPHA, BETA = 1.0, 0.5
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+BETA, TEMPERATURE = 0.5, 1.0  # and alpha 1
 
 
 class RandomBytes:
     """So many batches of the same few, pinned where there is a GPU; normalised by who takes them."""
 
-    mean, std = MEAN, STD
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
 
     def __init__(self, batches: int, shape: tuple[int, ...], classes: int, *, pinned: bool) -> None:
         self._batches = batches
@@ -87,17 +90,6 @@ class Timed(Watcher):
         self._clock.step_done()
 
 
-def plain_dkd(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy and DKD at T 1 in the form in wide use: masks, two-class probabilities, -1000."""
-    label = torch.zeros_like(student).scatter_(1, target[:, None], 1).bool()
-    q, p = F.softmax(student, 1), F.softmax(teacher, 1)
-    two_q, two_p = (torch.stack([(x * label).sum(1), (x * ~label).sum(1)], 1) for x in (q, p))
-    tckd = F.kl_div(two_q.log(), two_p, reduction="sum") / len(student)
-    rest_p, rest_q = F.softmax(teacher - 1000.0 * label, 1), F.log_softmax(student - 1000.0 * label, 1)
-    nckd = F.kl_div(rest_q, rest_p, reduction="sum") / len(student)
-    return F.cross_entropy(student, target) + ALPHA * tckd + BETA * nckd
-
-
 class Comparison:
     """The networks and settings that all variants share."""
 
@@ -105,8 +97,10 @@ class Comparison:
         torch.manual_seed(0)
         self.device, self.precision = torch.device(args.device), args.precision
         self.channels_last = args.channels_last
-        student, teacher = (network(args.classes).to(self.device) for network in NETWORKS[args.networks])
-        self.method = DKD(student, teacher, alpha=ALPHA, beta=BETA, temperature=1.0, warmup_epochs=0)
+        teacher, student = (
+            build_model(name, num_classes=args.classes).to(self.device) for name in NETWORKS[args.networks]
+        )
+        self.method = DKD(student, teacher, beta=BETA, temperature=TEMPERATURE, warmup_epochs=0)
         if self.channels_last:
             self.method.to(memory_format=torch.channels_last)
             teacher.to(memory_format=torch.channels_last)
@@ -117,8 +111,7 @@ class Comparison:
         shape = (args.batch, 3, args.size, args.size)
         self.loader = RandomBytes(self.end, shape, args.classes, pinned=self.device.type == "cuda")
         self.validation = RandomBytes(1, (2, *shape[1:]), args.classes, pinned=False)
-        mean, std = (torch.tensor(values, device=self.device).view(1, -1, 1, 1) for values in (MEAN, STD))
-        self._scale, self._shift = 1 / (255 * std), -mean / std
+        self._normalize = Normalize(IMAGENET_MEAN, IMAGENET_STD, self.device)
         self.split: dict[str, float] = {}
 
     def optimizer(self) -> torch.optim.Optimizer:
@@ -128,7 +121,7 @@ class Comparison:
         )
 
     def images(self, pixels: Tensor) -> Tensor:
-        images = pixels.to(self.device, non_blocking=True).float().mul_(self._scale).add_(self._shift)
+        images = self._normalize(pixels)
         return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
 
     def trainer(self) -> float:
@@ -158,7 +151,9 @@ class Comparison:
                 teacher = self.teacher(images)
             student = self.student(images)
             # Eager softmax in half precision would be another loss: autocast takes it in float32 too.
-            return plain_dkd(student.float(), teacher.float(), target)
+            student, teacher = student.float(), teacher.float()
+            dkd = masked_dkd(student, teacher, target, beta=BETA, temperature=TEMPERATURE)
+            return F.cross_entropy(student, target) + dkd
 
         return self._loop(loss_of)
 
@@ -176,18 +171,10 @@ class Comparison:
         return clock.seconds
 
 
-def _torchvision(name: str) -> Callable[[int], nn.Module]:
-    def build(classes: int) -> nn.Module:
-        import torchvision
-
-        return torchvision.models.get_model(name, num_classes=classes)
-
-    return build
-
-
+# Teacher and student.
 NETWORKS = {
-    "resnet34-resnet18": (_torchvision("resnet18"), _torchvision("resnet34")),
-    "resnet50-resnet18": (_torchvision("resnet18"), _torchvision("resnet50")),
+    "resnet34-resnet18": ("torchvision/resnet34", "torchvision/resnet18"),
+    "resnet50-resnet18": ("torchvision/resnet50", "torchvision/resnet18"),
 }
 VARIANTS = ("trainer", "bare", "plain")
 
@@ -245,13 +232,6 @@ def shares_of(splits: list[dict[str, float]]) -> dict[str, float]:
 def ratio(numerators: list[float], denominators: list[float]) -> float:
     """Median of the ratios of turns: neighbours in time share the machine's drift."""
     return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("expected at least 1")
-    return value
 
 
 def arguments() -> argparse.ArgumentParser:

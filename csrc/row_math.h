@@ -55,6 +55,14 @@ struct RowLabel {
   float z_s, z_t;
 };
 
+// Sums are taken relative to a logit near the largest one seen: rebasing them is worth it only when a logit exceeds
+// that base by so much. e^8 times a million classes is far from overflow, and as exact. `plain`: exponentials at
+// T = 1 are taken too.
+template <class Real>
+FASTKD_ROW_FUNCTION Real headroom(bool plain, Real slope) {
+  return 8 / (plain && slope < 1 ? Real(1) : slope);
+}
+
 // Brings sums that are relative to smaller largest logits to the larger ones of the next part. Sums that kNeeds does
 // not ask for may be left as they are.
 template <unsigned kNeeds = ~0u, class Real>

@@ -69,15 +69,13 @@ FASTKD_INLINE double sum_pointwise(int n, float inverse, const Logits& logits, c
 }
 
 // Whole vectors of one dtype, from the row to the gradient without a stop; returns how many logits that were.
-template <Loss kLoss, DType kType>
+template <Loss kLoss, class E>
 static int sweep_vectors(const RowJob& job, int64_t offset, int n, float inverse, float slope_weight, double& total) {
-  typedef Element<kType> E;
-  typedef typename E::type Number;
   const Rows& rows = *job.rows;
-  const Number* from_s = (const Number*)rows.student.data + job.index * rows.student.stride + offset;
-  const Number* from_t = (const Number*)rows.teacher.data + job.index * rows.teacher.stride + offset;
+  const typename E::type* from_s = element_at<E>(rows.student, job.index, offset);
+  const typename E::type* from_t = element_at<E>(rows.teacher, job.index, offset);
   const bool with_gradient = rows.gradient.data != nullptr;
-  Number* to = with_gradient ? (Number*)rows.gradient.data + job.index * rows.gradient.stride + offset : nullptr;
+  typename E::type* to = with_gradient ? element_at<E>(rows.gradient, job.index, offset) : nullptr;
   const Ahead next_s = ahead_of_block(rows.student, rows, job.index, offset);
   const Ahead next_t = ahead_of_block(rows.teacher, rows, job.index, offset);
   const Ahead next_gradient = ahead_of_block(rows.gradient, rows, job.index, offset);
@@ -101,11 +99,9 @@ static int sweep_vectors(const RowJob& job, int64_t offset, int n, float inverse
 template <Loss kLoss>
 static int sweep_vectors(const RowJob& job, int64_t offset, int n, float inverse, float slope_weight, double& total) {
   if (job.rows->student.dtype != job.rows->teacher.dtype) return 0;
-  switch (job.rows->student.dtype) {
-    case DType::kFloat: return sweep_vectors<kLoss, DType::kFloat>(job, offset, n, inverse, slope_weight, total);
-    case DType::kBFloat16: return sweep_vectors<kLoss, DType::kBFloat16>(job, offset, n, inverse, slope_weight, total);
-    default: return sweep_vectors<kLoss, DType::kHalf>(job, offset, n, inverse, slope_weight, total);
-  }
+  return with_element(job.rows->student.dtype, [&](auto element) __attribute__((always_inline)) {
+    return sweep_vectors<kLoss, decltype(element)>(job, offset, n, inverse, slope_weight, total);
+  });
 }
 
 template <Loss kLoss>

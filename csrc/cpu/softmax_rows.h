@@ -167,32 +167,25 @@ FASTKD_INLINE bool all_finite(const BlockSums& b) {
   return horizontal_sum(all - all) == 0;
 }
 
-// How far above the base of the exponentials a logit may be, in units of the exponent: their sums are far from
-// overflow, and as exact.
-constexpr float kHeadroom = 8.0f;
-
 // What came of a block that was swept once: converted, compared and summed relative to the bases so far, so that
 // its logits need not be stored before their largest is known.
 enum class Once { kDone, kAboveBase, kNotFinite };
 
 // Not inlined: with both forms of the loop in one function, its sums were kept on the stack.
-template <unsigned kNeeds, DType kType>
+template <unsigned kNeeds, class E>
 static __attribute__((noinline)) Once sum_at_once(const RowJob& job, int64_t offset, const Exponents& exponents,
                                                   const Exponentials& to, SoftmaxStatistics<double>& total) {
-  typedef Element<kType> E;
-  typedef const typename E::type* Pointer;
   const Row<double>& row = job.row;
-  const Pointer from_s = (Pointer)job.rows->student.data + job.index * job.rows->student.stride + offset;
-  const Pointer from_t = (Pointer)job.rows->teacher.data + job.index * job.rows->teacher.stride + offset;
+  const typename E::type* from_s = element_at<E>(job.rows->student, job.index, offset);
+  const typename E::type* from_t = element_at<E>(job.rows->teacher, job.index, offset);
   vf top_s = exponents.base_s, top_t = exponents.base_t;
   const BlockSums sums = sum_block<kNeeds>(job, offset, kBlock, exponents, to,
       [&](int i, vf& s, vf& t) __attribute__((always_inline)) {
     s = E::load(from_s + i), t = E::load(from_t + i);
     top_s = at_least(s, top_s), top_t = at_least(t, top_t);
   });
-  const float slope_s = float(row.student.slope), slope_t = float(row.teacher.slope);
-  const float room_s = kHeadroom / (kNeeds & kPlainStudent && slope_s < 1 ? 1.0f : slope_s);
-  const float room_t = kHeadroom / (kNeeds & kPlainTeacher && slope_t < 1 ? 1.0f : slope_t);
+  const float room_s = headroom(kNeeds & kPlainStudent, float(row.student.slope));
+  const float room_t = headroom(kNeeds & kPlainTeacher, float(row.teacher.slope));
   if (horizontal_max(top_s) > total.max_s + room_s || horizontal_max(top_t) > total.max_t + room_t)
     return Once::kAboveBase;
   if (!all_finite(sums)) return Once::kNotFinite;
@@ -203,11 +196,9 @@ static __attribute__((noinline)) Once sum_at_once(const RowJob& job, int64_t off
 template <unsigned kNeeds>
 static Once sum_at_once(const RowJob& job, int64_t offset, const Exponents& exponents, const Exponentials& to,
                         SoftmaxStatistics<double>& total) {
-  switch (job.rows->student.dtype) {
-    case DType::kFloat: return sum_at_once<kNeeds, DType::kFloat>(job, offset, exponents, to, total);
-    case DType::kBFloat16: return sum_at_once<kNeeds, DType::kBFloat16>(job, offset, exponents, to, total);
-    default: return sum_at_once<kNeeds, DType::kHalf>(job, offset, exponents, to, total);
-  }
+  return with_element(job.rows->student.dtype, [&](auto element) __attribute__((always_inline)) {
+    return sum_at_once<kNeeds, decltype(element)>(job, offset, exponents, to, total);
+  });
 }
 
 template <unsigned kNeeds>

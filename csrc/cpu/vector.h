@@ -227,7 +227,22 @@ struct Element<DType::kHalf> {
   }
 };
 
-// ---- blocks: the only code that knows of dtypes and of a row's ragged end ---------------------------------
+// Calls visit(Element<...>()) with the element of a dtype.
+template <class Visit>
+FASTKD_INLINE auto with_element(DType dtype, const Visit& visit) {
+  switch (dtype) {
+    case DType::kFloat: return visit(Element<DType::kFloat>());
+    case DType::kBFloat16: return visit(Element<DType::kBFloat16>());
+    default: return visit(Element<DType::kHalf>());
+  }
+}
+
+template <class E>
+FASTKD_INLINE typename E::type* element_at(const Matrix& matrix, int64_t row, int64_t offset) {
+  return (typename E::type*)matrix.data + row * matrix.stride + offset;
+}
+
+// ---- blocks: the only code that knows of a row's ragged end ------------------------------------------------
 
 // Logits are worked on in blocks that stay in the first-level cache, converted to float and padded to whole
 // vectors; a padded entry is a masked class, which adds nothing to any sum.
@@ -263,10 +278,8 @@ FASTKD_INLINE void fetch_to_write(const Ahead& ahead, int i) {
 
 // Copies n <= kBlock values to `to`, raising what is below `lowest` to it, and `largest` to the largest of them;
 // returns the padded length.
-template <DType kType>
-FASTKD_INLINE int load_block_as(const void* row, int64_t offset, int n, float* to, float lowest, vf& largest) {
-  typedef Element<kType> E;
-  const typename E::type* from = (const typename E::type*)row + offset;
+template <class E>
+FASTKD_INLINE int load_block_as(const typename E::type* from, int n, float* to, float lowest, vf& largest) {
   const vf bound = broadcast(lowest);
   int i = 0;
   vf top = largest;
@@ -289,12 +302,10 @@ FASTKD_INLINE int load_block_as(const void* row, int64_t offset, int n, float* t
 
 FASTKD_INLINE int load_block(const Matrix& matrix, int64_t row, int64_t offset, int n, float* to, float lowest,
                              vf& largest) {
-  const int64_t start = row * matrix.stride + offset;
-  switch (matrix.dtype) {
-    case DType::kFloat: return load_block_as<DType::kFloat>(matrix.data, start, n, to, lowest, largest);
-    case DType::kBFloat16: return load_block_as<DType::kBFloat16>(matrix.data, start, n, to, lowest, largest);
-    default: return load_block_as<DType::kHalf>(matrix.data, start, n, to, lowest, largest);
-  }
+  return with_element(matrix.dtype, [&](auto element) __attribute__((always_inline)) {
+    typedef decltype(element) E;
+    return load_block_as<E>(element_at<E>(matrix, row, offset), n, to, lowest, largest);
+  });
 }
 
 FASTKD_INLINE int load_block(const Matrix& matrix, int64_t row, int64_t offset, int n, float* to,
@@ -314,10 +325,8 @@ FASTKD_INLINE float sum_of_block(const float* block, int n) {
 }
 
 // Writes value(i) for i = 0, kLanes, ... to the n entries of a row from `offset` on, in the matrix's dtype.
-template <DType kType, class Value>
-FASTKD_INLINE void store_block_as(void* row, int64_t offset, int n, const Value& value) {
-  typedef Element<kType> E;
-  typename E::type* to = (typename E::type*)row + offset;
+template <class E, class Value>
+FASTKD_INLINE void store_block_as(typename E::type* to, int n, const Value& value) {
   int i = 0;
   for (; i + kLanes <= n; i += kLanes) E::store(to + i, value(i));
   if (i < n) {
@@ -329,12 +338,10 @@ FASTKD_INLINE void store_block_as(void* row, int64_t offset, int n, const Value&
 
 template <class Value>
 FASTKD_INLINE void store_block(const Matrix& matrix, int64_t row, int64_t offset, int n, const Value& value) {
-  const int64_t start = row * matrix.stride + offset;
-  switch (matrix.dtype) {
-    case DType::kFloat: return store_block_as<DType::kFloat>(matrix.data, start, n, value);
-    case DType::kBFloat16: return store_block_as<DType::kBFloat16>(matrix.data, start, n, value);
-    default: return store_block_as<DType::kHalf>(matrix.data, start, n, value);
-  }
+  with_element(matrix.dtype, [&](auto element) __attribute__((always_inline)) {
+    typedef decltype(element) E;
+    store_block_as<E>(element_at<E>(matrix, row, offset), n, value);
+  });
 }
 
 FASTKD_INLINE void fill_row(const Matrix& matrix, int64_t row, int64_t offset, int64_t n, float value) {

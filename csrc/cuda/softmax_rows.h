@@ -8,10 +8,6 @@ namespace cuda {
 
 constexpr float kLog2E = 1.44269504f;
 
-// Sums are taken relative to a logit near the largest one seen: rebasing them is worth it only when a logit exceeds
-// that base by so much, in units of the exponent. e^8 times a million classes is far from overflow.
-constexpr float kHeadroom = 8.0f;
-
 // Calls visit on every sum that kNeeds asks for.
 template <unsigned kNeeds, class Visit>
 FASTKD_DEVICE void each_sum(SoftmaxStatistics<float>& sums, const Visit& visit) {
@@ -65,8 +61,8 @@ FASTKD_DEVICE void sum_share(const Sweep& sweep, int label, bool with_logit_sum,
   sums.max_s = sums.max_t = kMasked;
   const RowScale<float> student = row.student, teacher = row.teacher;
   const float power_s = student.slope * kLog2E, power_t = teacher.slope * kLog2E;
-  const float headroom_s = kHeadroom / (kNeeds & kPlainStudent && student.slope < 1 ? 1.0f : student.slope);
-  const float headroom_t = kHeadroom / (kNeeds & kPlainTeacher && teacher.slope < 1 ? 1.0f : teacher.slope);
+  const float headroom_s = headroom(kNeeds & kPlainStudent, student.slope);
+  const float headroom_t = headroom(kNeeds & kPlainTeacher, teacher.slope);
   const int classes = int(row.classes);
 
   sweep([&](int column, float (&s)[kVector], float (&t)[kVector]) {

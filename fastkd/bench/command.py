@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steps", nargs="+", choices=list(STEPS), metavar="STEP", help=f"with --step, {_list(STEPS)}"
     )
-    parser.add_argument("--batch", type=_positive, metavar="N", help="with --step: the batch size")
+    parser.add_argument("--batch", type=positive, metavar="N", help="with --step: the batch size")
     parser.add_argument(
         "--seconds",
         type=float,
@@ -194,7 +194,8 @@ def _shape(text: str) -> tuple[int, int]:
     return int(rows), int(classes)
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """For argparse: a whole number from 1."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}; expected at least 1")
     return int(text)

@@ -29,15 +29,19 @@ def eager_kd(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
     return _kd(s, t, T_KD)
 
 
-def eager_dkd(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+def masked_dkd(s: Tensor, t: Tensor, y: Tensor, *, beta: float, temperature: float) -> Tensor:
     """DKD in the form in wide use: masks, probabilities of two classes, -1000 on the label."""
     label = torch.zeros_like(s).scatter_(1, y[:, None], 1).bool()
-    q, p = F.softmax(s / T_KD, 1), F.softmax(t / T_KD, 1)
+    q, p = F.softmax(s / temperature, 1), F.softmax(t / temperature, 1)
     two_q, two_p = (torch.stack([(x * label).sum(1), (x * ~label).sum(1)], 1) for x in (q, p))
-    tckd = F.kl_div(two_q.log(), two_p, reduction="sum") * T_KD**2 / s.shape[0]
-    rest_p = F.softmax(t / T_KD - 1000.0 * label, 1)
-    rest_q = F.log_softmax(s / T_KD - 1000.0 * label, 1)
-    return tckd + 8.0 * F.kl_div(rest_q, rest_p, reduction="sum") * T_KD**2 / s.shape[0]
+    tckd = F.kl_div(two_q.log(), two_p, reduction="sum") * temperature**2 / s.shape[0]
+    rest_p = F.softmax(t / temperature - 1000.0 * label, 1)
+    rest_q = F.log_softmax(s / temperature - 1000.0 * label, 1)
+    return tckd + beta * F.kl_div(rest_q, rest_p, reduction="sum") * temperature**2 / s.shape[0]
+
+
+def eager_dkd(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    return masked_dkd(s, t, y, beta=8.0, temperature=T_KD)
 
 
 def eager_binary_kl_norm(s: Tensor, t: Tensor, y: Tensor) -> Tensor:

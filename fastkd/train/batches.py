@@ -18,6 +18,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from . import distributed
 from .epoch_order import rows_of
+from .transforms import Normalize
 
 Batch = tuple[Tensor, ...]  # images, target and whatever else the method takes
 
@@ -42,10 +43,8 @@ class Batches:
         self.waited = 0.0  # seconds of this epoch that the host spent waiting for the loader
         self._loader, self._device, self._even = loader, device, even
         self._channels_last = channels_last
-        self._scale = self._shift = None
-        if getattr(loader, "mean", None) is not None and getattr(loader, "std", None) is not None:
-            mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (loader.mean, loader.std))
-            self._scale, self._shift = (1 / (255 * std)).to(device), (-mean / std).to(device)
+        mean, std = getattr(loader, "mean", None), getattr(loader, "std", None)
+        self._normalize = None if mean is None or std is None else Normalize(mean, std, device)
 
     @property
     def length(self) -> int | None:
@@ -103,12 +102,12 @@ class Batches:
             yield self._moved(images), *(part.to(self._device, non_blocking=True) for part in rest)
 
     def _moved(self, images: Tensor) -> Tensor:
-        images = images.to(self._device, non_blocking=True)
-        if images.dtype == torch.uint8:
-            if self._scale is None or self._shift is None:
+        if images.dtype == torch.uint8 and self._normalize is not None:
+            images = self._normalize(images)
+        else:
+            images = images.to(self._device, non_blocking=True)
+            if images.dtype == torch.uint8:
                 images = images.float().div_(255)
-            else:
-                images = images.float().mul_(self._scale).add_(self._shift)
         if self._channels_last and images.dim() == 4:
             images = images.contiguous(memory_format=torch.channels_last)
         return images

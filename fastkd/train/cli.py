@@ -50,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from fastkd import verify
+    from fastkd.bench import command as bench
+
     parser = argparse.ArgumentParser(
         prog="fastkd", description="Fused knowledge distillation losses and a thin trainer."
     )
@@ -65,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a name that `fastkd recipes` lists or a .yaml file, then overrides such as train.epochs=3",
     )
     train.add_argument(
-        "--seeds", type=_positive, metavar="N", help="run N seeds; print mean ± standard deviation"
+        "--seeds", type=bench.positive, metavar="N", help="run N seeds; print mean ± standard deviation"
     )
     train.add_argument(
         "--resume",
@@ -105,9 +108,6 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="say which backends work here, and why others do not")
     doctor.set_defaults(run=_doctor)
 
-    from fastkd import verify
-    from fastkd.bench import command as bench
-
     check = commands.add_parser("check", help="check every loss on every backend here against float64")
     verify.add_arguments(check)
     check.set_defaults(run=verify.run)
@@ -115,13 +115,6 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_arguments(timing)
     timing.set_defaults(run=bench.run)
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("expected at least 1")
-    return value
 
 
 def _train(args: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from .epoch_order import EpochOrder
 from .errors import DataError
 from .glyph_fonts import DEJAVU_HOLDOUT, split_faces
 from .glyph_images import GlyphSet, load_glyphs
@@ -104,31 +105,24 @@ class GlyphLoader:
             raise DataError("no faces to load")
         self._images = images
         self._faces = np.asarray(faces)
-        self._batch_size = batch_size
         self._device = device
         self._seed = seed
         self._augment = augment
-        self._epoch = 0
+        self._order = EpochOrder(len(faces) * images.shape[1], batch_size, seed)
 
     def set_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
+        self._order.epoch = epoch
 
     def __len__(self) -> int:
-        return math.ceil(len(self._faces) * self._images.shape[1] / self._batch_size)
+        return len(self._order)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         classes = self._images.shape[1]
-        total = len(self._faces) * classes
-        if self._seed is None:
-            order = np.arange(total)
-        else:
-            order = np.random.default_rng([self._seed, self._epoch]).permutation(total)
         generator = torch.Generator(self._device)
         # Distinct for every seed below 2**31 and epoch below 2**20.
-        generator.manual_seed((self._seed or 0) * 2**20 + self._epoch)
-        for start in range(0, total, self._batch_size):
-            chosen = order[start : start + self._batch_size]
-            face, target = np.divmod(chosen, classes)
+        generator.manual_seed((self._seed or 0) * 2**20 + self._order.epoch)
+        for batch in self._order.batches():
+            face, target = np.divmod(batch.samples, classes)
             pixels = torch.from_numpy(self._images[self._faces[face], target])
             images = pixels.to(self._device, non_blocking=True).unsqueeze(1).float().div_(255)
             if self._augment and self._seed is not None:

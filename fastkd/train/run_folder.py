@@ -26,8 +26,8 @@ from .batches import Batch
 from .checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from .curves import plot_curves
 from .errors import CheckpointError, NonFiniteLossError, StorageError
+from .forwarding import ForwardingWatcher
 from .loop import Record, Watcher
-from .meters import LossMeter
 from .recipe import Recipe
 from .recipe_files import dump_flat_yaml
 
@@ -121,7 +121,7 @@ def read_resume_state(folder: Path, note: Callable[[str], None]) -> dict[str, An
     return None
 
 
-class RunRecorder(Watcher):
+class RunRecorder(ForwardingWatcher):
     """Writes checkpoints and metrics after every epoch, the curves at the end (however it comes).
 
     Everything is passed on to ``shown``. ``facts`` go into the checkpoints beside the weights;
@@ -138,20 +138,16 @@ class RunRecorder(Watcher):
         teacher_accuracy: float | None = None,
         keep_every: int | None = None,
     ) -> None:
+        super().__init__(shown)
         self._folder = folder
-        self._shown = shown
         self._facts = facts
         self._title = title
         self._teacher_accuracy = teacher_accuracy
         self._keep_every = keep_every
         self._history: list[Record] = []
 
-    def __enter__(self) -> RunRecorder:
-        self._shown.__enter__()
-        return self
-
     def __exit__(self, *exception: object) -> None:
-        self._shown.__exit__(*exception)
+        super().__exit__(*exception)
         if self._history:
             picture = self._folder / "curves.png"
             # A failure here must not hide the one that ended the run.
@@ -159,15 +155,6 @@ class RunRecorder(Watcher):
                 plot_curves(
                     self._history, picture, title=self._title, teacher_accuracy=self._teacher_accuracy
                 )
-
-    def note(self, text: str) -> None:
-        self._shown.note(text)
-
-    def epoch_started(self, epoch: int, epochs: int, batches: int | None) -> None:
-        self._shown.epoch_started(epoch, epochs, batches)
-
-    def batch_done(self, meter: LossMeter) -> None:
-        self._shown.batch_done(meter)
 
     def epoch_done(self, record: Record, state: Callable[[], dict[str, Any]]) -> None:
         resume = state()
@@ -182,11 +169,11 @@ class RunRecorder(Watcher):
         self._save(resume)
         # Whole, from the history: a line that an interrupt left out or doubled would stay so.
         write_text(self._folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in history))
-        self._shown.epoch_done(record, state)
+        super().epoch_done(record, state)
 
     def checkpoint(self, epoch: int, step: int, state: Callable[[], dict[str, Any]]) -> None:
         self._save(state())
-        self._shown.checkpoint(epoch, step, state)
+        super().checkpoint(epoch, step, state)
 
     def not_finite(self, error: NonFiniteLossError, batch: Batch | None) -> None:
         if batch is None:
