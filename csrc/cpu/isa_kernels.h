@@ -26,15 +26,22 @@ static const Phases& phases_of(const LossOptions& options) {
 // less than it costs.
 constexpr int64_t kKeptClasses = 1 << 18;
 
+// A row's gradient, written last, is until then where its student's exponentials are kept: less memory to go through
+// the cache.
+static bool keeps_in_gradient(const Rows& rows) {
+  return rows.gradient.data != nullptr && rows.gradient.dtype == DType::kFloat;
+}
+
 static Kept keep(const Rows& rows, const LossOptions& options) {
   if (rows.gradient.data == nullptr && options.loss != Loss::kJSD) return {};
   if (rows.classes > kKeptClasses) return {};
-  const bool with_plain = needs_of(options) & kPlainStudent;
+  const bool with_plain = needs_of(options) & kPlainStudent, in_gradient = keeps_in_gradient(rows);
   const int64_t blocks = (rows.classes + kBlock - 1) / kBlock, floats = blocks * kBlock;
-  float* data = scratch((with_plain ? 3 : 2) * floats + 2 * blocks);
-  if (data == nullptr) return {};
-  float* after = data + (with_plain ? 3 : 2) * floats;
-  return {data, data + floats, with_plain ? data + 2 * floats : nullptr, after, after + blocks};
+  const int64_t of_student = in_gradient ? kBlock : floats, of_plain = with_plain ? floats : 0;
+  float* student = scratch(of_student + floats + of_plain + 2 * blocks);
+  if (student == nullptr) return {};
+  float *teacher = student + of_student, *plain = teacher + floats, *max_s = plain + of_plain;
+  return {student, teacher, plain, student + of_student - kBlock, max_s, max_s + blocks};
 }
 
 // Starts on a row; false where it is finished with that: left out, or without a valid label.
@@ -67,6 +74,8 @@ static void row_loss(const Rows& rows, const LossOptions& options, int64_t begin
     RowJob job;
     if (!start_row(job, rows, options, index)) continue;
     job.kept = kept;
+    if (kept.student != nullptr && keeps_in_gradient(rows))
+      job.kept.student = element_at<Element<DType::kFloat>>(rows.gradient, index, 0);
     for (int phase = 0; phase < phases.count && runs_phase(phases, phase, rows); phase++) {
       RowPart part{};
       phases.run[phase](job, 0, rows.classes, part);

@@ -61,12 +61,12 @@ static void sweep_mixture(const RowJob& job, int64_t begin, int64_t end, RowPart
     const int n = block_size(end, offset);
     MixtureSums of_block;
     if (kept.student != nullptr) {
-      float *exp_u = kept.student + offset, *exp_v = kept.teacher + offset;
+      const Exponentials exponentials = kept_block(kept, offset, n);
       const double below_s = double(kept.max_s[offset / kBlock]) - sums.max_s;
       const double below_t = double(kept.max_t[offset / kBlock]) - sums.max_t;
-      of_block = mix_block(exp_u, exp_v, __builtin_exp(below_s * job.row.student.slope) / sums.sum_s,
+      of_block = mix_block(exponentials.student, exponentials.teacher, __builtin_exp(below_s * job.row.student.slope) / sums.sum_s,
                            __builtin_exp(below_t * job.row.teacher.slope) / sums.sum_t, job.options->values[1],
-                           (n + kLanes - 1) / kLanes * kLanes, exp_u, exp_v);
+                           padded_to_line(n), exponentials.student, exponentials.teacher);
     } else {
       of_block = mix_again(job, offset, n, q, q_log);
     }
@@ -90,11 +90,12 @@ static void sweep_mixture_gradient(const RowJob& job, int64_t begin, int64_t end
   const vf mean = broadcast(float(job.student_kl));
   for (int64_t offset = begin; offset < end; offset += kBlock) {
     const int n = block_size(end, offset);
-    const float *q = again_q, *q_log = again_q_log;
-    if (job.kept.student != nullptr) q = job.kept.student + offset, q_log = job.kept.teacher + offset;
-    else mix_again(job, offset, n, again_q, again_q_log);
-    store_block(job.rows->gradient, job.index, offset, n,
-                [&](int i) __attribute__((always_inline)) { return scale * (load(q_log + i) - load(q + i) * mean); });
+    const bool keeps = job.kept.student != nullptr;
+    if (!keeps) mix_again(job, offset, n, again_q, again_q_log);
+    const Exponentials mixed = keeps ? kept_block(job.kept, offset, n) : Exponentials{again_q, again_q_log, nullptr};
+    store_block(job.rows->gradient, job.index, offset, n, [&](int i) __attribute__((always_inline)) {
+      return scale * (load(mixed.teacher + i) - load(mixed.student + i) * mean);
+    });
   }
 }
 

@@ -30,7 +30,7 @@ FASTKD_INLINE ClassTerm binary_kl(vf u, vf v) {
 // log cosh(x) and its derivative tanh(x).
 FASTKD_INLINE ClassTerm log_cosh(vf x) {
   const vf magnitude = absolute(x);
-  const PowerOfTwo e = power_of_two(at_least(magnitude * (-2.0f * kLog2E), broadcast(-126.0f)));
+  const PowerOfTwo e = power_of_two(at_least(magnitude * float(-2 * kLog2E), broadcast(-126.0f)));
   const vf e_minus_one = e.scale * e.minus_one + (e.scale - 1.0f);  // E = e^{-2|x|} - 1, exact near 0
   const vf tanh_magnitude = e_minus_one / (-2.0f - e_minus_one);
   const vf tanh = as_float(as_int(tanh_magnitude) | (as_int(x) & int32_t(0x80000000)));

@@ -24,6 +24,7 @@ struct RowPart {
 // is too long to stay in cache, or is shared by threads: then the later sweep computes them again.
 struct Kept {
   float *student, *teacher, *plain;  // one number a class, by block
+  float* last_student;               // the student's last block where it is ragged: `student` may end with the row
   float *max_s, *max_t;              // what each block's exponentials are relative to
 };
 

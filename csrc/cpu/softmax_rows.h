@@ -57,24 +57,18 @@ static void combine_moments(RowJob& job, const RowPart* parts, int count) {
 
 // ---- statistics ------------------------------------------------------------------------------------------------
 
-constexpr double kLog2EDouble = 1.4426950408889634;
-
-// The exponents that a row's logits are taken to: (z - base) * power is log2 of the exponential.
+// Exponentials of a row's logits, relative to those at the bases.
 struct Exponents {
-  vf base_s, base_t, power_s, power_t;
+  vf base_s, base_t;
+  Exponent student, teacher;
 };
 
 FASTKD_INLINE Exponents exponents_of(const Row<double>& row, float max_s, float max_t) {
-  return {broadcast(max_s), broadcast(max_t), broadcast(float(row.student.slope * kLog2EDouble)),
-          broadcast(float(row.teacher.slope * kLog2EDouble))};
+  return {broadcast(max_s), broadcast(max_t), exponent_of(row.student.slope), exponent_of(row.teacher.slope)};
 }
 
-FASTKD_INLINE vf student_exponential(const Exponents& e, vf s) {
-  return exp2_or_zero((s - e.base_s) * e.power_s);
-}
-FASTKD_INLINE vf teacher_exponential(const Exponents& e, vf t) {
-  return exp2_or_zero((t - e.base_t) * e.power_t);
-}
+FASTKD_INLINE vf student_exponential(const Exponents& e, vf s) { return exp_or_zero(s - e.base_s, e.student); }
+FASTKD_INLINE vf teacher_exponential(const Exponents& e, vf t) { return exp_or_zero(t - e.base_t, e.teacher); }
 
 // Takes the label's logits out of a block, as masked classes; `top` is then the largest of what remains.
 FASTKD_INLINE void set_label_aside(float* z_s, float* z_t, int64_t at, int padded, RowLabel& label, vf& top_s,
@@ -92,33 +86,35 @@ struct BlockSums {
   vf sum_s, sum_t, dot_s, dot_t, moment_s, moment_t, entropy_t, plain_s, plain_t;
 };
 
-// Where a block's exponentials are kept; what is not kept is written to one place over and over.
+// Of the block of n classes at `offset`.
 struct Exponentials {
   float *student, *teacher, *plain;
-  int step;
 };
+
+FASTKD_INLINE Exponentials kept_block(const Kept& kept, int64_t offset, int n) {
+  return {n == kBlock ? kept.student + offset : kept.last_student, kept.teacher + offset, kept.plain + offset};
+}
 
 // `logits(i, s, t)` gives the block's vectors.
 template <unsigned kNeeds, class Logits>
 FASTKD_INLINE BlockSums sum_block(const RowJob& job, int64_t offset, int padded, const Exponents& exponents,
-                                  Exponentials to, const Logits& logits) {
+                                  const Exponentials to, const Logits& logits) {
   const Rows& rows = *job.rows;
   const Row<double>& row = job.row;
   const vf slope_s = broadcast(float(row.student.slope)), slope_t = broadcast(float(row.teacher.slope));
   const vf mean_s = broadcast(float(row.student.mean)), mean_t = broadcast(float(row.teacher.mean));
-  const bool with_gradient = rows.gradient.data != nullptr;
   const Ahead next_s = ahead_of_block(rows.student, rows, job.index, offset);
   const Ahead next_t = ahead_of_block(rows.teacher, rows, job.index, offset);
   const Ahead gradient = ahead_at(rows.gradient, job.index, offset);
+  const bool with_gradient = rows.gradient.data != nullptr;
+  const vf base_s = exponents.base_s, base_t = exponents.base_t;
+  const Exponent exponent_s = exponents.student, exponent_t = kNeeds & kOwnSlopes ? exponents.teacher : exponent_s;
   vf sum_s = {}, sum_t = {}, dot_s = {}, dot_t = {}, moment_s = {}, moment_t = {}, entropy_t = {};
   vf plain_s = {}, plain_t = {};
-  for (int i = 0; i < padded; i += kLanes) {
-    fetch(next_s, i);
-    fetch(next_t, i);
-    if (with_gradient) fetch_to_write(gradient, i);
+  const auto add = [&](int i) __attribute__((always_inline)) {
     vf s, t;
     logits(i, s, t);
-    const vf exp_u = student_exponential(exponents, s), exp_v = teacher_exponential(exponents, t);
+    const vf exp_u = exp_or_zero(s - base_s, exponent_s), exp_v = exp_or_zero(t - base_t, exponent_t);
     // Equal logits differ by exactly 0, and masked ones by a number. A common slope follows after the sum.
     vf difference = t - s;
     if (kNeeds & kOwnSlopes) {
@@ -135,15 +131,19 @@ FASTKD_INLINE BlockSums sum_block(const RowJob& job, int64_t offset, int padded,
     else dot_t += exp_v * difference;
     if (kNeeds & kTeacherEntropy) entropy_t += exp_v * (t - exponents.base_t);
     if (kNeeds & kPlainTeacher) plain_t += exp_or_zero(t - exponents.base_t);
-    store(to.student, exp_u);
-    store(to.teacher, exp_v);
-    to.student += to.step, to.teacher += to.step;
+    store(to.student + i, exp_u);
+    store(to.teacher + i, exp_v);
     if (kNeeds & kPlainStudent) {
       const vf exp_z = exp_or_zero(s - exponents.base_s);
       plain_s += exp_z;
-      store(to.plain, exp_z);
-      to.plain += to.step;
+      store(to.plain + i, exp_z);
     }
+  };
+  for (int line = 0; line < padded; line += kLine) {
+    fetch(next_s, line);
+    fetch(next_t, line);
+    if (with_gradient) fetch_to_write(gradient, line);
+    for (int i = line; i < line + kLine; i += kLanes) add(i);
   }
   return {sum_s, sum_t, dot_s, dot_t, moment_s, moment_t, entropy_t, plain_s, plain_t};
 }
@@ -203,7 +203,7 @@ static Once sum_at_once(const RowJob& job, int64_t offset, const Exponents& expo
 
 template <unsigned kNeeds>
 static void sweep_statistics(const RowJob& job, int64_t begin, int64_t end, RowPart& part) {
-  float z_s[kBlock], z_t[kBlock], unkept[3][kLanes];
+  float z_s[kBlock], z_t[kBlock], unkept[3][kBlock];
   const Rows& rows = *job.rows;
   const Row<double>& row = job.row;
   const Kept& kept = job.kept;
@@ -217,8 +217,7 @@ static void sweep_statistics(const RowJob& job, int64_t begin, int64_t end, RowP
     const int n = block_size(end, offset);
     const int64_t label_at = job.label_class - offset;
     const bool has_label = job.label_class >= 0 && label_at >= 0 && label_at < n;
-    const Exponentials to = keeps ? Exponentials{kept.student + offset, kept.teacher + offset, kept.plain + offset, kLanes}
-                                  : Exponentials{unkept[0], unkept[1], unkept[2], 0};
+    const Exponentials to = keeps ? kept_block(kept, offset, n) : Exponentials{unkept[0], unkept[1], unkept[2]};
     Once came = Once::kAboveBase;
     if (at_once && n == kBlock && !has_label && total.max_s > kMasked && total.max_t > kMasked)
       came = sum_at_once<kNeeds>(job, offset, exponents_of(row, total.max_s, total.max_t), to, total);
@@ -294,10 +293,9 @@ static void sweep_gradient(const RowJob& job, int64_t begin, int64_t end, RowPar
   for (int64_t block = (end - 1) / kBlock; block >= begin / kBlock; block--) {
     const int64_t offset = block * kBlock;
     const int n = block_size(end, offset);
-    const float *exp_u = again_s, *exp_v = again_t, *exp_z = again_plain;
+    const Exponentials exponentials = keeps ? kept_block(kept, offset, n) : Exponentials{again_s, again_t, again_plain};
     double below_s = 0, below_t = 0;
     if (keeps) {
-      exp_u = kept.student + offset, exp_v = kept.teacher + offset, exp_z = kept.plain + offset;
       below_s = double(kept.max_s[block]) - row.sums.max_s;
       below_t = double(kept.max_t[block]) - row.sums.max_t;
       if (kNeeds & (kStandardized | kTilt)) load_block(rows.student, job.index, offset, n, z_s);
@@ -319,9 +317,10 @@ static void sweep_gradient(const RowJob& job, int64_t begin, int64_t end, RowPar
     const vf a = broadcast(float(g.student * factor_s)), b = broadcast(float(g.teacher * factor_t));
     const vf c = broadcast(float(g.plain * factor_1)), tilt = broadcast(float(g.tilt * factor_s * row.student.slope));
     store_block(rows.gradient, job.index, offset, n, [&](int i) __attribute__((always_inline)) {
-      if (kNeeds & kTilt) return load(exp_u + i) * (a + tilt * (load(z_t + i) - load(z_s + i)));
-      vf value = rounded(a * load(exp_u + i)) - rounded(b * load(exp_v + i)) + constant;
-      if (kNeeds & kPlainStudent) value += c * load(exp_z + i);
+      const vf exp_u = load(exponentials.student + i);
+      if (kNeeds & kTilt) return exp_u * (a + tilt * (load(z_t + i) - load(z_s + i)));
+      vf value = rounded(a * exp_u) - rounded(b * load(exponentials.teacher + i)) + constant;
+      if (kNeeds & kPlainStudent) value += c * load(exponentials.plain + i);
       if (kNeeds & kStandardized) value += affine * (load(z_s + i) - mean);
       return value;
     });

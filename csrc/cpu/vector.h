@@ -73,18 +73,8 @@ FASTKD_INLINE float horizontal_max(vf x) {
   return largest;
 }
 
-// y = n + rest for -127 <= y < 127, n the nearest integer; scale is 2^n.
-struct IntegerAndRest {
-  vf scale, rest;
-};
-
-FASTKD_INLINE IntegerAndRest split_exponent(vf y) {
-  // Adding 1.5 * 2^23 rounds y to the integer n, which then stands in the low bits of the sum; with 127 added,
-  // those bits are the exponent of 2^n.
-  constexpr float kRounder = 12582912.0f + 127.0f;
-  const vf shifted = rounded(y + kRounder);
-  return {as_float(as_int(shifted) << 23), y - (shifted - kRounder)};
-}
+// 1.5 * 2^23: a sum with it is rounded to an integer, which then stands in its low bits.
+constexpr float kRounder = 12582912.0f;
 
 // 2^y = scale + scale * minus_one for -127 <= y < 127: kept apart because 2^y - 1 is wanted without cancellation.
 struct PowerOfTwo {
@@ -92,28 +82,69 @@ struct PowerOfTwo {
 };
 
 FASTKD_INLINE PowerOfTwo power_of_two(vf y) {
-  const IntegerAndRest split = split_exponent(y);
-  const vf f = split.rest;
+  constexpr float kBias = kRounder + 127.0f;  // the exponent of 1
+  const vf shifted = rounded(y + kBias);
+  const vf scale = as_float(as_int(shifted) << 23), f = y - (shifted - kBias);
   // Least-maximum-error fit of (2^f - 1) / f, relative error 1e-8.
   const vf slope = 
       0.693147188f + f * (0.240226498f + f * (0.0555035722f +
       f * (0.00961823793f + f * (0.00133908498f + f * 0.000154035126f))));
-  return {split.scale, f * slope};
+  return {scale, f * slope};
 }
 
-// 2^y for y < 127; exactly 0 below 2^-126, NaN stays.
-FASTKD_INLINE vf exp2_or_zero(vf y) {
-  const IntegerAndRest split = split_exponent(at_least(y, broadcast(-127.0f)));  // whose scale is 0
-  // Least-maximum-error fit of 2^f that is 1 at 0, relative error 1.1e-7.
-  const vf f = split.rest;
-  const vf power = 1.0f + f * (0.693147004f + f * (0.240222424f + f * (0.0555073395f +
-      f * (0.00967151113f + f * 0.00132646528f))));
-  return power * split.scale;
+// 2^(n / kSteps) from the low bits of n, exactly 0 at -127 * kSteps; and (2^(f / kSteps) - 1) / f for |f| <= 1/2, a fit
+// of least maximum error in the power. A table of steps within an octave takes the place of two terms of it.
+#if defined(FASTKD_USE_AVX2) || defined(FASTKD_USE_AVX512)
+constexpr int kSteps = 8;
+
+FASTKD_INLINE vf step_power(vi n) {
+  // The bits of 2^(j / 8), less what a shift of j itself adds.
+#define FASTKD_STEPS 0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7
+#if defined(FASTKD_USE_AVX512)
+  const vi table = {FASTKD_STEPS, FASTKD_STEPS};
+  const vi step = (vi)_mm512_permutexvar_epi32((__m512i)n, (__m512i)table);
+#else
+  const vi table = {FASTKD_STEPS};
+  const vi step = (vi)_mm256_permutevar8x32_epi32((__m256i)table, (__m256i)n);
+#endif
+#undef FASTKD_STEPS
+  return as_float(step + (n << 20));
 }
 
-constexpr float kLog2E = 1.44269504f;
+FASTKD_INLINE vf rest_slope(vf f) {  // error 2.7e-8
+  return 0.0866434053f + f * (0.00375402556f + f * 0.000108391061f);
+}
+#else
+constexpr int kSteps = 1;
 
-FASTKD_INLINE vf exp_or_zero(vf x) { return exp2_or_zero(x * kLog2E); }
+FASTKD_INLINE vf step_power(vi n) { return as_float((n << 23) + 0x3f800000); }
+
+FASTKD_INLINE vf rest_slope(vf f) {  // error 1.1e-7
+  return 0.693147004f + f * (0.240222424f + f * (0.0555073395f + f * (0.00967151113f + f * 0.00132646528f)));
+}
+#endif
+
+constexpr double kLog2E = 1.4426950408889634;
+
+// e^(slope x) is 2^(factor x / kSteps), and 0 from `lowest` down.
+struct Exponent {
+  vf factor, lowest;
+};
+
+FASTKD_INLINE Exponent exponent_of(double slope) {
+  const float factor = float(slope * kLog2E * kSteps);
+  return {broadcast(factor), broadcast(-127.0f * kSteps / factor)};
+}
+
+// For slope * x < 88; exactly 0 below 2^-126, NaN stays.
+FASTKD_INLINE vf exp_or_zero(vf x, const Exponent& exponent) {
+  x = at_least(x, exponent.lowest);
+  const vf shifted = rounded(x * exponent.factor + kRounder);
+  const vf scale = step_power(as_int(shifted)), rest = x * exponent.factor - (shifted - kRounder);
+  return scale + (scale * rest) * rest_slope(rest);
+}
+
+FASTKD_INLINE vf exp_or_zero(vf x) { return exp_or_zero(x, exponent_of(1.0)); }
 
 // 2 atanh(w) = log((1 + w) / (1 - w)) for |w| <= 1/3, relative error 4e-9.
 FASTKD_INLINE vf twice_atanh(vf w) {
@@ -245,8 +276,13 @@ FASTKD_INLINE typename E::type* element_at(const Matrix& matrix, int64_t row, in
 // ---- blocks: the only code that knows of a row's ragged end ------------------------------------------------
 
 // Logits are worked on in blocks that stay in the first-level cache, converted to float and padded to whole
-// vectors; a padded entry is a masked class, which adds nothing to any sum.
+// lines; a padded entry is a masked class, which adds nothing to any sum.
 constexpr int kBlock = 1024;
+// Floats of a cache line: a loop that fetches memory ahead does it once for so many.
+constexpr int kLine = 16;
+static_assert(kLine % kLanes == 0 && kBlock % kLine == 0, "a line is whole vectors");
+
+FASTKD_INLINE int padded_to_line(int n) { return (n + kLine - 1) / kLine * kLine; }
 
 // How many of the `classes` logits are in the block that starts at `offset`.
 FASTKD_INLINE int block_size(int64_t classes, int64_t offset) {
@@ -297,6 +333,7 @@ FASTKD_INLINE int load_block_as(const typename E::type* from, int n, float* to, 
     i += kLanes;
   }
   largest = top;
+  for (; i < padded_to_line(n); i += kLanes) store(to + i, broadcast(kMasked));
   return i;
 }
 
