@@ -1,6 +1,6 @@
 """From logits to a loss: check, flatten to rows, run a backend, reduce. Every loss goes this way."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
 import torch
@@ -24,8 +24,8 @@ def reduced_loss(
     weight: Tensor | None,
     reduction: str,
     with_terms: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """A loss of ``fastkd.reference`` and its terms [K, ...]; arguments as in ``fastkd.functional``."""
+) -> tuple[Tensor, Iterable[Tensor]]:
+    """A loss of ``fastkd.reference`` and, if asked for, its terms; arguments as in ``fastkd.functional``."""
     checks.check_temperature(options[0])
     options = tuple(map(float, options))
     checks.check_reduction(reduction)
@@ -49,6 +49,7 @@ def reduced_loss(
     row_weight, divisor = _row_weight(weight, counted, students[0].shape[0], reduction)
     label = labels if uses_label else None
     chosen = backend.resolve(backend.get_backend(), student.device.type, student.dtype, teachers[0].dtype)
+    terms: Tensor | None
     if chosen == "eager":
         rows, terms = _eager(loss, options, students, teachers, label, counted, row_weight, divisor, reduced)
     else:
@@ -59,8 +60,10 @@ def reduced_loss(
     of_pairs = () if isinstance(student_logits, Tensor) else (len(students),)
     shape = of_pairs if reduced else of_pairs + leading
     if rows.shape != shape:
-        rows, terms = rows.view(shape), terms.view(terms.shape[0], *shape)
-    return rows, terms.detach()
+        rows = rows.view(shape)
+    if not with_terms or terms is None:
+        return rows, ()
+    return rows, terms.detach().view(terms.shape[0], *shape)
 
 
 def _row_weight(

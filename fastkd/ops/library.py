@@ -33,10 +33,11 @@ def row_loss(
     *,
     reduced: bool,
     with_terms: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Losses [H N] of the rows of H pairs of logits [N, C], pair by pair, and their terms [K, H N], in
     float32, times ``row_weight`` [N] and divided by ``divisor``; ``reduced``, each pair's sums over its rows:
-    [H] and [K, H], or [] and [K] for one pair.
+    [H] and [K, H], or [] and [K] for one pair. Terms that are not asked for, or that the loss has not, are
+    None or an empty tensor.
 
     ``target`` [N] names the label of each row, where the loss uses one; a label out of range gives a NaN
     row. A row of weight 0 is not read. ``options`` are those of the loss in ``fastkd.reference``.
@@ -45,29 +46,19 @@ def row_loss(
     settings = (target, row_weight, divisor, loss, options, backend, reduced, with_terms, with_gradient)
     if torch.compiler.is_compiling():
         rows, terms, _ = torch.ops.fastkd.row_loss(student_logits, teacher_logits, *settings)
+    elif with_gradient:
+        rows, terms = _RowLoss.apply(settings, *student_logits, *teacher_logits)
     else:
-        rows, terms, _ = _RowLoss.apply(*settings, *student_logits, *teacher_logits)
+        rows, terms, _ = _row_loss(student_logits, teacher_logits, *settings)
     return rows, terms
 
 
-def _allocate(
-    students: Sequence[Tensor], loss: str, with_terms: bool, with_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows, classes = students[0].shape
-    rows = rows * len(students)
-    return (
-        students[0].new_empty(rows, dtype=torch.float32),
-        students[0].new_empty((TERMS.get(loss, 0) if with_terms else 0, rows), dtype=torch.float32),
-        students[0].new_empty((rows, classes) if with_gradient else (0, classes)),
-    )
-
-
-def _reduce(rows: Tensor, terms: Tensor, pairs: int, with_terms: bool) -> tuple[Tensor, Tensor]:
+def _reduce(rows: Tensor, terms: Tensor | None, pairs: int) -> tuple[Tensor, Tensor | None]:
     """Sums over the rows of each pair."""
     if pairs == 1:  # without a view, which costs as much as the sum
-        return rows.sum(), terms.sum(-1) if with_terms else terms
+        return rows.sum(), None if terms is None else terms.sum(-1)
     rows = rows.view(pairs, rows.shape[0] // pairs)
-    return rows.sum(-1), terms.view(terms.shape[0], *rows.shape).sum(-1) if with_terms else terms
+    return rows.sum(-1), None if terms is None else terms.view(terms.shape[0], *rows.shape).sum(-1)
 
 
 def _launcher(backend: str) -> Any:
@@ -100,19 +91,31 @@ def _row_loss(
     reduced: bool,
     with_terms: bool,
     with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows, terms, gradient = _allocate(students, loss, with_terms, with_gradient)
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What the operator gives, with None for what is not asked for: an empty tensor costs a call as well."""
+    count, classes = students[0].shape
+    count *= len(students)
+    rows = students[0].new_empty(count, dtype=torch.float32)
+    terms = rows.new_empty(TERMS[loss], count) if with_terms and loss in TERMS else None
+    gradient = students[0].new_empty(count, classes) if with_gradient else None
     students, teachers = _dense_rows(students), _dense_rows(teachers)
-    if rows.shape[0]:
+    if count:
         _launcher(backend).row_loss(
             students, teachers, target, row_weight, 1.0 / divisor, loss, options, rows, terms, gradient
         )
     if reduced:
-        rows, terms = _reduce(rows, terms, len(students), with_terms)
+        rows, terms = _reduce(rows, terms, len(students))
     return rows, terms, gradient
 
 
-torch.library.impl("fastkd::row_loss", ("cpu", "cuda"), _row_loss, lib=_library)
+@torch.library.impl("fastkd::row_loss", ("cpu", "cuda"), lib=_library)
+def _row_loss_operator(students: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    rows, terms, gradient = _row_loss(students, *arguments)
+    return (
+        rows,
+        rows.new_empty(0) if terms is None else terms,
+        students[0].new_empty(0) if gradient is None else gradient,
+    )
 
 
 @torch.library.register_fake("fastkd::row_loss", lib=_library)
@@ -129,17 +132,20 @@ def _row_loss_shapes(
     with_terms: bool,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows, terms, gradient = _allocate(students, loss, with_terms, with_gradient)
+    count, classes = students[0].shape
+    count *= len(students)
+    of_rows: tuple[int, ...] = (count,)
     if reduced:
-        of_pairs = (len(students),) if len(students) > 1 else ()
-        rows = rows.new_empty(of_pairs)
-        terms = terms.new_empty(terms.shape[0], *of_pairs) if with_terms else terms
-    return rows, terms, gradient
+        of_rows = (len(students),) if len(students) > 1 else ()
+    rows = students[0].new_empty(of_rows, dtype=torch.float32)
+    return (
+        rows,
+        rows.new_empty((TERMS[loss], *of_rows) if with_terms and loss in TERMS else 0),
+        students[0].new_empty((count, classes) if with_gradient else 0),
+    )
 
 
-def _keep_gradient(ctx: Any, pairs: int, backend: str, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, terms, gradient = output
-    ctx.mark_non_differentiable(terms, gradient)
+def _keep_gradient(ctx: Any, gradient: Tensor | None, pairs: int, backend: str) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(gradient)
     ctx.pairs = pairs
@@ -158,21 +164,26 @@ def _gradients(ctx: Any, upstream: Tensor | None) -> Sequence[Tensor | None]:
             "(create_graph=True); use fastkd.set_backend('eager') for second derivatives"
         )
     of_pair = gradient.shape[0] // ctx.pairs
-    factors = upstream
-    if upstream.numel() != gradient.shape[0]:  # one number a pair
-        factors = upstream.expand(of_pair) if ctx.pairs == 1 else upstream.repeat_interleave(of_pair)
-    # In place where the saved gradient is ours alone. Whoever keeps the graph may come again, and a compiler
-    # fuses a plain product with what follows.
-    if traced or torch._C._autograd._get_current_graph_task_keep_graph():
-        gradient = (gradient * factors.unsqueeze(-1)).to(gradient.dtype)
+    kept = not traced and torch._C._autograd._get_current_graph_task_keep_graph()
     # A number on the CPU is read without waiting for anything; on a GPU the kernel decides.
-    elif of_pair and not (upstream.dim() == 0 and upstream.device.type == "cpu" and float(upstream) == 1.0):
-        _launcher(ctx.backend).scale_rows_(gradient, factors)
+    one = not traced and upstream.dim() == 0 and upstream.is_cpu and upstream.item() == 1.0
+    if kept or not one:
+        factors = upstream
+        if upstream.numel() != gradient.shape[0]:  # one number a pair
+            factors = upstream.expand(of_pair) if ctx.pairs == 1 else upstream.repeat_interleave(of_pair)
+        # In place where the saved gradient is ours alone. Whoever keeps the graph may come again, and a
+        # compiler fuses a plain product with what follows.
+        if traced or kept:
+            gradient = (gradient * factors.unsqueeze(-1)).to(gradient.dtype)
+        elif of_pair:
+            _launcher(ctx.backend).scale_rows_(gradient, factors)
     return [gradient] if ctx.pairs == 1 else gradient.split(of_pair)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _keep_gradient(ctx, len(inputs[0]), inputs[7], output)
+    _, terms, gradient = output
+    ctx.mark_non_differentiable(terms, gradient)
+    _keep_gradient(ctx, gradient, len(inputs[0]), inputs[7])
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
@@ -186,13 +197,14 @@ class _RowLoss(torch.autograd.Function):
     """The operator without the dispatcher, which outside of a compiler costs more than a small loss."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        settings, logits = inputs[:9], inputs[9:]
+    def forward(ctx: Any, settings: tuple[Any, ...], *logits: Tensor) -> tuple[Tensor, Tensor | None]:
         pairs = len(logits) // 2
-        output = _row_loss(logits[:pairs], logits[pairs:], *settings)
-        _keep_gradient(ctx, pairs, settings[5], output)
-        return output
+        rows, terms, gradient = _row_loss(logits[:pairs], logits[pairs:], *settings)
+        if terms is not None:
+            ctx.mark_non_differentiable(terms)
+        _keep_gradient(ctx, gradient, pairs, settings[5])
+        return rows, terms
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
-        return *(None,) * 9, *_gradients(ctx, upstream), *(None,) * ctx.pairs
+        return None, *_gradients(ctx, upstream), *(None,) * ctx.pairs

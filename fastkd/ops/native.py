@@ -103,7 +103,7 @@ def _operator(name: str) -> Callable[..., None]:
 @cache
 def _absent(device: torch.device) -> Tensor:
     """Stands for an argument that is not given: an optional one costs an allocation a call."""
-    return torch.empty(0, device=device)
+    return torch.empty(0, 0, device=device)
 
 
 def _team(logits: Tensor, pairs: int, element_bytes: int, keeps: bool) -> Sequence[int]:
@@ -124,16 +124,17 @@ def row_loss(
     loss: str,
     options: Sequence[float],
     rows: Tensor,
-    terms: Tensor,
-    gradient: Tensor,
+    terms: Tensor | None,
+    gradient: Tensor | None,
 ) -> None:
-    """Fills ``rows``, ``terms`` and ``gradient`` (an empty one is not computed); see ``ops.library``."""
+    """Fills ``rows`` and, where they are given, ``terms`` and ``gradient``; see ``ops.library``."""
     student, teacher, pairs = students[0], teachers[0], len(students)
     absent = _absent(student.device)
-    # The kernels write each pair's terms together.
-    of_pairs = terms if pairs == 1 or not terms.numel() else terms.new_empty(pairs, len(terms), len(student))
+    of_pairs = terms
+    if terms is not None and pairs > 1:  # the kernels write each pair's terms together
+        of_pairs = terms.new_empty(pairs, len(terms), len(student))
     # A kernel of one sweep has no use for the row again.
-    keeps = gradient.shape[0] > 0 and loss not in ("binary_kl", "binary_kl_norm")
+    keeps = gradient is not None and loss not in ("binary_kl", "binary_kl_norm")
     _operator("row_loss")(
         student,
         teacher,
@@ -141,15 +142,15 @@ def row_loss(
         absent if row_weight is None else row_weight,
         scale,
         rows,
-        of_pairs,
-        gradient,
+        absent if of_pairs is None else of_pairs,
+        absent if gradient is None else gradient,
         absent if pairs == 1 else _addresses(students, teachers),
         _CODES[loss],
         *options,
         *(0.0,) * (_OPTIONS - len(options)),
         *_team(student, pairs, student.element_size() + teacher.element_size(), keeps),
     )
-    if of_pairs is not terms:
+    if terms is not None and of_pairs is not None and pairs > 1:
         terms.view(len(terms), pairs, -1).copy_(of_pairs.transpose(0, 1))
 
 

@@ -89,6 +89,8 @@ class Emulation:
 
     def row_loss(self, students, teachers, target, row_weight, scale, loss, options, rows, terms, gradient):
         count, classes = students[0].shape
+        terms = rows.new_empty(0, len(rows)) if terms is None else terms
+        gradient = students[0].new_empty(0, classes) if gradient is None else gradient
         element_bytes = students[0].element_size() + teachers[0].element_size()
         plan = self.plan(len(students) * count, classes, element_bytes)
         of_pairs = terms.new_empty(len(students), len(terms), count)

@@ -38,10 +38,10 @@ def row_loss(
     loss: str,
     options: Sequence[float],
     rows: Tensor,
-    terms: Tensor,
-    gradient: Tensor,
+    terms: Tensor | None,
+    gradient: Tensor | None,
 ) -> None:
-    """Fills ``rows``, ``terms`` and ``gradient`` (an empty one is not computed); see ``ops.library``."""
+    """Fills ``rows`` and, where they are given, ``terms`` and ``gradient``; see ``ops.library``."""
     student, teacher = students[0], teachers[0]
     count, classes = student.shape
     pairs = len(students)
@@ -52,16 +52,17 @@ def row_loss(
     strides = (student.stride(0), teacher.stride(0))
     # A pointer that is not used still has to be one.
     weight = rows if row_weight is None else row_weight
+    to_gradient, gradient_stride = (student, 0) if gradient is None else (gradient, gradient.stride(0))
     shape = {"ROWS": plan.rows, "TILE": plan.tile}
-    switches = {"WEIGHTED": row_weight is not None, "WITH_GRADIENT": gradient.shape[0] > 0}
+    switches = {"WEIGHTED": row_weight is not None, "WITH_GRADIENT": gradient is not None}
     with on_device(student):
         if loss == "jsd":
             temperature, beta = options
             kl, sums = partials(student, pairs, plan, 2), partials(student, pairs, plan, 12)
             for phase in mixture_phases(plan):
                 mixture_rows.jsd_rows[grid](
-                    *logits, weight, rows, gradient, kl, sums,
-                    count, blocks, plan.parts, classes, *strides, gradient.stride(0),
+                    *logits, weight, rows, to_gradient, kl, sums,
+                    count, blocks, plan.parts, classes, *strides, gradient_stride,
                     scale, 1.0 / temperature, beta, **switches, PHASE=phase, PARTS=MAX_PARTS, **shape,
                     **compile_options(plan),
                 )  # fmt: skip
@@ -69,7 +70,7 @@ def row_loss(
             temperature = options[0]
             of_parts = rows if plan.parts == 1 else rows.new_empty(pairs * count, plan.parts)
             pointwise_rows[blocks, plan.parts, pairs](
-                *logits, weight, of_parts, gradient, count, plan.parts, classes, *strides, gradient.stride(0),
+                *logits, weight, of_parts, to_gradient, count, plan.parts, classes, *strides, gradient_stride,
                 scale, temperature, temperature * (0.5 if loss == "binary_kl_norm" else 1.0),
                 FORMULA=getattr(formulas, loss), **switches, **shape, **compile_options(plan),
             )  # fmt: skip
@@ -81,11 +82,12 @@ def row_loss(
             moments, sums = partials(student, pairs, plan, 6), partials(student, pairs, plan, 12)
             for phase in softmax_phases(plan, needs):
                 softmax_rows.softmax_rows[grid](
-                    *logits, student if label is None else label, weight, rows, terms, gradient,
+                    *logits, student if label is None else label, weight, rows,
+                    rows if terms is None else terms, to_gradient,
                     moments, sums, count, blocks, plan.parts, classes, *strides,
-                    0 if label is None else label.stride(0), gradient.stride(0),
+                    0 if label is None else label.stride(0), gradient_stride,
                     scale, *slopes(loss, options), kernel_options(loss, options),
-                    FORMULA=getattr(formulas, loss), NEEDS=needs, **switches, TERMS=terms.shape[0] > 0,
+                    FORMULA=getattr(formulas, loss), NEEDS=needs, **switches, TERMS=terms is not None,
                     PHASE=phase, ONE_TILE=plan.one_tile, PARTS=MAX_PARTS, **shape,
                     **compile_options(plan, needs),
                 )  # fmt: skip
