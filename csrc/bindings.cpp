@@ -76,12 +76,12 @@ double as_double(StableIValue value) {
 // The tensors that every row loss takes, in the order of its schema. Of several pairs of logits, all alike, the first
 // pair is given as tensors and all of them by their addresses.
 struct RowArguments {
-  Tensor student, teacher, target, row_weight, losses, terms, gradient, addresses;
+  Tensor student, teacher, target, row_weight, losses, terms, gradient, sums, addresses;
   float scale;
 
   explicit RowArguments(const StableIValue* stack)
       : student(stack[0]), teacher(stack[1]), target(stack[2]), row_weight(stack[3]), losses(stack[5]),
-        terms(stack[6]), gradient(stack[7]), addresses(stack[8]), scale(float(as_double(stack[4]))) {}
+        terms(stack[6]), gradient(stack[7]), sums(stack[8]), addresses(stack[9]), scale(float(as_double(stack[4]))) {}
 
   int pairs() const { return addresses.numel() == 0 ? 1 : int(addresses.size(0)); }
 
@@ -136,11 +136,11 @@ void parallel_rows(int64_t count, int64_t classes, const Body& body) {
 
 constexpr const char* kRowLossSchema =
     "row_loss(Tensor student_logits, Tensor teacher_logits, Tensor target, Tensor row_weight, float scale, "
-    "Tensor(a!) rows, Tensor(b!) terms, Tensor(c!) gradient, Tensor addresses, int loss, float o0, float o1, "
-    "float o2, float o3, float o4, float o5, float o6, float o7, " FASTKD_PLAN_SCHEMA;
+    "Tensor(a!) rows, Tensor(b!) terms, Tensor(c!) gradient, Tensor(d!) sums, Tensor addresses, int loss, "
+    "float o0, float o1, float o2, float o3, float o4, float o5, float o6, float o7, " FASTKD_PLAN_SCHEMA;
 constexpr const char* kScaleRowsSchema = "scale_rows_(Tensor(a!) gradient, Tensor upstream, " FASTKD_PLAN_SCHEMA;
 
-constexpr int kFirstOption = 10;
+constexpr int kFirstOption = 11;
 
 LossOptions loss_options(const StableIValue* stack) {
   LossOptions options;
@@ -156,6 +156,7 @@ cuda::TeamPlan team_plan(const StableIValue* stack) {
 void row_loss(StableIValue* stack, uint64_t, uint64_t) {
   const RowArguments arguments(stack);
   const LossOptions options = loss_options(stack);
+  float* sums = arguments.sums.data_or_null<float>();
   for (int pair = 0; pair < arguments.pairs(); pair++) {
     const Rows rows = arguments.rows(pair);
     const int parts = parts_a_row(rows);
@@ -163,6 +164,10 @@ void row_loss(StableIValue* stack, uint64_t, uint64_t) {
     else
       parallel_rows(rows.count, rows.classes,
                     [&](int64_t begin, int64_t end) { kernels().row_loss(rows, options, begin, end); });
+    if (sums == nullptr) continue;
+    double total = 0;
+    for (int64_t row = 0; row < rows.count; row++) total += rows.losses[row];
+    sums[pair] = float(total);
   }
 }
 

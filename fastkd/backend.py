@@ -66,7 +66,10 @@ def resolve(chosen: str, device_type: str, *dtypes: torch.dtype) -> str:
 
     Evaluated while torch.compile traces, which sees a constant; it traces again when its arguments change.
     """
-    wide = next((dtype for dtype in dtypes if dtype not in FUSED_DTYPES), None)
+    wide = None
+    for dtype in dtypes:
+        if dtype not in FUSED_DTYPES:
+            wide = dtype
     if chosen == "auto":
         return "eager" if wide is not None else _automatic(device_type)
     if chosen == "eager":

@@ -147,10 +147,11 @@ def check_row_weight(weight: Tensor, student_logits: Tensor) -> None:
 
 
 def check_number(name: str, value: float) -> None:
-    if isinstance(value, Tensor):
-        raise TypeError(f"{name} is a tensor, which would have to be read back; expected a number")
-    if not isinstance(value, Real):
-        raise TypeError(f"{name} is {value!r}; expected a number")
+    if not isinstance(value, float | int):
+        if isinstance(value, Tensor):
+            raise TypeError(f"{name} is a tensor, which would have to be read back; expected a number")
+        if not isinstance(value, Real):
+            raise TypeError(f"{name} is {value!r}; expected a number")
     if not math.isfinite(value):
         raise ValueError(f"{name} is {value!r}; expected a finite number")
 

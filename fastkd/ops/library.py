@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -53,14 +54,7 @@ def row_loss(
     return rows, terms
 
 
-def _reduce(rows: Tensor, terms: Tensor | None, pairs: int) -> tuple[Tensor, Tensor | None]:
-    """Sums over the rows of each pair."""
-    if pairs == 1:  # without a view, which costs as much as the sum
-        return rows.sum(), None if terms is None else terms.sum(-1)
-    rows = rows.view(pairs, rows.shape[0] // pairs)
-    return rows.sum(-1), None if terms is None else terms.view(terms.shape[0], *rows.shape).sum(-1)
-
-
+@cache
 def _launcher(backend: str) -> Any:
     if backend == "native":
         from fastkd.ops import native
@@ -99,13 +93,25 @@ def _row_loss(
     terms = rows.new_empty(TERMS[loss], count) if with_terms and loss in TERMS else None
     gradient = students[0].new_empty(count, classes) if with_gradient else None
     students, teachers = _dense_rows(students), _dense_rows(teachers)
+    sums: tuple[Tensor, ...] = ()
+    if reduced and count and backend == "native" and rows.is_cpu:
+        # Along with the rows: to start torch's own sum takes as long as a small loss.
+        sums = (rows.new_empty(() if len(students) == 1 else len(students)),)
     if count:
         _launcher(backend).row_loss(
-            students, teachers, target, row_weight, 1.0 / divisor, loss, options, rows, terms, gradient
+            students, teachers, target, row_weight, 1.0 / divisor, loss, options, rows, terms, gradient, *sums
         )
     if reduced:
-        rows, terms = _reduce(rows, terms, len(students))
+        rows = sums[0] if sums else _sum_rows(rows, len(students))
+        terms = None if terms is None else _sum_rows(terms, len(students))
     return rows, terms, gradient
+
+
+def _sum_rows(values: Tensor, pairs: int) -> Tensor:
+    """[..., H N] to [..., H], or [...] for one pair: the sums over the rows of each."""
+    if pairs > 1:  # a view costs as much as the sum
+        values = values.view(*values.shape[:-1], pairs, values.shape[-1] // pairs)
+    return values.sum(-1)
 
 
 @torch.library.impl("fastkd::row_loss", ("cpu", "cuda"), lib=_library)

@@ -126,8 +126,12 @@ def row_loss(
     rows: Tensor,
     terms: Tensor | None,
     gradient: Tensor | None,
+    sums: Tensor | None = None,
 ) -> None:
-    """Fills ``rows`` and, where they are given, ``terms`` and ``gradient``; see ``ops.library``."""
+    """Fills ``rows`` and, where they are given, ``terms`` and ``gradient``; see ``ops.library``.
+
+    And, on the CPU alone, ``sums`` [H] or [] with each pair's sum of rows.
+    """
     student, teacher, pairs = students[0], teachers[0], len(students)
     absent = _absent(student.device)
     of_pairs = terms
@@ -144,6 +148,7 @@ def row_loss(
         rows,
         absent if of_pairs is None else of_pairs,
         absent if gradient is None else gradient,
+        absent if sums is None else sums,
         absent if pairs == 1 else _addresses(students, teachers),
         _CODES[loss],
         *options,

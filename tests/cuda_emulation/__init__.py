@@ -87,7 +87,9 @@ class Emulation:
             )
         )  # fmt: skip
 
-    def row_loss(self, students, teachers, target, row_weight, scale, loss, options, rows, terms, gradient):
+    def row_loss(
+        self, students, teachers, target, row_weight, scale, loss, options, rows, terms, gradient, sums=None
+    ):
         count, classes = students[0].shape
         terms = rows.new_empty(0, len(rows)) if terms is None else terms
         gradient = students[0].new_empty(0, classes) if gradient is None else gradient
@@ -101,6 +103,8 @@ class Emulation:
             pairs.append(self.rows(student, teacher, target, row_weight, scale, *outputs))
         self.launch(pairs, loss, options, plan)
         terms.view(len(terms), len(pairs), count).copy_(of_pairs.transpose(0, 1))
+        if sums is not None:
+            sums.copy_(rows.view(len(pairs), count).sum(-1).view_as(sums))
 
     def scale_rows_(self, gradient, upstream):
         plan = self.plan(*gradient.shape, 2 * gradient.element_size())
