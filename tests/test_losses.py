@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import fastkd
+from fastkd.bench.cases import memory_bound
 from fastkd.ops.plan import Device
 from tests.cases import (
     BY_NAME,
@@ -174,6 +175,24 @@ def test_rows_further_apart_than_32_bits_reach(fused, case):
     assert_matches(case, far_apart(student), far_apart(teacher), target, reduction="sum")
 
 
+def test_a_gradient_of_more_elements_than_32_bits_count(fused):
+    """Of rows that are one in memory; only the last, past 2^31 elements, has an upstream gradient."""
+    rows, classes = 2049, 2**20
+    if fastkd.get_backend() == "triton" and fused == "cpu":
+        pytest.skip("Triton's interpreter takes minutes")
+    if memory_bound(fused) < 5 * 2**30:
+        pytest.skip("needs 5 GB")
+    student, teacher, _ = make_logits(1, classes, torch.bfloat16, fused)
+    student.requires_grad_()
+    of_all = fastkd.kd_loss(student.expand(rows, -1), teacher.expand(rows, -1), reduction="none")
+    last = torch.zeros(rows, device=fused)
+    last[-1] = 1.0
+    (gradient,) = torch.autograd.grad(of_all, student, last)
+    alone = fastkd.kd_loss(student, teacher, reduction="sum")
+    torch.testing.assert_close(of_all, alone.expand(rows))
+    torch.testing.assert_close(gradient, torch.autograd.grad(alone, student)[0])
+
+
 @each_case
 def test_mixed_dtypes(fused, case):
     student, teacher, target = make_logits(3, 50, torch.float32, fused)
@@ -243,9 +262,15 @@ def test_classes_masked_in_both_models_add_nothing(fused, case, classes, kept):
     assert error(gradient[:, :kept], true_gradient) < 1e-5
     assert gradient[:, kept:].count_nonzero() == 0
 
+    first = [logits.flip(-1) for logits in (masked_student, masked_teacher)]  # masked from the row's first on
+    loss, gradient = loss_and_gradient(case, *first, classes - 1 - target, reduction="none")
+    assert error(loss, true_loss) < 1e-5
+    assert error(gradient.flip(-1)[:, :kept], true_gradient) < 1e-5
+    assert gradient[:, : classes - kept].count_nonzero() == 0
+
 
 @each_case
-@pytest.mark.parametrize(("classes", "at"), [(20, 7), (3000, 2500)])
+@pytest.mark.parametrize(("classes", "at"), [(20, 7), (3000, 2500), (3000, 2)])
 def test_nonfinite_logits_are_not_hidden(fused, case, classes, at):
     for value in (torch.nan, torch.inf):
         student, teacher, target = make_logits(3, classes, torch.float32, fused)

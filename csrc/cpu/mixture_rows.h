@@ -64,7 +64,8 @@ static void sweep_mixture(const RowJob& job, int64_t begin, int64_t end, RowPart
       const Exponentials exponentials = kept_block(kept, offset, n);
       const double below_s = double(kept.max_s[offset / kBlock]) - sums.max_s;
       const double below_t = double(kept.max_t[offset / kBlock]) - sums.max_t;
-      of_block = mix_block(exponentials.student, exponentials.teacher, __builtin_exp(below_s * job.row.student.slope) / sums.sum_s,
+      of_block = mix_block(exponentials.student, exponentials.teacher,
+                           __builtin_exp(below_s * job.row.student.slope) / sums.sum_s,
                            __builtin_exp(below_t * job.row.teacher.slope) / sums.sum_t, job.options->values[1],
                            padded_to_line(n), exponentials.student, exponentials.teacher);
     } else {

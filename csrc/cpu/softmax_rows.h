@@ -173,11 +173,18 @@ enum class Once { kDone, kAboveBase, kNotFinite };
 
 // Not inlined: with both forms of the loop in one function, its sums were kept on the stack.
 template <unsigned kNeeds, class E>
-static __attribute__((noinline)) Once sum_at_once(const RowJob& job, int64_t offset, const Exponents& exponents,
-                                                  const Exponentials& to, SoftmaxStatistics<double>& total) {
+static __attribute__((noinline)) Once sum_at_once(const RowJob& job, int64_t offset, const Exponentials& to,
+                                                  SoftmaxStatistics<double>& total) {
   const Row<double>& row = job.row;
   const typename E::type* from_s = element_at<E>(job.rows->student, job.index, offset);
   const typename E::type* from_t = element_at<E>(job.rows->teacher, job.index, offset);
+  if (total.sum_s == 0) {  // the row begins: its first few logits are likely not far below its largest
+    const float first_s = horizontal_max(at_least(E::load(from_s), broadcast(kMasked)));
+    const float first_t = horizontal_max(at_least(E::load(from_t), broadcast(kMasked)));
+    if (!(first_s > kMasked && first_t > kMasked)) return Once::kAboveBase;  // all masked, or a NaN
+    total.max_s = first_s, total.max_t = first_t;
+  }
+  const Exponents exponents = exponents_of(row, total.max_s, total.max_t);
   vf top_s = exponents.base_s, top_t = exponents.base_t;
   const BlockSums sums = sum_block<kNeeds>(job, offset, kBlock, exponents, to,
       [&](int i, vf& s, vf& t) __attribute__((always_inline)) {
@@ -194,10 +201,9 @@ static __attribute__((noinline)) Once sum_at_once(const RowJob& job, int64_t off
 }
 
 template <unsigned kNeeds>
-static Once sum_at_once(const RowJob& job, int64_t offset, const Exponents& exponents, const Exponentials& to,
-                        SoftmaxStatistics<double>& total) {
+static Once sum_at_once(const RowJob& job, int64_t offset, const Exponentials& to, SoftmaxStatistics<double>& total) {
   return with_element(job.rows->student.dtype, [&](auto element) __attribute__((always_inline)) {
-    return sum_at_once<kNeeds, decltype(element)>(job, offset, exponents, to, total);
+    return sum_at_once<kNeeds, decltype(element)>(job, offset, to, total);
   });
 }
 
@@ -219,8 +225,7 @@ static void sweep_statistics(const RowJob& job, int64_t begin, int64_t end, RowP
     const bool has_label = job.label_class >= 0 && label_at >= 0 && label_at < n;
     const Exponentials to = keeps ? kept_block(kept, offset, n) : Exponentials{unkept[0], unkept[1], unkept[2]};
     Once came = Once::kAboveBase;
-    if (at_once && n == kBlock && !has_label && total.max_s > kMasked && total.max_t > kMasked)
-      came = sum_at_once<kNeeds>(job, offset, exponents_of(row, total.max_s, total.max_t), to, total);
+    if (at_once && n == kBlock && !has_label) came = sum_at_once<kNeeds>(job, offset, to, total);
     at_once = at_once && came != Once::kNotFinite;  // masked classes: likely there are more
     if (came != Once::kDone) {
       const vf top_before_s = broadcast(total.max_s), top_before_t = broadcast(total.max_t);
