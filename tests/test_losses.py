@@ -60,7 +60,7 @@ def test_logits_that_grow_along_the_row(fused, case, dtype):
 @each_case
 @pytest.mark.parametrize(("rows", "classes"), [(1, 70_001), (2, 150_001), (3, 270_001)])
 def test_long_rows_on_three_threads(case, rows, classes):
-    """On the CPU: rows shared by threads, and rows too long to keep their exponentials."""
+    """On the CPU: rows shared by threads, and rows that are not."""
     threads = torch.get_num_threads()
     student, teacher, target = make_logits(rows, classes)
     student, teacher = student.half(), teacher.bfloat16()
@@ -75,6 +75,16 @@ def test_long_rows_on_three_threads(case, rows, classes):
             torch.testing.assert_close(case.loss(student, teacher, target), loss)  # without a gradient
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("name", ["kd", "ce-kd", "lskd", "reverse-kl", "jsd"])
+def test_rows_too_long_to_keep(name, rows):
+    """On the CPU: what is kept of 32 MiB and more is computed again."""
+    case, classes = BY_NAME[name], 4_200_001
+    student, teacher, target = make_logits(rows, classes, torch.bfloat16)
+    with fastkd.use_backend("native"):
+        assert_matches(case, student, teacher, target, torch.randn(rows), reduction="none")
 
 
 @each_case

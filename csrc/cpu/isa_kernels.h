@@ -22,26 +22,26 @@ static const Phases& phases_of(const LossOptions& options) {
   }
 }
 
-// Longer rows than this leave the second-level cache between their sweeps, and keeping their exponentials gains
-// less than it costs.
-constexpr int64_t kKeptClasses = 1 << 18;
+// What one thread keeps at most, between calls too: 32 MiB. Even out of the caches' reach a kept exponential is had
+// sooner than one computed again.
+constexpr int64_t kMostKept = 1 << 23;
 
-// A row's gradient, written last, is until then where its student's exponentials are kept: less memory to go through
-// the cache.
-static bool keeps_in_gradient(const Rows& rows) {
-  return rows.gradient.data != nullptr && rows.gradient.dtype == DType::kFloat;
-}
-
-static Kept keep(const Rows& rows, const LossOptions& options) {
+// Room for what is kept of a row, one of `places` that are in work at once; nowhere if there is none, or no need.
+static Kept keep(const Rows& rows, const LossOptions& options, int64_t index, int64_t place, int64_t places) {
   if (rows.gradient.data == nullptr && options.loss != Loss::kJSD) return {};
-  if (rows.classes > kKeptClasses) return {};
-  const bool with_plain = needs_of(options) & kPlainStudent, in_gradient = keeps_in_gradient(rows);
+  // A row's gradient, written last, is until then where its student's exponentials are kept: less memory to go
+  // through the cache.
+  const bool in_gradient = rows.gradient.data != nullptr && rows.gradient.dtype == DType::kFloat;
   const int64_t blocks = (rows.classes + kBlock - 1) / kBlock, floats = blocks * kBlock;
-  const int64_t of_student = in_gradient ? kBlock : floats, of_plain = with_plain ? floats : 0;
-  float* student = scratch(of_student + floats + of_plain + 2 * blocks);
-  if (student == nullptr) return {};
-  float *teacher = student + of_student, *plain = teacher + floats, *max_s = plain + of_plain;
-  return {student, teacher, plain, student + of_student - kBlock, max_s, max_s + blocks};
+  const int64_t of_student = in_gradient ? kBlock : floats;
+  const int64_t of_plain = needs_of(options) & kPlainStudent ? floats : 0;
+  const int64_t size = of_student + floats + of_plain + 2 * blocks;
+  float* memory = size * places <= kMostKept ? scratch(size * places) : nullptr;
+  if (memory == nullptr) return {};
+  float *student = memory + place * size, *teacher = student + of_student, *plain = teacher + floats;
+  float *last_student = teacher - kBlock, *max_s = plain + of_plain;
+  if (in_gradient) student = element_at<Element<DType::kFloat>>(rows.gradient, index, 0);
+  return {student, teacher, plain, last_student, max_s, max_s + blocks};
 }
 
 // Starts on a row; false where it is finished with that: left out, or without a valid label.
@@ -69,13 +69,10 @@ static bool runs_phase(const Phases& phases, int phase, const Rows& rows) {
 
 static void row_loss(const Rows& rows, const LossOptions& options, int64_t begin, int64_t end) {
   const Phases& phases = phases_of(options);
-  const Kept kept = keep(rows, options);
   for (int64_t index = begin; index < end; index++) {
     RowJob job;
     if (!start_row(job, rows, options, index)) continue;
-    job.kept = kept;
-    if (kept.student != nullptr && keeps_in_gradient(rows))
-      job.kept.student = element_at<Element<DType::kFloat>>(rows.gradient, index, 0);
+    job.kept = keep(rows, options, index, 0, 1);
     for (int phase = 0; phase < phases.count && runs_phase(phases, phase, rows); phase++) {
       RowPart part{};
       phases.run[phase](job, 0, rows.classes, part);
@@ -100,7 +97,10 @@ static void row_loss_in_parts(const Rows& rows, const LossOptions& options, int 
   bool* started = new bool[rows.count];
   RowPart* results = new RowPart[rows.count * parts];
   Call call = {rows, options, phases_of(options), jobs, started, results, parts, 0};
-  for (int64_t index = 0; index < rows.count; index++) started[index] = start_row(jobs[index], rows, options, index);
+  for (int64_t index = 0; index < rows.count; index++) {
+    started[index] = start_row(jobs[index], rows, options, index);
+    jobs[index].kept = keep(rows, options, index, index, rows.count);
+  }
   for (; call.phase < call.phases.count && runs_phase(call.phases, call.phase, rows); call.phase++) {
     parallel(
         rows.count * parts,

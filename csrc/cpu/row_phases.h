@@ -20,8 +20,8 @@ struct RowPart {
   double student_sum, teacher_sum;
 };
 
-// What a sweep keeps of a whole row for a later one, so that no exponential is computed twice. Null where the row
-// is too long to stay in cache, or is shared by threads: then the later sweep computes them again.
+// What a sweep keeps of a whole row for a later one, so that no exponential is computed twice. Null where that would be
+// too much memory: then the later sweep computes them again.
 struct Kept {
   float *student, *teacher, *plain;  // one number a class, by block
   float* last_student;               // the student's last block where it is ragged: `student` may end with the row

@@ -20,8 +20,8 @@ ELEMENTS_A_WARP = 512
 # Of the second-level cache, what the rows in flight may fill between their two sweeps.
 CACHE_SHARE = 0.6
 MAX_PARTS = 128
-# The CPU: longer rows leave the second-level cache between their sweeps (csrc/cpu/isa_kernels.h).
-KEPT_CLASSES = 1 << 18
+# The CPU: exponentials that a thread keeps of its row, at most (csrc/cpu/isa_kernels.h).
+KEPT_FLOATS = 1 << 23
 
 ELEMENT_BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2, torch.float64: 8}
 POINTWISE = ("binary_kl", "binary_kl_norm")
@@ -154,10 +154,12 @@ def _path(chosen: str, loss: str, rows: int, classes: int, dtype: torch.dtype, d
         sharing = "rows over threads" if rows >= threads else "each row over several threads"
         if loss in POINTWISE:
             return _Path(f"{sharing}, one sweep", 1024, None, 3)
-        words = "logits read once in blocks, exponentials kept in cache for the gradient"
-        if rows < threads or classes > KEPT_CLASSES:
-            words = "two sweeps in blocks, exponentials computed in both"
-        return _Path(f"{sharing}; {words}", 1024, None, 3 if classes <= KEPT_CLASSES else 5)
+        # A float32 row's gradient is itself where the student's are kept.
+        kept = classes * (1 if dtype == torch.float32 else 2) * (rows if rows < threads else 1)
+        if kept > KEPT_FLOATS:
+            return _Path(f"{sharing}; two sweeps in blocks, exponentials computed in both", 1024, None, 5)
+        words = "logits read once in blocks, exponentials kept for the gradient"
+        return _Path(f"{sharing}; {words}", 1024, None, 3)
     family = loss if loss in ("jsd", *POINTWISE) else "softmax"
     plan = plan_rows(family, rows, classes, ELEMENT_BYTES[dtype], device_of(device))
     if plan.parts > 1:
