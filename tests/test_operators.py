@@ -67,6 +67,17 @@ def test_backward_twice_over_a_kept_graph(fused, case):
     torch.testing.assert_close(student.grad, expected, rtol=1e-4, atol=rounding)
 
 
+def test_a_graph_that_is_not_kept_gives_its_gradient_once(fused):
+    student, teacher, _ = make_logits(4, 33, torch.float32, fused)
+    student.requires_grad_()
+    loss = fastkd.kd_loss(student, teacher)
+    loss.backward(torch.tensor(2.0, device=fused))
+    first = student.grad.clone()
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+    assert torch.equal(student.grad, first)
+
+
 def test_gradient_of_a_shared_loss_is_not_overwritten(fused):
     """Two uses of one loss under different factors add up, and neither sees the other's scaling."""
     student, teacher, target = make_logits(3, 20, torch.float32, fused)
