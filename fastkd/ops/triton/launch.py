@@ -58,7 +58,7 @@ def row_loss(
     with on_device(student):
         if loss == "jsd":
             temperature, beta = options
-            kl, sums = partials(student, pairs, plan, 2), partials(student, pairs, plan, 12)
+            kl, sums = partials(rows, plan, 2), partials(rows, plan, 12)
             for phase in mixture_phases(plan):
                 mixture_rows.jsd_rows[grid](
                     *logits, weight, rows, to_gradient, kl, sums,
@@ -79,7 +79,7 @@ def row_loss(
         else:
             label = target if loss in ("softmax", "nkd") else None
             needs = needs_of(loss, options, label is not None)
-            moments, sums = partials(student, pairs, plan, 6), partials(student, pairs, plan, 12)
+            moments, sums = partials(rows, plan, 6), partials(rows, plan, 12)
             for phase in softmax_phases(plan, needs):
                 softmax_rows.softmax_rows[grid](
                     *logits, student if label is None else label, weight, rows,
@@ -93,10 +93,9 @@ def row_loss(
                 )  # fmt: skip
 
 
-def partials(student: Tensor, pairs: int, plan: Plan, values: int) -> Tensor:
+def partials(rows: Tensor, plan: Plan, values: int) -> Tensor:
     """Room for what each part of each row hands on; where a row has one part, nothing is handed on."""
-    count = student.shape[0] if plan.parts > 1 else 0
-    return student.new_empty(pairs * count * plan.parts * values, dtype=torch.float32)
+    return rows if plan.parts == 1 else rows.new_empty(rows.shape[0] * plan.parts * values)
 
 
 def softmax_phases(plan: Plan, needs: int) -> list[int]:
