@@ -245,6 +245,14 @@ FASTKD_EXPORT const char* fastkd_register(const char* torch_library_path, const 
   return failed ? "torch refused the registration of the operators" : nullptr;
 }
 
+// Whether all labels are classes, and none of them the one to leave out.
+FASTKD_EXPORT bool fastkd_labels_all_count(const int64_t* labels, int64_t count, int64_t classes, int64_t ignore_index) {
+  bool all = true;
+  for (int64_t i = 0; i < count; i++)
+    all = all && labels[i] >= 0 && labels[i] < classes && labels[i] != ignore_index;
+  return all;
+}
+
 FASTKD_EXPORT const char* fastkd_instruction_set() { return fastkd::kernels().name; }
 
 // Why there are no CUDA kernels in this build, or none that run on this device; nullptr where there are.

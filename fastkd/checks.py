@@ -7,6 +7,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from fastkd.ops import native
+
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("batchmean", "sum", "none")
 
@@ -117,7 +119,8 @@ def check_labels(target: Tensor, classes: int, ignore_index: int = -100) -> bool
     The losses do this themselves on the CPU. On a GPU it would wait for the device, so there the losses
     give a row with such a label a NaN loss, and this function is for those who want the check.
     """
-    if target.numel() == 0:
+    # The operators of torch below take longer to start than a small loss takes.
+    if target.numel() == 0 or (target.is_cpu and native.labels_all_count(target, classes, ignore_index)):
         return True
     lowest, highest = (int(bound) for bound in target.aminmax())
     if lowest >= 0 and highest < classes and not lowest <= ignore_index <= highest:

@@ -171,3 +171,18 @@ def test_native_kd_over_wide_inputs(rows, classes, scale, temperature, seed):
     assert (loss >= -1e-5 * size).all()
     assert torch.isfinite(student.grad).all()
     assert (student.grad.sum(1).abs() <= 1e-4 * temperature).all()
+
+
+LABELS = st.one_of(st.integers(-2, 6), st.sampled_from([-100, 2**31, 2**62, -(2**63)]))
+
+
+@given(labels=st.lists(LABELS, max_size=9), ignore_index=st.sampled_from([-100, 2, 7]), spread=st.booleans())
+def test_check_labels_is_what_it_says(labels, ignore_index, spread):
+    """Of any labels, dense in memory or not; True where all count."""
+    target = torch.tensor(labels, dtype=torch.int64)
+    target = target.repeat_interleave(2)[::2] if spread else target
+    if all(0 <= label < 6 or label == ignore_index for label in labels):
+        assert fastkd.check_labels(target, 6, ignore_index) == (ignore_index not in labels)
+    else:
+        with pytest.raises(ValueError, match="target has the label"):
+            fastkd.check_labels(target, 6, ignore_index)

@@ -41,6 +41,8 @@ def _loaded() -> ctypes.CDLL | str:
     )
     for function in ("register", "instruction_set", "cuda_absent", "cuda_missing"):
         getattr(library, f"fastkd_{function}").restype = ctypes.c_char_p
+    library.fastkd_labels_all_count.argtypes = [ctypes.c_void_p] + [ctypes.c_int64] * 3
+    library.fastkd_labels_all_count.restype = ctypes.c_bool
     refusal = library.fastkd_register(*torch_libraries)
     return refusal.decode() if refusal else library
 
@@ -84,6 +86,14 @@ def _library() -> ctypes.CDLL:
 def instruction_set() -> str:
     """The instruction set chosen for this processor: avx512, avx2 or portable."""
     return _library().fastkd_instruction_set().decode()
+
+
+def labels_all_count(target: Tensor, classes: int, ignore_index: int) -> bool:
+    """Whether each label on the CPU is a class and none is ignored; False too where nobody looked."""
+    library = _loaded()
+    if isinstance(library, str) or not target.is_contiguous():
+        return False
+    return library.fastkd_labels_all_count(target.data_ptr(), target.numel(), classes, ignore_index)
 
 
 # The order of csrc/row_formulas.h.
