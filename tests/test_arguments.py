@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastkd
+from fastkd.ops import native
 from tests.cases import make_logits
 
 S, T, Y = make_logits(4, 6)
@@ -186,3 +187,11 @@ def test_check_labels_is_what_it_says(labels, ignore_index, spread):
     else:
         with pytest.raises(ValueError, match="target has the label"):
             fastkd.check_labels(target, 6, ignore_index)
+
+
+def test_check_labels_of_another_dtype():
+    labels = torch.tensor([0, 5, 3], dtype=torch.int32)
+    assert not native.labels_all_count(labels, 6, -100)  # its bytes are not to be read as int64
+    assert fastkd.check_labels(labels, 6)
+    with pytest.raises(ValueError, match="target has the label 5"):
+        fastkd.check_labels(labels, 5)

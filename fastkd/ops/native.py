@@ -91,7 +91,7 @@ def instruction_set() -> str:
 def labels_all_count(target: Tensor, classes: int, ignore_index: int) -> bool:
     """Whether each label on the CPU is a class and none is ignored; False too where nobody looked."""
     library = _loaded()
-    if isinstance(library, str) or not target.is_contiguous():
+    if isinstance(library, str) or target.dtype != torch.int64 or not target.is_contiguous():
         return False
     return library.fastkd_labels_all_count(target.data_ptr(), target.numel(), classes, ignore_index)
 
