@@ -91,12 +91,15 @@ static void sweep_mixture_gradient(const RowJob& job, int64_t begin, int64_t end
   const vf mean = broadcast(float(job.student_kl));
   for (int64_t offset = begin; offset < end; offset += kBlock) {
     const int n = block_size(end, offset);
-    const bool keeps = job.kept.student != nullptr;
-    if (!keeps) mix_again(job, offset, n, again_q, again_q_log);
-    const Exponentials mixed = keeps ? kept_block(job.kept, offset, n) : Exponentials{again_q, again_q_log, nullptr};
-    store_block(job.rows->gradient, job.index, offset, n, [&](int i) __attribute__((always_inline)) {
-      return scale * (load(mixed.teacher + i) - load(mixed.student + i) * mean);
-    });
+    const float *q = again_q, *q_log = again_q_log;
+    if (job.kept.student != nullptr) {
+      const Exponentials mixed = kept_block(job.kept, offset, n);
+      q = mixed.student, q_log = mixed.teacher;
+    } else {
+      mix_again(job, offset, n, again_q, again_q_log);
+    }
+    store_block(job.rows->gradient, job.index, offset, n,
+                [&](int i) __attribute__((always_inline)) { return scale * (load(q_log + i) - load(q + i) * mean); });
   }
 }
 

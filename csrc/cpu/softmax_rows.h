@@ -1,7 +1,7 @@
 // The row skeleton of the softmax family: statistics in one sweep, the row formula, the gradient in a second.
 //
 // The first sweep reads each logit once, block by block, and keeps its exponentials, relative to the largest logit
-// seen so far; the second turns them into the gradient without reading the logits again.
+// seen so far or one not far below; the second turns them into the gradient without reading the logits again.
 #pragma once
 
 #include "row_phases.h"
@@ -86,11 +86,12 @@ struct BlockSums {
   vf sum_s, sum_t, dot_s, dot_t, moment_s, moment_t, entropy_t, plain_s, plain_t;
 };
 
-// Of the block of n classes at `offset`.
+// Where a block's exponentials are kept.
 struct Exponentials {
   float *student, *teacher, *plain;
 };
 
+// Of the block of n classes at `offset`.
 FASTKD_INLINE Exponentials kept_block(const Kept& kept, int64_t offset, int n) {
   return {n == kBlock ? kept.student + offset : kept.last_student, kept.teacher + offset, kept.plain + offset};
 }
