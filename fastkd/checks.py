@@ -1,16 +1,20 @@
 """Checks of a loss's arguments, made before any kernel runs and without reading the device."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastkd.ops import native
+from fastkd.tensors import check_ordinary
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("batchmean", "sum", "none")
+LARGEST = torch.finfo(torch.float32).max
+# What float32 stands: the largest logits that are not masked, divided by T, and T^2 times a loss.
+TEMPERATURES = (1e-6, 1e6)
 
 
 def check_logits(student_logits: Tensor, teacher_logits: Tensor, which: str = "") -> None:
@@ -19,6 +23,7 @@ def check_logits(student_logits: Tensor, teacher_logits: Tensor, which: str = ""
     for name, logits in ((student_name, student_logits), (teacher_name, teacher_logits)):
         if not isinstance(logits, Tensor):
             raise TypeError(f"{name} is a {type(logits).__name__}; expected a tensor of shape [..., C]")
+        check_ordinary(name, logits)
         if logits.dtype not in LOGIT_DTYPES:
             raise TypeError(
                 f"{name} has dtype {logits.dtype}; expected float32, bfloat16, float16 or float64"
@@ -96,21 +101,16 @@ def check_one_a_row(name: str, values: Tensor, what: str, student_logits: Tensor
         )
 
 
-def check_target(target: Tensor, student_logits: Tensor, ignore_index: int) -> bool:
-    """Shape, dtype and device always; the range of the labels where reading them costs no sync (CPU).
-
-    Returns whether every row is known to count, that is, whether the labels were read and none is ignored.
-    """
+def check_target(target: Tensor, student_logits: Tensor) -> None:
+    """Kind, dtype, shape and device; not the labels themselves, see ``check_labels``."""
     if not isinstance(target, Tensor):
         raise TypeError(f"target is a {type(target).__name__}; expected an int64 tensor of labels")
+    check_ordinary("target", target)
     if target.dtype != torch.int64:
         raise TypeError(
             f"target has dtype {target.dtype}; expected int64 class indices (soft targets are not labels)"
         )
     check_one_a_row("target", target, "label", student_logits)
-    if target.device.type == "cpu" and not torch.compiler.is_compiling():
-        return check_labels(target, student_logits.shape[-1], ignore_index)
-    return False
 
 
 def check_labels(target: Tensor, classes: int, ignore_index: int = -100) -> bool:
@@ -140,6 +140,7 @@ def check_row_weight(weight: Tensor, student_logits: Tensor) -> None:
         raise TypeError(
             f"weight is a {type(weight).__name__}; expected a tensor with one number for each row"
         )
+    check_ordinary("weight", weight)
     if not weight.is_floating_point():
         raise TypeError(f"weight has dtype {weight.dtype}; expected a floating-point tensor")
     check_one_a_row("weight", weight, "number", student_logits)
@@ -150,23 +151,35 @@ def check_row_weight(weight: Tensor, student_logits: Tensor) -> None:
 
 
 def check_number(name: str, value: float) -> None:
-    if not isinstance(value, float | int):
+    """A number that is finite in float32, in which losses are computed. It may be one that torch.compile traces."""
+    if not isinstance(value, float | int) or isinstance(value, bool):
         if isinstance(value, Tensor):
             raise TypeError(f"{name} is a tensor, which would have to be read back; expected a number")
-        if not isinstance(value, Real):
+        if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name} is {value!r}; expected a number")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} is {value!r}; expected a finite number")
+    # Comparisons, which are traced where math.isfinite is not; a NaN fails them.
+    if not -LARGEST <= value <= LARGEST:
+        raise ValueError(f"{name} is {value!r}; expected a finite number, at most {LARGEST:.1e} in size")
 
 
-def check_positive(name: str, value: float) -> None:
-    check_number(name, value)
-    if value <= 0:
-        raise ValueError(f"{name} is {value!r}; expected a number above 0")
+def check_temperature(temperature: float, name: str = "temperature") -> None:
+    check_number(name, temperature)
+    low, high = TEMPERATURES
+    if not low <= temperature <= high:
+        raise ValueError(
+            f"{name} is {temperature!r}; expected a number above 0, from {low:g} to {high:g}: beyond that, float32 "
+            "does not hold the logits divided by it, or its square"
+        )
 
 
-def check_temperature(temperature: float) -> None:
-    check_positive("temperature", temperature)
+def check_flag(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; expected True or False")
+
+
+def check_ignore_index(ignore_index: int) -> None:
+    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
+        raise TypeError(f"ignore_index is {ignore_index!r}; expected an integer")
 
 
 def check_label_smoothing(label_smoothing: float) -> None:
@@ -175,7 +188,30 @@ def check_label_smoothing(label_smoothing: float) -> None:
         raise ValueError(f"label_smoothing is {label_smoothing!r}; expected a number from 0 to 1")
 
 
+_OF_OPTION: dict[str, Callable[[str, Any], None]] = {
+    "temperature": lambda name, value: check_temperature(value),
+    "label_smoothing": lambda name, value: check_label_smoothing(value),
+    "ignore_index": lambda name, value: check_ignore_index(value),
+    "reduction": lambda name, value: check_reduction(value),
+    **dict.fromkeys(("standardize", "fix_acquired", "weighted"), check_flag),
+}
+
+
+def check_options(**options: Any) -> None:
+    """Of a loss, by their names; a name of no check of its own is a weight, which may be any finite number."""
+    for name, value in options.items():
+        _OF_OPTION.get(name, check_number)(name, value)
+
+
+def check_beta_of_jsd(beta: float) -> None:
+    check_number("beta", beta)
+    if not 0.0 <= beta <= 1.0:
+        raise ValueError(f"beta is {beta!r}; expected a number from 0 to 1")
+
+
 def check_reduction(reduction: str) -> None:
+    if not isinstance(reduction, str):
+        raise TypeError(f"reduction is {reduction!r}; expected one of {', '.join(REDUCTIONS)}")
     if reduction == "mean":
         raise ValueError(
             "reduction='mean' is refused: for torch.nn.KLDivLoss it divides by rows times classes, which "

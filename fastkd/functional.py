@@ -56,6 +56,7 @@ def kd_loss(
     standardisation, Sun et al. 2024; published with T 2). ``target`` [...] int64 only marks the rows to
     leave out (``ignore_index``); the loss itself uses no labels.
     """
+    checks.check_options(temperature=temperature, standardize=standardize)
     loss, _ = reduced_loss(
         "softmax",
         (temperature, 0.0, 1.0, 0.0, 0.0, 0.0, standardize),
@@ -132,9 +133,13 @@ def distill_loss(
     non-zero weight ("ce", "kd", "tckd", "nckd"; T^2 included) under the same reduction as the loss.
     """
     weights = {"ce": ce_weight, "kd": kd_weight, "tckd": tckd_weight, "nckd": nckd_weight}
-    for name, value in weights.items():
-        checks.check_number(f"{name}_weight", value)
-    checks.check_label_smoothing(label_smoothing)
+    checks.check_options(
+        **{f"{name}_weight": value for name, value in weights.items()},
+        temperature=temperature,
+        label_smoothing=label_smoothing,
+        standardize=standardize,
+        fix_acquired=fix_acquired,
+    )
     loss, terms = reduced_loss(
         "softmax",
         (temperature, *weights.values(), label_smoothing, standardize, fix_acquired),
@@ -164,6 +169,7 @@ def binary_kl_loss(
     Every class is a yes-or-no question of its own: no softmax ties the classes together. Summed over the
     classes; ``"batchmean"`` divides by the rows alone. Published with T 2.
     """
+    checks.check_temperature(temperature)
     return _unlabelled("binary_kl", (temperature,), student_logits, teacher_logits, weight, reduction)
 
 
@@ -181,6 +187,7 @@ def binary_kl_norm_loss(
     finite at any logits, where the released formula overflows from (z_s - z_t) / T of about 17. "Norm" is the
     difference to the teacher, not a z-score. Summed over the classes. Published with T 2.
     """
+    checks.check_temperature(temperature)
     return _unlabelled("binary_kl_norm", (temperature,), student_logits, teacher_logits, weight, reduction)
 
 
@@ -205,8 +212,9 @@ def dckd_loss(
     teacher's.
     ``fix_acquired=False`` is ``dkd_loss``.
     """
-    checks.check_number("alpha", alpha)
-    checks.check_number("beta", beta)
+    checks.check_options(
+        alpha=alpha, beta=beta, temperature=temperature, fix_acquired=fix_acquired, standardize=standardize
+    )
     loss, _ = reduced_loss(
         "softmax",
         (temperature, 0.0, 0.0, alpha, beta, 0.0, standardize, fix_acquired),
@@ -237,7 +245,7 @@ def nkd_loss(
     The target term is at T = 1, the non-target distributions at T. Cross-entropy stands beside it.
     Published: gamma 1.5 and T 1 for ImageNet.
     """
-    checks.check_number("gamma", gamma)
+    checks.check_options(gamma=gamma, temperature=temperature)
     loss, _ = reduced_loss(
         "nkd",
         (temperature, gamma),
@@ -267,7 +275,8 @@ def ttm_loss(
     which is large where the teacher is unsure. ``gamma`` is above 0, the inverse of the teacher's
     temperature.
     """
-    checks.check_positive("gamma", gamma)
+    checks.check_temperature(gamma, "gamma")
+    checks.check_flag("weighted", weighted)
     return _unlabelled("ttm", (gamma, weighted), student_logits, teacher_logits, weight, reduction)
 
 
@@ -280,6 +289,7 @@ def reverse_kl_loss(
     reduction: str = "batchmean",
 ) -> Tensor:
     """KL(softmax(z_s / T) || softmax(z_t / T)): the mode-seeking direction, for language models. No T^2."""
+    checks.check_temperature(temperature)
     return _unlabelled("reverse_kl", (temperature,), student_logits, teacher_logits, weight, reduction)
 
 
@@ -296,12 +306,10 @@ def jsd_loss(
 
     ``beta`` is from 0 to 1; by convention 0 is KL(p || q) and 1 is KL(q || p).
     """
-    checks.check_number("beta", beta)
+    checks.check_beta_of_jsd(beta)
     checks.check_temperature(temperature)
-    if not 0.0 <= beta <= 1.0:
-        raise ValueError(f"beta is {beta!r}; expected a number from 0 to 1")
     if beta == 0.0:
-        forward = (temperature, 0.0, 1.0 / temperature**2, 0.0, 0.0, 0.0, 0.0)
+        forward = (temperature, 0.0, 1.0 / temperature**2, 0.0, 0.0, 0.0, False)
         return _unlabelled("softmax", forward, student_logits, teacher_logits, weight, reduction)
     if beta == 1.0:
         return _unlabelled("reverse_kl", (temperature,), student_logits, teacher_logits, weight, reduction)

@@ -21,19 +21,22 @@ __all__ = [
 
 
 class _Loss(nn.Module):
-    """Holds the keyword options of a function of ``fastkd.functional`` and checks them at once."""
+    """Holds the keyword options of a function of ``fastkd.functional`` and checks them at once.
+
+    Each is an attribute of the module, which a schedule may set between steps; the call checks it again.
+    """
 
     def __init__(self, **options: Any):
         super().__init__()
-        checks.check_reduction(options["reduction"])
+        checks.check_options(**options)
+        self._names = tuple(options)
         for name, value in options.items():
-            if name == "temperature":
-                checks.check_temperature(value)
-            elif name == "label_smoothing":
-                checks.check_label_smoothing(value)
-            elif name in ("alpha", "beta", "gamma") or name.endswith("_weight"):
-                checks.check_number(name, value)
-        self.options = options
+            setattr(self, name, value)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options in force, by name."""
+        return {name: getattr(self, name) for name in self._names}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
@@ -154,6 +157,7 @@ class TTMLoss(_Loss):
         weighted: bool = False,
         reduction: str = "batchmean",
     ):
+        checks.check_temperature(gamma, "gamma")
         super().__init__(gamma=gamma, weighted=weighted, reduction=reduction)
 
     def forward(
@@ -189,6 +193,7 @@ class JSDLoss(_Loss):
         temperature: float = 1.0,
         reduction: str = "batchmean",
     ):
+        checks.check_beta_of_jsd(beta)
         super().__init__(beta=beta, temperature=temperature, reduction=reduction)
 
     def forward(

@@ -80,7 +80,7 @@ def softmax_rows(
     u, v = (standardize(z_s), standardize(z_t)) if standardized else (z_s, z_t)
     u, v = u / temperature, v / temperature
     square = temperature * temperature
-    zero = z_s.new_zeros(z_s.shape[0])
+    zero = z_s[:, :0].sum(-1)  # with a gradient, which is 0, where no term is asked for
     ce = kd = tckd = nckd = zero
     if kd_weight:
         kd = square * kl_from_logits(u, v)
@@ -139,7 +139,8 @@ def jsd_rows(
     """Generalised JSD: beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q, without T^2."""
     log_q = (as_float(student_logits) / temperature).log_softmax(-1)
     log_p = (as_float(teacher_logits) / temperature).log_softmax(-1)
-    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    share = log_p.new_ones(()) * beta
+    log_m = torch.logaddexp(log_p + share.log(), log_q + (-share).log1p())
     student = (log_q.exp() * (log_q - log_m)).sum(-1)
     teacher = (log_p.exp() * (log_p - log_m)).sum(-1)
     row = beta * teacher + (1 - beta) * student

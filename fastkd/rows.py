@@ -1,4 +1,4 @@
-"""From logits to a loss: check, flatten to rows, run a backend, reduce. Every loss goes this way."""
+"""From logits to a loss: check, choose a backend, run it over the rows, reduce. Every loss goes this way."""
 
 from collections.abc import Iterable, Sequence
 from typing import TypeAlias
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastkd import backend, checks, reference
 from fastkd.ops import library
+from fastkd.tensors import as_ordinary, is_readable, transform_of
 
 Logits: TypeAlias = Tensor | Sequence[Tensor]
 
@@ -25,38 +26,43 @@ def reduced_loss(
     reduction: str,
     with_terms: bool = False,
 ) -> tuple[Tensor, Iterable[Tensor]]:
-    """A loss of ``fastkd.reference`` and, if asked for, its terms; arguments as in ``fastkd.functional``."""
-    checks.check_temperature(options[0])
-    options = tuple(map(float, options))
+    """A loss of ``fastkd.reference`` and, if asked for, its terms; arguments as in ``fastkd.functional``.
+
+    Options that are bool choose code; the others may be symbolic where torch.compile traces.
+    """
     checks.check_reduction(reduction)
+    checks.check_ignore_index(ignore_index)
     students, teachers = checks.check_pairs(student_logits, teacher_logits)
     student = students[0]
     if target is None and uses_label:
         raise TypeError("target is None; expected an int64 tensor of labels")
     if weight is not None:
         checks.check_row_weight(weight, student)
-    all_count = target is None or checks.check_target(target, student, ignore_index)
+        weight = as_ordinary("weight", weight)
+    all_count = True
+    if target is not None:
+        checks.check_target(target, student)
+        target = as_ordinary("target", target)
+        all_count = is_readable(target) and checks.check_labels(target, student.shape[-1], ignore_index)
+
+    chosen = _backend_for((*students, *teachers, weight, target), student, teachers[0])
+    students = [as_ordinary("student_logits", logits) for logits in students]
+    teachers = [as_ordinary("teacher_logits", logits) for logits in teachers]
 
     reduced = reduction != "none"
     leading, classes = student.shape[:-1], student.shape[-1]
-    labels = target
-    if student.dim() != 2:
-        students = [logits.reshape(-1, classes) for logits in students]
-        teachers = [logits.reshape(-1, classes) for logits in teachers]
-        labels = None if target is None else target.reshape(-1)
-        weight = None if weight is None else weight.reshape(-1)
+    count = student.numel() // classes
+    labels = None if target is None else target.reshape(-1)
     counted = None if labels is None or all_count else labels != ignore_index
-    row_weight, divisor = _row_weight(weight, counted, students[0].shape[0], reduction)
+    row_weight, divisor = _row_weight(weight, counted, count, reduction, student.dtype)
     label = labels if uses_label else None
-    chosen = backend.resolve(backend.get_backend(), student.device.type, student.dtype, teachers[0].dtype)
     terms: Tensor | None
     if chosen == "eager":
         rows, terms = _eager(loss, options, students, teachers, label, counted, row_weight, divisor, reduced)
     else:
-        rows, terms = library.row_loss(
-            students, teachers, label, row_weight, divisor, loss, options, chosen,
-            reduced=reduced, with_terms=with_terms,
-        )  # fmt: skip
+        numbers, dynamic = _numbers(options, student)
+        call = library.Call(label, row_weight, divisor, loss, numbers, dynamic, chosen, reduced, with_terms)
+        rows, terms = library.row_loss(students, teachers, call)
     of_pairs = () if isinstance(student_logits, Tensor) else (len(students),)
     shape = of_pairs if reduced else of_pairs + leading
     if rows.shape != shape:
@@ -66,18 +72,53 @@ def reduced_loss(
     return rows, terms.detach().view(terms.shape[0], *shape)
 
 
+def _backend_for(tensors: Sequence[Tensor | None], student: Tensor, teacher: Tensor) -> str:
+    name = backend.get_backend()
+    chosen = backend.resolve(name, student.device.type, student.dtype, teacher.dtype)
+    transform = None if chosen == "eager" else transform_of(tensors)
+    if transform is None:
+        return chosen
+    if name == "auto":
+        return "eager"  # plain torch, which every transform knows
+    raise backend.BackendUnavailable(
+        f"backend {name!r} does not run inside {transform}, whose tensors are not their memory; use "
+        "set_backend('auto') or 'eager', which computes such a call in plain torch"
+    )
+
+
+def _numbers(options: tuple[float, ...], student: Tensor) -> tuple[tuple[float, ...], Tensor | None]:
+    """``Call.options`` and ``Call.dynamic``.
+
+    Where torch.compile traces, a number is symbolic once it has changed. Handed to an operator as a number it would be
+    compiled in, and compiled again for every value; so it goes as a tensor, made by arithmetic. What chooses code is
+    asked of it by comparison: whether the temperature, always first, is 1, and whether another option is 0.
+    """
+    if not torch.compiler.is_compiling():
+        return tuple(map(float, options)), None
+    one = student.new_ones((), dtype=torch.float32)
+    dynamic = torch.stack([one * value for value in options])
+    return tuple(_known(value, 0.0 if index else 1.0) for index, value in enumerate(options)), dynamic
+
+
+def _known(value: float, special: float) -> float:
+    if isinstance(value, bool):
+        return float(value)
+    return special if value == special else float("nan")
+
+
 def _row_weight(
-    weight: Tensor | None, counted: Tensor | None, rows: int, reduction: str
+    weight: Tensor | None, counted: Tensor | None, rows: int, reduction: str, dtype: torch.dtype
 ) -> tuple[Tensor | None, int]:
     """What each row's loss is multiplied by, where rows differ in it [N], and what all are divided by.
 
     The kernels apply it as they write the gradient, so that the reduction costs no pass of its own.
     """
     mean = reduction == "batchmean"
-    row_weight = None if weight is None else weight.float()
+    precision = torch.float64 if dtype == torch.float64 else torch.float32
+    row_weight = None if weight is None else weight.to(precision).reshape(-1).contiguous()
     if counted is None:
         return row_weight, max(rows, 1) if mean else 1
-    present = counted.float()
+    present = counted.to(precision)
     row_weight = present if row_weight is None else torch.where(counted, row_weight, 0.0)
     return (row_weight / present.sum().clamp_min(1.0) if mean else row_weight), 1
 
@@ -94,12 +135,16 @@ def _eager(
     reduced: bool,
 ) -> tuple[Tensor, Tensor]:
     """``library.row_loss`` in plain torch: rows [H, N] and terms [K, H, N], or their sums over N."""
-    if counted is not None:
-        # A row left out may hold anything, also what would make 0 * its gradient NaN.
+    classes = students[0].shape[-1]
+    students, teachers = ([one.reshape(-1, classes) for one in logits] for logits in (students, teachers))
+    if row_weight is not None:
+        # A row of weight 0 may hold anything, also what would make 0 * its gradient NaN.
+        read = row_weight != 0
         students, teachers = (
-            [torch.where(counted[:, None], one, 0.0) for one in logits] for logits in (students, teachers)
+            [torch.where(read[:, None], one, 0.0) for one in logits] for logits in (students, teachers)
         )
-        label = None if label is None else torch.where(counted, label, 0)
+        if label is not None and counted is not None:
+            label = torch.where(counted, label, 0)
     row_loss = reference.ROW_LOSSES[loss]
     pairs = [row_loss(s, t, label, *options) for s, t in zip(students, teachers, strict=True)]
     rows, terms = torch.stack([rows for rows, _ in pairs]), torch.stack([terms for _, terms in pairs], 1)

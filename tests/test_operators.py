@@ -24,16 +24,9 @@ OPTIONS = {
 @pytest.mark.parametrize("loss", OPTIONS)
 def test_opcheck(fused, loss, reduced):
     student, teacher, target = make_logits(4, 11, torch.float32, fused)
-    arguments = (
-        target,
-        torch.rand(4, device=fused),
-        2,
-        loss,
-        OPTIONS[loss],
-        fastkd.get_backend(),
-        reduced,
-        True,
-        True,
+    weights = torch.rand(4, device=fused)
+    arguments = library.Call(
+        target, weights, 2, loss, OPTIONS[loss], None, fastkd.get_backend(), reduced, True, True
     )
     pairs = ([student.requires_grad_(), (student.detach() + 1).requires_grad_()], [teacher, teacher - 1])
     for inputs in (pairs, (pairs[0][:1], pairs[1][:1])):
@@ -44,7 +37,9 @@ def test_fake_shapes_are_the_real_ones(fused):
     student, teacher, target = make_logits(5, 9, torch.bfloat16, fused)
     for loss, options in OPTIONS.items():
         for reduced, terms in ((False, False), (False, True), (True, False), (True, True)):
-            arguments = (target, None, 1, loss, options, fastkd.get_backend(), reduced, terms, True)
+            arguments = library.Call(
+                target, None, 1, loss, options, None, fastkd.get_backend(), reduced, terms, True
+            )
             for pairs in (1, 2):
                 inputs = ([student] * pairs, [teacher] * pairs)
                 meta_inputs = [[logits.to("meta") for logits in one] for one in inputs]
@@ -139,10 +134,8 @@ def test_a_label_out_of_range_poisons_its_row_where_no_check_is_made(fused):
     """On a GPU labels are not read back, and a wrong one must show. Called below the checks of the CPU."""
     student, teacher, target = make_logits(3, 9, torch.float32, fused)
     target[1] = 9
-    rows, _ = library.row_loss(
-        [student], [teacher], target, None, 1, "softmax", OPTIONS["softmax"], fastkd.get_backend(),
-        reduced=False, with_terms=True,
-    )  # fmt: skip
+    call = library.Call(target, None, 1, "softmax", OPTIONS["softmax"], None, fastkd.get_backend(), False, True)
+    rows, _ = library.row_loss([student], [teacher], call)
     assert torch.isnan(rows[1])
     assert torch.isfinite(rows[[0, 2]]).all()
 

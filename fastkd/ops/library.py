@@ -1,56 +1,68 @@
 """The torch operators: schema, dispatch to a backend, shapes for the compiler, autograd. All in one place.
 
 ``fastkd::row_loss`` computes the losses of all rows and, when the student needs it, the gradient with them.
-``backward`` then only has to scale that gradient by what comes from upstream.
+``backward`` then only has to scale that gradient by grad_output. float16 is the exception: most of a gradient over
+many classes is below its smallest number until a loss scale, which is in grad_output, has been applied. There
+``backward`` computes the rows again, grad_output multiplied into their weights, and rounds once.
 """
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastkd.ops.layout import as_rows
+from fastkd.tensors import is_traced
+
 TERMS = {"softmax": 4}
+
+
+class Call(NamedTuple):
+    """What is asked of the rows of H pairs of logits [..., C], N rows each: the operator's arguments after them.
+
+    ``options`` are those of the loss in ``fastkd.reference``. Where ``dynamic`` [len(options)] is given (float32, on
+    the logits' device) it holds their values, known only when the operator runs, and ``options`` chooses code: 0 and 1
+    are themselves, NaN is any other number.
+    """
+
+    target: Tensor | None  # int64 [N]; a label out of range gives a NaN row
+    row_weight: Tensor | None  # float32 [N], or [H, N]; a row of weight 0 is not read
+    divisor: int  # of every row, beside its weight
+    loss: str
+    options: Sequence[float]
+    dynamic: Tensor | None
+    backend: str
+    reduced: bool  # to each pair's sum over its rows
+    with_terms: bool
+    with_gradient: bool = False
+
 
 _library = torch.library.Library("fastkd", "DEF")
 _library.define(
     "row_loss(Tensor[] student_logits, Tensor[] teacher_logits, Tensor? target, Tensor? row_weight, "
-    "SymInt divisor, str loss, float[] options, str backend, bool reduced, bool with_terms, "
+    "SymInt divisor, str loss, float[] options, Tensor? dynamic, str backend, bool reduced, bool with_terms, "
     "bool with_gradient) "
     "-> (Tensor rows, Tensor terms, Tensor gradient)"
 )
 
 
 def row_loss(
-    student_logits: Sequence[Tensor],
-    teacher_logits: Sequence[Tensor],
-    target: Tensor | None,
-    row_weight: Tensor | None,
-    divisor: int,
-    loss: str,
-    options: Sequence[float],
-    backend: str,
-    *,
-    reduced: bool,
-    with_terms: bool,
+    student_logits: Sequence[Tensor], teacher_logits: Sequence[Tensor], call: Call
 ) -> tuple[Tensor, Tensor | None]:
-    """Losses [H N] of the rows of H pairs of logits [N, C], pair by pair, and their terms [K, H N], in
-    float32, times ``row_weight`` [N] and divided by ``divisor``; ``reduced``, each pair's sums over its rows:
-    [H] and [K, H], or [] and [K] for one pair. Terms that are not asked for, or that the loss has not, are
-    None or an empty tensor.
-
-    ``target`` [N] names the label of each row, where the loss uses one; a label out of range gives a NaN
-    row. A row of weight 0 is not read. ``options`` are those of the loss in ``fastkd.reference``.
+    """Losses [H N], pair by pair, and their terms [K, H N], in float32, times the weights; where ``call.reduced``,
+    each pair's sums over its rows: [H] and [K, H], or [] and [K] for one pair. Terms that are not asked for, or that
+    the loss has not, are None or an empty tensor.
     """
-    with_gradient = torch.is_grad_enabled() and any(logits.requires_grad for logits in student_logits)
-    settings = (target, row_weight, divisor, loss, options, backend, reduced, with_terms, with_gradient)
-    if torch.compiler.is_compiling():
-        rows, terms, _ = torch.ops.fastkd.row_loss(student_logits, teacher_logits, *settings)
-    elif with_gradient:
-        rows, terms = _RowLoss.apply(settings, *student_logits, *teacher_logits)
+    differentiates = torch.is_grad_enabled() and any(logits.requires_grad for logits in student_logits)
+    call = call._replace(with_gradient=differentiates and student_logits[0].dtype != torch.float16)
+    if is_traced((*student_logits, *teacher_logits)):
+        rows, terms, _ = torch.ops.fastkd.row_loss(student_logits, teacher_logits, *call)
+    elif differentiates:
+        rows, terms = _RowLoss.apply(call, *student_logits, *teacher_logits)
     else:
-        rows, terms, _ = _row_loss(student_logits, teacher_logits, *settings)
+        rows, terms, _ = _row_loss(student_logits, teacher_logits, call)
     return rows, terms
 
 
@@ -65,45 +77,28 @@ def _launcher(backend: str) -> Any:
     return launch
 
 
-def _dense_rows(logits: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Kernels take any row stride, the same for all pairs; only a row that is not dense is copied."""
-    stride = logits[0].stride()
-    if stride[1] == 1 and all(other.stride() == stride for other in logits[1:]):
-        return logits
-    return [one.contiguous() for one in logits]
-
-
 def _row_loss(
-    students: Sequence[Tensor],
-    teachers: Sequence[Tensor],
-    target: Tensor | None,
-    row_weight: Tensor | None,
-    divisor: int,
-    loss: str,
-    options: Sequence[float],
-    backend: str,
-    reduced: bool,
-    with_terms: bool,
-    with_gradient: bool,
+    students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """What the operator gives, with None for what is not asked for: an empty tensor costs a call as well."""
-    count, classes = students[0].shape
-    count *= len(students)
-    rows = students[0].new_empty(count, dtype=torch.float32)
-    terms = rows.new_empty(TERMS[loss], count) if with_terms and loss in TERMS else None
-    gradient = students[0].new_empty(count, classes) if with_gradient else None
-    students, teachers = _dense_rows(students), _dense_rows(teachers)
+    pairs, first = len(students), students[0]
+    classes = first.shape[-1]
+    count = pairs * (first.numel() // classes)
+    rows = first.new_empty(count, dtype=torch.float32)
+    terms = rows.new_empty(TERMS[call.loss], count) if call.with_terms and call.loss in TERMS else None
+    gradient = first.new_empty(count, classes) if call.with_gradient else None
     sums: tuple[Tensor, ...] = ()
-    if reduced and count and backend == "native" and rows.is_cpu:
+    if call.reduced and count and call.backend == "native" and rows.is_cpu:
         # Along with the rows: to start torch's own sum takes as long as a small loss.
-        sums = (rows.new_empty(() if len(students) == 1 else len(students)),)
+        sums = (rows.new_empty(() if pairs == 1 else pairs),)
     if count:
-        _launcher(backend).row_loss(
-            students, teachers, target, row_weight, 1.0 / divisor, loss, options, rows, terms, gradient, *sums
-        )
-    if reduced:
-        rows = sums[0] if sums else _sum_rows(rows, len(students))
-        terms = None if terms is None else _sum_rows(terms, len(students))
+        _launcher(call.backend).row_loss(
+            *as_rows(students, teachers), call.target, call.row_weight, 1.0 / call.divisor, call.loss, call.options,
+            rows, terms, gradient, *sums, **({} if call.dynamic is None else {"dynamic": call.dynamic}),
+        )  # fmt: skip
+    if call.reduced:
+        rows = sums[0] if sums else _sum_rows(rows, pairs)
+        terms = None if terms is None else _sum_rows(terms, pairs)
     return rows, terms, gradient
 
 
@@ -115,8 +110,10 @@ def _sum_rows(values: Tensor, pairs: int) -> Tensor:
 
 
 @torch.library.impl("fastkd::row_loss", ("cpu", "cuda"), lib=_library)
-def _row_loss_operator(students: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    rows, terms, gradient = _row_loss(students, *arguments)
+def _row_loss_operator(
+    students: Sequence[Tensor], teachers: Sequence[Tensor], *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, terms, gradient = _row_loss(students, teachers, Call(*arguments))
     return (
         rows,
         rows.new_empty(0) if terms is None else terms,
@@ -126,74 +123,108 @@ def _row_loss_operator(students: Sequence[Tensor], *arguments: Any) -> tuple[Ten
 
 @torch.library.register_fake("fastkd::row_loss", lib=_library)
 def _row_loss_shapes(
-    students: Sequence[Tensor],
-    teachers: Sequence[Tensor],
-    target: Tensor | None,
-    row_weight: Tensor | None,
-    divisor: int,
-    loss: str,
-    options: Sequence[float],
-    backend: str,
-    reduced: bool,
-    with_terms: bool,
-    with_gradient: bool,
+    students: Sequence[Tensor], teachers: Sequence[Tensor], *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    count, classes = students[0].shape
-    count *= len(students)
+    call, pairs, classes = Call(*arguments), len(students), students[0].shape[-1]
+    count = pairs * (students[0].numel() // classes)
     of_rows: tuple[int, ...] = (count,)
-    if reduced:
-        of_rows = (len(students),) if len(students) > 1 else ()
+    if call.reduced:
+        of_rows = (pairs,) if pairs > 1 else ()
     rows = students[0].new_empty(of_rows, dtype=torch.float32)
     return (
         rows,
-        rows.new_empty((TERMS[loss], *of_rows) if with_terms and loss in TERMS else 0),
-        students[0].new_empty((count, classes) if with_gradient else 0),
+        rows.new_empty((TERMS[call.loss], *of_rows) if call.with_terms and call.loss in TERMS else 0),
+        students[0].new_empty((count, classes) if call.with_gradient else 0),
     )
 
 
-def _keep_gradient(ctx: Any, gradient: Tensor | None, pairs: int, backend: str) -> None:
+# ---- autograd: of the operator, and of the same without the dispatcher --------------------------------
+
+
+def _save(ctx: Any, students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call, gradient: Tensor | None) -> None:
+    """For backward: the gradient, or what it is computed from."""
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(gradient)
-    ctx.pairs = pairs
-    ctx.backend = backend
+    ctx.pairs, ctx.shape = len(students), students[0].shape
+    if call.with_gradient:
+        ctx.save_for_backward(gradient)
+        ctx.call = call._replace(target=None, row_weight=None, dynamic=None)
+    else:
+        ctx.save_for_backward(call.target, call.row_weight, call.dynamic, *students, *teachers)
+        ctx.call = call._replace(target=None, row_weight=None, dynamic=None)
 
 
-def _gradients(ctx: Any, upstream: Tensor | None) -> Sequence[Tensor | None]:
-    """Of each student's logits: the gradient computed with the loss, times what comes from upstream."""
-    (gradient,) = ctx.saved_tensors
-    if upstream is None:
+def _gradients(ctx: Any, grad_output: Tensor | None) -> Sequence[Tensor | None]:
+    """Of each student's logits."""
+    saved = ctx.saved_tensors
+    if grad_output is None:
         return [None] * ctx.pairs
-    traced = torch.compiler.is_compiling() or type(gradient) is not Tensor
+    traced = is_traced((grad_output,))
     if torch.is_grad_enabled() and not traced:
         raise RuntimeError(
             "fastkd computes the gradient with the loss and does not differentiate it again "
             "(create_graph=True); use fastkd.set_backend('eager') for second derivatives"
         )
-    of_pair = gradient.shape[0] // ctx.pairs
+    if ctx.call.with_gradient:
+        gradient = _scaled(saved[0], grad_output, ctx.pairs, ctx.call.backend, traced)
+    else:
+        target, row_weight, dynamic, *logits = saved
+        call = ctx.call._replace(
+            target=target, row_weight=_row_factors(row_weight, grad_output, ctx.pairs, ctx.shape), dynamic=dynamic,
+            reduced=False, with_terms=False, with_gradient=True,
+        )  # fmt: skip
+        compute = _traced_row_loss if traced else _row_loss
+        gradient = compute(logits[: ctx.pairs], logits[ctx.pairs :], call)[2]
+    if ctx.pairs == 1:
+        return [gradient if gradient.shape == ctx.shape else gradient.view(ctx.shape)]
+    return gradient.view(ctx.pairs, *ctx.shape).unbind()
+
+
+def _traced_row_loss(
+    students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.fastkd.row_loss(students, teachers, *call)
+
+
+def _row_factors(row_weight: Tensor | None, grad_output: Tensor, pairs: int, shape: Sequence[int]) -> Tensor:
+    """grad_output, one number for each pair or each row, times the weights: [N], or [H, N] for several pairs."""
+    rows = 1
+    for size in shape[:-1]:
+        rows *= size
+    factors = grad_output.float().reshape(pairs, -1).expand(pairs, rows)
+    if row_weight is not None:
+        factors = factors * row_weight
+    return (factors[0] if pairs == 1 else factors).contiguous()
+
+
+def _scaled(gradient: Tensor, grad_output: Tensor, pairs: int, backend: str, traced: bool) -> Tensor:
+    """The gradient computed with the loss, times grad_output."""
+    of_pair = gradient.shape[0] // pairs
     kept = not traced and torch._C._autograd._get_current_graph_task_keep_graph()
     # A number on the CPU is read without waiting for anything; on a GPU the kernel decides.
-    one = not traced and upstream.dim() == 0 and upstream.is_cpu and upstream.item() == 1.0
-    if kept or not one:
-        factors = upstream
-        if upstream.numel() != gradient.shape[0]:  # one number a pair
-            factors = upstream.expand(of_pair) if ctx.pairs == 1 else upstream.repeat_interleave(of_pair)
-        # In place where the saved gradient is ours alone. Whoever keeps the graph may come again, and a
-        # compiler fuses a plain product with what follows.
-        if traced or kept:
-            gradient = (gradient * factors.unsqueeze(-1)).to(gradient.dtype)
-        elif of_pair:
-            _launcher(ctx.backend).scale_rows_(gradient, factors)
-    return [gradient] if ctx.pairs == 1 else gradient.split(of_pair)
+    one = not traced and grad_output.dim() == 0 and grad_output.is_cpu and grad_output.item() == 1.0
+    if one and not kept:
+        return gradient
+    factors = grad_output
+    if grad_output.numel() != gradient.shape[0]:  # one number a pair
+        factors = grad_output.expand(of_pair) if pairs == 1 else grad_output.repeat_interleave(of_pair)
+    # In place where the saved gradient is ours alone. Whoever keeps the graph may come again, and a
+    # compiler fuses a plain product with what follows.
+    if traced or kept:
+        return (gradient * factors.reshape(-1, 1)).to(gradient.dtype)
+    if of_pair:
+        _launcher(backend).scale_rows_(gradient, factors.reshape(-1))
+    return gradient
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     _, terms, gradient = output
     ctx.mark_non_differentiable(terms, gradient)
-    _keep_gradient(ctx, gradient, len(inputs[0]), inputs[7])
+    students, teachers, *arguments = inputs
+    _save(ctx, students, teachers, Call(*arguments), gradient)
 
 
-def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
-    return list(_gradients(ctx, upstream)), [None] * ctx.pairs, *(None,) * 9
+def _backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Any, ...]:
+    return list(_gradients(ctx, grad_output)), [None] * ctx.pairs, *(None,) * len(Call._fields)
 
 
 torch.library.register_autograd("fastkd::row_loss", _backward, setup_context=_setup_context, lib=_library)
@@ -203,14 +234,15 @@ class _RowLoss(torch.autograd.Function):
     """The operator without the dispatcher, which outside of a compiler costs more than a small loss."""
 
     @staticmethod
-    def forward(ctx: Any, settings: tuple[Any, ...], *logits: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(ctx: Any, call: Call, *logits: Tensor) -> tuple[Tensor, Tensor | None]:
         pairs = len(logits) // 2
-        rows, terms, gradient = _row_loss(logits[:pairs], logits[pairs:], *settings)
+        students, teachers = logits[:pairs], logits[pairs:]
+        rows, terms, gradient = _row_loss(students, teachers, call)
         if terms is not None:
             ctx.mark_non_differentiable(terms)
-        _keep_gradient(ctx, gradient, pairs, settings[5])
+        _save(ctx, students, teachers, call, gradient)
         return rows, terms
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
-        return None, *_gradients(ctx, upstream), *(None,) * ctx.pairs
+    def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Any, ...]:
+        return None, *_gradients(ctx, grad_output), *(None,) * ctx.pairs

@@ -137,11 +137,14 @@ def row_loss(
     terms: Tensor | None,
     gradient: Tensor | None,
     sums: Tensor | None = None,
+    dynamic: Tensor | None = None,
 ) -> None:
     """Fills ``rows`` and, where they are given, ``terms`` and ``gradient``; see ``ops.library``.
 
     And, on the CPU alone, ``sums`` [H] or [] with each pair's sum of rows.
     """
+    if dynamic is not None:
+        options = dynamic.tolist()
     student, teacher, pairs = students[0], teachers[0], len(students)
     absent = _absent(student.device)
     of_pairs = terms

@@ -40,8 +40,11 @@ def row_loss(
     rows: Tensor,
     terms: Tensor | None,
     gradient: Tensor | None,
+    dynamic: Tensor | None = None,
 ) -> None:
     """Fills ``rows`` and, where they are given, ``terms`` and ``gradient``; see ``ops.library``."""
+    if dynamic is not None:
+        options = dynamic.tolist()
     student, teacher = students[0], teachers[0]
     count, classes = student.shape
     pairs = len(students)

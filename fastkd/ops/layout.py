@@ -1,0 +1,57 @@
+"""Logits of any leading dimensions as rows that kernels walk along, without a copy where strides allow it."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def as_rows(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Views ``[N, C]`` or, where rows have two strides as in ``logits[:, :-1]`` of ``[B, T, C]``, ``[M, K, C]``.
+
+    Classes are dense, all students have the same strides, all teachers theirs. Where the leading dimensions have three
+    strides or more, or a class is not beside the next, there is a copy.
+    """
+    students, teachers = _alike(students), _alike(teachers)
+    size, classes = _outer(students[0]), students[0].shape[-1]
+    if size == 1:
+        size = _outer(teachers[0])
+    shape = (-1, classes) if size == 1 else (size, -1, classes)
+    return _viewed(students, shape), _viewed(teachers, shape)
+
+
+def _alike(logits: Sequence[Tensor]) -> Sequence[Tensor]:
+    stride = logits[0].stride()
+    if stride[-1] == 1 and all(other.stride() == stride for other in logits[1:]):
+        if logits[0].dim() == 2 or len(_levels(logits[0])) <= 2:
+            return logits
+    return [one.contiguous() for one in logits]
+
+
+def _levels(logits: Tensor) -> list[tuple[int, int]]:
+    """(size, stride) of the leading dimensions from the last on, those joined that are one walk through memory."""
+    levels: list[tuple[int, int]] = []
+    for size, stride in zip(logits.shape[-2::-1], logits.stride()[-2::-1], strict=True):
+        if size == 1:
+            continue
+        if levels and stride == levels[-1][0] * levels[-1][1]:
+            levels[-1] = (levels[-1][0] * size, levels[-1][1])
+        else:
+            levels.append((size, stride))
+    return levels
+
+
+def _outer(logits: Tensor) -> int:
+    """M of the view [M, K, C]; 1 where rows have one stride."""
+    if logits.dim() <= 2:
+        return 1
+    levels = _levels(logits)
+    return levels[1][0] if len(levels) == 2 else 1
+
+
+def _viewed(logits: Sequence[Tensor], shape: tuple[int, ...]) -> Sequence[Tensor]:
+    if logits[0].dim() == len(shape) == 2:
+        return logits
+    try:
+        return [one.view(shape) for one in logits]
+    except RuntimeError:  # student and teacher split their rows at different places
+        return [one.contiguous().view(shape) for one in logits]

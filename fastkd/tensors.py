@@ -1,0 +1,96 @@
+"""Which tensors are what they seem. A kernel reads memory: a tensor whose values are elsewhere, or are not those of
+its memory, is made ordinary, sent another way, or refused by name."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
+
+# Wrappers for which torch's dispatcher stands in while it traces: the operator has shapes for them.
+TRACED = (FakeTensor, FunctionalTensor)
+# How to get an ordinary tensor out of the better known ones.
+_WAYS_OUT = {
+    "DTensor": "pass its .to_local() (each rank its own rows) or its .full_tensor()",
+    "MaskedTensor": "pass its .to_tensor(value), and leave rows out with weight= or ignore_index",
+    "AsyncCollectiveTensor": "pass its .wait()",
+}
+_ORDINARY_DISPATCH = Tensor.__torch_dispatch__
+
+
+def check_ordinary(name: str, tensor: Tensor) -> None:
+    """Raise TypeError for a tensor that no kernel can read as rows of numbers: sparse, nested, a wrapper."""
+    if torch.compiler.is_compiling():
+        return  # the compiler has its own wrappers, and knows which it can trace
+    kind = type(tensor)
+    if (
+        kind is not Tensor
+        and kind.__torch_dispatch__ is not _ORDINARY_DISPATCH
+        and not isinstance(tensor, TRACED)
+    ):
+        way_out = _WAYS_OUT.get(kind.__name__, "pass the ordinary tensor that it wraps")
+        raise TypeError(f"{name} is a {kind.__name__}; expected an ordinary tensor: {way_out}")
+    if tensor.is_nested:
+        raise TypeError(
+            f"{name} is a nested tensor; expected an ordinary one: pass its .values(), whose rows are those of all"
+        )
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} has layout {tensor.layout}; expected a dense tensor: pass its .to_dense()")
+
+
+def as_ordinary(name: str, tensor: Tensor) -> Tensor:
+    """The tensor with its values in its memory, as it was where they are; differentiable."""
+    if torch.compiler.is_compiling():
+        return tensor
+    if tensor.is_neg():
+        tensor = tensor.resolve_neg()
+    if type(tensor) is not Tensor:
+        return tensor if isinstance(tensor, TRACED) else tensor.as_subclass(Tensor)
+    if tensor.device.type == "meta" or not tensor.numel():
+        return tensor
+    if tensor._is_zerotensor():
+        return torch.zeros_like(tensor, memory_format=torch.contiguous_format)
+    if not tensor.untyped_storage().nbytes():
+        raise ValueError(
+            f"{name} has shape {list(tensor.shape)} and its storage is empty (freed by resize_(0), as FSDP does "
+            "between uses); expected a tensor whose values are there"
+        )
+    return tensor
+
+
+def is_traced(tensors: Iterable[Tensor]) -> bool:
+    """Whether torch's dispatcher has to see the operator: a compiler, a fake tensor or a dispatch mode is at work."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or any(type(tensor) is not Tensor for tensor in tensors)
+    )
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Whether the host can look at the values without waiting for a device, or breaking a graph that is traced."""
+    return tensor.is_cpu and not is_traced((tensor,)) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def transform_of(tensors: Iterable[Tensor | None]) -> str | None:
+    """The transform of torch.func, or forward-mode AD, that one of these tensors is inside of; None without one.
+
+    Such a tensor's memory is not its value, or not all of it: a kernel that reads it loses a tangent or a batch.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        for tensor in tensors:
+            if tensor is not None and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+                if torch._C._functorch.is_batchedtensor(tensor):
+                    return "torch.func.vmap"
+                stack = torch._C._functorch.get_interpreter_stack() or []
+                names = {str(level.key()).rpartition(".")[2].lower() for level in stack}
+                return "torch.func." + "/".join(sorted(names))
+    if forward_ad._current_level >= 0:
+        for tensor in tensors:
+            if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+                return "forward-mode AD"
+    return None
