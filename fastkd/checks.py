@@ -151,7 +151,8 @@ def check_row_weight(weight: Tensor, student_logits: Tensor) -> None:
 
 
 def check_number(name: str, value: float) -> None:
-    """A number that is finite in float32, in which losses are computed. It may be one that torch.compile traces."""
+    """A number that is finite in float32, in which losses are computed. It may be one that torch.compile
+    traces."""
     if not isinstance(value, float | int) or isinstance(value, bool):
         if isinstance(value, Tensor):
             raise TypeError(f"{name} is a tensor, which would have to be read back; expected a number")
@@ -167,8 +168,8 @@ def check_temperature(temperature: float, name: str = "temperature") -> None:
     low, high = TEMPERATURES
     if not low <= temperature <= high:
         raise ValueError(
-            f"{name} is {temperature!r}; expected a number above 0, from {low:g} to {high:g}: beyond that, float32 "
-            "does not hold the logits divided by it, or its square"
+            f"{name} is {temperature!r}; expected a number above 0, from {low:g} to {high:g}: beyond that, "
+            "float32 does not hold the logits divided by it, or its square"
         )
 
 
@@ -198,7 +199,7 @@ _OF_OPTION: dict[str, Callable[[str, Any], None]] = {
 
 
 def check_options(**options: Any) -> None:
-    """Of a loss, by their names; a name of no check of its own is a weight, which may be any finite number."""
+    """Of a loss, by their names; one without a check of its own is a weight: any finite number."""
     for name, value in options.items():
         _OF_OPTION.get(name, check_number)(name, value)
 

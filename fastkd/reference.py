@@ -86,7 +86,10 @@ def softmax_rows(
         kd = square * kl_from_logits(u, v)
     if target is not None:
         if ce_weight:
-            ce = F.cross_entropy(z_s, target, reduction="none", label_smoothing=label_smoothing)
+            log_q = z_s.log_softmax(-1)
+            ce = -log_q.gather(1, target[:, None])[:, 0]
+            if label_smoothing:
+                ce = (1 - label_smoothing) * ce - label_smoothing * log_q.mean(-1)
         if tckd_weight:
             tckd = square * target_kl(u, v, target)
             if one_sided:

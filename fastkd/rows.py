@@ -1,5 +1,6 @@
 """From logits to a loss: check, choose a backend, run it over the rows, reduce. Every loss goes this way."""
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
@@ -11,6 +12,9 @@ from fastkd.ops import library
 from fastkd.tensors import as_ordinary, is_readable, transform_of
 
 Logits: TypeAlias = Tensor | Sequence[Tensor]
+# The values of a loss's first options that choose code: a softmax at T = 1 serves the cross-entropy too, a
+# term of weight 0 is not computed.
+_CHOICES = {"softmax": (1.0, 0.0, 0.0, 0.0, 0.0, 0.0), "nkd": (1.0,)}
 
 
 def reduced_loss(
@@ -60,7 +64,7 @@ def reduced_loss(
     if chosen == "eager":
         rows, terms = _eager(loss, options, students, teachers, label, counted, row_weight, divisor, reduced)
     else:
-        numbers, dynamic = _numbers(options, student)
+        numbers, dynamic = _numbers(loss, options, student)
         call = library.Call(label, row_weight, divisor, loss, numbers, dynamic, chosen, reduced, with_terms)
         rows, terms = library.row_loss(students, teachers, call)
     of_pairs = () if isinstance(student_logits, Tensor) else (len(students),)
@@ -86,24 +90,28 @@ def _backend_for(tensors: Sequence[Tensor | None], student: Tensor, teacher: Ten
     )
 
 
-def _numbers(options: tuple[float, ...], student: Tensor) -> tuple[tuple[float, ...], Tensor | None]:
+def _numbers(
+    loss: str, options: tuple[float, ...], student: Tensor
+) -> tuple[tuple[float, ...], Tensor | None]:
     """``Call.options`` and ``Call.dynamic``.
 
-    Where torch.compile traces, a number is symbolic once it has changed. Handed to an operator as a number it would be
-    compiled in, and compiled again for every value; so it goes as a tensor, made by arithmetic. What chooses code is
-    asked of it by comparison: whether the temperature, always first, is 1, and whether another option is 0.
+    Where torch.compile traces, a number is symbolic once it has changed. Handed to an operator as a number
+    it would be compiled in, and compiled again for every value; so it goes as a tensor, made by arithmetic.
+    Whether it has the value that chooses code is asked by comparison, which costs one compilation on each
+    side.
     """
     if not torch.compiler.is_compiling():
         return tuple(map(float, options)), None
     one = student.new_ones((), dtype=torch.float32)
     dynamic = torch.stack([one * value for value in options])
-    return tuple(_known(value, 0.0 if index else 1.0) for index, value in enumerate(options)), dynamic
-
-
-def _known(value: float, special: float) -> float:
-    if isinstance(value, bool):
-        return float(value)
-    return special if value == special else float("nan")
+    choices = _CHOICES.get(loss, ())
+    known = [
+        float(value)
+        if isinstance(value, bool) or (index < len(choices) and value == choices[index])
+        else math.nan
+        for index, value in enumerate(options)
+    ]
+    return tuple(known), dynamic
 
 
 def _row_weight(

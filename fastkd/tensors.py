@@ -1,5 +1,5 @@
-"""Which tensors are what they seem. A kernel reads memory: a tensor whose values are elsewhere, or are not those of
-its memory, is made ordinary, sent another way, or refused by name."""
+"""Which tensors are what they seem. A kernel reads memory: a tensor whose values are elsewhere, or are not
+those of its memory, is made ordinary, sent another way, or refused by name."""
 
 from collections.abc import Iterable
 
@@ -18,6 +18,7 @@ _WAYS_OUT = {
     "AsyncCollectiveTensor": "pass its .wait()",
 }
 _ORDINARY_DISPATCH = Tensor.__torch_dispatch__
+_is_transformed = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def check_ordinary(name: str, tensor: Tensor) -> None:
@@ -34,7 +35,7 @@ def check_ordinary(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} is a {kind.__name__}; expected an ordinary tensor: {way_out}")
     if tensor.is_nested:
         raise TypeError(
-            f"{name} is a nested tensor; expected an ordinary one: pass its .values(), whose rows are those of all"
+            f"{name} is a nested tensor; expected an ordinary one: pass its .values(), which holds all rows"
         )
     if tensor.layout is not torch.strided:
         raise TypeError(f"{name} has layout {tensor.layout}; expected a dense tensor: pass its .to_dense()")
@@ -48,20 +49,20 @@ def as_ordinary(name: str, tensor: Tensor) -> Tensor:
         tensor = tensor.resolve_neg()
     if type(tensor) is not Tensor:
         return tensor if isinstance(tensor, TRACED) else tensor.as_subclass(Tensor)
-    if tensor.device.type == "meta" or not tensor.numel():
+    if tensor.device.type == "meta" or not tensor.numel() or _is_transformed(tensor):
         return tensor
     if tensor._is_zerotensor():
         return torch.zeros_like(tensor, memory_format=torch.contiguous_format)
     if not tensor.untyped_storage().nbytes():
         raise ValueError(
-            f"{name} has shape {list(tensor.shape)} and its storage is empty (freed by resize_(0), as FSDP does "
-            "between uses); expected a tensor whose values are there"
+            f"{name} has shape {list(tensor.shape)} and its storage is empty (freed by resize_(0), as FSDP "
+            "does between uses); expected a tensor whose values are there"
         )
     return tensor
 
 
 def is_traced(tensors: Iterable[Tensor]) -> bool:
-    """Whether torch's dispatcher has to see the operator: a compiler, a fake tensor or a dispatch mode is at work."""
+    """Whether torch's dispatcher has to see the operator: for a compiler, fake tensors, a dispatch mode."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
@@ -70,20 +71,21 @@ def is_traced(tensors: Iterable[Tensor]) -> bool:
 
 
 def is_readable(tensor: Tensor) -> bool:
-    """Whether the host can look at the values without waiting for a device, or breaking a graph that is traced."""
-    return tensor.is_cpu and not is_traced((tensor,)) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    """Whether the host can look at the values: no wait for a device, no graph that would break."""
+    return tensor.is_cpu and not is_traced((tensor,)) and not _is_transformed(tensor)
 
 
 def transform_of(tensors: Iterable[Tensor | None]) -> str | None:
-    """The transform of torch.func, or forward-mode AD, that one of these tensors is inside of; None without one.
+    """The transform of torch.func, or forward-mode AD, that one of these is inside of; None without one.
 
-    Such a tensor's memory is not its value, or not all of it: a kernel that reads it loses a tangent or a batch.
+    Such a tensor's memory is not its value, or not all of it: a kernel that reads it loses a tangent or a
+    batch.
     """
     if torch.compiler.is_compiling():
         return None
     if torch._C._functorch.peek_interpreter_stack() is not None:
         for tensor in tensors:
-            if tensor is not None and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            if tensor is not None and _is_transformed(tensor):
                 if torch._C._functorch.is_batchedtensor(tensor):
                     return "torch.func.vmap"
                 stack = torch._C._functorch.get_interpreter_stack() or []

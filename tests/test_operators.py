@@ -134,7 +134,9 @@ def test_a_label_out_of_range_poisons_its_row_where_no_check_is_made(fused):
     """On a GPU labels are not read back, and a wrong one must show. Called below the checks of the CPU."""
     student, teacher, target = make_logits(3, 9, torch.float32, fused)
     target[1] = 9
-    call = library.Call(target, None, 1, "softmax", OPTIONS["softmax"], None, fastkd.get_backend(), False, True)
+    call = library.Call(
+        target, None, 1, "softmax", OPTIONS["softmax"], None, fastkd.get_backend(), False, True
+    )
     rows, _ = library.row_loss([student], [teacher], call)
     assert torch.isnan(rows[1])
     assert torch.isfinite(rows[[0, 2]]).all()

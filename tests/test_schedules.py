@@ -1,4 +1,5 @@
-"""Options on a schedule under torch.compile: any number of values, no compilation for each, the values of eager."""
+"""Options on a schedule under torch.compile: any number of values, no compilation for each, the values of
+eager."""
 
 import pytest
 import torch
@@ -7,13 +8,16 @@ import fastkd
 from fastkd import losses
 from tests.cases import make_logits
 
-VALUES = [0.3 + 0.1 * step for step in range(20)]  # passes 1, which a temperature's code is chosen by
+VALUES = [0.3 + 0.1 * step for step in range(20)]
+assert 1.0 in VALUES
 
 # Each loss as a function of one option that changes.
 SCHEDULED = {
     "kd_weight": lambda s, t, y, w: fastkd.distill_loss(s, t, y, ce_weight=1.0, kd_weight=w)[0],
     "ce_weight": lambda s, t, y, w: fastkd.distill_loss(s, t, y, ce_weight=w, nckd_weight=2.0)[0],
-    "label_smoothing": lambda s, t, y, w: fastkd.distill_loss(s, t, y, ce_weight=1.0, label_smoothing=w / 3)[0],
+    "label_smoothing": lambda s, t, y, w: fastkd.distill_loss(s, t, y, ce_weight=1.0, label_smoothing=w / 3)[
+        0
+    ],
     "alpha": lambda s, t, y, w: fastkd.dkd_loss(s, t, y, alpha=w),
     "beta, dckd": lambda s, t, y, w: fastkd.dckd_loss(s, t, y, beta=w),
     "temperature": lambda s, t, y, w: fastkd.kd_loss(s, t, temperature=2 + w),
@@ -52,7 +56,7 @@ def test_a_value_is_not_compiled_in(name, backend):
             got, gradient = value_and_gradient(compiled, student, teacher, target, value)
             want, expected = value_and_gradient(loss, student, teacher, target, value)
             torch.testing.assert_close((got, gradient), (want, expected), rtol=1e-4, atol=1e-6)
-    assert compilations() <= (3 if "temperature, ce" in name or name.startswith("gamma, ttm") else 2)
+    assert compilations() <= 2
 
 
 @pytest.mark.parametrize("backend", ["native", "triton"])
@@ -93,7 +97,7 @@ def test_a_module_takes_an_attribute_that_is_set(fused):
     module.temperature = 2.0
     assert torch.equal(module(student, teacher), fastkd.kd_loss(student, teacher, temperature=2.0))
     module.temperature = -1.0
-    with pytest.raises(ValueError, match="temperature is -1.0"):
+    with pytest.raises(ValueError, match=r"temperature is -1\.0"):
         module(student, teacher)
 
 

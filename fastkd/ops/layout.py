@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from torch import Tensor
 
 
-def as_rows(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """Views ``[N, C]`` or, where rows have two strides as in ``logits[:, :-1]`` of ``[B, T, C]``, ``[M, K, C]``.
+def as_rows(
+    students: Sequence[Tensor], teachers: Sequence[Tensor]
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Views ``[N, C]``, or ``[M, K, C]`` where rows have two strides, as in ``logits[:, :-1]`` of [B, T, C].
 
-    Classes are dense, all students have the same strides, all teachers theirs. Where the leading dimensions have three
-    strides or more, or a class is not beside the next, there is a copy.
+    Classes are dense, all students have the same strides, all teachers theirs. Where the leading dimensions
+    have three strides or more, or a class is not beside the next, there is a copy.
     """
     students, teachers = _alike(students), _alike(teachers)
     size, classes = _outer(students[0]), students[0].shape[-1]
@@ -21,14 +23,14 @@ def as_rows(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> tuple[Seq
 
 def _alike(logits: Sequence[Tensor]) -> Sequence[Tensor]:
     stride = logits[0].stride()
-    if stride[-1] == 1 and all(other.stride() == stride for other in logits[1:]):
-        if logits[0].dim() == 2 or len(_levels(logits[0])) <= 2:
-            return logits
+    alike = stride[-1] == 1 and all(other.stride() == stride for other in logits[1:])
+    if alike and (logits[0].dim() == 2 or len(_levels(logits[0])) <= 2):
+        return logits
     return [one.contiguous() for one in logits]
 
 
 def _levels(logits: Tensor) -> list[tuple[int, int]]:
-    """(size, stride) of the leading dimensions from the last on, those joined that are one walk through memory."""
+    """(size, stride) of the leading dimensions from the last on; those that one stride serves are joined."""
     levels: list[tuple[int, int]] = []
     for size, stride in zip(logits.shape[-2::-1], logits.stride()[-2::-1], strict=True):
         if size == 1:

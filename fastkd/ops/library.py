@@ -1,9 +1,10 @@
 """The torch operators: schema, dispatch to a backend, shapes for the compiler, autograd. All in one place.
 
 ``fastkd::row_loss`` computes the losses of all rows and, when the student needs it, the gradient with them.
-``backward`` then only has to scale that gradient by grad_output. float16 is the exception: most of a gradient over
-many classes is below its smallest number until a loss scale, which is in grad_output, has been applied. There
-``backward`` computes the rows again, grad_output multiplied into their weights, and rounds once.
+``backward`` then only has to scale that gradient by grad_output. float16 is the exception: most of a
+gradient over many classes is below its smallest number until a loss scale, which is in grad_output, has been
+applied. There ``backward`` computes the rows again, with grad_output multiplied into their weights, and
+rounds once.
 """
 
 from collections.abc import Sequence
@@ -20,11 +21,11 @@ TERMS = {"softmax": 4}
 
 
 class Call(NamedTuple):
-    """What is asked of the rows of H pairs of logits [..., C], N rows each: the operator's arguments after them.
+    """What is asked of H pairs of logits [..., C], N rows each: the operator's arguments after them.
 
-    ``options`` are those of the loss in ``fastkd.reference``. Where ``dynamic`` [len(options)] is given (float32, on
-    the logits' device) it holds their values, known only when the operator runs, and ``options`` chooses code: 0 and 1
-    are themselves, NaN is any other number.
+    ``options`` are those of the loss in ``fastkd.reference``. Where ``dynamic`` [len(options)] is given
+    (float32, on the logits' device) it holds their values, known only when the operator runs, and
+    ``options`` chooses code: 0 and 1 are themselves, NaN is any other number.
     """
 
     target: Tensor | None  # int64 [N]; a label out of range gives a NaN row
@@ -51,9 +52,9 @@ _library.define(
 def row_loss(
     student_logits: Sequence[Tensor], teacher_logits: Sequence[Tensor], call: Call
 ) -> tuple[Tensor, Tensor | None]:
-    """Losses [H N], pair by pair, and their terms [K, H N], in float32, times the weights; where ``call.reduced``,
-    each pair's sums over its rows: [H] and [K, H], or [] and [K] for one pair. Terms that are not asked for, or that
-    the loss has not, are None or an empty tensor.
+    """Losses [H N], pair by pair, and their terms [K, H N], in float32, times the weights; where
+    ``call.reduced``, each pair's sums over its rows: [H] and [K, H], or [] and [K] for one pair. Terms that
+    are not asked for, or that the loss has not, are None or an empty tensor.
     """
     differentiates = torch.is_grad_enabled() and any(logits.requires_grad for logits in student_logits)
     call = call._replace(with_gradient=differentiates and student_logits[0].dtype != torch.float16)
@@ -93,8 +94,9 @@ def _row_loss(
         sums = (rows.new_empty(() if pairs == 1 else pairs),)
     if count:
         _launcher(call.backend).row_loss(
-            *as_rows(students, teachers), call.target, call.row_weight, 1.0 / call.divisor, call.loss, call.options,
-            rows, terms, gradient, *sums, **({} if call.dynamic is None else {"dynamic": call.dynamic}),
+            *as_rows(students, teachers), call.target, call.row_weight, 1.0 / call.divisor, call.loss,
+            call.options, rows, terms, gradient, *sums, **({} if call.dynamic is None else {"dynamic":
+            call.dynamic}),
         )  # fmt: skip
     if call.reduced:
         rows = sums[0] if sums else _sum_rows(rows, pairs)
@@ -141,7 +143,9 @@ def _row_loss_shapes(
 # ---- autograd: of the operator, and of the same without the dispatcher --------------------------------
 
 
-def _save(ctx: Any, students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call, gradient: Tensor | None) -> None:
+def _save(
+    ctx: Any, students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call, gradient: Tensor | None
+) -> None:
     """For backward: the gradient, or what it is computed from."""
     ctx.set_materialize_grads(False)
     ctx.pairs, ctx.shape = len(students), students[0].shape
@@ -169,11 +173,13 @@ def _gradients(ctx: Any, grad_output: Tensor | None) -> Sequence[Tensor | None]:
     else:
         target, row_weight, dynamic, *logits = saved
         call = ctx.call._replace(
-            target=target, row_weight=_row_factors(row_weight, grad_output, ctx.pairs, ctx.shape), dynamic=dynamic,
-            reduced=False, with_terms=False, with_gradient=True,
+            target=target, row_weight=_row_factors(row_weight, grad_output, ctx.pairs, ctx.shape),
+            dynamic=dynamic, reduced=False, with_terms=False, with_gradient=True,
         )  # fmt: skip
         compute = _traced_row_loss if traced else _row_loss
-        gradient = compute(logits[: ctx.pairs], logits[ctx.pairs :], call)[2]
+        computed = compute(logits[: ctx.pairs], logits[ctx.pairs :], call)[2]
+        assert computed is not None
+        gradient = computed
     if ctx.pairs == 1:
         return [gradient if gradient.shape == ctx.shape else gradient.view(ctx.shape)]
     return gradient.view(ctx.pairs, *ctx.shape).unbind()
@@ -186,7 +192,8 @@ def _traced_row_loss(
 
 
 def _row_factors(row_weight: Tensor | None, grad_output: Tensor, pairs: int, shape: Sequence[int]) -> Tensor:
-    """grad_output, one number for each pair or each row, times the weights: [N], or [H, N] for several pairs."""
+    """grad_output, one number for each pair or each row, times the weights: [N], or [H, N] for several
+    pairs."""
     rows = 1
     for size in shape[:-1]:
         rows *= size

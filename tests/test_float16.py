@@ -1,0 +1,113 @@
+"""float16: a loss scale reaches the gradient before it is rounded, in every loss, backend and form of the
+call."""
+
+import pytest
+import torch
+
+import fastkd
+from tests.cases import BY_NAME, CASES, error, exact, make_logits
+
+SCALE = 65536.0
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def scaled_gradient(case, student, teacher, target, grad_output, **options):
+    student = student.detach().requires_grad_()
+    loss = case.loss(
+        student.float() if options.pop("widened", False) else student, teacher, target, **options
+    )
+    loss.backward(grad_output)
+    return student.grad
+
+
+def flushed(gradient, true_gradient):
+    """The share of elements that are 0 and should not be."""
+    return ((gradient == 0) & (true_gradient != 0)).double().mean().item()
+
+
+@each_case
+def test_no_more_is_flushed_than_by_eager_on_wider_logits(fused, case):
+    rows, classes = 3, 8193  # past a tile
+    student, teacher, target = make_logits(rows, classes, torch.float16, fused, spread=2.0)
+    grad_output = torch.tensor(SCALE / 64, device=fused)  # of a batch 64 times as large
+    _, truth = exact(case, student, teacher, target, grad_output.double())
+    ours = scaled_gradient(case, student, teacher, target, grad_output)
+    with fastkd.use_backend("eager"):
+        eager = scaled_gradient(case, student, teacher, target, grad_output, widened=True)
+    assert ours.dtype == torch.float16
+    assert flushed(ours, truth) <= flushed(eager, truth) + 1e-4
+    assert error(ours, truth) <= 1.5 * error(eager, truth) + 1e-6
+
+
+def test_the_share_that_was_lost(fused):
+    """Of a million small numbers nearly half were 0: as a user meets it, in a step under GradScaler."""
+    rows, classes = (64, 131072) if fastkd.get_backend() == "native" else (1, 131072)
+    student = (2 * torch.randn(rows, classes, device=fused)).half().requires_grad_()
+    teacher = (2 * torch.randn(rows, classes, device=fused)).half()
+    (fastkd.kd_loss(student, teacher, temperature=1.0) * SCALE * (rows / 64)).backward()
+    assert (student.grad == 0).double().mean() < 1e-3
+
+
+@pytest.mark.parametrize("name", ["kd", "ce-kd", "dkd", "lskd", "jsd", "binary-kl-norm"])
+def test_pairs_have_their_own_grad_output(fused, name):
+    case = BY_NAME[name]
+    drawn = [make_logits(4, 33, torch.float16, fused) for _ in range(3)]
+    target = drawn[0][2]
+    students = [student.requires_grad_() for student, _, _ in drawn]
+    teachers = [teacher for _, teacher, _ in drawn]
+    weight = torch.tensor([0.5, 2.0, 0.0, 1.0], device=fused)
+    for reduction, shape in (("batchmean", (3,)), ("none", (3, 4))):
+        grad_output = torch.randn(shape, device=fused) * 1000
+        losses = case.loss(students, teachers, target, reduction=reduction, weight=weight)
+        gradients = torch.autograd.grad(losses, students, grad_output, retain_graph=True)
+        again = torch.autograd.grad(losses, students, grad_output)
+        for pair, student in enumerate(students):
+            given = (student.detach(), teachers[pair], target, grad_output[pair].double())
+            _, truth = exact(case, *given, reduction=reduction, weight=weight)
+            assert error(gradients[pair], truth) < 2e-3
+            assert torch.equal(gradients[pair], again[pair])
+
+
+def test_compiled_and_kept(fused):
+    torch._dynamo.reset()
+    student, teacher, target = make_logits(4, 33, torch.float16, fused)
+    student.requires_grad_()
+    case = BY_NAME["ce-kd"]
+    compiled = torch.compile(lambda s, t, y: case.loss(s, t, y) * SCALE, fullgraph=True, backend="aot_eager")
+    (ours,) = torch.autograd.grad(compiled(student, teacher, target), student)
+    _, truth = exact(case, student.detach(), teacher, target)
+    assert error(ours, SCALE * truth) < 2e-3
+
+
+def test_a_student_changed_before_backward_is_an_error(fused):
+    """The gradient is computed from the logits in backward, as eager's is."""
+    student, teacher, _ = make_logits(4, 33, torch.float16, fused)
+    hidden = student.requires_grad_() * 1
+    loss = fastkd.kd_loss(hidden, teacher)
+    with torch.no_grad():
+        hidden += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_weight_gradient_under_autocast_and_a_scaler(fused):
+    """Of a last layer, beside the same step in float64."""
+    if fused == "cpu" and fastkd.get_backend() == "triton":
+        rows, classes = 32, 4096
+    else:
+        rows, classes = 256, 21841
+    hidden = torch.randn(rows, 64, device=fused)
+    layer = torch.nn.Linear(64, classes, device=fused)
+    teacher = 3 * torch.randn(rows, classes, device=fused)
+
+    def weight_gradient(autocast, backend):
+        layer.zero_grad()
+        with torch.autocast(fused, dtype=torch.float16, enabled=autocast), fastkd.use_backend(backend):
+            logits = layer(hidden)
+            loss = fastkd.kd_loss(logits.float() if backend == "eager" else logits, teacher)
+        (loss * SCALE).backward()
+        return layer.weight.grad.double() / SCALE
+
+    truth = weight_gradient(False, fastkd.get_backend())
+    ours, eager = weight_gradient(True, fastkd.get_backend()), weight_gradient(True, "eager")
+    assert error(ours, truth) <= 1.2 * error(eager, truth)

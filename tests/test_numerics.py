@@ -1,0 +1,218 @@
+"""Where float32 cancels, overflows or meets what is no number: held against float64, and beside eager
+torch."""
+
+import pytest
+import torch
+
+import fastkd
+from tests.cases import BY_NAME, CASES, exact, loss_and_gradient, make_logits
+
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+POINTWISE = ("binary-kl", "binary-kl-norm")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def errors(case, student, teacher, target, grad_output):
+    """Errors of the rows' losses and gradients [N] against float64: of the backend in force, and of eager."""
+    true_loss, true_gradient = exact(case, student, teacher, target, grad_output, reduction="none")
+
+    def of_rows():
+        loss, gradient = loss_and_gradient(case, student, teacher, target, grad_output, reduction="none")
+        return (loss - true_loss).abs(), (gradient - true_gradient).norm(dim=-1)
+
+    ours = of_rows()
+    with fastkd.use_backend("eager"):
+        eager = of_rows()
+    return ours, eager, (true_loss.abs(), true_gradient.norm(dim=-1))
+
+
+def assert_not_worse(case, student, teacher, target=None, slack=1.0):
+    """Over the rows of a regime neither the worst row nor the rows together are worse than eager's.
+
+    Beside it a rounding of the result is allowed: eager is at times exact by luck.
+    """
+    rows = len(student)
+    grad_output = torch.rand(rows, device=student.device) + 0.5
+    if target is None:
+        target = torch.randint(0, student.shape[1], (rows,), device=student.device)
+    ours, eager, truth = errors(case, student, teacher, target, grad_output)
+    for what, mine, theirs, size in zip(("loss", "gradient"), ours, eager, truth, strict=True):
+        assert mine.isfinite().all(), what
+        assert mine.max() <= slack * 2 * theirs.max() + 2e-7 * size.max(), what
+        assert mine.norm() <= slack * 1.5 * theirs.norm() + 2e-7 * size.norm(), what
+
+
+REGIMES = {
+    "spread 0.1": lambda s, t: (0.1 * s, 0.1 * t),
+    "spread 30": lambda s, t: (30 * s, 30 * t),
+    "near 1e-1": lambda s, t: (3 * s, 3 * s + 1e-1 * t),
+    "near 1e-2": lambda s, t: (3 * s, 3 * s + 1e-2 * t),
+    "near 1e-4": lambda s, t: (3 * s, 3 * s + 1e-4 * t),
+    "offset 1000": lambda s, t: (3 * s + 1000, 3 * t),
+    "near, offset 1000": lambda s, t: (3 * s + 1000, 3 * s + 3e-2 * t),
+    "both at -1e4": lambda s, t: (3 * s - 1e4, 3 * t - 1e4),
+    "logits of 100": lambda s, t: (100 * s, 100 * t),
+    "confident": lambda s, t: (confident(s), confident(t)),
+}
+
+
+def confident(logits):
+    return torch.cat([3 * logits[:, :1] + 30, 3 * logits[:, 1:]], 1)
+
+
+@each_case
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("classes", [10, 1000])
+def test_never_worse_than_eager(fused, case, regime, classes):
+    rows = 24
+    student, teacher = REGIMES[regime](torch.randn(rows, classes), torch.randn(rows, classes))
+    student, teacher = student.to(fused), teacher.to(fused)
+    target = torch.zeros(rows, dtype=torch.int64, device=fused) if regime == "confident" else None
+    assert_not_worse(case, student, teacher, target)
+
+
+@each_case
+def test_a_common_offset_of_long_rows(fused, case):
+    """Rows of several tiles or parts, merged with the offset between the models taken out."""
+    rows = 4
+    student = torch.randn(rows, 20_001, device=fused)
+    teacher = student + 0.03 * torch.randn(rows, 20_001, device=fused)
+    assert_not_worse(case, student + 1000, teacher)
+
+
+@pytest.mark.parametrize("name", ["kd", "reverse-kl", "jsd", "dkd"])
+def test_a_common_offset_of_a_row_shared_by_threads(name):
+    threads = torch.get_num_threads()
+    student = torch.randn(1, 150_001)
+    teacher = student + 0.03 * torch.randn(1, 150_001)
+    try:
+        torch.set_num_threads(3)
+        with fastkd.use_backend("native"):
+            assert_not_worse(BY_NAME[name], student + 1000, teacher)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@each_case
+def test_the_gradient_at_equal_logits_is_0_whatever_the_offset(fused, case):
+    if not case.vanishes:
+        pytest.skip("its gradient does not vanish there")
+    student, _, target = make_logits(3, 9001, device=fused)
+    for offset in (0.0, 1000.0, -1e4):
+        logits = student + offset
+        _, gradient = loss_and_gradient(case, logits, logits.clone(), target)
+        assert gradient.count_nonzero() == 0
+
+
+# ---- standardised logits ----------------------------------------------------------------------------
+
+STANDARDIZED = [case for case in CASES if "ls" in case.name]
+
+
+@pytest.mark.parametrize("classes", [10, 1000, 9001])
+@pytest.mark.parametrize("temperature", [4.0, 0.02, 1e-3])
+def test_constant_rows_standardised(fused, classes, temperature):
+    """A row without spread is uniform: the loss is the teacher's distance from that, and finite."""
+    student, teacher, _ = make_logits(4, classes, device=fused)
+    student[0], teacher[1] = 7.3, 7.3
+    student[2] = teacher[2] = 1e4
+    for s, t in ((student, teacher), (teacher, student)):
+        loss = fastkd.kd_loss(s, t, temperature=temperature, standardize=True, reduction="none")
+        with fastkd.use_backend("eager"):
+            true_loss = fastkd.kd_loss(
+                s.double(), t.double(), temperature=temperature, standardize=True, reduction="none"
+            )
+        torch.testing.assert_close(loss.double(), true_loss, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", STANDARDIZED, ids=lambda case: case.name)
+@pytest.mark.parametrize("mean", [1e2, 1e4])
+def test_a_mean_far_above_the_spread(fused, case, mean):
+    student, teacher, target = make_logits(16, 1000, device=fused, spread=1.0)
+    assert_not_worse(case, student + mean, teacher - mean, target)
+    assert_not_worse(case, student + mean, teacher, target)
+
+
+# ---- what is no number ------------------------------------------------------------------------------
+
+
+@each_case
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [5, 1000, 9001])
+def test_nan_in_is_nan_out_in_that_row_alone(fused, case, dtype, classes):
+    places = [0, classes // 2, classes - 1]
+    clean_s, clean_t, target = make_logits(8, classes, dtype, fused)
+    target[:] = classes // 2  # one of the places is the label's
+    student, teacher = clean_s.clone(), clean_t.clone()
+    for row, place in enumerate(places):
+        student[row, place] = torch.nan
+        teacher[row + 3, place] = torch.nan
+    loss, gradient = loss_and_gradient(case, student, teacher, target, reduction="none")
+    clean_loss, clean_gradient = loss_and_gradient(case, clean_s, clean_t, target, reduction="none")
+    assert torch.equal(loss[6:], clean_loss[6:])
+    assert torch.equal(gradient[6:], clean_gradient[6:])
+    bad = 3 if case.name == "ce" else 6  # the teacher has no part in a cross-entropy alone
+    assert loss[:bad].isnan().all()
+    if case.name in POINTWISE:
+        assert torch.equal(gradient.isnan(), student.isnan() | teacher.isnan())
+    else:
+        assert gradient[:bad].isnan().all()
+
+
+@each_case
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", ["native", "triton", "eager"])
+def test_rows_of_weight_0_or_left_out_may_hold_anything(case, dtype, backend):
+    if dtype == torch.float64:
+        backend = "auto"
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    student, teacher, target = make_logits(5, 40, dtype, device)
+    weight = torch.tensor([1.0, 0.0, 2.0, 1.0, 1.0], device=device)
+    if case.ignores_rows:
+        target[3] = -100
+    with fastkd.use_backend(backend):
+        expected = loss_and_gradient(case, student, teacher, target, weight=weight)
+        for value in (torch.nan, torch.inf, -torch.inf):
+            for logits in (student, teacher):
+                logits[1] = value
+                if case.ignores_rows:
+                    logits[3] = value
+            got = loss_and_gradient(case, student, teacher, target, weight=weight)
+            assert torch.equal(got[0], expected[0])
+            assert torch.equal(got[1], expected[1])
+            assert got[1][1].count_nonzero() == 0
+
+
+@each_case
+def test_an_infinite_logit_does_not_come_out_finite(fused, case):
+    if case.name in POINTWISE:
+        pytest.skip("a probability of 1 is defined there")
+    for which in range(1 if case.name == "ce" else 2):
+        pair = list(make_logits(3, 300, device=fused))
+        pair[2][:] = 5
+        pair[which][1, 200] = torch.inf
+        loss = case.loss(*pair, reduction="none")
+        assert not loss[1].isfinite()
+        assert loss[[0, 2]].isfinite().all()
+
+
+# ---- temperatures at the ends of the range ----------------------------------------------------------
+
+
+@each_case
+@pytest.mark.parametrize("temperature", [1e-6, 1e-3, 1e3, 1e6])
+def test_extreme_temperatures(fused, case, temperature):
+    if case.name.startswith(("ce-", "ce", "ls", "tckd", "jsd", "nkd", "ttm", "wttm")) or case.name == "kd-t1":
+        pytest.skip("its temperature is given, or its terms are of very different sizes")
+    losses = {
+        "kd": lambda s, t, y, **more: fastkd.kd_loss(s, t, temperature=temperature, **more),
+        "dkd": lambda s, t, y, **more: fastkd.dkd_loss(s, t, y, temperature=temperature, **more),
+        "dckd": lambda s, t, y, **more: fastkd.dckd_loss(s, t, y, temperature=temperature, **more),
+        "reverse-kl": lambda s, t, y, **more: fastkd.reverse_kl_loss(s, t, temperature=temperature, **more),
+        "binary-kl": lambda s, t, y, **more: fastkd.binary_kl_loss(s, t, temperature=temperature, **more),
+        "binary-kl-norm": lambda s, t, y, **more: fastkd.binary_kl_norm_loss(
+            s, t, temperature=temperature, **more
+        ),
+    }
+    student, teacher, target = make_logits(4, 30, device=fused)
+    assert_not_worse(type(case)(case.name, losses[case.name], case.uses_label), student, teacher, target)
