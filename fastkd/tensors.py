@@ -18,7 +18,12 @@ _WAYS_OUT = {
     "AsyncCollectiveTensor": "pass its .wait()",
 }
 _ORDINARY_DISPATCH = Tensor.__torch_dispatch__
-_is_transformed = torch._C._functorch.is_functorch_wrapped_tensor
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether it is inside of a transform of torch.func, or of autograd.grad(…, is_grads_batched=True)."""
+    functorch = torch._C._functorch
+    return functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
 
 
 def check_ordinary(name: str, tensor: Tensor) -> None:
@@ -49,7 +54,7 @@ def as_ordinary(name: str, tensor: Tensor) -> Tensor:
         tensor = tensor.resolve_neg()
     if type(tensor) is not Tensor:
         return tensor if isinstance(tensor, TRACED) else tensor.as_subclass(Tensor)
-    if tensor.device.type == "meta" or not tensor.numel() or _is_transformed(tensor):
+    if tensor.device.type == "meta" or not tensor.numel() or is_transformed(tensor):
         return tensor
     if tensor._is_zerotensor():
         return torch.zeros_like(tensor, memory_format=torch.contiguous_format)
@@ -72,7 +77,7 @@ def is_traced(tensors: Iterable[Tensor]) -> bool:
 
 def is_readable(tensor: Tensor) -> bool:
     """Whether the host can look at the values: no wait for a device, no graph that would break."""
-    return tensor.is_cpu and not is_traced((tensor,)) and not _is_transformed(tensor)
+    return tensor.is_cpu and not is_traced((tensor,)) and not is_transformed(tensor)
 
 
 def transform_of(tensors: Iterable[Tensor | None]) -> str | None:
@@ -82,17 +87,30 @@ def transform_of(tensors: Iterable[Tensor | None]) -> str | None:
     batch.
     """
     if torch.compiler.is_compiling():
-        return None
+        return _transform_around()
     if torch._C._functorch.peek_interpreter_stack() is not None:
         for tensor in tensors:
-            if tensor is not None and _is_transformed(tensor):
+            if tensor is not None and is_transformed(tensor):
                 if torch._C._functorch.is_batchedtensor(tensor):
                     return "torch.func.vmap"
-                stack = torch._C._functorch.get_interpreter_stack() or []
-                names = {str(level.key()).rpartition(".")[2].lower() for level in stack}
-                return "torch.func." + "/".join(sorted(names))
+                return _transform_around()
     if forward_ad._current_level >= 0:
         for tensor in tensors:
             if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
                 return "forward-mode AD"
     return None
+
+
+def _transform_around() -> str | None:
+    """The transforms that are entered here, whatever they apply to.
+
+    torch.compile, which enters them as it traces, sees a constant, and traces again elsewhere.
+    """
+    stack = torch._C._functorch.get_interpreter_stack()
+    if stack:
+        names = {str(level.key()).rpartition(".")[2].lower() for level in stack}
+        return "torch.func." + "/".join(sorted(names))
+    return "forward-mode AD" if forward_ad._current_level >= 0 else None
+
+
+_transform_around._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see fastkd.backend.resolve

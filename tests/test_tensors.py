@@ -277,6 +277,42 @@ def test_a_transform_gets_its_value_or_is_refused_by_name(transform, name):
         apply(torch.float32)
 
 
+@pytest.mark.parametrize("transform", ["grad", "jvp", "jacrev", "vmap"])
+def test_a_transform_that_is_compiled(transform):
+    torch._dynamo.reset()
+    student, teacher, _ = make_logits(3, 6)
+    direction = torch.randn(3, 6)
+
+    def apply():
+        return TRANSFORMS[transform](lambda s: fastkd.kd_loss(s, teacher), student, direction)
+
+    torch.testing.assert_close(torch.compile(apply, fullgraph=True, backend="aot_eager")(), apply())
+
+
+def test_a_batch_of_grad_outputs():
+    student, teacher, _ = make_logits(3, 6)
+    with fastkd.use_backend("native"):
+        for dtype in (torch.float32, torch.float16):
+            z = student.to(dtype).requires_grad_()
+            losses = fastkd.kd_loss(z, teacher, reduction="none")
+            if dtype == torch.float16:
+                with pytest.raises(RuntimeError, match="is_grads_batched"):
+                    torch.autograd.grad(losses, z, torch.eye(3), is_grads_batched=True)
+                continue
+            (each,) = torch.autograd.grad(losses, z, torch.eye(3), is_grads_batched=True, retain_graph=True)
+            (summed,) = torch.autograd.grad(losses.sum(), z)
+            torch.testing.assert_close(each.sum(0), summed)
+
+
+def test_logits_of_inference_mode(fused):
+    student, teacher, target = make_logits(4, 9, device=fused)
+    for dtype in (torch.float32, torch.float16):
+        expected = loss_and_gradient(BY_NAME["dkd"], student.to(dtype), teacher, target)
+        with torch.inference_mode():
+            constants = teacher.clone(), target.clone()
+        torch.testing.assert_close(loss_and_gradient(BY_NAME["dkd"], student.to(dtype), *constants), expected)
+
+
 def test_a_constant_inside_a_transform_stays_fast():
     """Nothing of the call is transformed: it is an ordinary one."""
     student, teacher, _ = make_logits(3, 6)

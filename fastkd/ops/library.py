@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastkd.ops.layout import as_rows
-from fastkd.tensors import is_traced
+from fastkd.tensors import is_traced, is_transformed
 
 TERMS = {"softmax": 4}
 
@@ -151,10 +151,13 @@ def _save(
     ctx.pairs, ctx.shape = len(students), students[0].shape
     if call.with_gradient:
         ctx.save_for_backward(gradient)
-        ctx.call = call._replace(target=None, row_weight=None, dynamic=None)
     else:
-        ctx.save_for_backward(call.target, call.row_weight, call.dynamic, *students, *teachers)
-        ctx.call = call._replace(target=None, row_weight=None, dynamic=None)
+        tensors = (call.target, call.row_weight, call.dynamic, *students, *teachers)
+        # Autograd saves no tensor of inference mode, as a teacher's logits may be: constants, kept as they
+        # are.
+        ctx.constants = {i: x for i, x in enumerate(tensors) if x is not None and x.is_inference()}
+        ctx.save_for_backward(*(None if i in ctx.constants else x for i, x in enumerate(tensors)))
+    ctx.call = call._replace(target=None, row_weight=None, dynamic=None)
 
 
 def _gradients(ctx: Any, grad_output: Tensor | None) -> Sequence[Tensor | None]:
@@ -162,7 +165,8 @@ def _gradients(ctx: Any, grad_output: Tensor | None) -> Sequence[Tensor | None]:
     saved = ctx.saved_tensors
     if grad_output is None:
         return [None] * ctx.pairs
-    traced = is_traced((grad_output,))
+    batched = is_transformed(grad_output)
+    traced = batched or is_traced((grad_output,))
     if torch.is_grad_enabled() and not traced:
         raise RuntimeError(
             "fastkd computes the gradient with the loss and does not differentiate it again "
@@ -171,7 +175,12 @@ def _gradients(ctx: Any, grad_output: Tensor | None) -> Sequence[Tensor | None]:
     if ctx.call.with_gradient:
         gradient = _scaled(saved[0], grad_output, ctx.pairs, ctx.call.backend, traced)
     else:
-        target, row_weight, dynamic, *logits = saved
+        if batched:
+            raise RuntimeError(
+                "fastkd computes float16's gradient in backward, for one grad_output and not for a batch "
+                "(is_grads_batched=True); use fastkd.set_backend('eager')"
+            )
+        target, row_weight, dynamic, *logits = (ctx.constants.get(i, x) for i, x in enumerate(saved))
         call = ctx.call._replace(
             target=target, row_weight=_row_factors(row_weight, grad_output, ctx.pairs, ctx.shape),
             dynamic=dynamic, reduced=False, with_terms=False, with_gradient=True,
