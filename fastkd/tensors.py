@@ -53,26 +53,30 @@ def as_ordinary(name: str, tensor: Tensor) -> Tensor:
     if tensor.is_neg():
         tensor = tensor.resolve_neg()
     if type(tensor) is not Tensor:
-        return tensor if isinstance(tensor, TRACED) else tensor.as_subclass(Tensor)
-    if tensor.device.type == "meta" or not tensor.numel() or is_transformed(tensor):
+        if isinstance(tensor, TRACED):
+            return tensor
+        tensor = tensor.as_subclass(Tensor)
+    try:
+        if tensor.untyped_storage().nbytes() or not tensor.numel():
+            return tensor
+    except NotImplementedError:  # inside of a transform: what is wrapped has the memory
         return tensor
     if tensor._is_zerotensor():
         return torch.zeros_like(tensor, memory_format=torch.contiguous_format)
-    if not tensor.untyped_storage().nbytes():
-        raise ValueError(
-            f"{name} has shape {list(tensor.shape)} and its storage is empty (freed by resize_(0), as FSDP "
-            "does between uses); expected a tensor whose values are there"
-        )
-    return tensor
+    raise ValueError(
+        f"{name} has shape {list(tensor.shape)} and its storage is empty (freed by resize_(0), as FSDP "
+        "does between uses); expected a tensor whose values are there"
+    )
 
 
 def is_traced(tensors: Iterable[Tensor]) -> bool:
     """Whether torch's dispatcher has to see the operator: for a compiler, fake tensors, a dispatch mode."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or any(type(tensor) is not Tensor for tensor in tensors)
-    )
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    for tensor in tensors:  # noqa: SIM110 - a generator takes longer
+        if type(tensor) is not Tensor:
+            return True
+    return False
 
 
 def is_readable(tensor: Tensor) -> bool:
