@@ -3,8 +3,9 @@
 Common to all of them:
 
 - Logits are ``[..., C]`` in float32, bfloat16 or float16 (float64 through the eager backend), student and
-  teacher of equal shape on one device; leading dimensions are rows. Arithmetic is in float32, the gradient
-  comes back in the student's dtype. The teacher is a constant and must not require grad.
+  teacher of equal shape on one device; leading dimensions are rows, and slices such as ``logits[:, :-1]`` of
+  ``[B, T, C]`` are read where they lie. Arithmetic is in float32, the gradient comes back in the student's
+  dtype. The teacher is a constant and must not require grad.
 - Several pairs of logits of equal shape, such as the heads of a multi-head student, go through one call as
   two lists: one launch on a GPU, and a result with a first dimension for the pairs (``[H]``, or ``[H, ...]``
   for "none"). ``target`` and ``weight`` hold for every pair. Heads of different classes need a call each.
@@ -15,8 +16,14 @@ Common to all of them:
 - ``weight`` [...], where given, multiplies each row's loss; "batchmean" still divides by the number of rows.
 - Where there is a ``target``, a row whose label is ``ignore_index`` adds nothing to loss, gradient or count;
   with no row left the loss is 0.
-- The gradient is computed with the loss. It differentiates once; ``create_graph=True`` raises (use
-  ``fastkd.set_backend("eager")`` for second derivatives).
+- Rows of weight 0 and rows left out are not read: they may hold anything. In any other row a NaN logit gives
+  a NaN loss and gradient, and touches no other row.
+- The gradient is computed with the loss; in float16 in backward, from the logits, so that a loss scale reaches
+  it before it is rounded. It differentiates once; ``create_graph=True`` raises (use
+  ``fastkd.set_backend("eager")`` for second derivatives). Inside the transforms of ``torch.func`` and in
+  forward-mode AD the backend "auto" computes in plain torch, and a fused one asked for by name refuses.
+- Weights, temperatures and other numbers may change at every call, under ``torch.compile`` too: none is
+  compiled in. Temperatures are from 1e-6 to 1e6.
 - TypeError and ValueError name the argument, its value and what is expected, before anything is computed.
 """
 
