@@ -9,6 +9,7 @@ namespace fastkd {
 enum class Loss : int32_t { kSoftmax, kNKD, kTTM, kReverseKL, kJSD, kBinaryKL, kBinaryKLNorm };
 
 constexpr int kOptions = 8;
+constexpr int kTerms = 4;
 
 // The options of a loss, in the order of fastkd/reference.py.
 struct SoftmaxOptions {
@@ -79,9 +80,10 @@ FASTKD_ROW_FUNCTION bool uses_label(const LossOptions& options) {
 }
 
 // 1 / T of student and teacher.
-FASTKD_ROW_FUNCTION void slopes_of(const LossOptions& options, double& student, double& teacher) {
-  student = teacher = 1.0 / options.values[0];
-  if (options.loss == Loss::kTTM) student = 1.0, teacher = options.ttm.gamma;
+template <class Real>
+FASTKD_ROW_FUNCTION void slopes_of(const LossOptions& options, Real& student, Real& teacher) {
+  student = teacher = 1 / Real(options.values[0]);
+  if (options.loss == Loss::kTTM) student = 1, teacher = options.ttm.gamma;
 }
 
 // max v - max u: differences of logits come before logarithms, so that large logits do not swallow them.

@@ -7,18 +7,24 @@
 // torch's own headers, where a signature that differs is a compile error.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 struct AtenTensorOpaque;
 class TorchLibraryOpaque;
+struct StableListOpaque;
 
 extern "C" {
 using AtenTensorHandle = AtenTensorOpaque*;
 using TorchLibraryHandle = TorchLibraryOpaque*;
+using StableListHandle = StableListOpaque*;
 using AOTITorchError = int32_t;
 using StableIValue = uint64_t;
 
 AOTITorchError aoti_torch_get_data_ptr(AtenTensorHandle tensor, void** ret_data_ptr);
+AOTITorchError aoti_torch_get_storage_size(AtenTensorHandle tensor, int64_t* ret_size);
+AOTITorchError aoti_torch_get_storage_offset(AtenTensorHandle tensor, int64_t* ret_storage_offset);
+AOTITorchError aoti_torch_get_dim(AtenTensorHandle tensor, int64_t* ret_dim);
 AOTITorchError aoti_torch_get_numel(AtenTensorHandle tensor, int64_t* ret_numel);
 AOTITorchError aoti_torch_get_sizes(AtenTensorHandle tensor, int64_t** ret_sizes);
 AOTITorchError aoti_torch_get_strides(AtenTensorHandle tensor, int64_t** ret_strides);
@@ -33,6 +39,9 @@ AOTITorchError aoti_torch_library_init_impl(const char* ns, const char* k, const
 AOTITorchError aoti_torch_library_def(TorchLibraryHandle self, const char* schema);
 AOTITorchError torch_library_impl(TorchLibraryHandle self, const char* name,
                                   void (*fn)(StableIValue*, uint64_t, uint64_t), uint64_t extension_build_version);
+AOTITorchError torch_list_size(StableListHandle list_handle, size_t* size);
+AOTITorchError torch_list_get_item(StableListHandle list_handle, size_t index, StableIValue* element);
+AOTITorchError torch_delete_list(StableListHandle list_handle);
 AOTITorchError torch_get_num_threads(uint32_t* out_num_threads);
 AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t grain_size,
                                   void (*func)(int64_t, int64_t, void*), void* ctx);
@@ -40,6 +49,9 @@ AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t grain_size
 
 #define FASTKD_TORCH_FUNCTIONS(apply)       \
   apply(aoti_torch_get_data_ptr)            \
+  apply(aoti_torch_get_storage_size)        \
+  apply(aoti_torch_get_storage_offset)      \
+  apply(aoti_torch_get_dim)                 \
   apply(aoti_torch_get_numel)               \
   apply(aoti_torch_get_sizes)               \
   apply(aoti_torch_get_strides)             \
@@ -50,6 +62,9 @@ AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t grain_size
   apply(aoti_torch_library_init_impl)       \
   apply(aoti_torch_library_def)             \
   apply(torch_library_impl)                 \
+  apply(torch_list_size)                    \
+  apply(torch_list_get_item)                \
+  apply(torch_delete_list)                  \
   apply(torch_get_num_threads)              \
   apply(torch_parallel_for)
 

@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
 
 import fastkd
 from fastkd.backend import missing
+from tests import cuda_emulation
 
 FUSED = [("native", "cpu"), ("triton", "cuda" if torch.cuda.is_available() else "cpu")]
 # Without a CUDA compiler at its build the extension has no kernels for GPUs; `fastkd doctor` says so.
@@ -32,3 +33,11 @@ def fused(request):
     assert reason is None, f"{name} cannot run on {device}: {reason}"
     with fastkd.use_backend(name):
         yield device
+
+
+@pytest.fixture(scope="session")
+def emulated_library(tmp_path_factory):
+    """The CUDA kernels compiled for the host."""
+    if cuda_emulation.COMPILER is None:
+        pytest.skip("no C++ compiler")
+    return cuda_emulation.build(tmp_path_factory.mktemp("emulation"))

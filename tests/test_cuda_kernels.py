@@ -15,7 +15,6 @@ import fastkd
 from fastkd import backend
 from fastkd.ops import native, team_plan
 from fastkd.ops.team_plan import TeamPlan, plan_team
-from tests import cuda_emulation
 from tests.cases import BY_NAME, CASES, assert_matches, error, exact, loss_and_gradient, make_logits
 from tests.cuda_emulation import CODES, Emulation, Plan
 
@@ -24,17 +23,10 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
-@pytest.fixture(scope="session")
-def library(tmp_path_factory):
-    if cuda_emulation.COMPILER is None:
-        pytest.skip("no C++ compiler")
-    return cuda_emulation.build(tmp_path_factory.mktemp("emulation"))
-
-
 @pytest.fixture
-def emulated(library, monkeypatch):
+def emulated(emulated_library, monkeypatch):
     """The emulated kernels in the place of the native backend's."""
-    emulation = Emulation(library)
+    emulation = Emulation(emulated_library)
     monkeypatch.setattr(native, "row_loss", emulation.row_loss)
     monkeypatch.setattr(native, "scale_rows_", emulation.scale_rows_)
     with fastkd.use_backend("native"):

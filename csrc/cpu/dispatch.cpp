@@ -1,28 +1,52 @@
 #include <cstdlib>
-#include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "kernels.h"
 
 namespace fastkd {
+namespace {
 
-static const Kernels& choose() {
-  const char* wanted = std::getenv("FASTKD_ISA");
-  const auto allowed = [&](const char* name) { return wanted == nullptr || std::strcmp(wanted, name) == 0; };
+struct Choice {
+  const Kernels* kernels;
+  std::string refusal;  // where there are none
+};
+
+Choice choose() {
+  const char* environment = std::getenv("FASTKD_ISA");
+  const std::string wanted = environment == nullptr ? "" : environment;
+  const Kernels* runnable[3] = {&portable_kernels};  // the fastest last
+  int count = 1;
 #if defined(__x86_64__)
-  if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+    runnable[count++] = &avx2_kernels;
+  if (count == 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return avx512_kernels;
-  if ((allowed("avx512") || allowed("avx2")) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c"))
-    return avx2_kernels;
+    runnable[count++] = &avx512_kernels;
 #endif
-  return portable_kernels;
+  std::string allowed;
+  for (int i = 0; i < count; i++) {
+    if (wanted == runnable[i]->name) return {runnable[i], ""};
+    allowed += (i == 0 ? "" : i + 1 < count ? ", " : " or ") + std::string(runnable[i]->name);
+  }
+  if (wanted.empty()) return {runnable[count - 1], ""};
+  return {nullptr, "the environment's FASTKD_ISA is '" + wanted + "'; expected " + allowed +
+                       ", which this processor runs, or nothing for the fastest"};
 }
 
-const Kernels& kernels() {
-  static const Kernels& chosen = choose();
+const Choice& choice() {
+  static const Choice chosen = choose();
   return chosen;
 }
+
+}  // namespace
+
+const Kernels& kernels() {
+  if (choice().kernels == nullptr) throw std::runtime_error("fastkd_native: " + choice().refusal);
+  return *choice().kernels;
+}
+
+const char* instruction_set_refusal() { return choice().kernels == nullptr ? choice().refusal.c_str() : nullptr; }
 
 float* scratch(int64_t floats) {
   struct Buffer {

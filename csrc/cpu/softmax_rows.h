@@ -274,7 +274,7 @@ static void combine_statistics(RowJob& job, const RowPart* parts, int count) {
   const double weight = weight_of(rows, job.index);
   write_loss(job, result.loss);
   for (int term = 0; term < 4 && rows.terms != nullptr; term++)
-    rows.terms[term * rows.count + job.index] = float(weight * result.terms[term]);
+    rows.terms[term * rows.term_stride + job.index] = float(weight * result.terms[term]);
   SoftmaxGradient<double>& g = job.gradient;
   g = result.gradient;
   if (!(kNeeds & kPlainStudent)) g.student += g.plain;

@@ -270,7 +270,7 @@ FASTKD_INLINE auto with_element(DType dtype, const Visit& visit) {
 
 template <class E>
 FASTKD_INLINE typename E::type* element_at(const Matrix& matrix, int64_t row, int64_t offset) {
-  return (typename E::type*)matrix.data + row * matrix.stride + offset;
+  return (typename E::type*)matrix.data + row_offset(matrix, row) + offset;
 }
 
 // ---- blocks: the only code that knows of a row's ragged end ------------------------------------------------
@@ -298,7 +298,7 @@ struct Ahead {
 
 FASTKD_INLINE Ahead ahead_at(const Matrix& matrix, int64_t row, int64_t offset) {
   const int width = matrix.dtype == DType::kFloat ? 4 : 2;
-  return {(const char*)matrix.data + (row * matrix.stride + offset) * width, width};
+  return {(const char*)matrix.data + (row_offset(matrix, row) + offset) * width, width};
 }
 
 // The logits of the next block, or of the next row's first.
@@ -390,7 +390,7 @@ FASTKD_INLINE void fill_row(const Matrix& matrix, int64_t row, int64_t offset, i
 // Loss, terms and gradient of a row that has none: 0 for one left out, NaN for one that cannot be computed.
 FASTKD_INLINE void write_whole_row(const Rows& rows, int64_t index, float value) {
   rows.losses[index] = value;
-  for (int term = 0; term < 4 && rows.terms != nullptr; term++) rows.terms[term * rows.count + index] = value;
+  for (int term = 0; term < 4 && rows.terms != nullptr; term++) rows.terms[term * rows.term_stride + index] = value;
   if (rows.gradient.data != nullptr) fill_row(rows.gradient, index, 0, rows.classes, value);
 }
 

@@ -13,7 +13,9 @@ namespace cuda {
 
 [[noreturn]] static void refuse() { throw std::runtime_error(std::string("fastkd_native: ") + FASTKD_CUDA_ABSENT); }
 
-void launch_row_loss(const Rows*, int, const LossOptions&, const TeamPlan&, const Stream&) { refuse(); }
+void launch_row_loss(const Rows*, int, const LossOptions&, const DynamicOptions&, const TeamPlan&, const Stream&) {
+  refuse();
+}
 void launch_scale_rows(const Matrix&, const float*, int64_t, int64_t, int64_t, const TeamPlan&, const Stream&) {
   refuse();
 }

@@ -17,11 +17,17 @@ struct TeamPlan {
 
 constexpr int kMostPairs = 8;
 
+// Options whose values only the device's memory holds; none where `values` is null.
+struct DynamicOptions {
+  const float* values;
+  int32_t count;
+};
+
 // Several pairs of logits of equal row count and class count go through one launch: the heads of a student.
 struct RowLossArguments {
   Rows pairs[kMostPairs];
-  LossOptions options;
-  float slope_s, slope_t;  // 1 / T of student and teacher
+  LossOptions options;     // they choose the kernel; NaN for what only `dynamic` holds
+  DynamicOptions dynamic;
   bool reads_teacher;      // a cross-entropy alone does not
   TeamPlan plan;
 };

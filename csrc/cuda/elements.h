@@ -22,7 +22,7 @@ struct RowPointer {
 };
 
 FASTKD_DEVICE RowPointer row_of(const Matrix& matrix, int64_t row) {
-  return {static_cast<char*>(matrix.data) + row * matrix.stride * size_of(matrix.dtype), matrix.dtype, false};
+  return {static_cast<char*>(matrix.data) + row_offset(matrix, row) * size_of(matrix.dtype), matrix.dtype, false};
 }
 
 // How many columns this row starts after a boundary of whole vectors.

@@ -62,14 +62,12 @@ inline const char* refusal(const Rows* pairs, int count, const TeamPlan& plan) {
   return refusal(pairs[0].classes, plan);
 }
 
-inline RowLossArguments arguments_of(const Rows* pairs, int count, const LossOptions& options, const TeamPlan& plan) {
+inline RowLossArguments arguments_of(const Rows* pairs, int count, const LossOptions& options,
+                                     const DynamicOptions& dynamic, const TeamPlan& plan) {
   RowLossArguments arguments{};
   for (int i = 0; i < count; i++) arguments.pairs[i] = pairs[i];
-  double slope_s, slope_t;
-  slopes_of(options, slope_s, slope_t);
   arguments.options = options;
-  arguments.slope_s = float(slope_s);
-  arguments.slope_t = float(slope_t);
+  arguments.dynamic = dynamic;
   arguments.reads_teacher = options.loss != Loss::kSoftmax || distils(options.softmax);
   arguments.plan = plan;
   return arguments;

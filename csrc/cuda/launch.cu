@@ -74,12 +74,12 @@ void launch(void (*kernel)(Arguments), const Arguments& arguments, const Grid& g
 
 }  // namespace
 
-void launch_row_loss(const Rows* pairs, int count, const LossOptions& options, const TeamPlan& plan,
-                     const Stream& stream) {
+void launch_row_loss(const Rows* pairs, int count, const LossOptions& options, const DynamicOptions& dynamic,
+                     const TeamPlan& plan, const Stream& stream) {
   const RowKernel kernel = row_kernel_for(options);
   const char* reason = kernel == nullptr ? "there is no such loss" : refusal(pairs, count, plan);
   if (reason != nullptr) throw std::runtime_error(std::string("fastkd_native: ") + reason);
-  launch(kernel, arguments_of(pairs, count, options, plan), row_loss_grid(pairs, count, plan), stream);
+  launch(kernel, arguments_of(pairs, count, options, dynamic, plan), row_loss_grid(pairs, count, plan), stream);
 }
 
 void launch_scale_rows(const Matrix& gradient, const float* upstream, int64_t upstream_stride, int64_t count,

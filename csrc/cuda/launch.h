@@ -13,8 +13,10 @@ struct Stream {
   int32_t device;
 };
 
-// The pairs, 1 to kMostPairs, have equal rows, classes and dtypes.
-void launch_row_loss(const Rows* pairs, int count, const LossOptions& options, const TeamPlan& plan, const Stream&);
+// The pairs, 1 to kMostPairs, have equal rows, classes and dtypes. `options` choose the kernel, which reads their
+// values from `dynamic` where that is given.
+void launch_row_loss(const Rows* pairs, int count, const LossOptions& options, const DynamicOptions& dynamic,
+                     const TeamPlan& plan, const Stream&);
 
 // gradient[row] *= upstream[row] in place.
 void launch_scale_rows(const Matrix& gradient, const float* upstream, int64_t upstream_stride, int64_t count,

@@ -29,11 +29,12 @@ FASTKD_KERNEL jsd_rows(FASTKD_PARAMETER RowLossArguments arguments) {
   const Share share = share_of(team, arguments, rows, index, head.kind);
   Row<float> row{};
   row.classes = rows.classes;
-  row.student.slope = row.teacher.slope = arguments.slope_s;
+  const LossOptions options = options_of(arguments);
+  slopes_of(options, row.student.slope, row.teacher.slope);
   sum_share<0>([&](const auto& visit) { share.first_sweep(visit); }, -1, false, row);
   combine_statistics<0>(team, row);
 
-  const float power = arguments.slope_s * kLog2E, beta = arguments.options.values[1];
+  const float power = row.student.slope * kLog2E, beta = options.values[1];
   const float max_s = row.sums.max_s, max_t = row.sums.max_t;
   const float scale_s = 1.0f / row.sums.sum_s, scale_t = 1.0f / row.sums.sum_t;
   const auto mixture = [&](float s, float t) {
@@ -60,7 +61,7 @@ FASTKD_KERNEL jsd_rows(FASTKD_PARAMETER RowLossArguments arguments) {
     write_losses(team, rows, index, weight * (beta * divergences[1] + (1.0f - beta) * student_kl), {});
     if (rows.gradient.data != nullptr) {
       const RowPointer gradient = gradient_row(rows, index, share);
-      const float scale = weight * (1.0f - beta) * arguments.slope_s;
+      const float scale = weight * (1.0f - beta) * row.student.slope;
       share.next_sweep([&](int column, float (&s)[kVector], float (&t)[kVector]) {
         float values[kVector];
         for (int i = 0; i < kVector; i++) {

@@ -61,7 +61,7 @@ FASTKD_KERNEL pointwise_rows(FASTKD_PARAMETER RowLossArguments arguments) {
   const RowHead head = head_of(rows, index, false);
   const int classes = int(rows.classes);
   const Share share = share_of(team, arguments, rows, index, head.kind);
-  const float temperature = arguments.options.values[0], inverse = arguments.slope_s;
+  const float temperature = options_of(arguments).values[0], inverse = 1.0f / temperature;
   // d loss / d z: T^2 f'(u) / T for BinaryKL, T^2 f'(x) / 2T for BinaryKL-Norm.
   const float slope_weight = head.weight * temperature * (kLoss == Loss::kBinaryKL ? 1.0f : 0.5f);
   const bool with_gradient = rows.gradient.data != nullptr;

@@ -15,6 +15,14 @@ struct RowHead {
   int label;  // -1 for none
 };
 
+FASTKD_DEVICE LossOptions options_of(const RowLossArguments& arguments) {
+  LossOptions options = arguments.options;
+#pragma unroll
+  for (int i = 0; i < kOptions; i++)
+    if (i < arguments.dynamic.count) options.values[i] = arguments.dynamic.values[i];
+  return options;
+}
+
 // A row that is left out is not read, nor is one whose label is no class.
 FASTKD_DEVICE RowHead head_of(const Rows& rows, int64_t index, bool labelled) {
   if (index >= rows.count) return {RowKind::kAbsent, 0.0f, -1};
@@ -37,7 +45,7 @@ FASTKD_DEVICE void write_losses(const Team& team, const Rows& rows, int64_t inde
   rows.losses[index] = loss;
   if (rows.terms == nullptr) return;
 #pragma unroll
-  for (int term = 0; term < 4; term++) rows.terms[term * rows.count + index] = terms[term];
+  for (int term = 0; term < 4; term++) rows.terms[term * rows.term_stride + index] = terms[term];
 }
 
 // Loss, terms and gradient of a row that has none: 0 for one left out, NaN for one that cannot be computed.

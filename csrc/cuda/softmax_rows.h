@@ -107,7 +107,7 @@ FASTKD_DEVICE void sum_share(const Sweep& sweep, int label, bool with_logit_sum,
 }
 
 // Brings both models' rows to (z - mean) / (deviation + epsilon) / T, the deviation with C - 1.
-FASTKD_DEVICE void standardize(Team& team, const Share& share, float slope, Row<float>& row) {
+FASTKD_DEVICE void standardize(Team& team, const Share& share, Row<float>& row) {
   const int classes = int(row.classes);
   float sums[] = {0.0f, 0.0f};
   share.first_sweep([&](int column, float (&s)[kVector], float (&t)[kVector]) {
@@ -132,8 +132,8 @@ FASTKD_DEVICE void standardize(Team& team, const Share& share, float slope, Row<
   team.all(squares, Sum());
   row.student.deviation = sqrtf(squares[0] / float(classes - 1));
   row.teacher.deviation = sqrtf(squares[1] / float(classes - 1));
-  row.student.slope = slope / (row.student.deviation + kStandardizeEpsilon);
-  row.teacher.slope = slope / (row.teacher.deviation + kStandardizeEpsilon);
+  row.student.slope /= row.student.deviation + kStandardizeEpsilon;
+  row.teacher.slope /= row.teacher.deviation + kStandardizeEpsilon;
 }
 
 template <Loss kLoss>
@@ -176,7 +176,6 @@ FASTKD_DEVICE void write_gradient(const Share& share, const RowPointer& gradient
 template <Loss kLoss, unsigned kNeeds>
 FASTKD_KERNEL softmax_rows(FASTKD_PARAMETER RowLossArguments arguments) {
   const Rows& rows = arguments.pairs[block_y()];
-  const LossOptions& options = arguments.options;
   Team team(arguments.plan);
   const int64_t index = team.row();
   const bool labelled = (kLoss == Loss::kSoftmax || kLoss == Loss::kNKD) && rows.target != nullptr;
@@ -191,11 +190,10 @@ FASTKD_KERNEL softmax_rows(FASTKD_PARAMETER RowLossArguments arguments) {
 
   Row<float> row{};
   row.classes = rows.classes;
-  row.student.slope = arguments.slope_s;
-  row.teacher.slope = arguments.slope_t;
-  const bool with_logit_sum = kLoss == Loss::kSoftmax && options.softmax.label_smoothing != 0;
+  slopes_of(options_of(arguments), row.student.slope, row.teacher.slope);
+  const bool with_logit_sum = kLoss == Loss::kSoftmax && arguments.options.softmax.label_smoothing != 0;
   if (kNeeds & kStandardized) {
-    standardize(team, share, arguments.slope_s, row);
+    standardize(team, share, row);
     sum_share<kNeeds>([&](const auto& visit) { share.next_sweep(visit); }, label, with_logit_sum, row);
   } else {
     sum_share<kNeeds>([&](const auto& visit) { share.first_sweep(visit); }, label, with_logit_sum, row);
@@ -207,7 +205,7 @@ FASTKD_KERNEL softmax_rows(FASTKD_PARAMETER RowLossArguments arguments) {
     write_uncomputed(team, rows, index, head.kind);
   } else {
     row.label = {label >= 0, value_of(label_s), value_of(label_t)};
-    SoftmaxResult<float> result = formula_of<kLoss>(options, row);
+    SoftmaxResult<float> result = formula_of<kLoss>(options_of(arguments), row);
     const float weight = head.weight;
     for (float& term : result.terms) term *= weight;
     write_losses(team, rows, index, weight * result.loss, result.terms);

@@ -39,8 +39,10 @@ def _loaded() -> ctypes.CDLL | str:
         str(Path(torch.__file__).parent / "lib" / f"libtorch_{part}.{suffix}").encode()
         for part in ("cpu", "cuda")
     )
-    for function in ("register", "instruction_set", "cuda_absent", "cuda_missing"):
+    for function in ("register", "instruction_set", "instruction_set_refusal", "cuda_absent", "cuda_missing"):
         getattr(library, f"fastkd_{function}").restype = ctypes.c_char_p
+    if refusal := library.fastkd_instruction_set_refusal():
+        raise ValueError(refusal.decode())
     library.fastkd_labels_all_count.argtypes = [ctypes.c_void_p] + [ctypes.c_int64] * 3
     library.fastkd_labels_all_count.restype = ctypes.c_bool
     refusal = library.fastkd_register(*torch_libraries)
@@ -89,11 +91,34 @@ def instruction_set() -> str:
 
 
 def labels_all_count(target: Tensor, classes: int, ignore_index: int) -> bool:
-    """Whether each label on the CPU is a class and none is ignored; False too where nobody looked."""
-    library = _loaded()
-    if isinstance(library, str) or target.dtype != torch.int64 or not target.is_contiguous():
+    """Whether each label on the CPU is a class and none is ignored; False too where nobody looked.
+
+    Reads memory past torch's dispatcher, hence only of a plain tensor whose storage holds the labels: a
+    subclass (DTensor, FakeTensor) or a wrapper of a functorch transform may have none of its own.
+    """
+    look = _label_check()
+    if (
+        look is None
+        or type(target) not in _PLAIN
+        or target.dtype != torch.int64
+        or not target.is_contiguous()
+    ):
         return False
-    return library.fastkd_labels_all_count(target.data_ptr(), target.numel(), classes, ignore_index)
+    try:
+        address, count = target.data_ptr(), target.numel()
+        stored = target.untyped_storage().nbytes() >= 8 * (target.storage_offset() + count)
+    except RuntimeError:  # a functorch wrapper, whose type is Tensor
+        return False
+    return address != 0 and stored and look(address, count, classes, ignore_index)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+@cache
+def _label_check() -> Callable[[int, int, int, int], bool] | None:
+    loaded = _loaded()
+    return None if isinstance(loaded, str) else loaded.fastkd_labels_all_count
 
 
 # The order of csrc/row_formulas.h.
@@ -110,17 +135,17 @@ def _operator(name: str) -> Callable[..., None]:
     return getattr(torch.ops.fastkd_native, name).default
 
 
-@cache
-def _absent(device: torch.device) -> Tensor:
-    """Stands for an argument that is not given: an optional one costs an allocation a call."""
-    return torch.empty(0, 0, device=device)
+# Placeholder for None; saves one allocation per call. It names dtype and device, which would otherwise be
+# torch's defaults at the first call, and lies on the CPU whatever the logits' device: it has no element.
+_ABSENT = torch.empty(0, dtype=torch.float32, device="cpu")
 
 
-def _team(logits: Tensor, pairs: int, element_bytes: int, keeps: bool) -> Sequence[int]:
+def _team(logits: Tensor, pairs: int, keeps: bool, teacher: Tensor | None = None) -> Sequence[int]:
     """How a CUDA kernel shares a row; the CPU needs no such plan."""
     if not logits.is_cuda:
         return ()
-    rows, classes = logits.shape
+    element_bytes = logits.element_size() + (0 if teacher is None else teacher.element_size())
+    rows, classes = logits.shape[:-1].numel(), logits.shape[-1]
     device = device_of(logits.device)
     return plan_team(rows * pairs, classes, element_bytes, device.capability, device.multiprocessors, keeps)
 
@@ -141,43 +166,33 @@ def row_loss(
 ) -> None:
     """Fills ``rows`` and, where they are given, ``terms`` and ``gradient``; see ``ops.library``.
 
-    And, on the CPU alone, ``sums`` [H] or [] with each pair's sum of rows.
+    And, on the CPU alone, ``sums`` [H] or [] with each pair's sum of rows. Where ``dynamic`` is given, the
+    options' values are read from it and ``options`` only choose code: NaN there is a value not known yet.
     """
     if dynamic is not None:
         options = dynamic.tolist()
     student, teacher, pairs = students[0], teachers[0], len(students)
-    absent = _absent(student.device)
-    of_pairs = terms
-    if terms is not None and pairs > 1:  # the kernels write each pair's terms together
-        of_pairs = terms.new_empty(pairs, len(terms), len(student))
     # A kernel of one sweep has no use for the row again.
     keeps = gradient is not None and loss not in ("binary_kl", "binary_kl_norm")
-    _operator("row_loss")(
-        student,
-        teacher,
-        absent if target is None else target,
-        absent if row_weight is None else row_weight,
+    one = pairs == 1
+    _operator("row_loss" if one else "row_loss_of_pairs")(
+        student if one else students,
+        teacher if one else teachers,
+        _ABSENT if target is None else target,
+        _ABSENT if row_weight is None else row_weight,
         scale,
         rows,
-        absent if of_pairs is None else of_pairs,
-        absent if gradient is None else gradient,
-        absent if sums is None else sums,
-        absent if pairs == 1 else _addresses(students, teachers),
+        _ABSENT if terms is None else terms,
+        _ABSENT if gradient is None else gradient,
+        _ABSENT if sums is None else sums,
+        _ABSENT if dynamic is None else dynamic,
         _CODES[loss],
         *options,
         *(0.0,) * (_OPTIONS - len(options)),
-        *_team(student, pairs, student.element_size() + teacher.element_size(), keeps),
+        *_team(student, pairs, keeps, teacher),
     )
-    if terms is not None and of_pairs is not None and pairs > 1:
-        terms.view(len(terms), pairs, -1).copy_(of_pairs.transpose(0, 1))
-
-
-def _addresses(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
-    """Of the logits of several pairs, [H, 2]: read as the kernel is launched, on the host."""
-    pairs = zip(students, teachers, strict=True)
-    return torch.tensor([[student.data_ptr(), teacher.data_ptr()] for student, teacher in pairs])
 
 
 def scale_rows_(gradient: Tensor, upstream: Tensor) -> None:
     """``gradient[n] *= upstream[n]`` in place; rows whose factor is 1 are not touched."""
-    _operator("scale_rows_")(gradient, upstream, *_team(gradient, 1, gradient.element_size(), False))
+    _operator("scale_rows_")(gradient, upstream, *_team(gradient, 1, False))

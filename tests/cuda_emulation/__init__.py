@@ -29,11 +29,17 @@ def build(folder: Path) -> Path:
 
 
 class Matrix(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), ("stride", ctypes.c_int64), ("dtype", ctypes.c_int32)]
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("stride", "inner", "outer_stride")),
+        ("dtype", ctypes.c_int32),
+    ]
 
     @classmethod
     def of(cls, tensor):
-        return cls(tensor.data_ptr() if tensor.numel() else None, tensor.stride(0), CODES[tensor.dtype])
+        inner, outer_stride = (2**63 - 1, 0) if tensor.dim() == 2 else (tensor.shape[1], tensor.stride(0))
+        address = tensor.data_ptr() if tensor.numel() else None
+        return cls(address, tensor.stride(-2), inner, outer_stride, CODES[tensor.dtype])
 
 
 class Rows(ctypes.Structure):
@@ -43,9 +49,11 @@ class Rows(ctypes.Structure):
         ("target", ctypes.c_void_p),
         ("target_stride", ctypes.c_int64),
         ("row_weight", ctypes.c_void_p),
+        ("row_weight_stride", ctypes.c_int64),
         ("scale", ctypes.c_float),
         ("losses", ctypes.c_void_p),
         ("terms", ctypes.c_void_p),
+        ("term_stride", ctypes.c_int64),
     ]
 
 
@@ -72,37 +80,42 @@ class Emulation:
         def pointer(tensor):
             return None if tensor is None or not tensor.numel() else tensor.data_ptr()
 
+        def stride(tensor):
+            return 0 if tensor is None or not tensor.numel() else tensor.stride(0)
+
         return Rows(
-            Matrix.of(student), Matrix.of(teacher), Matrix.of(gradient), *student.shape, pointer(target),
-            0 if target is None or not target.numel() else target.stride(0), pointer(row_weight), scale,
-            pointer(rows), pointer(terms),
+            Matrix.of(student), Matrix.of(teacher), Matrix.of(gradient), len(rows), student.shape[-1],
+            pointer(target), stride(target), pointer(row_weight), stride(row_weight), scale,
+            pointer(rows), pointer(terms), terms.stride(0),
         )  # fmt: skip
 
-    def launch(self, pairs, loss, options, plan):
+    def launch(self, pairs, loss, options, plan, dynamic=None):
         values = (ctypes.c_float * 8)(*options)
         self.check(
             self.library.emulated_row_loss(
                 (Rows * len(pairs))(*pairs), len(pairs),
-                ctypes.byref(LossOptions(native._CODES[loss], values)), ctypes.byref(Plan(*plan)),
+                ctypes.byref(LossOptions(native._CODES[loss], values)),
+                ctypes.c_void_p(None if dynamic is None else dynamic.data_ptr()),
+                0 if dynamic is None else len(dynamic), ctypes.byref(Plan(*plan)),
             )
         )  # fmt: skip
 
     def row_loss(
-        self, students, teachers, target, row_weight, scale, loss, options, rows, terms, gradient, sums=None
-    ):
-        count, classes = students[0].shape
+        self, students, teachers, target, row_weight, scale, loss, options, rows, terms, gradient,
+        sums=None, dynamic=None,
+    ):  # fmt: skip
+        count, classes = len(rows) // len(students), students[0].shape[-1]
         terms = rows.new_empty(0, len(rows)) if terms is None else terms
         gradient = students[0].new_empty(0, classes) if gradient is None else gradient
         element_bytes = students[0].element_size() + teachers[0].element_size()
-        plan = self.plan(len(students) * count, classes, element_bytes)
-        of_pairs = terms.new_empty(len(students), len(terms), count)
+        plan = self.plan(len(rows), classes, element_bytes)
         pairs = []
         for pair, (student, teacher) in enumerate(zip(students, teachers, strict=True)):
             of_pair = slice(pair * count, (pair + 1) * count)
-            outputs = rows[of_pair], of_pairs[pair], gradient[of_pair]
-            pairs.append(self.rows(student, teacher, target, row_weight, scale, *outputs))
-        self.launch(pairs, loss, options, plan)
-        terms.view(len(terms), len(pairs), count).copy_(of_pairs.transpose(0, 1))
+            weight = row_weight[pair] if row_weight is not None and row_weight.dim() == 2 else row_weight
+            outputs = rows[of_pair], terms[:, of_pair], gradient[of_pair]
+            pairs.append(self.rows(student, teacher, target, weight, scale, *outputs))
+        self.launch(pairs, loss, options, plan, dynamic)
         if sums is not None:
             sums.copy_(rows.view(len(pairs), count).sum(-1).view_as(sums))
 

@@ -5,13 +5,13 @@ using namespace fastkd;
 using namespace fastkd::cuda;
 
 extern "C" const char* emulated_row_loss(const Rows* pairs, int count, const LossOptions* options,
-                                         const TeamPlan* plan) {
+                                         const float* dynamic, int dynamic_count, const TeamPlan* plan) {
   const RowKernel kernel = row_kernel_for(*options);
   if (kernel == nullptr) return "there is no such loss";
   if (const char* reason = refusal(pairs, count, *plan)) return reason;
   const Grid grid = row_loss_grid(pairs, count, *plan);
-  return emulation::launch(kernel, arguments_of(pairs, count, *options, *plan), grid.blocks_x, grid.blocks_y,
-                           grid.threads, grid.cluster, grid.shared_bytes);
+  return emulation::launch(kernel, arguments_of(pairs, count, *options, {dynamic, dynamic_count}, *plan), grid.blocks_x,
+                           grid.blocks_y, grid.threads, grid.cluster, grid.shared_bytes);
 }
 
 extern "C" const char* emulated_scale_rows(const Matrix* gradient, const float* upstream, int64_t upstream_stride,

@@ -1,0 +1,252 @@
+"""What the native backend's launcher takes: strides, weights, options known only at run time, and what it refuses.
+
+Each launcher test runs the CPU kernels as built and the CUDA kernels in their emulation.
+"""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastkd.ops import native
+from tests.cuda_emulation import Emulation
+from tests.test_native_build import ROOT
+
+ALL = (4.0, 0.5, 0.9, 1.1, 2.0, 0.1, 0.0, 0.0)
+# Name, options as numbers, and those of them that stay known when the rest travels in a tensor.
+LOSSES = {
+    "everything": ("softmax", ALL, ()),
+    "standardized": ("softmax", (2.0, 0.1, 9.0, 0.0, 0.0, 0.0, 1.0, 0.0), (3, 4, 5)),
+    "temperature-1": ("softmax", (1.0, 0.5, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0), ()),
+    "weight-0": ("softmax", (4.0, 0.0, 0.9, 0.0, 0.0, 0.0, 0.0, 0.0), ()),
+    "nkd": ("nkd", (3.0, 3.5), ()),
+    "nkd-temperature-1": ("nkd", (1.0, 3.5), ()),
+    "wttm": ("ttm", (0.25, 1.0), (1,)),
+    "reverse-kl": ("reverse_kl", (2.0,), ()),
+    "jsd": ("jsd", (2.0, 0.3), ()),
+    "binary-kl": ("binary_kl", (2.0,), ()),
+    "binary-kl-norm": ("binary_kl_norm", (2.0,), ()),
+}
+
+
+@pytest.fixture(params=["cpu", "cuda emulation"])
+def launch(request):
+    if request.param == "cpu":
+        return native.row_loss
+    return Emulation(request.getfixturevalue("emulated_library")).row_loss
+
+
+def outputs(launch, students, teachers, target=None, weight=None, *, loss=("softmax", ALL), scale=1.0, **more):
+    """Rows, terms and gradient as a launcher fills them; full of what no kernel writes before."""
+    classes = students[0].shape[-1]
+    rows = torch.full((sum(one.numel() for one in students) // classes,), 77.0)
+    terms = torch.full((4, len(rows)), 77.0)
+    gradient = torch.full((len(rows), classes), 77.0, dtype=students[0].dtype)
+    launch(students, teachers, target, weight, scale, *loss, rows, terms, gradient, **more)
+    return rows, terms, gradient
+
+
+def assert_same(left, right):
+    """But for the order of sums: the CUDA kernels cut a row into vectors by its address."""
+    for one, other in zip(left, right, strict=True):
+        tolerance = 1e-2 if one.dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance / 10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_two_leading_strides_need_no_copy(launch, dtype):
+    """Every way to take rows out of a larger tensor: shifted, transposed, broadcast, one position per sequence."""
+    large, other = (torch.full((4, 6, 150), torch.nan, dtype=dtype) for _ in range(2))
+    for logits in (large, other):
+        logits[:3, 1:6, 7:140] = torch.randn(3, 5, 133).to(dtype)
+    student, teacher = large[:3, 1:6, 7:140], other[:3, 1:6, 7:140]
+    for take in (
+        lambda logits: logits[:, :-1],
+        lambda logits: logits.transpose(0, 1),
+        lambda logits: logits[:, ::2],
+        lambda logits: logits[:1].expand(3, 5, 133),
+        lambda logits: logits[:, :1],
+    ):
+        s, t = take(student), take(teacher.clone())
+        target = torch.randint(0, 133, (s.shape[0] * s.shape[1],))
+        assert_same(
+            outputs(launch, [s], [t], target),
+            outputs(launch, [s.reshape(-1, 133)], [t.reshape(-1, 133)], target),
+        )
+
+
+def test_each_pair_has_its_own_weights(launch):
+    students, teachers = ([torch.randn(7, 45) for _ in range(3)] for _ in range(2))
+    target = torch.randint(0, 45, (7,))
+    weights = torch.rand(3, 7)
+    weights[1, 2] = 0
+    students[1][2] = torch.nan
+    together = outputs(launch, students, teachers, target, weights)
+    for pair in range(3):
+        rows = slice(7 * pair, 7 * pair + 7)
+        alone = outputs(launch, [students[pair]], [teachers[pair]], target, weights[pair].clone())
+        assert_same((together[0][rows], together[1][:, rows], together[2][rows]), alone)
+    assert together[0][9] == 0
+    assert together[2][9].count_nonzero() == 0
+
+
+def test_strided_weights_and_labels_are_read_with_their_stride(launch):
+    students, teachers = ([torch.randn(6, 45) for _ in range(2)] for _ in range(2))
+    wide = torch.randint(0, 45, (12,))
+    for weight in (torch.rand(12)[::2], torch.rand(1).expand(6), torch.rand(6, 3)[:, 1], torch.rand(6, 2).t()):
+        assert_same(
+            outputs(launch, students, teachers, wide[::2], weight),
+            outputs(launch, students, teachers, wide[::2].clone(), weight.contiguous()),
+        )
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_options_in_a_tensor_give_what_the_same_numbers_give(launch, name):
+    loss, values, known = LOSSES[name]
+    student, teacher, target = torch.randn(3, 1100), torch.randn(3, 1100), torch.tensor([5, 0, 1099])
+    # What is 0 or 1 may be known to be, and what is known chooses code; the values come from the tensor alone.
+    for hide in (lambda value: math.nan, lambda value: value if value in (0.0, 1.0) else math.nan):
+        choosing = tuple(
+            value if index in known or index > 5 else hide(value) for index, value in enumerate(values)
+        )
+        numbers = outputs(launch, [student], [teacher], target, loss=(loss, values))
+        tensor = outputs(
+            launch, [student], [teacher], target, loss=(loss, choosing), dynamic=torch.tensor(values)
+        )
+        for one, other in zip(tensor, numbers, strict=True):
+            torch.testing.assert_close(one, other, rtol=3e-6, atol=1e-7)
+
+
+def freed(tensor: Tensor) -> Tensor:
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+def cut_short(tensor: Tensor) -> Tensor:
+    tensor.untyped_storage().resize_(tensor.untyped_storage().nbytes() - 1)
+    return tensor
+
+
+@pytest.mark.parametrize("spoil", [freed, cut_short])
+@pytest.mark.parametrize(
+    "name",
+    ["student_logits", "teacher_logits", "target", "row_weight", "rows", "terms", "gradient", "sums", "dynamic"],
+)
+def test_a_tensor_whose_storage_does_not_hold_it_is_refused_by_name(name, spoil):
+    arguments = {
+        "student_logits": torch.randn(6, 45),
+        "teacher_logits": torch.randn(6, 45),
+        "target": torch.zeros(6, dtype=torch.int64),
+        "row_weight": torch.rand(6),
+        "rows": torch.empty(6),
+        "terms": torch.empty(4, 6),
+        "gradient": torch.empty(6, 45),
+        "sums": torch.empty(1),
+        "dynamic": torch.tensor(ALL),
+    }
+    spoil(arguments[name])
+    student, teacher, target, weight, rows, terms, gradient, sums, dynamic = arguments.values()
+    with pytest.raises(RuntimeError, match=f"{name} has elements, but its storage does not hold them"):
+        native.row_loss(
+            [student], [teacher], target, weight, 1.0, "softmax", ALL, rows, terms, gradient, sums, dynamic
+        )
+
+
+def test_one_of_several_pairs_is_named():
+    students, teachers = ([torch.randn(3, 45) for _ in range(2)] for _ in range(2))
+    freed(teachers[1])
+    with pytest.raises(RuntimeError, match=r"teacher_logits\[1\] has elements"):
+        outputs(native.row_loss, students, teachers)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"target": torch.zeros(5, dtype=torch.int64)}, "target must have one label for each row"),
+        ({"target": torch.zeros(6)}, "target must be int64"),
+        ({"weight": torch.ones(5)}, "row_weight must have one number for each row"),
+        ({"weight": torch.ones(2, 6)}, "row_weight must have one number for each row"),
+        ({"weight": torch.ones(6, dtype=torch.float64)}, "row_weight must be float32"),
+        ({"dynamic": torch.ones(9)}, "dynamic has more numbers than"),
+        ({"dynamic": torch.ones(8, dtype=torch.float64)}, "dynamic must be float32"),
+        ({"dynamic": torch.ones(16)[::2]}, "dynamic must be contiguous"),
+        ({"students": [torch.randn(6, 46)[:, ::2]], "teachers": [torch.randn(6, 23)]}, "must have dense rows"),
+        ({"teachers": [torch.randn(6, 45).double()]}, "teacher_logits must be float32"),
+        ({"teachers": [torch.randn(6, 44)]}, "teacher_logits has another shape"),
+        ({"teachers": [torch.randn(1, 2, 3, 45)]}, "teacher_logits must have two or three dimensions"),
+    ],
+)
+def test_what_no_kernel_can_read_is_refused(change, why):
+    arguments = {"students": [torch.randn(6, 45)], "teachers": [torch.randn(6, 45)], **change}
+    with pytest.raises(RuntimeError, match=why):
+        outputs(native.row_loss, **arguments)
+
+
+def test_torchs_defaults_do_not_matter():
+    """Each first call of a process under other defaults: what is cached then is used ever after."""
+    code = """
+import torch, fastkd
+fastkd.set_backend("native")
+s, t = torch.randn(2, 10), torch.randn(2, 10)
+torch.set_default_dtype(torch.float64)
+with torch.device("meta"):
+    one, several = fastkd.kd_loss(s, t), fastkd.kd_loss([s, s], [t, t])
+torch.set_default_device("meta")
+again = fastkd.kd_loss(s, t)
+assert one.dtype == again.dtype == torch.float32
+assert one.item() == again.item() == several[1].item() > 0
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+class Wrapped(Tensor):
+    pass
+
+
+def test_labels_are_read_only_of_plain_tensors_with_storage():
+    labels = torch.tensor([1, 2])
+    assert native.labels_all_count(labels, 3, -100)
+    assert native.labels_all_count(torch.nn.Parameter(labels, requires_grad=False), 3, -100)
+    assert not native.labels_all_count(labels.as_subclass(Wrapped), 3, -100)
+    assert not native.labels_all_count(freed(labels.clone()), 3, -100)
+    assert not native.labels_all_count(cut_short(labels.clone()), 3, -100)
+    assert not native.labels_all_count(torch._to_functional_tensor(labels), 3, -100)
+    assert not native.labels_all_count(labels.to("meta"), 3, -100)
+    seen = []
+
+    def look(one):
+        seen.append(native.labels_all_count(one, 3, -100))
+        return one
+
+    torch.func.vmap(look)(labels)
+    assert seen == [False]
+
+
+@pytest.mark.parametrize("value", ["AVX2", "avx2 "])
+def test_an_instruction_set_is_named_exactly(value):
+    code = "import torch, fastkd; fastkd.kd_loss(torch.randn(2, 3), torch.randn(2, 3))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "FASTKD_ISA": value},
+    )  # fmt: skip
+    assert f"FASTKD_ISA is '{value}'; expected portable" in done.stderr
+    assert done.returncode != 0
+
+
+def test_an_empty_instruction_set_is_the_fastest():
+    code = "from fastkd.ops import native; print(native.instruction_set())"
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment
+        ).stdout
+        for environment in (
+            {**os.environ, "FASTKD_ISA": ""},
+            {name: value for name, value in os.environ.items() if name != "FASTKD_ISA"},
+        )
+    ]
+    assert found[0] == found[1] != ""
