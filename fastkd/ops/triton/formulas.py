@@ -55,7 +55,7 @@ def forward_kl(sums, student_scale, teacher_scale, OWN_SLOPES: tl.constexpr):
 @triton.jit
 def softmax(
     sums,
-    options,
+    numbers,
     student_scale,
     teacher_scale,
     label,
@@ -64,7 +64,7 @@ def softmax(
 ):
     """w_ce CE + T^2 (w_kd KD + w_t TCKD + w_n NCKD); one-sided, TCKD only where the teacher is the surer."""
     max_s, sum_s, dot_s, moment_s, plain_s, max_t, sum_t, dot_t, moment_t, entropy_t, plain_t, total = sums
-    temperature, w_ce, w_kd, w_t, w_n, smoothing, plain_sided = options
+    temperature, w_ce, w_kd, w_t, w_n, smoothing, plain_sided = numbers
     slope_s, mean_s, deviation_s = student_scale
     slope_t, mean_t, deviation_t = teacher_scale
     label_s, label_t = label
@@ -129,7 +129,7 @@ def softmax(
 @triton.jit
 def nkd(
     sums,
-    options,
+    numbers,
     student_scale,
     teacher_scale,
     label,
@@ -138,7 +138,7 @@ def nkd(
 ):
     """-p_y log q_y at T = 1, minus gamma T^2 sum over i != y of p-hat_i log q-hat_i."""
     max_s, sum_s, dot_s, moment_s, plain_s, max_t, sum_t, dot_t, moment_t, entropy_t, plain_t, total = sums
-    temperature, gamma, o2, o3, o4, o5, o6 = options
+    temperature, gamma, o2, o3, o4, o5, o6 = numbers
     label_s, label_t = label
     odds_s = (label_s - max_s) - tl.log(plain_s)
     odds_t = (label_t - max_t) - tl.log(plain_t)
@@ -155,7 +155,7 @@ def nkd(
 @triton.jit
 def ttm(
     sums,
-    options,
+    numbers,
     student_scale,
     teacher_scale,
     label,
@@ -164,7 +164,7 @@ def ttm(
 ):
     """KL(softmax(gamma z_t) || softmax(z_s)), weighted by sum_i softmax(z_t)_i^gamma."""
     max_s, sum_s, dot_s, moment_s, plain_s, max_t, sum_t, dot_t, moment_t, entropy_t, plain_t, total = sums
-    gamma, weighted, o2, o3, o4, o5, o6 = options
+    gamma, weighted, o2, o3, o4, o5, o6 = numbers
     weight = tl.where(weighted != 0, tl.exp(tl.log(sum_t) - gamma * tl.log(plain_t)), 1.0)
     loss = weight * forward_kl(sums, student_scale, teacher_scale, True)
     return loss, (0.0, 0.0, 0.0, 0.0), (weight / sum_s, weight / sum_t, 0.0, 0.0, 0.0, 0.0, 0.0)
@@ -173,7 +173,7 @@ def ttm(
 @triton.jit
 def reverse_kl(
     sums,
-    options,
+    numbers,
     student_scale,
     teacher_scale,
     label,

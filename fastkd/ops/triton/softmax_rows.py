@@ -80,7 +80,7 @@ def softmax_block(
     strides,
     scale,
     slopes,
-    options,
+    numbers,
     FORMULA: tl.constexpr,
     NEEDS: tl.constexpr,
     WEIGHTED: tl.constexpr,
@@ -143,8 +143,8 @@ def softmax_block(
                 moments_of_row = moments_pointer + result * parts * 6
                 student_moments = combine_moments(moments_of_row, parts, PARTS)
                 teacher_moments = combine_moments(moments_of_row + 3, parts, PARTS)
-            student_scale = scale_of_moments(student_moments, options[0])
-            teacher_scale = scale_of_moments(teacher_moments, options[0])
+            student_scale = scale_of_moments(student_moments, numbers[0])
+            teacher_scale = scale_of_moments(teacher_moments, numbers[0])
 
         if PHASE == GRADIENT:
             sums = combine_statistics(
@@ -173,7 +173,7 @@ def softmax_block(
                 max_t, sum_t, dot_t, moment_t, entropy_t, plain_t, total,
             )  # fmt: skip
             loss, terms, coefficients = FORMULA(
-                sums, options, student_scale, teacher_scale, label_logits, classes, NEEDS
+                sums, numbers, student_scale, teacher_scale, label_logits, classes, NEEDS
             )
             weight = weight_of_rows(weight_pointer, index, exists, scale, WEIGHTED)
             invalid = float("nan")
@@ -236,7 +236,7 @@ def softmax_rows(
     scale,
     slope_s,
     slope_t,
-    options,
+    numbers,
     FORMULA: tl.constexpr,
     NEEDS: tl.constexpr,
     WEIGHTED: tl.constexpr,
@@ -250,7 +250,8 @@ def softmax_rows(
 ):
     """Loss, terms and gradient of ``count`` rows of each pair: what FORMULA makes of their statistics.
 
-    Programs: (blocks of ROWS rows, parts of a row, pairs). ``options`` are the loss's numbers. NEEDS:
+    Programs: (blocks of ROWS rows, parts of a row, pairs). ``numbers`` are the loss's options; a parameter of
+    that name would collide with the ``**options`` of the function that Triton's JIT generates. NEEDS:
     bits of ``statistics``. PARTS: the most that ``parts`` may be.
     """
     pair = tl.program_id(2)
@@ -265,12 +266,12 @@ def softmax_rows(
         for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
             softmax_block(
                 block, logits, target_pointer, weight_pointer, outputs, partials, sizes, strides, scale,
-                slopes, options, FORMULA, NEEDS, WEIGHTED, TERMS, WITH_GRADIENT,
+                slopes, numbers, FORMULA, NEEDS, WEIGHTED, TERMS, WITH_GRADIENT,
                 PHASE, ROWS, TILE, ONE_TILE, PARTS,
             )  # fmt: skip
     else:
         softmax_block(
             tl.program_id(0), logits, target_pointer, weight_pointer, outputs, partials, sizes, strides,
-            scale, slopes, options, FORMULA, NEEDS, WEIGHTED, TERMS, WITH_GRADIENT,
+            scale, slopes, numbers, FORMULA, NEEDS, WEIGHTED, TERMS, WITH_GRADIENT,
             PHASE, ROWS, TILE, ONE_TILE, PARTS,
         )  # fmt: skip
