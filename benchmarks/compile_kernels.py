@@ -24,7 +24,7 @@ import triton
 WITHOUT_SPILLS: tuple[str, ...] = ()
 # Most statistics, the longest resident row and the parts of a shared one.
 CROWDED = [
-    jit_launches.Call(loss, path, weighted=True, terms=terms)
+    jit_launches.Call(loss, path, weights="rows", terms=terms)
     for loss, terms in (("ce + lskd, smoothed", True), ("ls-dkd", False), ("jsd", False))
     for path in ("C 8192", "C 20902", "C 20902, few rows")
 ]

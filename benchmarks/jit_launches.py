@@ -211,17 +211,19 @@ class Call(NamedTuple):
     path: str
     student: str = "fp32"  # dtypes
     teacher: str = "fp32"
-    aligned: bool = True  # pointers and strides, to 16
-    weighted: bool = False
+    layout: str = "dense"  # of the logits: LAYOUTS
+    weights: str = "none"  # or "rows", [N], or "pairs", [H, N]
     terms: bool = False
     gradient: bool = True
+    dynamic: bool = False  # options
     pairs: int = 1
 
     def __str__(self) -> str:
         dtypes = self.student if self.student == self.teacher else f"{self.student} {self.teacher}"
         words = [self.loss, self.path, dtypes]
-        words += [name for name in ("weighted", "terms") if getattr(self, name)]
-        words += [] if self.aligned else ["unaligned"]
+        words += [] if self.layout == "dense" else [self.layout]
+        words += [] if self.weights == "none" else [f"weights of {self.weights}"]
+        words += [name for name in ("terms", "dynamic") if getattr(self, name)]
         words += [] if self.gradient else ["no gradient"]
         return ", ".join(words + ([f"{self.pairs} pairs"] if self.pairs > 1 else []))
 
@@ -233,25 +235,37 @@ class Call(NamedTuple):
         loss, options, labelled = LOSSES[self.loss]
         student, teacher = (DTYPES[name] for name in (self.student, self.teacher))
         if loss == "scale":
-            launcher.scale_rows_(matrix(rows, classes, student, True), torch.ones(rows))
+            launcher.scale_rows_(matrix(rows, classes, student, self.layout), torch.ones(rows))
             return
         terms = torch.empty(4, rows * self.pairs) if self.terms else None
-        gradient = matrix(rows * self.pairs, classes, student, True) if self.gradient else None
+        gradient = matrix(rows * self.pairs, classes, student, "dense") if self.gradient else None
+        dynamic = None
+        if self.dynamic:
+            dynamic = torch.tensor(options)
+            options = tuple(value if value in (0.0, 1.0) else math.nan for value in options)
+        weights = {"none": None, "rows": torch.ones(rows), "pairs": torch.ones(self.pairs, rows)}
         launcher.row_loss(
-            [matrix(rows, classes, student, self.aligned)] * self.pairs,
-            [matrix(rows, classes, teacher, self.aligned)] * self.pairs,
+            [matrix(rows, classes, student, self.layout)] * self.pairs,
+            [matrix(rows, classes, teacher, self.layout)] * self.pairs,
             torch.zeros(rows, dtype=torch.int64) if labelled else None,
-            torch.ones(rows) if self.weighted else None,
-            1.0 / rows, loss, options, torch.empty(rows * self.pairs), terms, gradient,
+            weights[self.weights], 1.0 / rows, loss, options, torch.empty(rows * self.pairs), terms, gradient,
+            dynamic=dynamic,
         )  # fmt: skip
 
 
+# [N, C] dense; starting one element in, with rows an odd number apart; [M, K, C] with the last of K + 1 left out.
+LAYOUTS = ("dense", "unaligned", "sliced")
+
+
 @cache
-def matrix(rows: int, classes: int, dtype: torch.dtype, aligned: bool) -> torch.Tensor:
-    """Memory that is never touched; unaligned, it starts one element in, its rows an odd number apart."""
-    stride = classes if aligned else classes + 1 - classes % 2
-    place = torch.empty(rows * stride + 1, dtype=dtype)
-    return place.as_strided((rows, classes), (stride, 1), 0 if aligned else 1)
+def matrix(rows: int, classes: int, dtype: torch.dtype, layout: str) -> torch.Tensor:
+    """Memory that is never touched."""
+    if layout == "sliced":
+        return torch.empty(rows // 2, 3, classes, dtype=dtype)[:, :-1]
+    first = int(layout == "unaligned")
+    stride = classes + first * (1 - classes % 2)
+    place = torch.empty(rows * stride + first, dtype=dtype)
+    return place.as_strided((rows, classes), (stride, 1), first)
 
 
 def calls() -> Iterator[Call]:
@@ -264,10 +278,11 @@ def calls() -> Iterator[Call]:
         others = itertools.product(
             DTYPES,
             teachers,
-            (True,) if scale else flags,
-            (False,) if scale else flags,
+            ("dense",) if scale else LAYOUTS,
+            ("none",) if scale else ("none", "rows", "pairs"),
             flags if family == "softmax" and labelled else (False,),
             (True,) if scale else flags,
+            (False,) if scale else flags,
             (1,) if scale else (1, 2, 8),
         )
         for other in others:
