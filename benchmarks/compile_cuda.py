@@ -1,5 +1,6 @@
 """The CUDA sources' part of the table of benchmarks/compile_kernels.py, without a GPU."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -7,8 +8,6 @@ import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-import triton
 
 ROOT = Path(__file__).parent.parent
 # Architectures, and what each is compiled from: devices with clusters, and without.
@@ -20,7 +19,7 @@ NEEDS = ("student at T 1", "teacher at T 1", "entropy", "tilt", "own slopes", "s
 def resources(binary: Path) -> dict[str, dict[str, int]]:
     """Registers, stack, local and shared memory of each function in an NVIDIA binary, by its mangled name.
     Spilled registers are in the stack."""
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    cuobjdump = Path(importlib.util.find_spec("triton").origin).parent / "backends/nvidia/bin/cuobjdump"
     command = [cuobjdump, "--dump-resource-usage", binary]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return {

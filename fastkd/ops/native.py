@@ -169,8 +169,6 @@ def row_loss(
     And, on the CPU alone, ``sums`` [H] or [] with each pair's sum of rows. Where ``dynamic`` is given, the
     options' values are read from it and ``options`` only choose code: NaN there is a value not known yet.
     """
-    if dynamic is not None:
-        options = dynamic.tolist()
     student, teacher, pairs = students[0], teachers[0], len(students)
     # A kernel of one sweep has no use for the row again.
     keeps = gradient is not None and loss not in ("binary_kl", "binary_kl_norm")

@@ -28,45 +28,48 @@ def sigmoid(x):
 
 
 @triton.jit
-def max_v_minus_u(sums, student_scale, teacher_scale, OWN_SLOPES: tl.constexpr):
-    """Differences of logits come before logarithms: large logits must not swallow them."""
-    max_s, sum_s, dot_s, moment_s, plain_s, max_t, sum_t, dot_t, moment_t, entropy_t, plain_t, total = sums
-    slope_s, mean_s, deviation_s = student_scale
-    slope_t, mean_t, deviation_t = teacher_scale
-    if OWN_SLOPES:
-        return (max_t - mean_t) * slope_t - (max_s - mean_s) * slope_s
-    else:
-        return (max_t - max_s) * slope_s
+def twice_atanh(w):
+    """2 atanh(w) for |w| <= 1/3: a least-maximum-error fit, relative error 4e-9."""
+    s = w * w
+    return w * (2.0 + s * (0.666663094 + s * (0.400251554 + s * (0.279569799 + s * 0.281950615))))
 
 
 @triton.jit
-def forward_kl(sums, student_scale, teacher_scale, OWN_SLOPES: tl.constexpr):
+def log_ratio(x, y):
+    """log(x / y) of two sums: the difference of their logarithms loses what is common to both."""
+    w = (x - y) / (x + y)
+    near = tl.abs(w) < 1.0 / 3
+    return tl.where(near, twice_atanh(tl.where(near, w, 0.0)), tl.log(x) - tl.log(y))
+
+
+@triton.jit
+def forward_kl(sums):
     """KL(p-hat || q-hat) over the classes of the sums: NCKD / T^2 with a label, KD / T^2 without."""
-    max_s, sum_s, dot_s, moment_s, plain_s, max_t, sum_t, dot_t, moment_t, entropy_t, plain_t, total = sums
-    gap = max_v_minus_u(sums, student_scale, teacher_scale, OWN_SLOPES)
-    return dot_t / sum_t - gap - (tl.log(sum_t) - tl.log(sum_s))
+    max_s, sum_s, plain_s, max_t, sum_t, plain_t, dot, moment_s, moment_t, above_label = sums
+    return dot / sum_t - log_ratio(sum_t, sum_s)
 
 
 # A formula takes the statistics of a row and returns its loss, four terms and seven numbers of its gradient:
-# g_i = (student + tilt (v_i - u_i)) e^{u_i - max u} - teacher e^{v_i - max v} + plain e^{z_i - max z}
-#       + constant + affine (z_i - mean), and g_y = target.
+# g_i = (student + tilt (b_i - a_i)) e^{a_i} - teacher e^{b_i} + plain e^{z_i - max z} + constant
+#       + affine (z_i - mean), and g_y = target; a and b as in statistics.py.
 
 
 @triton.jit
 def softmax(
     sums,
-    options,
-    student_scale,
-    teacher_scale,
+    numbers,
+    slopes,
+    deviation,
+    label_above_mean,
     label,
     classes,
     NEEDS: tl.constexpr,
 ):
-    """w_ce CE + T^2 (w_kd KD + w_t TCKD + w_n NCKD); one-sided, TCKD only where the teacher is the surer."""
-    max_s, sum_s, dot_s, moment_s, plain_s, max_t, sum_t, dot_t, moment_t, entropy_t, plain_t, total = sums
-    temperature, w_ce, w_kd, w_t, w_n, smoothing, plain_sided = options
-    slope_s, mean_s, deviation_s = student_scale
-    slope_t, mean_t, deviation_t = teacher_scale
+    """w_ce CE + T^2 (w_kd KD + w_t TCKD + w_n NCKD); with one_sided TCKD only where the teacher is more
+    confident in the target class."""
+    max_s, sum_s, plain_s, max_t, sum_t, plain_t, dot, moment_s, moment_t, above_label = sums
+    temperature, w_ce, w_kd, w_t, w_n, smoothing, one_sided = numbers
+    slope_s, slope_t = slopes
     label_s, label_t = label
     ce = 0.0
     kd = 0.0
@@ -79,38 +82,46 @@ def softmax(
     affine = 0.0
     target = 0.0
     if DISTILS & NEEDS:
-        nckd = forward_kl(sums, student_scale, teacher_scale, STANDARDIZED & NEEDS)
+        nckd = forward_kl(sums)
         # Without a label nothing is left out, and KD is NCKD over all classes.
-        q = 0.0
-        p = 0.0
-        q_rest = 1.0
         p_rest = 1.0
-        label_u = 0.0
+        q_rest = 1.0
+        q_minus_p = 0.0
+        label_a = 0.0
         gate = 1.0
         if LABELLED & NEEDS:
-            label_u = (label_s - mean_s) * slope_s
-            odds_s = (label_s - max_s) * slope_s - tl.log(sum_s)
-            odds_t = (label_t - max_t) * slope_t - tl.log(sum_t)
-            q = sigmoid(odds_s)
+            label_a = (label_s - max_s) * slope_s
+            label_b = (label_t - max_t) * slope_t
+            odds_s = label_a - tl.log(sum_s)
+            odds_t = label_b - tl.log(sum_t)
+            apart = (label_b - label_a) - log_ratio(sum_t, sum_s)  # of the odds
             q_rest = sigmoid(-odds_s)
-            p = sigmoid(odds_t)
             p_rest = sigmoid(-odds_t)
-            tckd = p * (odds_t - odds_s) + (softplus(odds_s) - softplus(odds_t))
-            gate = tl.where((plain_sided != 0) & (odds_t <= odds_s), 0.0, 1.0)
+            # By the smaller of p_y and 1 - p_y, and of softplus(m) and softplus(-m): a confident teacher's
+            # KL would be lost in the rounding of the larger.
+            confident = odds_t > 0
+            p = sigmoid(odds_t)
+            q_minus_p = tl.where(confident, p_rest - q_rest, sigmoid(odds_s) - p)
+            sign = tl.where(confident, -1.0, 1.0)
+            pulls = tl.where(confident, -p_rest, p) * apart
+            tckd = pulls + (softplus(sign * odds_s) - softplus(sign * odds_t))
+            gate = tl.where((one_sided != 0) & (apart <= 0), 0.0, 1.0)
         kd = tckd + p_rest * nckd
         tckd = gate * tckd
-        student = temperature / sum_s * (w_kd * q_rest + w_t * gate * (p - q) + w_n)
+        student = temperature / sum_s * (w_kd * q_rest - w_t * gate * q_minus_p + w_n)
         teacher = temperature / sum_t * (w_kd * p_rest + w_n)
-        target = temperature * (w_kd + w_t * gate) * (q - p)
+        target = temperature * (w_kd + w_t * gate) * q_minus_p
         if STANDARDIZED & NEEDS:
-            # G = sum g_i x_i over the standardised logits x = T u.
+            # G = sum g_i x_i over the standardised logits x.
             inverse = slope_s * temperature
-            along = temperature * (student * moment_s - teacher * moment_t + target * label_u)
-            spread = (classes - 1) * deviation_s
+            along = temperature * (
+                student * moment_s - teacher * moment_t + target * label_above_mean * slope_s
+            )
+            spread = (classes - 1) * deviation
             affine = tl.where(spread > 0, -along * inverse / tl.where(spread > 0, spread, 1.0), 0.0)
             student *= inverse
             teacher *= inverse
-            target = target * inverse + affine * (label_s - mean_s)
+            target = target * inverse + affine * label_above_mean
         square = temperature * temperature
         kd *= square
         tckd *= square
@@ -118,7 +129,7 @@ def softmax(
     if CROSS_ENTROPY & NEEDS:
         odds = (label_s - max_s) - tl.log(plain_s)
         rest = sigmoid(-odds)
-        ce = softplus(-odds) + smoothing * (label_s - total / classes)
+        ce = softplus(-odds) - smoothing * (above_label / classes)
         plain = w_ce * rest / plain_s
         constant = -w_ce * smoothing / classes
         target += w_ce * (smoothing - rest) + constant
@@ -129,23 +140,23 @@ def softmax(
 @triton.jit
 def nkd(
     sums,
-    options,
-    student_scale,
-    teacher_scale,
+    numbers,
+    slopes,
+    deviation,
+    label_above_mean,
     label,
     classes,
     NEEDS: tl.constexpr,
 ):
     """-p_y log q_y at T = 1, minus gamma T^2 sum over i != y of p-hat_i log q-hat_i."""
-    max_s, sum_s, dot_s, moment_s, plain_s, max_t, sum_t, dot_t, moment_t, entropy_t, plain_t, total = sums
-    temperature, gamma, o2, o3, o4, o5, o6 = options
+    max_s, sum_s, plain_s, max_t, sum_t, plain_t, dot, moment_s, moment_t, above_label = sums
+    temperature, gamma, o2, o3, o4, o5, o6 = numbers
     label_s, label_t = label
     odds_s = (label_s - max_s) - tl.log(plain_s)
     odds_t = (label_t - max_t) - tl.log(plain_t)
     p = sigmoid(odds_t)
     rest = sigmoid(-odds_s)
-    entropy = tl.log(sum_t) - entropy_t / sum_t
-    nontarget = forward_kl(sums, student_scale, teacher_scale, False) + entropy
+    nontarget = tl.log(sum_s) + dot / sum_t
     loss = p * softplus(-odds_s) + gamma * temperature * temperature * nontarget
     scale = gamma * temperature
     coefficients = (scale / sum_s, scale / sum_t, p * rest / plain_s, 0.0, 0.0, 0.0, -p * rest)
@@ -155,45 +166,39 @@ def nkd(
 @triton.jit
 def ttm(
     sums,
-    options,
-    student_scale,
-    teacher_scale,
+    numbers,
+    slopes,
+    deviation,
+    label_above_mean,
     label,
     classes,
     NEEDS: tl.constexpr,
 ):
     """KL(softmax(gamma z_t) || softmax(z_s)), weighted by sum_i softmax(z_t)_i^gamma."""
-    max_s, sum_s, dot_s, moment_s, plain_s, max_t, sum_t, dot_t, moment_t, entropy_t, plain_t, total = sums
-    gamma, weighted, o2, o3, o4, o5, o6 = options
+    max_s, sum_s, plain_s, max_t, sum_t, plain_t, dot, moment_s, moment_t, above_label = sums
+    gamma, weighted, o2, o3, o4, o5, o6 = numbers
     weight = tl.where(weighted != 0, tl.exp(tl.log(sum_t) - gamma * tl.log(plain_t)), 1.0)
-    loss = weight * forward_kl(sums, student_scale, teacher_scale, True)
+    loss = weight * forward_kl(sums)
     return loss, (0.0, 0.0, 0.0, 0.0), (weight / sum_s, weight / sum_t, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 @triton.jit
 def reverse_kl(
     sums,
-    options,
-    student_scale,
-    teacher_scale,
+    numbers,
+    slopes,
+    deviation,
+    label_above_mean,
     label,
     classes,
     NEEDS: tl.constexpr,
 ):
     """KL(q || p); its gradient is q_i (d_i - KL) / T with d = log q - log p."""
-    max_s, sum_s, dot_s, moment_s, plain_s, max_t, sum_t, dot_t, moment_t, entropy_t, plain_t, total = sums
-    slope_s, mean_s, deviation_s = student_scale
-    gap = max_v_minus_u(sums, student_scale, teacher_scale, False)
-    loss = gap + (tl.log(sum_t) - tl.log(sum_s)) - dot_s / sum_s
+    max_s, sum_s, plain_s, max_t, sum_t, plain_t, dot, moment_s, moment_t, above_label = sums
+    slope_s, slope_t = slopes
+    loss = log_ratio(sum_t, sum_s) - dot / sum_s
     scale = slope_s / sum_s
-    return loss, (0.0, 0.0, 0.0, 0.0), (scale * (dot_s / sum_s), 0.0, 0.0, 0.0, 0.0, -scale, 0.0)
-
-
-@triton.jit
-def twice_atanh(w):
-    """2 atanh(w) for |w| <= 1/3: a least-maximum-error fit, relative error 4e-9."""
-    s = w * w
-    return w * (2.0 + s * (0.666663094 + s * (0.400251554 + s * (0.279569799 + s * 0.281950615))))
+    return loss, (0.0, 0.0, 0.0, 0.0), (scale * (dot / sum_s), 0.0, 0.0, 0.0, 0.0, -scale, 0.0)
 
 
 @triton.jit
@@ -213,7 +218,7 @@ def binary_kl(student, teacher, inverse):
 
 @triton.jit
 def binary_kl_norm(student, teacher, inverse):
-    """log cosh(x) and its derivative tanh(x) at x = (z_s - z_t) / 2T."""
+    """log cosh(x) at x = (u - v) / 2, and its derivative in u, tanh(x) / 2."""
     x = (student - teacher) * (0.5 * inverse)
     size = tl.abs(x)
     small = size < 0.2
@@ -226,4 +231,5 @@ def binary_kl_norm(student, teacher, inverse):
     e_minus_one = tl.exp(-2.0 * size) - 1.0
     value = size + twice_atanh(e_minus_one / (4.0 + e_minus_one))
     tanh = -e_minus_one / (2.0 + e_minus_one)
-    return tl.where(small, value_series, value), tl.where(small, tanh_series, tl.where(x < 0, -tanh, tanh))
+    tanh = tl.where(small, tanh_series, tl.where(x < 0, -tanh, tanh))
+    return tl.where(small, value_series, value), 0.5 * tanh

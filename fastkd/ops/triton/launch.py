@@ -12,15 +12,14 @@ from fastkd.ops.triton import formulas, mixture_rows, softmax_rows, statistics
 from fastkd.ops.triton.pointwise_rows import pointwise_rows, scale_rows
 
 
-def compile_options(plan: Plan, needs: int = 0, backend: str | None = None) -> dict[str, Any]:
-    """How a kernel is compiled, for ``backend`` "cuda" or "hip" (by default torch's)."""
+def compile_options(plan: Plan, needs: int = 0) -> dict[str, Any]:
+    """How a kernel is compiled."""
     # A fused multiply-add would leave a rounding error where two equal products must cancel to 0.
     # Triton's default changes between versions.
     options = {"num_warps": plan.warps, "enable_fp_fusion": False}
-    backend = backend or ("hip" if torch.version.hip else "cuda")
     # Left to itself NVIDIA's assembler keeps these to 64 registers and spills a few (compile_kernels.py).
     crowded = needs & (statistics.STANDARDIZED.value | statistics.PLAIN.value)
-    if backend == "cuda" and plan.warps == 16 and crowded:
+    if torch.version.hip is None and plan.warps == 16 and crowded:
         options["maxnreg"] = 128
     return options
 
@@ -42,58 +41,83 @@ def row_loss(
     gradient: Tensor | None,
     dynamic: Tensor | None = None,
 ) -> None:
-    """Fills ``rows`` and, where they are given, ``terms`` and ``gradient``; see ``ops.library``."""
-    if dynamic is not None:
-        options = dynamic.tolist()
+    """Fills ``rows`` and, where they are given, ``terms`` and ``gradient``; see ``ops.library``.
+
+    Logits are [N, C] or [M, K, C], N = M K, of any strides but for the last dimension's, which is 1.
+    ``row_weight`` is [N], the same for all pairs, or [H, N]. With ``dynamic``, which holds the options in float32
+    on the logits' device, the kernels read their values from it; ``options`` then only chooses code, and is NaN
+    where a value is neither 0 nor 1.
+    """
     student, teacher = students[0], teachers[0]
-    count, classes = student.shape
-    pairs = len(students)
-    plan = plan_rows(loss, pairs * count, classes, student.element_size(), device_of(student.device))
+    count, classes = rows.shape[0] // len(students), student.shape[-1]
+    plan = plan_rows(loss, rows.shape[0], classes, student.element_size(), device_of(student.device))
     blocks = -(-count // plan.rows)
-    grid = (min(blocks, plan.programs), plan.parts, pairs)
+    grid = (min(blocks, plan.programs), plan.parts, len(students))
     logits = (tuple(students), tuple(teachers))
-    strides = (student.stride(0), teacher.stride(0))
+    inner_rows = 1 if student.dim() == 2 else student.shape[1]
+    strides = (*row_strides(student), *row_strides(teacher))
     # A pointer that is not used still has to be one.
     weight = rows if row_weight is None else row_weight
+    weight_stride = count if row_weight is not None and row_weight.dim() == 2 else 0
+    values = rows if dynamic is None else dynamic
     to_gradient, gradient_stride = (student, 0) if gradient is None else (gradient, gradient.stride(0))
-    shape = {"ROWS": plan.rows, "TILE": plan.tile}
-    switches = {"WEIGHTED": row_weight is not None, "WITH_GRADIENT": gradient is not None}
+    vector = common_vector(classes, *strides, gradient_stride)
+    shape = {"ROWS": plan.rows, "TILE": plan.tile, "VECTOR": vector}
+    numbers, in_memory = kernel_numbers(loss, options)
+    switches = {
+        "WEIGHTED": row_weight is not None,
+        "WITH_GRADIENT": gradient is not None,
+        "DYNAMIC": 0 if dynamic is None else in_memory,
+    }
     with on_device(student):
         if loss == "jsd":
-            temperature, beta = options
-            kl, sums = partials(rows, plan, 2), partials(rows, plan, 12)
+            kl, sums = partials(rows, plan, 2), partials(rows, plan, statistics.WIDTH.value)
             for phase in mixture_phases(plan):
                 mixture_rows.jsd_rows[grid](
-                    *logits, weight, rows, to_gradient, kl, sums,
-                    count, blocks, plan.parts, classes, *strides, gradient_stride,
-                    scale, 1.0 / temperature, beta, **switches, PHASE=phase, PARTS=MAX_PARTS, **shape,
+                    *logits, weight, rows, to_gradient, kl, sums, values,
+                    count, inner_rows, blocks, plan.parts, classes, *strides, weight_stride, gradient_stride,
+                    scale, numbers, **switches, PHASE=phase, PARTS=MAX_PARTS, **shape,
                     **compile_options(plan),
                 )  # fmt: skip
         elif loss in ("binary_kl", "binary_kl_norm"):
-            temperature = options[0]
-            of_parts = rows if plan.parts == 1 else rows.new_empty(pairs * count, plan.parts)
-            pointwise_rows[blocks, plan.parts, pairs](
-                *logits, weight, of_parts, to_gradient, count, plan.parts, classes, *strides, gradient_stride,
-                scale, temperature, temperature * (0.5 if loss == "binary_kl_norm" else 1.0),
-                FORMULA=getattr(formulas, loss), **switches, **shape, **compile_options(plan),
+            of_parts = rows if plan.parts == 1 else rows.new_empty(rows.shape[0], plan.parts)
+            pointwise_rows[blocks, plan.parts, len(students)](
+                *logits, weight, of_parts, to_gradient, values,
+                count, inner_rows, plan.parts, classes, *strides, weight_stride, gradient_stride,
+                scale, numbers, FORMULA=getattr(formulas, loss), **switches, **shape,
+                **compile_options(plan),
             )  # fmt: skip
             if plan.parts > 1:
                 torch.sum(of_parts, 1, out=rows)
         else:
             label = target if loss in ("softmax", "nkd") else None
             needs = needs_of(loss, options, label is not None)
-            moments, sums = partials(rows, plan, 6), partials(rows, plan, 12)
+            moments = partials(rows, plan, 2 * statistics.MOMENTS_WIDTH.value)
+            sums = partials(rows, plan, statistics.WIDTH.value)
             for phase in softmax_phases(plan, needs):
                 softmax_rows.softmax_rows[grid](
                     *logits, student if label is None else label, weight, rows,
-                    rows if terms is None else terms, to_gradient,
-                    moments, sums, count, blocks, plan.parts, classes, *strides,
-                    0 if label is None else label.stride(0), gradient_stride,
-                    scale, *slopes(loss, options), kernel_options(loss, options),
-                    FORMULA=getattr(formulas, loss), NEEDS=needs, **switches, TERMS=terms is not None,
-                    PHASE=phase, ONE_TILE=plan.one_tile, PARTS=MAX_PARTS, **shape,
+                    rows if terms is None else terms, to_gradient, moments, sums, values,
+                    count, inner_rows, blocks, plan.parts, classes, *strides,
+                    0 if label is None else label.stride(0), weight_stride, gradient_stride,
+                    scale, numbers, FORMULA=getattr(formulas, loss), NEEDS=needs, **switches,
+                    TERMS=terms is not None, PHASE=phase, ONE_TILE=plan.one_tile, PARTS=MAX_PARTS, **shape,
                     **compile_options(plan, needs),
                 )  # fmt: skip
+
+
+def row_strides(logits: Tensor) -> tuple[int, int]:
+    """Of the leading dimensions of [M, K, C]; [N, C] is [N, 1, C]."""
+    return (logits.stride(0), 0 if logits.dim() == 2 else logits.stride(1))
+
+
+def common_vector(*numbers: int) -> int:
+    """8 where it divides all of these, else 1: for elements of 2 or 4 bytes, loads and stores of 16 bytes.
+
+    A constant of the kernel, where Triton's own specialisation of each number would tell 1 and multiples of 16
+    apart and compile again for other strides.
+    """
+    return 8 if all(number % 8 == 0 for number in numbers) else 1
 
 
 def partials(rows: Tensor, plan: Plan, values: int) -> Tensor:
@@ -115,15 +139,14 @@ def mixture_phases(plan: Plan) -> list[int]:
     return [softmax_rows.STATISTICS.value, mixture_rows.MIXTURE.value, softmax_rows.GRADIENT.value]
 
 
-def slopes(loss: str, options: Sequence[float]) -> tuple[float, float]:
-    """1 / T of student and teacher."""
-    return (1.0, options[0]) if loss == "ttm" else (1.0 / options[0],) * 2
+def kernel_numbers(loss: str, options: Sequence[float]) -> tuple[tuple[float, ...], int]:
+    """The seven numbers that a kernel takes, and how many of them it may read from memory instead.
 
-
-def kernel_options(loss: str, options: Sequence[float]) -> tuple[float, ...]:
-    """The seven numbers a formula takes; ``standardized`` is a switch and not among them."""
+    ``standardized`` is a switch and not among them; those behind it, and TTM's ``weighted``, are switches as well.
+    """
     values = [*options[:6], *options[7:]] if loss == "softmax" else list(options)
-    return tuple(values + [0.0] * (7 - len(values)))
+    in_memory = {"softmax": 6, "ttm": 1}.get(loss, len(values))
+    return tuple(float(value) for value in values + [0.0] * (7 - len(values))), in_memory
 
 
 def needs_of(loss: str, options: Sequence[float], labelled: bool) -> int:
@@ -146,7 +169,7 @@ def needs_of(loss: str, options: Sequence[float], labelled: bool) -> int:
             if standardizes:
                 needs |= statistics.OWN_SLOPES.value | statistics.STANDARDIZED.value
         case "nkd":
-            needs |= statistics.DISTILS.value | statistics.ENTROPY.value
+            needs |= statistics.DISTILS.value | statistics.CROSS.value
             if options[0] != 1.0:
                 needs |= statistics.PLAIN.value | statistics.PLAIN_TEACHER.value
         case "ttm":
@@ -156,13 +179,14 @@ def needs_of(loss: str, options: Sequence[float], labelled: bool) -> int:
     return needs
 
 
-def scale_rows_(gradient: Tensor, upstream: Tensor) -> None:
-    """``gradient[n] *= upstream[n]`` in place; rows whose factor is 1 are not touched."""
+def scale_rows_(gradient: Tensor, factor: Tensor) -> None:
+    """``gradient[n] *= factor[n]`` in place; rows whose factor is 1 are not touched."""
     count, classes = gradient.shape
     device = device_of(gradient.device)
     plan = plan_rows("scale", count, classes, gradient.element_size(), device)
+    vector = common_vector(classes, gradient.stride(0))
     with on_device(gradient):
         scale_rows[count, plan.parts](
-            gradient, upstream, classes, gradient.stride(0), upstream.stride(0), plan.parts,
-            TILE=plan.tile, **compile_options(plan),
+            gradient, factor, classes, gradient.stride(0), factor.stride(0), plan.parts,
+            TILE=plan.tile, VECTOR=vector, **compile_options(plan),
         )  # fmt: skip

@@ -5,7 +5,10 @@ import triton.language as tl
 
 from fastkd.ops.triton.tiles import (
     load_logits,
+    multiple,
+    numbers_of,
     of_pair,
+    row_starts,
     rows_of_block,
     store_tile,
     tiles_of_part,
@@ -13,64 +16,101 @@ from fastkd.ops.triton.tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["count", "parts"])
+@triton.jit(
+    do_not_specialize=[
+        "weight_pointer",
+        "loss_pointer",
+        "dynamic_pointer",
+        "count",
+        "inner_rows",
+        "parts",
+        "classes",
+        "student_outer_stride",
+        "student_inner_stride",
+        "teacher_outer_stride",
+        "teacher_inner_stride",
+        "weight_stride",
+        "gradient_stride",
+    ]
+)
 def pointwise_rows(
     student_pointers,
     teacher_pointers,
     weight_pointer,
     loss_pointer,
     gradient_pointer,
+    dynamic_pointer,
     count,
+    inner_rows,
     parts,
     classes,
-    student_stride,
-    teacher_stride,
+    student_outer_stride,
+    student_inner_stride,
+    teacher_outer_stride,
+    teacher_inner_stride,
+    weight_stride,
     gradient_stride,
     scale,
-    temperature,
-    slope_factor,
+    numbers,
     FORMULA: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    DYNAMIC: tl.constexpr,
     WITH_GRADIENT: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
-    """T^2 sum_i f(z_s,i, z_t,i) of the classes of each part of a row, FORMULA giving f and its slope.
+    """T^2 sum_i f(z_s,i / T, z_t,i / T) of the classes of each part of a row, FORMULA giving f and its derivative.
 
-    Programs as in softmax_rows. ``slope_factor`` is T^2 times the derivative of FORMULA's argument in z_s."""
-    pair = tl.program_id(2)
+    Programs, ``numbers``, DYNAMIC and VECTOR as in softmax_rows."""
+    pair = tl.program_id(2).to(tl.int64)
     part = tl.program_id(1)
+    temperature = numbers_of(numbers, dynamic_pointer, DYNAMIC)[0]
+    classes = multiple(classes, VECTOR)
     index, exists = rows_of_block(tl.program_id(0), count, ROWS)
-    result = pair.to(tl.int64) * count + index
-    student_rows = of_pair(student_pointers, pair) + index * student_stride
-    teacher_rows = of_pair(teacher_pointers, pair) + index * teacher_stride
-    weight = weight_of_rows(weight_pointer, index, exists, scale, WEIGHTED)
+    result = pair * count + index
+    student_strides = (student_outer_stride, student_inner_stride)
+    teacher_strides = (teacher_outer_stride, teacher_inner_stride)
+    student_rows = of_pair(student_pointers, pair) + row_starts(index, inner_rows, student_strides, VECTOR)
+    teacher_rows = of_pair(teacher_pointers, pair) + row_starts(index, inner_rows, teacher_strides, VECTOR)
+    weight, read = weight_of_rows(weight_pointer, weight_stride, pair, index, exists, scale, WEIGHTED)
     first_tile, end_tile = tiles_of_part(part, parts, classes, TILE)
+    slope = tl.div_rn(1.0, temperature)
     total = tl.zeros((ROWS, 1), tl.float32)
     for tile in range(first_tile, end_tile):
         columns = tile * TILE + tl.arange(0, TILE)[None, :]
-        student = load_logits(student_rows, columns, classes, exists, "evict_first")
-        teacher = load_logits(teacher_rows, columns, classes, exists, "evict_first")
-        value, slope = FORMULA(student, teacher, 1.0 / temperature)
+        student = load_logits(student_rows, columns, classes, read, "evict_first")
+        teacher = load_logits(teacher_rows, columns, classes, read, "evict_first")
+        value, derivative = FORMULA(student, teacher, slope)
         total += tl.sum(value, 1, keep_dims=True)
         if WITH_GRADIENT:
-            value = weight * slope_factor * slope
-            gradient_rows = gradient_pointer + result * gradient_stride
+            gradient_rows = gradient_pointer + multiple(result * gradient_stride, VECTOR)
+            value = weight * temperature * derivative
             store_tile(gradient_rows, columns, classes, exists, value, weight, False)
     loss = tl.where(weight == 0.0, 0.0, weight * temperature * temperature * total)
     tl.store(loss_pointer + result * parts + part, loss, mask=exists)
 
 
-@triton.jit(do_not_specialize=["parts"])
+@triton.jit(
+    do_not_specialize=["factor_pointer", "classes", "gradient_stride", "factor_stride", "parts"],
+)
 def scale_rows(
-    gradient_pointer, upstream_pointer, classes, gradient_stride, upstream_stride, parts, TILE: tl.constexpr
+    gradient_pointer,
+    factor_pointer,
+    classes,
+    gradient_stride,
+    factor_stride,
+    parts,
+    TILE: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
-    """``gradient[row] *= upstream[row]`` in place. Decided on the device: a factor of 1 touches nothing."""
+    """``gradient[row] *= factor[row]`` in place. Decided on the device: a factor of 1 touches nothing."""
     row = tl.program_id(0).to(tl.int64)
-    factor = tl.load(upstream_pointer + row * upstream_stride)
+    factor = tl.load(factor_pointer + row * factor_stride)
+    classes = multiple(classes, VECTOR)
     if factor != 1.0:
         first_tile, end_tile = tiles_of_part(tl.program_id(1), parts, classes, TILE)
-        gradient_row = gradient_pointer + row * gradient_stride
+        gradient_row = gradient_pointer + multiple(row * gradient_stride, VECTOR)
         for tile in range(first_tile, end_tile):
             columns = tile * TILE + tl.arange(0, TILE)
             inside = columns < classes

@@ -9,6 +9,9 @@ import triton.language as tl
 
 # Below this a logit is a masked class; see MASKED in fastkd/reference.py.
 MASKED = tl.constexpr(-1e30)
+# The least that a logit is below the largest, in units of the temperature: finite, so that the difference of two
+# masked classes is 0 and 0 times it is 0, whatever the slope.
+LOWEST = tl.constexpr(-1e37)
 
 
 @triton.jit
@@ -19,6 +22,24 @@ def of_pair(pointers, pair):
         if pair == other:
             chosen = pointers[other]
     return chosen
+
+
+@triton.jit
+def multiple(number, VECTOR: tl.constexpr):
+    """``number``, which is a multiple of VECTOR, in a form that tells the compiler: it decides how wide loads are.
+
+    A specialisation on the value would compile again for other strides and class counts."""
+    if VECTOR > 1:
+        number = number // VECTOR * VECTOR
+    return number
+
+
+@triton.jit
+def row_starts(index, inner_rows, strides, VECTOR: tl.constexpr):
+    """Where rows of [M, inner_rows, C] logits start; [N, C] logits are [N, 1, C]."""
+    outer_stride, inner_stride = strides
+    outer = index // inner_rows
+    return multiple(outer * outer_stride + (index - outer * inner_rows) * inner_stride, VECTOR)
 
 
 @triton.jit
@@ -37,6 +58,22 @@ def tiles_of_part(part, parts, classes, TILE: tl.constexpr):
 
 
 @triton.jit
+def numbers_of(numbers, dynamic_pointer, DYNAMIC: tl.constexpr):
+    """The loss's options; the first DYNAMIC of them are read from memory."""
+    n0, n1, n2, n3, n4, n5, n6 = numbers
+    if DYNAMIC > 0:
+        n0 = tl.load(dynamic_pointer)
+    if DYNAMIC > 1:
+        n1 = tl.load(dynamic_pointer + 1)
+    if DYNAMIC > 2:
+        n2 = tl.load(dynamic_pointer + 2)
+        n3 = tl.load(dynamic_pointer + 3)
+        n4 = tl.load(dynamic_pointer + 4)
+        n5 = tl.load(dynamic_pointer + 5)
+    return n0, n1, n2, n3, n4, n5, n6
+
+
+@triton.jit
 def load_logits(rows, columns, classes, exists, EVICT: tl.constexpr):
     """A tile of logits in float32; beyond the row's end, and below MASKED (-inf), it is a masked class."""
     inside = (columns < classes) & exists
@@ -46,11 +83,19 @@ def load_logits(rows, columns, classes, exists, EVICT: tl.constexpr):
 
 
 @triton.jit
-def weight_of_rows(weight_pointer, index, exists, scale, WEIGHTED: tl.constexpr):
+def load_label_logit(rows, label, classes, exists):
+    """NaN for +inf: the label is in no sum, where an infinite logit becomes NaN by itself."""
+    logit = load_logits(rows, label, classes, exists, "")
+    return tl.where(logit == float("inf"), float("nan"), logit)
+
+
+@triton.jit
+def weight_of_rows(weight_pointer, weight_stride, pair, index, exists, scale, WEIGHTED: tl.constexpr):
+    """Weights of the rows, and which rows are read: one of weight 0 may hold anything."""
     weight = tl.where(exists, scale, 0.0)
     if WEIGHTED:
-        weight *= tl.load(weight_pointer + index, mask=exists, other=0.0)
-    return weight
+        weight *= tl.load(weight_pointer + pair * weight_stride + index, mask=exists, other=0.0)
+    return weight, exists & (weight != 0.0)
 
 
 @triton.jit

@@ -1,0 +1,371 @@
+"""Every launch of the Triton kernels, bound, specialised and compiled as on a GPU, without one.
+
+Triton's interpreter and its ahead-of-time compiler skip what the JIT does with a launch: the binder that is
+generated from the parameters' names, the specialisation of the arguments, the launcher in C. Here the
+library's own ``launch.row_loss`` runs on CPU tensors with ``JITFunction.run`` recorded, under a driver that
+names a GPU; a recorded launch can be compiled, and handed to NVIDIA's launcher over a libcuda that does nothing.
+
+    python benchmarks/jit_launches.py [--bind] [--compile N] [--target sm_90 gfx942]
+
+binds and specialises every call; compiles those in which any N values of the arguments occur together, and
+hands those for NVIDIA to the launcher. Exit status 1 where one fails.
+
+Import it before any kernel: kernels must not be defined for the interpreter.
+"""
+
+import argparse
+import ctypes
+import itertools
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from fastkd.ops.triton import launch as launcher
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+NVIDIA = Path(triton.__file__).parent / "backends/nvidia"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+# ---- the driver ----------------------------------------------------------------------------------------
+
+
+class Driver:
+    """One device for each of TARGETS, so that the JIT keeps their kernels apart; nothing can run on it."""
+
+    device = 0
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return list(TARGETS.values())[self.device]
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        from triton.backends.nvidia.driver import ty_to_cpp
+
+        return ty_to_cpp(ty)
+
+    @property
+    def utils(self) -> Any:
+        return self._nvidia().CudaUtils()
+
+    @property
+    def launcher_cls(self) -> Any:
+        return self._nvidia().CudaLauncher
+
+    @cache  # noqa: B019, there is one driver
+    def _nvidia(self) -> Any:
+        stub_libcuda()
+        from triton.backends.nvidia import driver as nvidia
+
+        return nvidia
+
+
+@cache
+def stub_libcuda() -> ctypes.CDLL:
+    """A libcuda whose functions do nothing and succeed, loaded under its name and found by Triton's builds.
+
+    ``fastkd_launches`` counts the kernels that it was asked to launch."""
+    folder = Path(tempfile.mkdtemp(prefix="fastkd-libcuda-"))
+    texts = [(NVIDIA / name).read_text() for name in ("driver.c", "driver.py")]
+    names = {name for text in texts for name in re.findall(r"\bcu[A-Z]\w+", text)}
+    own = {
+        "cuDeviceGetAttribute": "(int *value) { *value = 200 << 10; return 0; }",
+        "cuFuncGetAttribute": "(int *value) { *value = 1024; return 0; }",
+        "cuDriverGetVersion": "(int *value) { *value = 13000; return 0; }",
+        "cuGetErrorString": '(int code, const char **text) { *text = "error"; return 0; }',
+        "cuPointerGetAttribute": "(void **value, int which, void *pointer) { *value = pointer; return 0; }",
+        "cuLaunchKernelEx": "(void) { ++fastkd_launches; return 0; }",
+    }
+    functions = (f"int {name}{own.get(name, '(void) { return 0; }')}" for name in sorted(names | set(own)))
+    source, library = folder / "stub.c", folder / "libcuda.so.1"
+    source.write_text("\n".join(["int fastkd_launches;", *functions]))
+    command = ["cc", "-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1", "-o", str(library), str(source)]
+    subprocess.run(command, check=True)
+    os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
+    return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+
+
+@contextmanager
+def on_target(name: str) -> Iterator[Driver]:
+    """``name`` of TARGETS is the current device, and torch says that it is built for it."""
+    fake, hip = Driver(), torch.version.hip
+    fake.device = list(TARGETS).index(name)
+    driver.set_active(fake)
+    torch.version.hip = "6.4" if TARGETS[name].backend == "hip" else None
+    try:
+        yield fake
+    finally:
+        torch.version.hip = hip
+
+
+# ---- recorded launches ---------------------------------------------------------------------------------
+
+_run = JITFunction.run
+
+
+class Variant(NamedTuple):
+    """A kernel with the arguments of a launch; those of one key are one compiled kernel."""
+
+    key: tuple[str, str, str]
+    kernel: JITFunction
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+    def compile(self) -> Any:
+        return _run(self.kernel, *self.arguments, grid=(1,), warmup=True, **self.keywords)
+
+    def launch(self) -> Any:
+        """Through the driver's launcher, as on a GPU."""
+        return _run(self.kernel, *self.arguments, grid=(1, 1, 1), warmup=False, **self.keywords)
+
+
+def record(function: Callable[[], object]) -> list[Variant]:
+    """The launches that ``function`` makes on the current target, bound and specialised."""
+    made: list[Variant] = []
+
+    def bind(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
+        binder = self.device_caches[driver.active.get_current_device()][-1]
+        _, specialization, options = binder(*arguments, **keywords)
+        key = (self.__name__, str(specialization), str(sorted(options.items())))
+        made.append(Variant(key, self, arguments, keywords))
+
+    JITFunction.run = bind
+    try:
+        function()
+    finally:
+        JITFunction.run = _run
+    return made
+
+
+# ---- the launches --------------------------------------------------------------------------------------
+
+# Options of ops.library by name; those of the softmax family are all that the kernels tell apart.
+LOSSES: dict[str, tuple[str, tuple[float, ...], bool]] = {
+    "kd": ("softmax", (4.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0), False),
+    "lskd": ("softmax", (2.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0), False),
+    "dkd": ("softmax", (4.0, 0.0, 0.0, 1.0, 8.0, 0.0, 0.0, 0.0), True),
+    "ls-dkd": ("softmax", (4.0, 0.0, 0.0, 1.0, 8.0, 0.0, 1.0, 0.0), True),
+    "ce": ("softmax", (4.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0), True),
+    "ce, smoothed": ("softmax", (1.0, 1.0, 0.0, 0.0, 0.0, 0.1, 0.0, 0.0), True),
+    "ce + kd": ("softmax", (4.0, 0.1, 0.9, 0.0, 0.0, 0.0, 0.0, 0.0), True),
+    "ce + kd, smoothed": ("softmax", (4.0, 0.1, 0.9, 0.0, 0.0, 0.1, 0.0, 0.0), True),
+    "ce + kd, T 1": ("softmax", (1.0, 0.1, 0.9, 0.0, 0.0, 0.0, 0.0, 0.0), True),
+    "ce + kd, T 1, smoothed": ("softmax", (1.0, 0.1, 0.9, 0.0, 0.0, 0.1, 0.0, 0.0), True),
+    "ce + lskd": ("softmax", (2.0, 0.1, 9.0, 0.0, 0.0, 0.0, 1.0, 0.0), True),
+    "ce + lskd, smoothed": ("softmax", (2.0, 0.1, 9.0, 0.0, 0.0, 0.1, 1.0, 0.0), True),
+    "nkd": ("nkd", (3.0, 1.5), True),
+    "nkd, T 1": ("nkd", (1.0, 1.5), True),
+    "ttm": ("ttm", (0.25, 1.0), False),
+    "reverse kl": ("reverse_kl", (1.0,), False),
+    "jsd": ("jsd", (1.0, 0.5), False),
+    "binary_kl": ("binary_kl", (2.0,), False),
+    "binary_kl_norm": ("binary_kl_norm", (2.0,), False),
+    "scale": ("scale", (), False),
+}
+# (rows, classes): several rows to a program; one; streamed, all of a row or parts of it.
+PATHS = {
+    "C 10": (300, 10),
+    "C 100": (300, 100),
+    "C 1000": (300, 1000),
+    "C 4096": (300, 4096),
+    "C 8192": (300, 8192),
+    "C 20902": (300, 20902),
+    "C 20902, few rows": (4, 20902),
+}
+
+
+class Call(NamedTuple):
+    """One call of the launcher; each field's values are all that the library passes."""
+
+    loss: str
+    path: str
+    student: str = "fp32"  # dtypes
+    teacher: str = "fp32"
+    layout: str = "dense"  # of the logits: LAYOUTS
+    weights: str = "none"  # or "rows", [N], or "pairs", [H, N]
+    terms: bool = False
+    gradient: bool = True
+    dynamic: bool = False  # options
+    pairs: int = 1
+
+    def __str__(self) -> str:
+        dtypes = self.student if self.student == self.teacher else f"{self.student} {self.teacher}"
+        words = [self.loss, self.path, dtypes]
+        words += [] if self.layout == "dense" else [self.layout]
+        words += [] if self.weights == "none" else [f"weights of {self.weights}"]
+        words += [name for name in ("terms", "dynamic") if getattr(self, name)]
+        words += [] if self.gradient else ["no gradient"]
+        return ", ".join(words + ([f"{self.pairs} pairs"] if self.pairs > 1 else []))
+
+    def launches(self) -> list[Variant]:
+        return record(self)
+
+    def __call__(self) -> None:
+        rows, classes = PATHS[self.path]
+        loss, options, labelled = LOSSES[self.loss]
+        student, teacher = (DTYPES[name] for name in (self.student, self.teacher))
+        if loss == "scale":
+            launcher.scale_rows_(matrix(rows, classes, student, self.layout), torch.ones(rows))
+            return
+        terms = torch.empty(4, rows * self.pairs) if self.terms else None
+        gradient = matrix(rows * self.pairs, classes, student, "dense") if self.gradient else None
+        dynamic = None
+        if self.dynamic:
+            dynamic = torch.tensor(options)
+            options = tuple(value if value in (0.0, 1.0) else math.nan for value in options)
+        weights = {"none": None, "rows": torch.ones(rows), "pairs": torch.ones(self.pairs, rows)}
+        launcher.row_loss(
+            [matrix(rows, classes, student, self.layout)] * self.pairs,
+            [matrix(rows, classes, teacher, self.layout)] * self.pairs,
+            torch.zeros(rows, dtype=torch.int64) if labelled else None,
+            weights[self.weights], 1.0 / rows, loss, options, torch.empty(rows * self.pairs), terms, gradient,
+            dynamic=dynamic,
+        )  # fmt: skip
+
+
+# [N, C] dense; starting one element in, with rows an odd number apart; [M, K, C] with the last of K + 1 left out.
+LAYOUTS = ("dense", "unaligned", "sliced")
+
+
+@cache
+def matrix(rows: int, classes: int, dtype: torch.dtype, layout: str) -> torch.Tensor:
+    """Memory that is never touched."""
+    if layout == "sliced":
+        return torch.empty(rows // 2, 3, classes, dtype=dtype)[:, :-1]
+    first = int(layout == "unaligned")
+    stride = classes + first * (1 - classes % 2)
+    place = torch.empty(rows * stride + first, dtype=dtype)
+    return place.as_strided((rows, classes), (stride, 1), first)
+
+
+def calls() -> Iterator[Call]:
+    """All of them: the product of the fields' values, without those that a loss has no use for."""
+    flags = (False, True)
+    for loss, path in itertools.product(LOSSES, PATHS):
+        family, _, labelled = LOSSES[loss]
+        scale = family == "scale"
+        teachers = ("fp32",) if scale else tuple(DTYPES)
+        others = itertools.product(
+            DTYPES,
+            teachers,
+            ("dense",) if scale else LAYOUTS,
+            ("none",) if scale else ("none", "rows", "pairs"),
+            flags if family == "softmax" and labelled else (False,),
+            (True,) if scale else flags,
+            (False,) if scale else flags,
+            (1,) if scale else (1, 2, 8),
+        )
+        for other in others:
+            yield Call(loss, path, *other)
+
+
+def covering(all_calls: Iterable[Call], together: int) -> list[Call]:
+    """Calls such that any ``together`` values that occur in a call occur in one of these.
+
+    Greedy, in a fixed random order: first those that bring many combinations that are new, then fewer."""
+    order = list(all_calls)
+    random.Random(0).shuffle(order)
+    chosen: list[Call] = []
+    seen: set[tuple[tuple[str, Any], ...]] = set()
+    fields = list(itertools.combinations(range(len(Call._fields)), together))
+    most = math.comb(len(Call._fields), together)
+    for wanted in sorted({most, most * 2 // 3, most // 3, most // 8, 3, 1} - {0}, reverse=True):
+        rest = []
+        for call in order:
+            new = {tuple((field, call[field]) for field in some) for some in fields} - seen
+            if len(new) >= wanted:
+                chosen.append(call)
+                seen |= new
+            elif new:
+                rest.append(call)
+        order = rest
+    return chosen
+
+
+# ---- the command ---------------------------------------------------------------------------------------
+
+
+def bind_all(target: str) -> list[str]:
+    """What failed of binding and specialising every call; prints how many kernels they come to."""
+    failures, keys, count = [], set(), 0
+    with on_target(target):
+        for call in calls():
+            count += 1
+            try:
+                keys |= {variant.key for variant in call.launches()}
+            except Exception as error:  # whatever the binder raises is this call's result
+                failures.append(f"{target}: {call}: {type(error).__name__}: {error}")
+    print(f"{target}: {count} calls bound, {len(keys)} kernels", flush=True)
+    return failures
+
+
+def compile_covering(target: str, together: int) -> list[str]:
+    """What failed of compiling, and for NVIDIA launching, the covering calls."""
+    failures, compiled = [], 0
+    nvidia = TARGETS[target].backend == "cuda"
+    with on_target(target):
+        for call in covering(calls(), together):
+            try:
+                for variant in call.launches():
+                    variant.compile()
+                    compiled += 1
+                    if nvidia:
+                        variant.launch()
+            except Exception as error:  # whatever a compiler or launcher raises is this call's result
+                failures.append(f"{target}: {call}: {type(error).__name__}: {error}")
+        launched = ctypes.c_int.in_dll(stub_libcuda(), "fastkd_launches").value if nvidia else 0
+    print(f"{target}: {compiled} kernels compiled, {launched} launched into a stub", flush=True)
+    return failures
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--bind", action="store_true", help="bind and specialise every call")
+    parser.add_argument("--compile", type=int, metavar="N", help="compile the calls that cover any N values")
+    parser.add_argument("--target", nargs="+", choices=list(TARGETS), default=["sm_90", "gfx942"])
+    arguments = parser.parse_args()
+    print(f"triton {triton.__version__}")
+    failures = []
+    for target in arguments.target:
+        if arguments.bind:
+            failures += bind_all(target)
+        if arguments.compile:
+            failures += compile_covering(target, arguments.compile)
+    print("\n".join(failures[:20]), f"{len(failures)} calls failed", sep="\n" if failures else "")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,35 @@
+"""Every launch of the Triton kernels through the JIT's binder, specialisation, compiler and launcher.
+
+Without a GPU, and in processes of their own: here the kernels are defined for Triton's interpreter, which skips all of these.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parent.parent
+
+
+def jit_launches(*arguments: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(ROOT / "benchmarks/jit_launches.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_every_launch_is_bound_and_specialised(target):
+    jit_launches("--bind", "--target", target)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_launches_with_every_value_of_every_argument_are_compiled(target):
+    """And for NVIDIA launched into a libcuda that does nothing. `FULL=1 .ci/run` takes any two values at once."""
+    told = jit_launches("--compile", "1", "--target", target)
+    if target == "sm_90":
+        assert " 0 launched" not in told
