@@ -21,6 +21,7 @@ from torch import Tensor
 
 import fastkd
 from fastkd import backend
+from fastkd.command import run_command
 
 Loss = Callable[..., Tensor]  # (student, teacher, target, reduction=) -> loss
 
@@ -236,7 +237,7 @@ def run(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fastkd check")
     add_arguments(parser)
-    return run(parser.parse_args(argv))
+    return run_command(lambda: run(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":
