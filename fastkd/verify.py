@@ -129,7 +129,7 @@ def here() -> tuple[list[tuple[str, str]], dict[tuple[str, str], str]]:
     runs, absent = [], {}
     for device in devices:
         for name in ("native", "triton", "eager"):
-            if (name, device) == ("triton", "cpu") and "TRITON_INTERPRET" not in os.environ:
+            if (name, device) == ("triton", "cpu") and not os.environ.get("TRITON_INTERPRET"):
                 reason: str | None = "it runs on GPUs; TRITON_INTERPRET=1 checks it in Triton's interpreter"
             else:
                 reason = backend.missing(name, device)

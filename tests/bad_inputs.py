@@ -82,8 +82,9 @@ def near(results: Any, expected: Any) -> bool:
     )
 
 
-def shown(text: str) -> str:
-    """The first line of a message, without what differs from one run to another."""
+def shown(text: str, backend: str) -> str:
+    """The first line of a message, without what differs from one run, or one backend, to another."""
+    text = text.replace(f"'{backend}'", "'…'")
     line = re.sub(r"0x[0-9a-f]+", "0x…", text.strip().splitlines()[0] if text.strip() else "")
     return line if len(line) <= 180 else line[:177] + "…"
 
@@ -98,14 +99,14 @@ def judge(line: Line, backend: str) -> tuple[bool, str]:
             with fastkd.use_backend(backend):
                 results = line.call()
     except BaseException as error:  # SystemExit too
-        happened = f"{type(error).__name__}: {shown(str(error))}"
+        happened = f"{type(error).__name__}: {shown(str(error), backend)}"
         if isinstance(must, Refused):
             # A subclass would pass for what a user cannot catch by the documented name.
             fits = type(error) is must.kind or (must.kind is Exception and isinstance(error, Exception))
             return fits and re.search(must.pattern, str(error)) is not None, happened
         return False, happened
     if isinstance(must, Refused):
-        return False, f"no error: {shown(str(results))}"
+        return False, f"no error: {shown(str(results), backend)}"
     if must.holds is not None:
         good = must.holds(results)
     else:
@@ -114,7 +115,7 @@ def judge(line: Line, backend: str) -> tuple[bool, str]:
         torch.set_default_dtype(torch.float32)
         with fastkd.use_backend("eager"):
             good = near(results, must.expected())
-    return good, must.words if good else f"instead: {shown(str(results))}"
+    return good, must.words if good else f"instead: {shown(str(results), backend)}"
 
 
 def run(line: Line, backend: str) -> tuple[bool, str]:

@@ -50,23 +50,28 @@ class _OnLogits(nn.Module):
         self.teacher_module_io = teacher_module_io
 
     def logits(self, student_io_dict: IODict, teacher_io_dict: IODict) -> tuple[Tensor, Tensor]:
-        student = student_io_dict[self.student_module_path][self.student_module_io]
-        teacher = teacher_io_dict[self.teacher_module_path][self.teacher_module_io]
-        for whose, path, io, logits in (
-            ("student", self.student_module_path, self.student_module_io, student),
-            ("teacher", self.teacher_module_path, self.teacher_module_io, teacher),
-        ):
-            if not isinstance(logits, Tensor):
-                raise TypeError(
-                    f"the {io} of the {whose}'s module {path!r} is a {type(logits).__name__}; expected a "
-                    f"tensor of logits ({whose}_module_path and {whose}_module_io choose it)"
-                )
+        student = _hooked(student_io_dict, "student", self.student_module_path, self.student_module_io)
+        teacher = _hooked(teacher_io_dict, "teacher", self.teacher_module_path, self.teacher_module_io)
         if student.shape != teacher.shape:
             raise ValueError(
                 f"the student's logits have shape {list(student.shape)} and the teacher's "
                 f"{list(teacher.shape)}; expected equal shapes"
             )
         return student, teacher
+
+
+def _hooked(io_dict: IODict, whose: str, path: str, io: str) -> Tensor:
+    if path not in io_dict:
+        raise ValueError(f"{whose}_module_path is {path!r}; hooks are on {', '.join(map(repr, io_dict))}")
+    if io not in io_dict[path]:
+        raise ValueError(f"{whose}_module_io is {io!r}; of {path!r} there is {', '.join(io_dict[path])}")
+    logits = io_dict[path][io]
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"the {io} of the {whose}'s module {path!r} is a {type(logits).__name__}; expected a tensor of logits "
+            f"({whose}_module_path and {whose}_module_io choose it)"
+        )
+    return logits
 
 
 def _check_targets(targets: Tensor, logits: Tensor, classes_at: int) -> None:

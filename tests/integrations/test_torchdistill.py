@@ -208,3 +208,13 @@ def test_bad_input():
 def test_errors_speak_of_what_torchdistill_gave(student, teacher, targets, kind, message):
     with pytest.raises(kind, match=message):
         ours.KDLoss(**PATHS, temperature=1.0, alpha=0.5)(*io_dicts(student, teacher), targets)
+
+
+def test_a_module_without_a_hook_is_named():
+    student, teacher = io_dicts(*pair((2, 9)))
+    loss = ours.KDLoss("fc", "output", "2", "output", temperature=1.0, alpha=0.5)
+    with pytest.raises(ValueError, match="student_module_path is 'fc'; hooks are on '2'"):
+        loss(student, teacher)
+    loss = ours.KDLoss("2", "output", "2", "logits", temperature=1.0, alpha=0.5)
+    with pytest.raises(ValueError, match="teacher_module_io is 'logits'; of '2' there is output"):
+        loss(student, teacher)
