@@ -40,7 +40,9 @@ class Refused:
     pattern: str
 
     def __str__(self) -> str:
-        return self.kind.__name__
+        """The pattern as words: "TypeError: student_logits … to_local or full_tensor"."""
+        words = re.sub(r"\(\?i\)|[\^()\\]", "", self.pattern.replace(".*", " … ").replace("|", " or "))
+        return f"{self.kind.__name__}: {words.strip(' …')}"
 
 
 @dataclass(frozen=True)

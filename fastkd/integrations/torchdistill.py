@@ -68,8 +68,8 @@ def _hooked(io_dict: IODict, whose: str, path: str, io: str) -> Tensor:
     logits = io_dict[path][io]
     if not isinstance(logits, Tensor):
         raise TypeError(
-            f"the {io} of the {whose}'s module {path!r} is a {type(logits).__name__}; expected a tensor of logits "
-            f"({whose}_module_path and {whose}_module_io choose it)"
+            f"the {io} of the {whose}'s module {path!r} is a {type(logits).__name__}; expected a tensor of "
+            f"logits ({whose}_module_path and {whose}_module_io choose it)"
         )
     return logits
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 
@@ -170,7 +172,7 @@ add(
 )
 
 # Values -----------------------------------------------------------------------------------------------------
-add = group("Logits that are not numbers", LINES)
+add = group("NaN and infinity in the logits", LINES)
 
 
 def spoilt(row: int, column: int, value: float) -> torch.Tensor:
@@ -179,28 +181,35 @@ def spoilt(row: int, column: int, value: float) -> torch.Tensor:
     return logits
 
 
-def in_row(row: int) -> Gives:
+def in_row(row: int, column: int | None = None) -> Gives:
+    """A softmax spreads it over the gradient of its row; a pointwise loss keeps it in its class."""
+
     def holds(results: Result) -> bool:
         loss, gradient = results
         others = [other for other in range(4) if other != row]
-        good = loss[others].isfinite().all() and gradient[others].isfinite().all()
-        return bool(good and loss[row].isnan() and gradient[row].isnan().any())
+        good = loss[others].isfinite().all() and gradient[others].isfinite().all() and loss[row].isnan()
+        spread = [column is None or column == place for place in range(6)]
+        return bool(good) and gradient[row].isnan().tolist() == spread
 
-    return Gives("NaN in loss and gradient of that row alone", holds=holds)
+    where = "that row" if column is None else "that row, in its gradient of that class"
+    return Gives(f"NaN in {where} alone", holds=holds)
 
 
 for name, loss, labels in (
-    ("kd_loss", fastkd.kd_loss, ()), ("dkd_loss", fastkd.dkd_loss, (Y,)), ("jsd_loss", fastkd.jsd_loss, ()),
-    ("reverse_kl_loss", fastkd.reverse_kl_loss, ()), ("binary_kl_norm_loss", fastkd.binary_kl_norm_loss, ()),
+    ("kd_loss", fastkd.kd_loss, ()), ("dkd_loss", fastkd.dkd_loss, (Y,)), ("nkd_loss", fastkd.nkd_loss, (Y,)),
+    ("jsd_loss", fastkd.jsd_loss, ()), ("reverse_kl_loss", fastkd.reverse_kl_loss, ()),
+    ("ttm_loss", partial(fastkd.ttm_loss, gamma=0.5), ()),
+    ("binary_kl_loss", fastkd.binary_kl_loss, ()), ("binary_kl_norm_loss", fastkd.binary_kl_norm_loss, ()),
 ):  # fmt: skip
+    pointwise = name.startswith("binary")
     add(
         f"{name}, NaN in the student",
         lambda f=loss, y=labels: step(f, spoilt(2, 1, NAN), T, *y, reduction="none"),
-        in_row(2),
+        in_row(2, 1 if pointwise else None),
     )
     add(
         f"{name}, NaN in the teacher",
         lambda f=loss, y=labels: step(f, T, spoilt(1, 5, NAN), *y, reduction="none"),
-        in_row(1),
+        in_row(1, 5 if pointwise else None),
     )
 add("kd_loss, +inf in the student", lambda: step(student=spoilt(2, 1, INF), reduction="none")[0], spoils(2))
