@@ -13,6 +13,7 @@ import fastkd
 from fastkd import checks
 
 Result = TypeVar("Result")
+NO_LABEL = torch.iinfo(torch.int64).min  # as ignore_index: nothing is ignored
 
 
 def named(
@@ -61,25 +62,31 @@ def cross_entropy_and_kd(
     temperature: float,
     label_smoothing: float = 0.0,
     standardize: bool = False,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     reduction: str = "batchmean",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """``fastkd.distill_loss`` as ``CrossEntropyLoss`` and ``KLDivLoss`` side by side reduce it.
 
     Logits are [N, ..., C]. For "batchmean" CE is divided by the rows not labelled ``ignore_index``, KD, of
-    all rows, by N. Where the labels show (on the CPU) that none is ignored, both are one pass; else, and
-    where reading them would wait for the device, a pass each. Returns the loss and, detached, both terms.
+    all rows, by N. With ``ignore_index`` None, and where the labels show (on the CPU) that none is ignored,
+    both are one pass; else, and where reading them would wait for the device, a pass each. Returns the loss
+    and, detached, both terms.
     """
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target is a {type(target).__name__}; expected an int64 tensor of labels")
     rows_a_sample = student_logits.shape[1:-1].numel() if reduction == "batchmean" else 1
+    none_ignored = ignore_index is None
+    ignored = NO_LABEL if ignore_index is None else ignore_index
     readable = target.is_cpu and type(target) is Tensor and not torch.compiler.is_compiling()
-    shape_fits = target.shape == student_logits.shape[:-1] and target.dtype == torch.int64
+    if readable and target.shape == student_logits.shape[:-1] and target.dtype == torch.int64:
+        none_ignored = checks.check_labels(target, student_logits.shape[-1], ignored)
     soft: dict[str, Any] = {"temperature": temperature, "standardize": standardize}
     hard: dict[str, Any] = {
         "label_smoothing": label_smoothing,
-        "ignore_index": ignore_index,
+        "ignore_index": ignored,
         "reduction": reduction,
     }
-    if readable and shape_fits and checks.check_labels(target, student_logits.shape[-1], ignore_index):
+    if none_ignored:
         loss, terms = fastkd.distill_loss(
             student_logits, teacher_logits, target,
             ce_weight=ce_weight, kd_weight=kd_weight * rows_a_sample, **soft, **hard,

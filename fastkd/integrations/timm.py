@@ -28,8 +28,8 @@ class LogitDistillationTask(_TimmTask):
     With ``torch.nn.CrossEntropyLoss`` (mean, no class weights) or timm's ``LabelSmoothingCrossEntropy`` on
     class labels, both terms and their gradient are one kernel; ``"task_loss"`` and ``"kd_loss"`` of the
     result are detached then, for logging. A target that torch's criterion ignores is left out of its mean
-    alone, as in timm; a target on a GPU is not read back for it, and the terms are a pass each there. Any
-    other criterion is called as it is. Both models give logits [batch, C].
+    alone, as in timm; a target on a GPU is not read back for it, and with that criterion the terms are a pass
+    each there. Any other criterion is called as it is. Both models give logits [batch, C].
     """
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
@@ -63,7 +63,7 @@ class LogitDistillationTask(_TimmTask):
                 kd_weight=self.distill_loss_weight,
                 temperature=self.temperature,
                 label_smoothing=smoothing,
-                ignore_index=self.criterion.ignore_index if plain else torch.iinfo(torch.int64).min,
+                ignore_index=self.criterion.ignore_index if plain else None,
             )
             task_loss, kd_loss = terms["ce"], terms["kd"]
         return {"loss": loss, "output": student_logits, "task_loss": task_loss, "kd_loss": kd_loss}

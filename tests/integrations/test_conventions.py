@@ -58,7 +58,7 @@ class TestMDistiller:
         assert_same(loss, F.cross_entropy(student, target), student)
 
     def test_the_yaml_of_either_project_does_not_say_whose_it_is(self):
-        """Word for word what both ship for KD on CIFAR-100: T 4 and 0.9 in one, 2 and 9 in the other."""
+        """But for the tag both ship this for KD on CIFAR-100: T 4 and 0.9 in one, 2 and 9 in the other."""
         cfg = {
             "EXPERIMENT": {"NAME": "", "TAG": "kd,resnet32x4,resnet8x4,2,9", "PROJECT": "cifar100_baselines"},
             "DISTILLER": {"TYPE": "KD", "TEACHER": "resnet32x4", "STUDENT": "resnet8x4"},

@@ -189,6 +189,7 @@ def test_bad_input():
         ),
         (torch.randn(2, 9), torch.randn(2, 9), torch.randn(2, 9), TypeError, "targets has dtype"),
         (torch.randn(2, 9), torch.randn(2, 9), torch.tensor([1, 9]), ValueError, "targets has the label 9"),
+        (torch.randn(2, 9), torch.randn(2, 9), [1, 2], TypeError, "targets is a list"),
         (
             [1.0],
             torch.randn(2, 9),
