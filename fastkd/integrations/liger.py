@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import fastkd
 from fastkd import checks
-from fastkd.integrations.arguments import check_integer, check_tensors, counted_rows
+from fastkd.integrations.arguments import check_integer, check_tensors, counted_rows, named
 
 REDUCTIONS = ("batchmean", "sum", "mean")
 
@@ -103,5 +103,8 @@ def masked_jsd(
     if labels is not None:
         counted = counted_rows(labels_name, labels, ignore_index, student_logits)
         weight, rows = counted.to(torch.float32), counted.sum().clamp_min(1)
-    total = fastkd.jsd_loss(student_logits, teacher_logits, weight=weight, reduction="sum", **options)
+    names = {"weight": labels_name}  # the weights are made of the labels
+    total = named(
+        names, fastkd.jsd_loss, student_logits, teacher_logits, weight=weight, reduction="sum", **options
+    )
     return total / (rows if divisor is None else divisor)

@@ -23,6 +23,7 @@ from fastkd.train.cli import main
 from tests.bad_inputs import Gives, Line, Refused
 
 from .common import S, T, W, Y, dkd, group, pairs_step, same_as, step
+from .unusual import as_dtensor
 
 LINES: list[Line] = []
 NATIVE_LOSS = """
@@ -240,5 +241,11 @@ add(
     "ModelOpt: other classes",
     lambda: LogitsDistillationLoss()(S, T[:, :5]),
     Refused(ValueError, "^logits_s has 6 classes and logits_t 5"),
+    ONCE,
+)
+add(
+    "TRL: labels a DTensor",
+    lambda: generalized_jsd_loss(S, T, as_dtensor(Y)),
+    Refused(TypeError, "^labels.*(to_local|full_tensor)"),
     ONCE,
 )
