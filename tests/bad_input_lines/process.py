@@ -59,6 +59,12 @@ add(
     under(float64_by_default, lambda: dkd(weight=W)),
     same_as(lambda: dkd(weight=W)),
 )
+for words, settings in (("dtype float64", float64_by_default), ("device meta", meta_by_default)):
+    add(
+        f"default {words}, no gradient",
+        under(settings, lambda: fastkd.kd_loss(S, T)),
+        same_as(lambda: fastkd.kd_loss(S, T)),
+    )
 add("default dtype float16", under(lambda: torch.set_default_dtype(torch.float16), dkd), same_as(dkd))
 add(
     "default device meta",
