@@ -12,6 +12,8 @@ from functools import cache
 
 import torch
 
+from fastkd import environment
+
 BACKENDS = ("auto", "triton", "native", "eager")
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -20,17 +22,17 @@ class BackendUnavailable(RuntimeError):
     """The backend asked for by name cannot run here; the message says what is missing."""
 
 
-def checked_name(name: str, source: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"{source} is {name!r}; expected one of {', '.join(BACKENDS)}")
-    return name
-
-
-_chosen = checked_name(os.environ.get("FASTKD_BACKEND") or "auto", "the environment's FASTKD_BACKEND")
+_chosen = os.environ.get("FASTKD_BACKEND") or "auto"
 
 
 def get_backend() -> str:
-    """The backend in force: ``"auto"``, ``"triton"``, ``"native"`` or ``"eager"``."""
+    """The backend in force: ``"auto"``, ``"triton"``, ``"native"`` or ``"eager"``.
+
+    Raises ``ValueError`` if the environment's ``FASTKD_BACKEND`` is none of them: here, on first use, rather
+    than when fastkd is imported, so that the command line can say it in one line.
+    """
+    if _chosen not in BACKENDS:  # set_backend refuses such a name, so it is the environment's
+        environment.check_choice("FASTKD_BACKEND", _chosen, BACKENDS)
     return _chosen
 
 
@@ -39,21 +41,54 @@ def set_backend(name: str) -> None:
 
     ``"auto"`` (the default) takes the fastest that runs on the logits' device: triton on GPUs, native
     where triton is missing and on CPUs, eager where neither can. A name takes that one or raises
-    ``BackendUnavailable`` at the call. The environment variable ``FASTKD_BACKEND`` sets the initial choice.
+    ``BackendUnavailable`` at the call. The environment variable ``FASTKD_BACKEND`` sets the initial choice;
+    empty, it counts as unset, and a value that is no backend is an error at the first loss.
     """
     global _chosen
-    _chosen = checked_name(name, "backend")
+    if name not in BACKENDS:
+        raise ValueError(f"backend is {name!r}; expected one of {', '.join(BACKENDS)}")
+    _chosen = name
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """``set_backend`` for the length of a ``with`` block."""
-    before = get_backend()
+    global _chosen
+    before = _chosen
     set_backend(name)
     try:
         yield
     finally:
-        set_backend(before)
+        _chosen = before
+
+
+def checked_device(device: str | torch.device, argument: str) -> torch.device:
+    """``device`` as torch's, if tensors can be there: an error that names ``argument`` where they cannot."""
+    if not isinstance(device, str | torch.device):
+        raise TypeError(f"{argument} is {device!r}; expected a device such as 'cpu' or 'cuda'")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(
+            f"{argument} is {str(device)!r}; expected a device such as 'cpu' or 'cuda:0'"
+        ) from None
+    if found.type == "meta":
+        raise ValueError(f"{argument} is {str(device)!r}, which holds no numbers; expected 'cpu' or 'cuda'")
+    if found.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not count:
+            raise ValueError(f"{argument} is {str(device)!r}, but torch finds no CUDA device here")
+        if found.index is not None and found.index >= count:
+            raise ValueError(f"{argument} is {str(device)!r}, but torch finds {count} CUDA devices here")
+    elif found.type != "cpu":
+        try:
+            torch.empty(0, device=found)
+        except Exception as error:  # of a kind that depends on the device
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"{argument} is {str(device)!r}, which torch cannot use here: {reason}"
+            ) from None
+    return found
 
 
 def missing(backend: str, device_type: str) -> str | None:

@@ -2,7 +2,8 @@
 
 Each loss is computed, value and gradient under a random upstream gradient, on logits of several shapes,
 from far apart to nearly and exactly equal, in every dtype, and compared with ``fastkd.reference`` in float64
-on the very same logits. ``BOUNDS`` says what passes.
+on the very same logits. ``BOUNDS`` says what passes. Then what training adds: a loss scale in float16, logits
+of the two models apart by a constant, and row weights that are not contiguous.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 
 import fastkd
 from fastkd import backend
+from fastkd.command import run_command
 
 Loss = Callable[..., Tensor]  # (student, teacher, target, reduction=) -> loss
 
@@ -64,6 +66,17 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((4, 10), (16, 1000), (5, 2263), (2, 21841))
 INTERPRETED_SHAPES = ((4, 10), (5, 2263))
 REGIMES = ("random", "near-equal", "equal")
+# A loss scale: what a mean over 64 rows of 32,768 classes gives the elements of a gradient, times 65536.
+SCALED_SHAPE, SCALE, SCALED_ROWS = (4, 32768), 65536.0, 64
+# float16 rounds to 0 what is below half its smallest number, 2^-24. What is above that number is lost by
+# cancellation alone: scaled, the terms of q - p are near 1/64 here, of which float32 loses differences below
+# 1e-9, far below 2^-24. So none should be lost, and the share is for elements at the edge.
+SMALLEST_HALF, FLUSHED_SHARE = 2.0**-24, 1e-4
+# A constant between the models, which the softmax does not see.
+OFFSET, OFFSET_SHAPE, OFFSET_NOISE = 1000.0, (8, 8000), 0.3
+# float32 in other orders of summation: errors of a few rows vary by this factor; and what no order avoids, a
+# rounding of the largest terms, of the size of the loss of random logits (of the gradient: its own size).
+ORDER, ROUNDING = 4.0, 4e-7
 
 
 @dataclass(frozen=True)
@@ -116,7 +129,7 @@ def here() -> tuple[list[tuple[str, str]], dict[tuple[str, str], str]]:
     runs, absent = [], {}
     for device in devices:
         for name in ("native", "triton", "eager"):
-            if (name, device) == ("triton", "cpu") and "TRITON_INTERPRET" not in os.environ:
+            if (name, device) == ("triton", "cpu") and not os.environ.get("TRITON_INTERPRET"):
                 reason: str | None = "it runs on GPUs; TRITON_INTERPRET=1 checks it in Triton's interpreter"
             else:
                 reason = backend.missing(name, device)
@@ -135,10 +148,12 @@ def make_logits(shape: tuple[int, int], regime: str, dtype: torch.dtype) -> tupl
     return student.to(dtype), other[regime].to(dtype), torch.randint(0, shape[1], shape[:1])
 
 
-def loss_and_gradient(loss: Loss, inputs: Sequence[Tensor], upstream: Tensor) -> tuple[Tensor, Tensor]:
+def loss_and_gradient(
+    loss: Loss, inputs: Sequence[Tensor], upstream: Tensor, **options: object
+) -> tuple[Tensor, Tensor]:
     student, teacher, target = inputs
     student = student.detach().requires_grad_()
-    value = loss(student, teacher, target, reduction="none")
+    value = loss(student, teacher, target, reduction="none", **options)
     value.backward(upstream)
     assert student.grad is not None
     return value.detach().double().cpu(), student.grad.double().cpu()
@@ -164,6 +179,9 @@ def check(losses: Sequence[str] = tuple(LOSSES)) -> Iterator[Verdict]:
                 # The interpreter takes minutes for more.
                 chosen = [v for v in verdicts if v.where != ("triton", "cpu") or shape in INTERPRETED_SHAPES]
                 _compare(chosen, LOSSES[name], dtype, shape)
+        _compare_under_a_loss_scale(verdicts, LOSSES[name])
+        _compare_at_an_offset(verdicts, LOSSES[name])
+        _compare_strided_weights(verdicts, LOSSES[name])
         yield from verdicts
 
 
@@ -175,20 +193,15 @@ def _compare(verdicts: Sequence[Verdict], loss: Loss, dtype: torch.dtype, shape:
     for regime in REGIMES:
         inputs = make_logits(shape, regime, dtype)
         upstream = torch.rand(shape[0]) + 0.5
-        with fastkd.use_backend("eager"):
-            wide = (inputs[0].double(), inputs[1].double(), inputs[2])
-            true_loss, true_gradient = loss_and_gradient(loss, wide, upstream.double())
+        true_loss, true_gradient = _exact(loss, inputs, upstream)
         scales = scales or (true_loss, true_gradient)  # of random logits, which come first
         gradient_scale = scales[1] if regime == "equal" else true_gradient
         limit = bounds.near_equal if regime == "near-equal" else bounds.gradient
         for verdict in verdicts:
-            try:
-                with fastkd.use_backend(verdict.backend):
-                    moved = [x.to(verdict.device) for x in inputs]
-                    value, gradient = loss_and_gradient(loss, moved, upstream.to(verdict.device))
-            except Exception as problem:  # a kernel that does not run is a failure to report, not the end
-                verdict.failures.append(f"{type(problem).__name__}: {problem}".splitlines()[0])
+            result = _of_backend(verdict, loss, inputs, upstream)
+            if result is None:
                 continue
+            value, gradient = result
             where = f"at {_name(dtype)} {shape[0]} x {shape[1]}, {regime} logits"
             loss_error = relative(value, true_loss, scales[0])
             gradient_error = relative(gradient, true_gradient, gradient_scale, allowance)
@@ -202,6 +215,125 @@ def _compare(verdicts: Sequence[Verdict], loss: Loss, dtype: torch.dtype, shape:
                 verdict.failures.append(f"gradient not exactly 0 {where}")
 
 
+def _of_backend(
+    verdict: Verdict, loss: Loss, inputs: Sequence[Tensor], upstream: Tensor, weight: Tensor | None = None
+) -> tuple[Tensor, Tensor] | None:
+    """What ``verdict``'s backend gives on its device; None where it fails, which the verdict notes."""
+    options = {}
+    if weight is not None:
+        moved_weight = weight.to(verdict.device)  # keeps the strides of a CPU's tensor on the CPU alone
+        if moved_weight.stride() != weight.stride():
+            base = torch.empty(2 * len(weight), device=verdict.device)
+            moved_weight = base.as_strided(weight.shape, weight.stride()).copy_(weight)
+        options["weight"] = moved_weight
+    try:
+        with fastkd.use_backend(verdict.backend):
+            moved = [x.to(verdict.device) for x in inputs]
+            return loss_and_gradient(loss, moved, upstream.to(verdict.device), **options)
+    except Exception as problem:  # a kernel that does not run is a failure to report, not the end
+        verdict.failures.append(f"{type(problem).__name__}: {problem}".splitlines()[0])
+        return None
+
+
+def _exact(
+    loss: Loss, inputs: Sequence[Tensor], upstream: Tensor, weight: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    options = {} if weight is None else {"weight": weight.double().contiguous()}
+    with fastkd.use_backend("eager"):
+        wide = (inputs[0].double(), inputs[1].double(), inputs[2])
+        return loss_and_gradient(loss, wide, upstream.double(), **options)
+
+
+def _shape_for(verdict: Verdict, shape: tuple[int, int]) -> tuple[int, int]:
+    return INTERPRETED_SHAPES[-1] if verdict.where == ("triton", "cpu") else shape
+
+
+def _by_shape(
+    verdicts: Sequence[Verdict], shape: tuple[int, int]
+) -> Iterator[tuple[tuple[int, int], list[Verdict]]]:
+    """The shape, or for the interpreter a smaller one, and whom it is for."""
+    for one in dict.fromkeys(_shape_for(verdict, shape) for verdict in verdicts):
+        yield one, [verdict for verdict in verdicts if _shape_for(verdict, shape) == one]
+
+
+def _compare_under_a_loss_scale(verdicts: Sequence[Verdict], loss: Loss) -> None:
+    """float16, with the gradient that a GradScaler sends: the scale must come before the rounding to half."""
+    bounds = BOUNDS[torch.float16]
+    for shape, chosen in _by_shape(verdicts, SCALED_SHAPE):
+        inputs = make_logits(shape, "random", torch.float16)
+        # Rows of a shorter shape get as much smaller a weight, so that elements are as small.
+        weight = torch.full(shape[:1], shape[1] / SCALED_SHAPE[1] / SCALED_ROWS)
+        upstream = SCALE * (torch.rand(shape[0]) + 0.5)
+        _, true_gradient = _exact(loss, inputs, upstream, weight)
+        while true_gradient.abs().max() > torch.finfo(torch.float16).max / 2:  # a GradScaler halves as well
+            upstream, true_gradient = upstream / 2, true_gradient / 2
+        for verdict in chosen:
+            result = _of_backend(verdict, loss, inputs, upstream, weight)
+            if result is None:
+                continue
+            gradient = result[1]
+            where = f"at float16 {shape[0]} x {shape[1]}, loss scale {SCALE:.0f}"
+            gradient_error = relative(gradient, true_gradient, true_gradient, SMALLEST_HALF / 2)
+            flushed = ((gradient == 0) & (true_gradient.abs() > SMALLEST_HALF)).double().mean().item()
+            if flushed > FLUSHED_SHARE:
+                verdict.failures.append(f"{flushed:.1%} of the gradient lost as 0 {where}")
+            if gradient_error > bounds.gradient:
+                verdict.failures.append(
+                    f"gradient error {gradient_error:.1e} > {bounds.gradient:.0e} {where}"
+                )
+
+
+def _compare_at_an_offset(verdicts: Sequence[Verdict], loss: Loss) -> None:
+    """float32, a constant between the models: no worse than eager, whose softmax takes it out first."""
+    for shape, chosen in _by_shape(verdicts, OFFSET_SHAPE):
+        teacher, other, target = make_logits(shape, "random", torch.float32)
+        student = teacher + OFFSET_NOISE * torch.randn(shape)
+        upstream = torch.rand(shape[0]) + 0.5
+        size = _exact(loss, (student, other, target), upstream)[0].norm().item()
+        inputs = (student, teacher + OFFSET, target)
+        true_loss, true_gradient = _exact(loss, inputs, upstream)
+        with fastkd.use_backend("eager"):
+            eager_loss, eager_gradient = loss_and_gradient(loss, inputs, upstream)
+        loss_limit = ORDER * (eager_loss - true_loss).norm().item() + ROUNDING * size
+        eager_error = (eager_gradient - true_gradient).norm().item()
+        gradient_limit = ORDER * (eager_error + ROUNDING * true_gradient.norm().item())
+        for verdict in chosen:
+            result = _of_backend(verdict, loss, inputs, upstream)
+            if result is None:
+                continue
+            for what, value, truth, limit in (
+                ("loss", result[0], true_loss, loss_limit),
+                ("gradient", result[1], true_gradient, gradient_limit),
+            ):
+                error = (value - truth).norm().item()
+                if not error <= limit:  # NaN, too, fails
+                    where = f"at float32 {shape[0]} x {shape[1]}, teacher's logits {OFFSET:.0f} higher"
+                    verdict.failures.append(f"{what} off by {error:.1e}, more than {limit:.1e}, {where}")
+
+
+def _compare_strided_weights(verdicts: Sequence[Verdict], loss: Loss) -> None:
+    """Row weights with gaps between them in memory, and one weight expanded to all rows."""
+    bounds = BOUNDS[torch.float32]
+    for shape, chosen in _by_shape(verdicts, SHAPES[1]):
+        inputs = make_logits(shape, "random", torch.float32)
+        upstream = torch.rand(shape[0]) + 0.5
+        base = torch.rand(2 * shape[0]) + 0.5
+        for words, weight in (("every other", base[::2]), ("one expanded", base[:1].expand(shape[0]))):
+            true_loss, true_gradient = _exact(loss, inputs, upstream, weight)
+            for verdict in chosen:
+                result = _of_backend(verdict, loss, inputs, upstream, weight)
+                if result is None:
+                    continue
+                where = f"at float32 {shape[0]} x {shape[1]}, row weights {words}"
+                for what, value, truth, limit in (
+                    ("loss", result[0], true_loss, bounds.loss),
+                    ("gradient", result[1], true_gradient, bounds.gradient),
+                ):
+                    error = relative(value, truth, truth)
+                    if error > limit:
+                        verdict.failures.append(f"{what} error {error:.1e} > {limit:.0e} {where}")
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -209,8 +341,8 @@ def _name(dtype: torch.dtype) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Check every loss on every backend of this machine against float64: loss and gradient, in "
-        "float32, bfloat16 and float16. Prints the largest gradient error of random logits; exit status 1 "
-        "if anything fails."
+        "float32, bfloat16 and float16, under a loss scale, at an offset between the models and with strided "
+        "row weights. Prints the largest gradient error of random logits; exit status 1 if anything fails."
     )
     names = list(dict.fromkeys(name.split(",")[0] for name in LOSSES))
     parser.add_argument(
@@ -236,7 +368,7 @@ def run(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fastkd check")
     add_arguments(parser)
-    return run(parser.parse_args(argv))
+    return run_command(lambda: run(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -41,9 +41,10 @@ def broken(change):
     """A launcher of the native backend whose results are changed by ``change(rows, gradient)``."""
     launch = native.row_loss
 
-    def row_loss(student, teacher, target, row_weight, scale, loss, options, rows, terms, gradient):
-        launch(student, teacher, target, row_weight, scale, loss, options, rows, terms, gradient)
-        change(rows, gradient)
+    def row_loss(*arguments, **more):
+        launch(*arguments, **more)
+        rows, gradient = arguments[7], arguments[9]
+        change(rows, rows.new_empty(1, 2) if gradient is None else gradient)
 
     return row_loss
 
@@ -64,6 +65,74 @@ BREAKAGES = {
     "a NaN": lambda rows, gradient: gradient[0, :1].fill_(torch.nan),
     "not 0 at equal logits": lambda rows, gradient: gradient.add_(1e-9),
 }
+
+
+@pytest.fixture
+def eager_alone(monkeypatch):
+    monkeypatch.setattr(verify, "here", lambda: ([("eager", "cpu")], {}))
+
+
+def test_eager_bears_scale_offset_and_strides(eager_alone):
+    for verdict in verify.check():
+        assert not verdict.failures, verdict
+
+
+def wrong_losses():
+    """kd_loss with a fault that only one of the conditions of training shows."""
+
+    def scaled_after_rounding(student, teacher, target, **options):
+        class Rounded(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, logits):
+                with torch.enable_grad():
+                    leaf = logits.detach().float().requires_grad_()
+                    loss = fastkd.kd_loss(leaf, teacher.float(), **options)
+                    (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+                ctx.save_for_backward(gradient.to(logits.dtype))
+                return loss.detach()
+
+            @staticmethod
+            def backward(ctx, grad_output):
+                (gradient,) = ctx.saved_tensors
+                return gradient * grad_output[:, None].to(gradient.dtype)
+
+        return (
+            Rounded.apply(student)
+            if student.dtype == torch.float16
+            else fastkd.kd_loss(student, teacher, **options)
+        )
+
+    def offset_seen(student, teacher, target, **options):
+        loss = fastkd.kd_loss(student, teacher, **options)
+        return loss * (1 + 1e-6 * (teacher - student).mean(-1).detach().abs())
+
+    def strides_ignored(student, teacher, target, *, weight=None, **options):
+        if weight is not None:
+            weight = weight.as_strided(weight.shape, (1,)).clone()
+        return fastkd.kd_loss(student, teacher, weight=weight, **options)
+
+    return {
+        "loss scale": scaled_after_rounding,
+        "logits 1000 higher": offset_seen,
+        "row weights": strides_ignored,
+    }
+
+
+@pytest.mark.parametrize("condition", wrong_losses())
+def test_red_on_a_fault_that_training_alone_shows(condition, monkeypatch):
+    """Eager is held to the same bounds; a faulty copy of a loss stands in for a faulty kernel."""
+    fault = wrong_losses()[condition]
+
+    def loss(student, teacher, target, **options):
+        faulty = fault if fastkd.get_backend() == "native" else lambda s, t, y, **o: fastkd.kd_loss(s, t, **o)
+        with fastkd.use_backend("eager"):
+            return faulty(student, teacher, target, **options)
+
+    monkeypatch.setattr(verify, "here", lambda: (NATIVE, {}))
+    monkeypatch.setitem(verify.LOSSES, "kd_loss", loss)
+    native_verdict, eager_verdict = verify.check(["kd_loss"])
+    assert not eager_verdict.failures
+    assert any(condition in failure for failure in native_verdict.failures), native_verdict.failures
 
 
 @pytest.mark.parametrize("breakage", BREAKAGES)

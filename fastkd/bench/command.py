@@ -12,6 +12,7 @@ from pathlib import Path
 from fastkd.bench import cases, peers
 from fastkd.bench.results import ResultFileError, Writer, header
 from fastkd.bench.step import STEPS, describe, run_steps
+from fastkd.command import run_command
 
 PEERS = tuple(name for name in peers.VARIANTS if name != "fastkd")
 DESCRIPTION = """\
@@ -212,4 +213,4 @@ def _now() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fastkd bench")
     add_arguments(parser)
-    return run(parser.parse_args(argv))
+    return run_command(lambda: run(parser.parse_args(argv)))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import fastkd
 from fastkd import checks
+from fastkd.integrations.arguments import check_integer, check_tensors, counted_rows, named
 
 REDUCTIONS = ("batchmean", "sum", "mean")
 
@@ -39,6 +40,7 @@ class KLDivLoss(nn.Module):
         self.temperature = float(temperature)
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        check_tensors(student_logits=student_logits, teacher_logits=teacher_logits)
         # A generalised JSD of beta 0 is the forward KL, without T^2.
         value = fastkd.jsd_loss(
             student_logits, teacher_logits, beta=0.0, temperature=self.temperature, reduction="sum"
@@ -52,22 +54,32 @@ class KLDivLoss(nn.Module):
 
 
 class JSD(nn.Module):
-    """``LigerJSD`` on logits [N, C]: generalised JSD at T = 1, averaged over the rows that count.
+    """``LigerJSD`` on logits [..., C]: generalised JSD at T = 1, averaged over the non-ignored rows.
 
     ``forward(student_logits, teacher_logits, shift_labels=None)``; rows labelled ``ignore_index`` are left
-    out.
+    out. (``LigerJSD`` itself takes [N, C] alone.)
     """
 
     def __init__(self, beta: float = 0.5, ignore_index: int = -100) -> None:
         super().__init__()
         checks.check_number("beta", beta)
+        if not 0.0 <= beta <= 1.0:
+            raise ValueError(f"beta is {beta!r}; expected a number from 0 to 1")
+        check_integer("ignore_index", ignore_index)
         self.beta = float(beta)
         self.ignore_index = ignore_index
 
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, shift_labels: Tensor | None = None
     ) -> Tensor:
-        return masked_jsd(student_logits, teacher_logits, shift_labels, self.ignore_index, beta=self.beta)
+        return masked_jsd(
+            student_logits,
+            teacher_logits,
+            "shift_labels",
+            shift_labels,
+            ignore_index=self.ignore_index,
+            beta=self.beta,
+        )
 
     def extra_repr(self) -> str:
         return f"beta={self.beta}, ignore_index={self.ignore_index}"
@@ -76,18 +88,23 @@ class JSD(nn.Module):
 def masked_jsd(
     student_logits: Tensor,
     teacher_logits: Tensor,
+    labels_name: str,
     labels: Tensor | None,
-    ignore_index: int,
     *,
+    ignore_index: int,
     divisor: Tensor | float | None = None,
     **options: Any,
 ) -> Tensor:
     """The sum of ``fastkd.jsd_loss`` over the rows not labelled ``ignore_index``, divided by ``divisor``, or
-    by their number (1 where none is left)."""
+    by their number (1 where none is left). Errors call the labels ``labels_name``."""
+    check_tensors(student_logits=student_logits, teacher_logits=teacher_logits)
     weight = None
     rows: Tensor | int = student_logits.shape[:-1].numel()
     if labels is not None:
-        counted = labels != ignore_index
+        counted = counted_rows(labels_name, labels, ignore_index, student_logits)
         weight, rows = counted.to(torch.float32), counted.sum().clamp_min(1)
-    total = fastkd.jsd_loss(student_logits, teacher_logits, weight=weight, reduction="sum", **options)
+    names = {"weight": labels_name}  # the weights are made of the labels
+    total = named(
+        names, fastkd.jsd_loss, student_logits, teacher_logits, weight=weight, reduction="sum", **options
+    )
     return total / (rows if divisor is None else divisor)

@@ -10,7 +10,9 @@ from torch.nn.modules.loss import _Loss
 
 import fastkd
 from fastkd import checks
+from fastkd.integrations.arguments import check_tensors, named
 
+NAMES = {"student_logits": "logits_s", "teacher_logits": "logits_t"}
 REDUCTIONS = ("mean", "batchmean", "sum", "none")
 
 
@@ -30,9 +32,11 @@ class LogitsDistillationLoss(_Loss):
         self.reduction = reduction
 
     def forward(self, logits_s: Tensor, logits_t: Tensor) -> Tensor:
+        check_tensors(logits_s=logits_s, logits_t=logits_t)
         reduction = "none" if self.reduction == "none" else "sum"
+        options = {"temperature": self.temperature, "reduction": reduction}
         # ModelOpt, too, gives the teacher no gradient.
-        loss = fastkd.kd_loss(logits_s, logits_t.detach(), temperature=self.temperature, reduction=reduction)
+        loss = named(NAMES, fastkd.kd_loss, logits_s, logits_t.detach(), **options)
         if self.reduction == "mean":
             return loss / logits_s.numel()
         return loss / logits_s.shape[0] if self.reduction == "batchmean" else loss

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import fastkd
+from fastkd.integrations.arguments import check_tensors, cross_entropy_and_kd, named
 
 try:
     from timm.loss import LabelSmoothingCrossEntropy
@@ -17,6 +18,8 @@ except ImportError as error:
         "fastkd.integrations.timm needs timm's training tasks: pip install 'timm>=1.0.27'"
     ) from error
 
+NAMES = {"student_logits": "the student's output", "teacher_logits": "the teacher's output"}
+
 
 class LogitDistillationTask(_TimmTask):
     """``timm.task.LogitDistillationTask``, same arguments and same loss, in one pass over the logits.
@@ -24,7 +27,9 @@ class LogitDistillationTask(_TimmTask):
     loss = task_loss_weight criterion(z_s, y) + distill_loss_weight T^2 KL(softmax(z_t/T) || softmax(z_s/T)).
     With ``torch.nn.CrossEntropyLoss`` (mean, no class weights) or timm's ``LabelSmoothingCrossEntropy`` on
     class labels, both terms and their gradient are one kernel; ``"task_loss"`` and ``"kd_loss"`` of the
-    result are detached then, for logging. Any other criterion is called as it is.
+    result are detached then, for logging. A target that torch's criterion ignores is left out of its mean
+    alone, as in timm; a target on a GPU is not read back for it, and with that criterion the terms are a pass
+    each there. Any other criterion is called as it is. Both models give logits [batch, C].
     """
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
@@ -33,13 +38,24 @@ class LogitDistillationTask(_TimmTask):
             teacher_logits = self.teacher(
                 self.teacher.normalize_input(input, self.student_mean, self.student_std)
             )
+        check_tensors(**{"the student's output": student_logits, "the teacher's output": teacher_logits})
+        if student_logits.dim() != 2:
+            raise ValueError(
+                f"the student's output has shape {list(student_logits.shape)}; expected [batch, C]"
+            )
         smoothing = _label_smoothing(self.criterion, target)
         if smoothing is None or not self.task_loss_weight or not self.distill_loss_weight:
             task_loss = self.criterion(student_logits, target)
-            kd_loss = fastkd.kd_loss(student_logits, teacher_logits, temperature=self.temperature)
+            kd_loss = named(
+                NAMES, fastkd.kd_loss, student_logits, teacher_logits, temperature=self.temperature
+            )
             loss = self.task_loss_weight * task_loss + self.distill_loss_weight * kd_loss
         else:
-            loss, terms = fastkd.distill_loss(
+            # timm's own criterion knows no label to ignore.
+            plain = type(self.criterion) is nn.CrossEntropyLoss
+            loss, terms = named(
+                NAMES,
+                cross_entropy_and_kd,
                 student_logits,
                 teacher_logits,
                 target,
@@ -47,6 +63,7 @@ class LogitDistillationTask(_TimmTask):
                 kd_weight=self.distill_loss_weight,
                 temperature=self.temperature,
                 label_smoothing=smoothing,
+                ignore_index=self.criterion.ignore_index if plain else None,
             )
             task_loss, kd_loss = terms["ce"], terms["kd"]
         return {"loss": loss, "output": student_logits, "task_loss": task_loss, "kd_loss": kd_loss}
@@ -59,6 +76,6 @@ def _label_smoothing(criterion: Any, target: Tensor) -> float | None:
     if type(criterion) is LabelSmoothingCrossEntropy:
         return criterion.smoothing
     plain = type(criterion) is nn.CrossEntropyLoss and criterion.weight is None
-    if plain and criterion.reduction == "mean" and criterion.ignore_index == -100:
+    if plain and criterion.reduction == "mean":
         return criterion.label_smoothing
     return None

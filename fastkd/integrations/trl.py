@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fastkd.integrations.arguments import check_tensors
 from fastkd.integrations.liger import masked_jsd
 
 IGNORE_INDEX = -100
@@ -21,21 +22,28 @@ def generalized_jsd_loss(
     beta: float = 0.5,
     temperature: float = 1.0,
     reduction: str = "batchmean",
-    logits_are_probs: bool = False,
     num_items_in_batch: Tensor | int | None = None,
+    *,
+    logits_are_probs: bool = False,
 ) -> Tensor:
-    """``GKDTrainer.generalized_jsd_loss``: same arguments, same value, no T^2.
+    """``GKDTrainer.generalized_jsd_loss`` of TRL 1.16: same arguments, same value, no T^2.
 
     Logits [batch, length, C], ``labels`` [batch, length] with -100 where a token does not count. "batchmean"
-    divides by the tokens that count, or without labels by the batch (not by its tokens); "sum" by nothing;
-    ``num_items_in_batch``, where given, is the divisor instead.
+    divides by the non-ignored tokens, or without labels by the batch (not by its tokens); "sum" by nothing;
+    ``num_items_in_batch``, where given, is the divisor instead. ``logits_are_probs`` is an argument of older
+    versions.
     """
+    check_tensors(student_logits=student_logits, teacher_logits=teacher_logits)
     if logits_are_probs:
         raise ValueError(
             "logits_are_probs is True; fastkd takes logits, of which it makes the softmax itself"
         )
     if reduction not in ("batchmean", "sum"):
         raise ValueError(f"reduction is {reduction!r}; expected 'batchmean' or 'sum'")
+    if isinstance(num_items_in_batch, bool) or not isinstance(
+        num_items_in_batch, Tensor | int | float | None
+    ):
+        raise TypeError(f"num_items_in_batch is {num_items_in_batch!r}; expected a number of tokens or None")
     divisor: Tensor | float | None = num_items_in_batch
     if divisor is None and reduction == "sum":
         divisor = 1.0
@@ -46,8 +54,9 @@ def generalized_jsd_loss(
     return masked_jsd(
         student_logits,
         teacher_logits,
+        "labels",
         labels,
-        IGNORE_INDEX,
+        ignore_index=IGNORE_INDEX,
         divisor=divisor,
         beta=beta,
         temperature=temperature,

@@ -130,7 +130,7 @@ def explain(
         raise ValueError(f"loss is {loss!r}; expected one of {', '.join(LOSSES)}")
     if dtype not in ELEMENT_BYTES:
         raise TypeError(f"dtype is {dtype}; expected float32, bfloat16, float16 or float64")
-    kind = torch.device(device).type
+    kind = backend.checked_device(device, "device").type
     chosen = backend.resolve(backend.get_backend(), kind, dtype)
     path = _path(chosen, loss, rows, classes, dtype, torch.device(device))
     moved = round(path.accesses * rows * classes * ELEMENT_BYTES[dtype])

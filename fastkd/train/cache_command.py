@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from fastkd.distill.taps import eval_mode
 from .build import build_method, build_network, resolve_device, try_method
 from .console import make_console
 from .data import Data, IndexedLoader, load_data
+from .distributed import from_environment
 from .errors import RecipeError
 from .optimization import build_optimizer
 from .recipe import Recipe, load_recipe
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = from_environment("WORLD_SIZE", 1, least=1)
     if processes > 1:
         raise RecipeError(
             f"cache-teacher runs in one process, but WORLD_SIZE is {processes}: no torchrun here"

@@ -8,12 +8,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastkd.command import run_command
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status.
 
-    0; 2 for bad input; 75 after SIGTERM or SIGUSR1, with a checkpoint to go on from; 130 after Ctrl-C.
+    0; 2 for bad input; 75 after SIGTERM or SIGUSR1, with a checkpoint to go on from; 130 after Ctrl-C; 141
+    where the reader of the output has closed it.
     """
+    return run_command(lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
     parser = _parser()
     args, extra = parser.parse_known_args(argv)
     if args.command in ("train", "cache-teacher"):
@@ -26,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unknown arguments: {' '.join(extra)}")
     from .errors import Preempted, TrainError
 
-    process = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    rank = os.environ.get("RANK")
+    process = f" (rank {rank})" if rank and os.environ.get("WORLD_SIZE", "1") != "1" else ""
     try:
         status: int = args.run(args)
     except TrainError as error:

@@ -56,6 +56,24 @@ def test_step_is_that_of_timm(criterion, weights):
         torch.testing.assert_close(ours[name].detach(), theirs[name].detach(), rtol=1e-5, atol=1e-6)
 
 
+def test_an_ignored_target_is_left_out_of_the_cross_entropy_alone():
+    target = torch.tensor([3, -100, 5, 1, -100, 2])
+    theirs, their_gradient = step(timm_task.LogitDistillationTask, CRITERIA["smoothed"], target)
+    ours, gradient = step(LogitDistillationTask, CRITERIA["smoothed"], target)
+    assert (gradient - their_gradient).norm() < 1e-5 * their_gradient.norm()
+    for name in theirs:
+        torch.testing.assert_close(ours[name].detach(), theirs[name].detach(), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="target has the label -100"):  # timm's criterion knows none
+        step(LogitDistillationTask, CRITERIA["timm-smoothed"], target)
+
+
+def test_other_shapes_are_refused():
+    task = LogitDistillationTask(network(1), network(2), nn.CrossEntropyLoss(), verbose=False)
+    task.trainable_module = task.teacher.model = nn.Unflatten(0, (2, 5))
+    with pytest.raises(ValueError, match=r"student's output has shape \[2, 5, 11\]; expected \[batch, C\]"):
+        task(torch.randn(10, 11), torch.randint(0, 11, (2,)))
+
+
 def test_it_is_a_task_of_timm():
     assert issubclass(LogitDistillationTask, timm_task.LogitDistillationTask)
     with pytest.raises(ValueError, match="loss_type"):

@@ -87,6 +87,63 @@ def test_by_import_path_from_yaml(tmp_path):
     assert_same(step({"key": "KDLoss", "kwargs": kwargs}), step(criterion))
 
 
+def pair(shape):
+    return torch.randn(shape, requires_grad=True), 2 * torch.randn(shape)
+
+
+def io_dicts(student, teacher):
+    return {"2": {"output": student}}, {"2": {"output": teacher}}
+
+
+SHAPES = [(4, 9), (3, 5, 7), (2, 3, 4, 5), (2, 3, 4, 5, 2)]
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+@pytest.mark.parametrize("reduction", ["batchmean", "sum"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("options", [{"alpha": 0.3}, {"alpha": 0.5, "beta": 2.0}, {"alpha": 0.0}], ids=str)
+def test_kd_loss_of_each_shape_is_that_of_torchdistill(options, shape, reduction, ignored):
+    """Classes are in dimension 1; CE leaves ignored targets out of its mean, KL keeps them."""
+    student, teacher = pair(shape)
+    targets = torch.randint(0, shape[1], (shape[0], *shape[2:]))
+    if ignored:
+        targets.view(-1)[::3] = 255
+    kwargs = {**PATHS, "temperature": 3.0, "reduction": reduction, "ignore_index": 255, **options}
+    results = []
+    for loss_class in (mid_level.KDLoss, ours.KDLoss):
+        loss = loss_class(**kwargs)(*io_dicts(student, teacher), targets)
+        results.append((loss.detach(), torch.autograd.grad(loss, student)[0]))
+    assert_same(*results)
+
+
+def test_standardised_logits_are_rows():
+    """Of more dimensions torchdistill standardises the last and takes the softmax of dimension 1."""
+    loss = ours.LogitStdKDLoss(**PATHS, temperature=2.0, alpha=0.5)
+    with pytest.raises(ValueError, match=r"shape \[2, 3, 4, 5\]; expected \[N, C\]"):
+        loss(*io_dicts(*pair((2, 3, 4, 5))), torch.zeros(2, 4, 5, dtype=torch.int64))
+
+
+def test_positional_arguments_are_in_torchdistills_order():
+    """``eps`` stands before ``alpha`` there."""
+    student, teacher = pair((4, 9))
+    targets = torch.tensor([0, 1, 2, 3])
+    values = [
+        loss_class(*PATHS.values(), 2.0, 1e-7, 0.5, 9.0)(*io_dicts(student, teacher), targets)
+        for loss_class in (mid_level.LogitStdKDLoss, ours.LogitStdKDLoss)
+    ]
+    torch.testing.assert_close(*values)
+
+
+@pytest.mark.parametrize("class_dim", [1, -1])
+def test_logits_loss_is_told_where_the_classes_are(class_dim):
+    student, teacher = pair((2, 6, 5))
+    loss = ours.LogitsLoss("KDLoss", *PATHS.values(), class_dim=class_dim)
+    rows = [z.movedim(class_dim, -1) for z in (student, teacher)]
+    torch.testing.assert_close(loss(*io_dicts(student, teacher)), fastkd.kd_loss(*rows))
+    with pytest.raises(ValueError, match=r"shape \[2, 6, 5\].*class_dim"):
+        ours.LogitsLoss("KDLoss", *PATHS.values())(*io_dicts(student, teacher))
+
+
 @pytest.mark.parametrize("name", fastkd.losses.__all__)
 def test_every_loss_by_name(name):
     options = {"ce_weight": 1.0, "kd_weight": 1.0} if name == "DistillLoss" else {}
@@ -94,11 +151,10 @@ def test_every_loss_by_name(name):
     criterion = get_mid_level_loss({"key": "fastkd.LogitsLoss", "kwargs": {**PATHS, "loss": name, **options}})
     student, teacher = torch.randn(2, 4, 9)
     target = torch.randint(0, 9, (4,))
-    io_dicts = [{"2": {"output": logits}} for logits in (student, teacher)]
     module = getattr(fastkd, name)(**options)
     direct = module(student, teacher, *([target] if criterion.uses_labels else []))
     direct = direct[0] if isinstance(direct, tuple) else direct
-    torch.testing.assert_close(criterion(*io_dicts, target), direct)
+    torch.testing.assert_close(criterion(*io_dicts(student, teacher), target), direct)
 
 
 def test_bad_input():
@@ -109,4 +165,57 @@ def test_bad_input():
     with pytest.raises(ValueError, match="eps is"):
         ours.LogitStdKDLoss(*PATHS.values(), temperature=1.0, alpha=0.5, eps=1e-3)
     with pytest.raises(ValueError, match="loss is 'KL'"):
-        ours.LogitsLoss("KL", *PATHS.values())
+        ours.LogitsLoss("KL", **PATHS)
+    with pytest.raises(TypeError, match="temprature"):
+        ours.LogitsLoss("KDLoss", **PATHS, temprature=2.0)
+    with pytest.raises(TypeError, match=r"alpha is '0\.5'"):
+        ours.KDLoss(**PATHS, temperature=1.0, alpha="0.5")
+    with pytest.raises(TypeError, match=r"temperature is '4\.0'"):
+        ours.KDLoss(**PATHS, temperature="4.0", alpha=0.5)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "targets", "kind", "message"),
+    [
+        (torch.randn(9), torch.randn(9), torch.tensor(1), ValueError, r"shape \[9\]; expected \[N, C\]"),
+        (torch.randn(2, 9), torch.randn(3, 9), torch.tensor([1, 2]), ValueError, r"teacher's \[3, 9\]"),
+        (torch.randn(2, 9), torch.randn(2, 9), torch.tensor([1]), ValueError, r"targets has shape \[1\]"),
+        (
+            torch.randn(2, 9, 4),
+            torch.randn(2, 9, 4),
+            torch.ones(2, 9).long(),
+            ValueError,
+            r"expected \[2, 4\]",
+        ),
+        (torch.randn(2, 9), torch.randn(2, 9), torch.randn(2, 9), TypeError, "targets has dtype"),
+        (torch.randn(2, 9), torch.randn(2, 9), torch.tensor([1, 9]), ValueError, "targets has the label 9"),
+        (torch.randn(2, 9), torch.randn(2, 9), [1, 2], TypeError, "targets is a list"),
+        (
+            [1.0],
+            torch.randn(2, 9),
+            torch.tensor([1, 2]),
+            TypeError,
+            "output of the student's module '2' is a list",
+        ),
+        (
+            torch.randn(2, 9),
+            torch.ones(2, 9).long(),
+            torch.tensor([1, 2]),
+            TypeError,
+            "the teacher's logits has",
+        ),
+    ],
+)
+def test_errors_speak_of_what_torchdistill_gave(student, teacher, targets, kind, message):
+    with pytest.raises(kind, match=message):
+        ours.KDLoss(**PATHS, temperature=1.0, alpha=0.5)(*io_dicts(student, teacher), targets)
+
+
+def test_a_module_without_a_hook_is_named():
+    student, teacher = io_dicts(*pair((2, 9)))
+    loss = ours.KDLoss("fc", "output", "2", "output", temperature=1.0, alpha=0.5)
+    with pytest.raises(ValueError, match="student_module_path is 'fc'; hooks are on '2'"):
+        loss(student, teacher)
+    loss = ours.KDLoss("2", "output", "2", "logits", temperature=1.0, alpha=0.5)
+    with pytest.raises(ValueError, match="teacher_module_io is 'logits'; of '2' there is output"):
+        loss(student, teacher)

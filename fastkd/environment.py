@@ -1,0 +1,26 @@
+"""Environment variables are read strictly: an unknown value is an error, an empty one counts as unset."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+
+def check_choice(variable: str, value: str, allowed: Sequence[str]) -> None:
+    """Refuse the variable's ``value`` unless it is one of ``allowed``."""
+    if value not in allowed:
+        raise ValueError(
+            f"the environment's {variable} is {value!r}; expected one of {', '.join(allowed)}, or nothing"
+        )
+
+
+def count(variable: str, default: int, least: int = 0) -> int:
+    """The variable's value, an integer of at least ``least``; ``default`` where it is unset or empty."""
+    value = os.environ.get(variable, "")
+    if not value:
+        return default
+    if not value.isascii() or not value.isdecimal() or int(value) < least:
+        raise ValueError(
+            f"the environment's {variable} is {value!r}; expected an integer from {least} on, or nothing"
+        )
+    return int(value)

@@ -1,0 +1,125 @@
+"""What a command line meets before its work: values of the environment, and a reader that stops reading."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastkd
+from fastkd import backend, environment
+from fastkd.train.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*words: str, **variables: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, env={**os.environ, **variables}, cwd=ROOT
+    )
+
+
+def test_a_backend_that_is_none_is_one_line_and_status_2():
+    done = run("-m", "fastkd", "doctor", FASTKD_BACKEND="nativ")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("fastkd: error: the environment's FASTKD_BACKEND is 'nativ'; expected one of auto")
+    assert not done.stdout
+
+
+@pytest.mark.parametrize(
+    "command", [["recipes"], ["check"], ["bench"], ["train", "glyphs/kd"], ["plot", "runs"]]
+)
+def test_every_command_looks_at_the_backend_first(command, monkeypatch, capsys):
+    monkeypatch.setattr(backend, "_chosen", "Eager")  # as read from the environment
+    assert main(command) == 2
+    assert "FASTKD_BACKEND is 'Eager'" in capsys.readouterr().err
+
+
+def test_a_backend_that_is_none_is_an_error_at_the_first_loss(monkeypatch):
+    """Not at the import, so that the command line can say it; and a choice made in the program prevails."""
+    monkeypatch.setattr(backend, "_chosen", "nativ")
+    with pytest.raises(ValueError, match="FASTKD_BACKEND is 'nativ'; expected one of auto"):
+        fastkd.get_backend()
+    with fastkd.use_backend("eager"):
+        assert fastkd.get_backend() == "eager"
+    with pytest.raises(ValueError, match="FASTKD_BACKEND is 'nativ'"):
+        fastkd.get_backend()
+
+
+def test_an_empty_variable_counts_as_unset():
+    done = run("-c", "import fastkd; print(fastkd.get_backend())", FASTKD_BACKEND="")
+    assert done.stdout.strip() == "auto"
+
+
+@pytest.mark.parametrize("value", ["two", "0", "-1", "1.5", " 2", "²"])
+def test_a_count_that_is_none(value, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", value)
+    for command in (["train", "glyphs/kd"], ["cache-teacher", "glyphs/kd", "--to", "cache"]):
+        assert main(command) == 2
+        assert f"the environment's WORLD_SIZE is {value!r}; expected an integer" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert environment.count("WORLD_SIZE", 1, least=1) == 1
+
+
+@pytest.mark.parametrize("variable", ["RANK", "LOCAL_RANK", "MASTER_PORT"])
+def test_the_other_numbers_of_torchrun(variable, monkeypatch, capsys):
+    numbers = {
+        "WORLD_SIZE": "2",
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "1",
+    }
+    for name, value in {**numbers, variable: "first"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["train", "glyphs/kd"]) == 2
+    assert f"the environment's {variable} is 'first'; expected an integer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("FASTKD_WITHOUT_CUDA", "yes"), ("FASTKD_CUDA_ARCHS", "sm_90"), ("FASTKD_CUDA_ARCHS", "70")],
+)
+def test_the_build_stops_at_a_value_that_is_none(variable, value):
+    done = run("setup.py", "--version", **{variable: value})
+    assert done.returncode == 1
+    assert f"the environment's {variable} is {value!r}; expected" in done.stderr
+
+
+@pytest.mark.parametrize("command", [["recipes"], ["--help"], ["doctor"], ["bench", "--help"]])
+def test_a_reader_that_has_seen_enough_ends_the_command_quietly(command):
+    reader, writer = os.pipe()
+    os.close(reader)  # as `head -1` does when it has its line
+    with os.fdopen(writer, "w") as pipe:
+        process = subprocess.run(
+            [sys.executable, "-m", "fastkd", *command],
+            stdout=pipe,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+    assert process.stderr == ""
+    assert process.returncode == (0 if "--help" in command else 141)  # argparse passes over a closed pipe
+
+
+@pytest.mark.parametrize(
+    ("device", "kind", "message"),
+    [
+        ("cuda:99", ValueError, "device is 'cuda:99', but torch finds"),
+        ("gpu", ValueError, "device is 'gpu'; expected a device such as 'cpu'"),
+        ("meta", ValueError, "device is 'meta', which holds no numbers"),
+        ("xla", ValueError, "device is 'xla', which torch cannot use here"),
+        (None, TypeError, "device is None"),
+        (0, TypeError, "device is 0"),
+    ],
+)
+def test_a_device_that_is_not_here(device, kind, message):
+    with pytest.raises(kind, match=message):
+        fastkd.explain(8, 100, device=device)
+
+
+def test_a_device_that_is_here():
+    assert str(backend.checked_device("cpu", "device")) == "cpu"
+    assert fastkd.explain(8, 100, device="cpu").device == "cpu"
