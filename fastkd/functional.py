@@ -18,8 +18,8 @@ Common to all of them:
   with no row left the loss is 0.
 - Rows of weight 0 and rows left out are not read: they may hold anything. In any other row a NaN logit gives
   a NaN loss and gradient, and touches no other row.
-- The gradient is computed with the loss; in float16 in backward, from the logits, so that a loss scale reaches
-  it before it is rounded. It differentiates once; ``create_graph=True`` raises (use
+- The gradient is computed with the loss; in float16 in backward, from the logits, so that a loss scale
+  reaches it before it is rounded. It differentiates once; ``create_graph=True`` raises (use
   ``fastkd.set_backend("eager")`` for second derivatives). Inside the transforms of ``torch.func`` and in
   forward-mode AD the backend "auto" computes in plain torch, and a fused one asked for by name refuses.
 - Weights, temperatures and other numbers may change at every call, under ``torch.compile`` too: none is

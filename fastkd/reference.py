@@ -23,7 +23,7 @@ STANDARDIZE_EPSILON = 1e-7
 def as_float(logits: Tensor) -> Tensor:
     """Logits in float32 (float64 stays), raised before any arithmetic, -inf replaced by MASKED."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    return wide.clamp_min(MASKED)
+    return wide.masked_fill(wide < MASKED, MASKED)  # a NaN stays, in the gradient too; clamp_min's would be 0
 
 
 def standardize(logits: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ def softmax_rows(
             tckd = square * target_kl(u, v, target)
             if one_sided:
                 surer = label_log_odds(v, target) > label_log_odds(u, target)
-                tckd = torch.where(surer, tckd, 0.0)
+                tckd = tckd.masked_fill(~surer, 0.0)
         if nckd_weight:
             nckd = square * nontarget_kl(u, v, target)
     terms = torch.stack([ce, kd, tckd, nckd])
@@ -182,10 +182,10 @@ def log_cosh(x: Tensor) -> Tensor:
     """log(cosh(x)) without overflow, and without losing a small x to rounding."""
     # |x| + softplus(-2|x|) - log 2 rounds to 0 for small x; the series is exact to rounding there.
     small = x.abs() < 0.05 if x.dtype == torch.float32 else x.abs() < 1e-3
-    inner = torch.where(small, x, 0.0)
+    inner = x.masked_fill(~small, 0.0)
     square = inner * inner
     series = square * (0.5 - square * (1 / 12 - square / 45))
-    outer = torch.where(small, 1.0, x).abs()
+    outer = x.masked_fill(small, 1.0).abs()
     return torch.where(small, series, outer + softplus(-2 * outer) - math.log(2))
 
 

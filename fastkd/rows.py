@@ -127,7 +127,7 @@ def _row_weight(
     if counted is None:
         return row_weight, max(rows, 1) if mean else 1
     present = counted.to(precision)
-    row_weight = present if row_weight is None else torch.where(counted, row_weight, 0.0)
+    row_weight = present if row_weight is None else row_weight.masked_fill(~counted, 0.0)
     return (row_weight / present.sum().clamp_min(1.0) if mean else row_weight), 1
 
 
@@ -147,12 +147,12 @@ def _eager(
     students, teachers = ([one.reshape(-1, classes) for one in logits] for logits in (students, teachers))
     if row_weight is not None:
         # A row of weight 0 may hold anything, also what would make 0 * its gradient NaN.
-        read = row_weight != 0
+        unread = (row_weight == 0)[:, None]
         students, teachers = (
-            [torch.where(read[:, None], one, 0.0) for one in logits] for logits in (students, teachers)
+            [one.masked_fill(unread, 0.0) for one in logits] for logits in (students, teachers)
         )
         if label is not None and counted is not None:
-            label = torch.where(counted, label, 0)
+            label = label.masked_fill(~counted, 0)
     row_loss = reference.ROW_LOSSES[loss]
     pairs = [row_loss(s, t, label, *options) for s, t in zip(students, teachers, strict=True)]
     rows, terms = torch.stack([rows for rows, _ in pairs]), torch.stack([terms for _, terms in pairs], 1)

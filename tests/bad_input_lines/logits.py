@@ -200,12 +200,16 @@ add(
     lambda: fastkd.kd_loss(torch.quantize_per_tensor(S, 0.1, 0, torch.quint8), T),
     Refused(TypeError, "^student_logits"),
 )
-for words, make in (("meta", lambda x: x.to("meta")), ("FakeTensor", faked)):
-    add(
-        f"all arguments: {words}",
-        lambda m=make: nothing_real(m, S, T, Y, W),
-        Gives("no numbers, the shapes of the loss and of the gradient", holds=lambda r: r),
-    )
+SHAPES_ALONE = Gives("no numbers, the shapes of the loss and of the gradient", holds=lambda r: r)
+add("all arguments: FakeTensor", lambda: nothing_real(faked, S, T, Y, W), SHAPES_ALONE)
+
+
+def of_meta() -> bool:
+    return nothing_real(lambda x: x.to("meta"), S, T, Y, W)
+
+
+add("all arguments: meta", of_meta, Refused(BackendUnavailable, "on meta"), ("native", "triton"))
+add("all arguments: meta, no backend named", lambda: auto(of_meta), SHAPES_ALONE, ("eager",))
 
 
 add = group("Transforms of torch.func, forward-mode AD", LINES)
