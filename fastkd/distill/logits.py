@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastkd import functional
+from fastkd.losses import DistillLoss
 
 from .method import TOTAL, Method, Seen, Terms
 from .options import Epochs, Fraction, Positive, Weight
@@ -270,6 +272,7 @@ class LossMethod(Method, abstract=True):
     uses_teacher = False
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None, loss: Callable[..., Any]) -> None:
+        _check_loss(loss, teacher)
         super().__init__(student, teacher)
         self.callable = loss
 
@@ -277,6 +280,33 @@ class LossMethod(Method, abstract=True):
         return True
 
     def terms(self, seen: Seen) -> Terms:
-        result = self.callable(seen.student_logits, seen.teacher_logits, seen.target)
+        teacher_logits = seen.teacher_logits
+        if teacher_logits is None and isinstance(self.callable, DistillLoss):
+            teacher_logits = seen.student_logits.detach()  # of terms whose weights are 0, see _check_loss
+        result = self.callable(seen.student_logits, teacher_logits, seen.target)
         value, terms = result if isinstance(result, tuple) else (result, {})
         return {TOTAL: value, **{name: torch.as_tensor(term).detach() for name, term in terms.items()}}
+
+
+def _check_loss(loss: Any, teacher: nn.Module | None) -> None:
+    """Raise ``ValueError`` for what cannot be called, or lacks the teacher whose logits it takes."""
+    arguments = "(student_logits, teacher_logits, target)"
+    if not callable(loss):
+        raise ValueError(f"loss is {loss!r}; expected a callable {arguments}")
+    call = loss.forward if isinstance(loss, nn.Module) else loss
+    try:
+        inspect.signature(call).bind(None, None, None)
+    except TypeError as error:
+        raise ValueError(
+            f"loss cannot be called with {arguments}: {error}; give a function of these three, such as "
+            "lambda s, t, y: loss(s, t)"
+        ) from None
+    except ValueError:  # a callable of C without a signature
+        pass
+    if teacher is None and type(loss).__module__ == DistillLoss.__module__:
+        distils = [k for k, v in loss.options.items() if k.endswith("_weight") and k != "ce_weight" and v]
+        if not isinstance(loss, DistillLoss) or distils:
+            raise ValueError(
+                f"teacher is None, but {loss!r} takes its logits; give a teacher, or "
+                "DistillLoss(ce_weight=1.0) for the labels alone"
+            )

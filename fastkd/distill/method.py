@@ -23,11 +23,12 @@ from fastkd.imports import import_named
 from .classifier import find_classifier
 from .features import Hint, angle_loss, distance_loss, over_all_ranks
 from .options import GIVEN, Weight, check_options, nearest
+from .sharing import check_apart
 from .taps import INPUT, Taps, eval_mode, logits_of, unwrapped
 
 Terms = dict[str, Tensor]
 Batch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]  # inputs, target, teacher's logits if known
-TOTAL = "loss"  # the name under which a fused loss of several terms carries their gradient
+TOTAL = "loss"  # the name of what is trained; the other terms add up to it
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Method(nn.Module):
 
     Raises:
         OptionError: an unknown option or a bad value.
+        ValueError: no teacher where one is needed; parts that both models share.
         FeatureError: a layer that does not exist or gives no features, spatial sizes that differ.
     """
 
@@ -103,6 +105,7 @@ class Method(nn.Module):
         relation_teacher_layer: str | None = None,
     ) -> None:
         super().__init__()
+        check_apart(student, teacher)
         if teacher is None and (self.uses_teacher or hint_weight or distance_weight or angle_weight):
             raise ValueError(f"teacher is None, but {self.name or 'a hint or relation'} distils from one")
         self.student = student
@@ -144,6 +147,7 @@ class Method(nn.Module):
 
         Those that require grad are summed and trained; a detached one is only logged. A fused loss of several
         terms goes under "loss" with its detached, weighted terms beside it, so that what is logged adds up.
+        ``loss`` puts the sum before them.
         """
         raise NotImplementedError
 
@@ -161,7 +165,10 @@ class Method(nn.Module):
         return self.loss(batch)
 
     def loss(self, batch: Batch) -> Terms:
-        """The terms of ``(inputs, target)``; both models run once.
+        """``{"loss": …}`` of ``(inputs, target)``, and its terms; both models run once.
+
+        "loss" comes first and is what is trained. The other entries are its terms, weighted: they add up to
+        it, but for detached ones that a method of your own logs beside them.
 
         ``target`` is int64 labels ``[N]`` or, as MixUp and CutMix give them, probabilities ``[N, C]``. A
         third entry is the teacher's logits, as a cache keeps them; then the teacher does not run.
@@ -182,17 +189,17 @@ class Method(nn.Module):
             (teacher_logits,) = given
         elif self.teacher is not None and (carried or self.needs_teacher()):
             taps = self.teacher_taps.reading()
-            with torch.inference_mode(), self._teacher_format(inputs), taps as seen_by_teacher:
-                logits = logits_of(self.teacher, inputs, "teacher")
-            # Copies, which autograd may keep: tensors of inference mode it may not.
-            teacher_logits = logits.clone()
-            teacher_features = {path: feature.clone() for path, feature in seen_by_teacher.items()}
+            # Not inference mode: what a teacher caches there (a table of positions, for all models of its
+            # class) could not be used by a student whose backward keeps it.
+            with torch.no_grad(), self._teacher_format(inputs), taps as teacher_features:
+                teacher_logits = logits_of(self.teacher, inputs, "teacher")
         with self.student_taps.reading() as student_features:
             student_logits = logits_of(self.student, inputs, "student")
         terms = self.terms(Seen(student_logits, teacher_logits, target, student_features, teacher_features))
+        carried_terms: Terms = {}
         if self.hint is not None:
             student, teacher = self._hint_layers
-            terms["hint"] = self._hint_weight * self.hint(
+            carried_terms["hint"] = self._hint_weight * self.hint(
                 student_features[student], teacher_features[teacher]
             )
         if self._distance_weight or self._angle_weight:
@@ -200,10 +207,11 @@ class Method(nn.Module):
             # Pairs and triples of the whole batch, wherever its rows are.
             pair = over_all_ranks(student_features[student], teacher_features[teacher])
             if self._distance_weight:
-                terms["distance"] = self._distance_weight * distance_loss(*pair)
+                carried_terms["distance"] = self._distance_weight * distance_loss(*pair)
             if self._angle_weight:
-                terms["angle"] = self._angle_weight * angle_loss(*pair)
-        return terms
+                carried_terms["angle"] = self._angle_weight * angle_loss(*pair)
+        total = sum(carried_terms.values(), _trained(terms))
+        return {TOTAL: total, **{k: v for k, v in terms.items() if k != TOTAL}, **carried_terms}
 
     def backward(self, terms: Terms, *, scaler: GradScaler | None = None, micro_batches: float = 1) -> Tensor:
         """Adds the gradient of the terms to ``.grad``; returns the loss, detached.
@@ -244,7 +252,7 @@ class Method(nn.Module):
     def check(self, batch: Batch) -> None:
         """A step in eval mode without gradient: what does not fit raises here, and nothing changes."""
         with eval_mode(self, self.teacher):
-            total_of(self.loss(batch))
+            self.loss(batch)
 
     def _teacher_format(self, inputs: Any) -> contextlib.AbstractContextManager[Any]:
         if self.teacher_dtype is None or not isinstance(inputs, Tensor):
@@ -286,17 +294,36 @@ class Method(nn.Module):
         return self
 
 
+class TermError(ValueError):
+    """What ``terms`` returned is no dict of scalars, or trains something twice."""
+
+
 def total_of(terms: Terms) -> Tensor:
-    """The sum of the terms that require grad; of all if none does. Raises ``ValueError`` for no scalar."""
+    """The loss among what ``Method.loss`` returns."""
+    return terms[TOTAL]
+
+
+def _trained(terms: Terms) -> Tensor:
+    """The sum of the terms that require grad; of all if none does. Raises ``TermError``."""
+    if not isinstance(terms, dict):
+        raise TermError(f"terms returned a {type(terms).__name__}; expected a dict of named scalars")
     if not terms:
-        raise ValueError("terms is empty; expected one named scalar at least")
+        raise TermError("terms is empty; expected one named scalar at least")
     for name, value in terms.items():
         if not isinstance(value, Tensor) or value.ndim != 0:
-            raise ValueError(
+            raise TermError(
                 f"the term {name!r} is {getattr(value, 'shape', value)!r}; expected a scalar tensor"
             )
-    trained = [value for value in terms.values() if value.requires_grad]
-    return sum(trained[1:], trained[0]) if trained else torch.stack(list(terms.values())).sum()
+    trained = {name: value for name, value in terms.items() if value.requires_grad}
+    if TOTAL in terms:
+        if twice := [name for name in trained if name != TOTAL]:
+            raise TermError(
+                f"terms has {TOTAL!r}, which is trained, and {', '.join(map(repr, twice))} with a gradient "
+                f"too: it would be trained twice; detach it, or leave {TOTAL!r} out"
+            )
+        return terms[TOTAL]
+    first, *rest = (trained or terms).values()
+    return sum(rest, first)
 
 
 def scaled(value: Tensor, scaler: GradScaler | None) -> Tensor:

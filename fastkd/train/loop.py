@@ -11,15 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.distill.logits import LossMethod
-from fastkd.distill.method import TOTAL, Method, Terms, total_of
+from fastkd.distill.method import TOTAL, Method, TermError, Terms, total_of
+from fastkd.distill.sharing import check_apart
 
 from . import distributed
 from .batches import Batch, Batches, micro_batches
 from .ema import make_ema
 from .errors import NonFiniteLossError, Preempted, TrainError
-from .evaluation import evaluate, validate
+from .evaluation import evaluate, try_validation, validate
 from .meters import LossMeter, PassTimer, Stopwatch
 from .precision import autocast, compile_networks, dtype_of, make_scaler
+from .preflight import check_channels_last, check_loaders, check_optimizer, check_scheduler
 from .random_state import get_random_state, set_random_state
 from .signals import Control
 
@@ -107,6 +109,7 @@ def fit(
             dict of detached scalar terms to log. If it is a module, its parameters are trained too.
         **options: those of ``fit_method``, whose other arguments and errors these are.
     """
+    check_apart(student, teacher)  # before the teacher, and what is shared, is frozen
     device = torch.device(device) if device is not None else _device_of(student)
     with frozen(teacher, device):
         method = LossMethod(student, teacher, loss)
@@ -169,18 +172,23 @@ def fit_method(
     Raises:
         NonFiniteLossError: the loss became NaN or infinite.
         Preempted: ``stop`` said so.
-        TrainError: a loader yields nothing, or the loss does not depend on the student.
+        ValueError: an option, optimizer or scheduler that does not fit the method; found before training.
+        TrainError: a loader yields nothing or something else, or the loss does not depend on the student.
     """
     _check_options(epochs, scheduler_interval, accumulate, ema, nonfinite)
     student = method.student
+    check_loaders(train_loader, val_loader, epochs)
     device = torch.device(device) if device is not None else _device_of(student)
     method.to(device)
     if channels_last:
+        check_channels_last(method)
         method.to(memory_format=torch.channels_last)
     if teacher_precision is not None:
         method.teacher_dtype = dtype_of(teacher_precision, "teacher_precision") or torch.float32
     scaler = make_scaler(device, precision)
-    optimizer = optimizer or torch.optim.AdamW(method.parameters(), lr=1e-3)
+    own_optimizer = optimizer is None
+    optimizer = torch.optim.AdamW(method.parameters(), lr=1e-3) if optimizer is None else optimizer
+    check_optimizer(method, optimizer)
     average = make_ema(student, ema) if ema is not None else None
     if watcher is None:
         watcher = _default_watcher(progress)
@@ -200,6 +208,15 @@ def fit_method(
     runner = distributed.wrap(method)
     train = Batches(train_loader, device, even=True, channels_last=channels_last)
     buffers = list(method.buffers())
+    steps = 1 if scheduler_interval == "epoch" else train.length
+    check_scheduler(
+        scheduler,
+        optimizer,
+        own_optimizer=own_optimizer,
+        interval=scheduler_interval,
+        total=None if steps is None else steps * epochs,
+    )
+    try_validation(student, val_loader, device, precision, channels_last)
 
     def state(**position: Any) -> Callable[[], dict[str, Any]]:
         # Here and not in the function: all ranks take part, only the first one writes.
@@ -245,9 +262,9 @@ def fit_method(
                         # Ranks exchange gradients once a step.
                         with distributed.without_sync(runner, number < len(parts)):
                             with autocast(device, precision):
-                                terms = runner(part)
+                                terms = _terms(runner, part)
                             watch.lap("loss")
-                            meter.add(_total(terms), _logged(terms), passes.logits, part[1])
+                            meter.add(total_of(terms).detach(), _logged(terms), passes.logits, part[1])
                             watch.lap("other")
                             method.backward(terms, scaler=scaler, micro_batches=share)
                     if nonfinite == "skip" and not meter.step_is_finite():
@@ -377,14 +394,14 @@ def _nothing_came(epoch: int, meter: LossMeter) -> str:
     return f"the train loader yielded no batch in epoch {epoch + 1}{again}"
 
 
-def _total(terms: Terms) -> Tensor:
+def _terms(runner: nn.Module, batch: Batch) -> Terms:
     try:
-        total = total_of(terms)
-    except ValueError as error:
+        terms: Terms = runner(batch)
+    except TermError as error:
         raise TrainError(str(error)) from None
-    if not total.requires_grad:
+    if not total_of(terms).requires_grad:
         raise TrainError("the loss does not depend on student_logits: there is nothing to train")
-    return total.detach()
+    return terms
 
 
 def _logged(terms: Terms) -> Terms:

@@ -51,11 +51,45 @@ def test_a_step_trains_the_student_and_leaves_the_teacher(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_what_is_logged_adds_up_to_the_loss(name: str) -> None:
+@pytest.mark.parametrize("graph", [True, False])
+def test_the_loss_comes_first_and_its_terms_add_up_to_it(name: str, graph: bool) -> None:
     method = build(name)
-    terms = method(batch())
-    logged = sum(value.detach() for key, value in terms.items() if key != "loss")
-    torch.testing.assert_close(torch.as_tensor(logged), total_of(terms).detach(), rtol=1e-5, atol=1e-6)
+    with torch.set_grad_enabled(graph):
+        terms = method(batch())
+    first, *rest = terms
+    assert first == "loss"
+    assert rest
+    assert terms["loss"].requires_grad == graph
+    total = terms["loss"].detach()
+    torch.testing.assert_close(
+        torch.stack([terms[term].detach() for term in rest]).sum(), total, rtol=1e-5, atol=1e-6
+    )
+    assert torch.equal(total_of(terms), terms["loss"])
+    if graph:
+        assert torch.equal(method.backward(terms), total)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_loss_alone_carries_the_gradient(name: str) -> None:
+    options = {"align": "none", "dropout": 0.0} if name == "dhkd" else {}
+    gradients = []
+    for train in (lambda m, t: m.backward(t), lambda m, t: t["loss"].backward()):
+        method = build(name, **options)
+        train(method, method(batch()))
+        gradients.append([p.grad for p in method.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        assert one is None or torch.equal(one, other)
+
+
+def test_nothing_is_trained_twice() -> None:
+    method = KD(*pair())
+    fused = torch.ones((), requires_grad=True)
+    method.terms = lambda seen: {"loss": fused, "kd": fused * 2}
+    with pytest.raises(ValueError, match=r"terms has 'loss', which is trained, and 'kd' with a gradient too"):
+        method(batch())
+    method.terms = lambda seen: fused
+    with pytest.raises(ValueError, match="terms returned a Tensor; expected a dict of named scalars"):
+        method(batch())
 
 
 @pytest.mark.parametrize("name", METHODS)
