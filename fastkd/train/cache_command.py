@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from fastkd.distill.taps import eval_mode
 from .build import build_method, build_network, resolve_device, try_method
 from .console import make_console
 from .data import Data, IndexedLoader, load_data
+from .environment import number
 from .errors import RecipeError
 from .optimization import build_optimizer
 from .recipe import Recipe, load_recipe
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = number("WORLD_SIZE", 1)
     if processes > 1:
         raise RecipeError(
             f"cache-teacher runs in one process, but WORLD_SIZE is {processes}: no torchrun here"
@@ -62,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
     facts["top_k"] = None if args.all or args.top_k >= data.num_classes else args.top_k
     if args.to.exists():  # before a teacher is trained
         raise RecipeError(f"--to {args.to}: it exists; a cache is never written over: name a new folder")
-    try_method(recipe, data, device, cached=True)
+    for note in try_method(recipe, data, device, cached=True):
+        console.print(note, markup=False)
     teacher = find_teacher(recipe.teacher, data, args.runs, device, console)
     facts["val_accuracy"] = teacher.summary["val_accuracy"]
     console.print(f"teacher: {facts['val_accuracy']:.2%}, {teacher.summary['checkpoint']}", markup=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,10 +23,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         extra = [word for word in extra if word.startswith("-")]
     if extra:
         parser.error(f"unknown arguments: {' '.join(extra)}")
+    from .environment import number
     from .errors import Preempted, TrainError
 
-    process = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    process = ""
     try:
+        if number("WORLD_SIZE", 1) > 1:
+            process = f" (rank {number('RANK', 0)})"
         status: int = args.run(args)
     except TrainError as error:
         print(f"fastkd: error{process}: {error}", file=sys.stderr)
@@ -173,7 +175,10 @@ def _train_launched(args: argparse.Namespace) -> int:
         folder = Path(summaries[0]["folder"])
     else:
         folder, summaries = run_seeds(name, recipe, count, runs=runs, console=console, folder=folder)
-    print_results(summaries, runs, console)
+    try:
+        print_results(summaries, recipe, folder, runs, console)
+    except Exception as error:  # the run is whole: what cannot be shown does not make it a failure
+        console.print(f"no table of results: {type(error).__name__}: {error}", markup=False)
     console.print(f"run folder: {folder}", soft_wrap=True, markup=False)
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -22,6 +23,9 @@ _LOG_SECONDS = 60.0
 
 def make_console(*, quiet: bool = False) -> Console:
     """A console that keeps tables whole when the output is a file or a pipe."""
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:  # an ASCII terminal gets ? for what it cannot show
+        reconfigure(errors="replace")
     console = Console(highlight=False, emoji=False, quiet=quiet)
     if not console.is_terminal:
         console = Console(highlight=False, emoji=False, quiet=quiet, width=160)

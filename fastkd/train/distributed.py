@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastkd.distill.method import Method
 
+from .environment import number
 from .errors import RecipeError
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -40,10 +41,10 @@ def launched() -> Iterator[None]:
 
     Tensors on GPUs go by NCCL, those on CPUs by gloo. Raises ``RecipeError`` for an environment in part.
     """
-    if _active() or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if _active() or number("WORLD_SIZE", 1) < 2:
         yield
         return
-    missing = [name for name in _TORCHRUN if name not in os.environ]
+    missing = [name for name in _TORCHRUN if not os.environ.get(name)]
     if missing:
         raise RecipeError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} not set: start with "
@@ -60,7 +61,7 @@ def launched() -> Iterator[None]:
 
 def local_device() -> torch.device:
     """The GPU of this process: one for each rank of a machine."""
-    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    local, count = number("LOCAL_RANK", 0), torch.cuda.device_count()
     if local >= count:
         raise RecipeError(
             f"LOCAL_RANK is {local}, but this machine has {count} GPUs; start as many processes as GPUs, "

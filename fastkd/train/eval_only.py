@@ -63,7 +63,7 @@ def evaluate_networks(name: str, recipe: Recipe, folder: Path | None, console: C
     for label, network in networks.items():
         accuracy, loss, rows = evaluate_rows(
             network.to(device),
-            data.val_loader(device),
+            data.val_loader(device, recipe.train.val_batch_size or recipe.train.batch_size),
             device=device,
             precision=recipe.train.precision,
         )

@@ -76,7 +76,11 @@ def load_student(folder: Path, which: str = "best") -> tuple[nn.Module, list[int
     student = recipe.student
     try:
         model = build_model(
-            student.name, num_classes=facts["num_classes"], width=student.width, channels=shape[0]
+            student.name,
+            num_classes=facts["num_classes"],
+            width=student.width,
+            channels=shape[0],
+            size=shape[-1],
         )
     except ValueError as error:
         raise ExportError(f"{folder}: {error}") from None

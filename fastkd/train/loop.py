@@ -24,6 +24,7 @@ from .precision import autocast, compile_networks, dtype_of, make_scaler
 from .preflight import check_channels_last, check_loaders, check_optimizer, check_scheduler
 from .random_state import get_random_state, set_random_state
 from .signals import Control
+from .trial import Sizes
 
 __all__ = ["FitResult", "Watcher", "evaluate", "fit", "fit_method", "frozen"]
 
@@ -143,6 +144,9 @@ def fit_method(
 ) -> FitResult:
     """Train the student of ``method``, and what the method trains beside it; validate the plain student.
 
+    A batch so small that the network cannot take it in train mode, such as a last one of a single row, is
+    left out; the watcher is told, and ``skipped`` counts it.
+
     In a ``torch.distributed`` process group the method runs under DDP, and each batch of the loaders is
     shared among the ranks, so that n processes do what one does (see ``batches.Batches``).
 
@@ -234,6 +238,7 @@ def fit_method(
             "position": position or None,
         }
 
+    sizes = Sizes(method, precision, accumulate, watcher.note)
     with watcher:
         for epoch in range(len(history), epochs):
             train.set_epoch(epoch)
@@ -255,6 +260,11 @@ def fit_method(
             with PassTimer(student, method.teacher, watch) as passes, _saving(watcher, train):
                 for batch in batches:
                     watch.lap("data")
+                    if not sizes.take(batch, resumed=within is not None):
+                        meter.skip_step()
+                        if scheduler is not None and scheduler_interval == "step":
+                            scheduler.step()
+                        continue
                     optimizer.zero_grad(set_to_none=True)
                     kept = [buffer.clone() for buffer in buffers] if nonfinite == "skip" else []
                     parts = micro_batches(batch, accumulate)

@@ -24,6 +24,7 @@ from .console import ConsoleProgress
 from .data import Data, load_data
 from .errors import DataError, NonFiniteLossError, Preempted, RecipeError, TrainError
 from .evaluation import evaluate
+from .forwarding import Shielded
 from .loop import FitResult, Watcher, fit_method
 from .optimization import build_optimizer, build_scheduler
 from .recipe import Optimization, Recipe, Teacher, Train
@@ -81,7 +82,9 @@ def run_recipe(
             teacher = TeacherInUse(CachedTeacher(), _cached_summary(cache))
         elif recipe.teacher is not None:
             teacher = load_given_teacher(recipe.teacher, data, device)
-        try_method(recipe, data, device, cached=cache is not None)
+        tried = None if cache is not None or teacher is None else teacher.model
+        for note in try_method(recipe, data, device, cached=cache is not None, teacher=tried):
+            console.print(note, markup=False)
         if folder is None:
             folder = distributed.from_first(create_run_folder(runs, name) if distributed.is_first() else None)
         with _owned(folder):
@@ -186,7 +189,7 @@ def comparison_key(recipe: Recipe, data: Data) -> str:
 # Of a run's results: where and how it is computed, and what is written.
 _NO_MATTER = {
     "seed", "device", "threads", "teacher_precision", "channels_last", "compile", "accumulate",
-    "nonfinite", "log_every", "checkpoint_every", "keep_every", "tensorboard",
+    "nonfinite", "log_every", "checkpoint_every", "keep_every", "tensorboard", "val_batch_size",
 }  # fmt: skip
 # Left out where they are at their defaults: runs made before there were such settings are still the same.
 _LATER = {"warmup_epochs": 0.0, "sync_batchnorm": False, "ema": None}
@@ -203,7 +206,7 @@ def load_given_teacher(config: Teacher, data: Data, device: torch.device) -> Tea
     model = build_network(config, data)
     if config.weights is not None:
         load_torchvision_weights(model, config.name, config.weights, num_classes=data.num_classes)
-        measured, _ = evaluate(model.to(device), data.val_loader(device), device=device)
+        measured, _ = evaluate(model.to(device), data.val_loader(device, config.batch_size), device=device)
         return TeacherInUse(model, {"checkpoint": config.weights, "val_accuracy": measured})
     assert config.checkpoint is not None
     path = Path(config.checkpoint)
@@ -216,7 +219,7 @@ def load_given_teacher(config: Teacher, data: Data, device: torch.device) -> Tea
     accuracy = facts.get("val_accuracy")
     if facts.get("data") != _hash(data.fingerprint) or accuracy is None:
         model.to(device)
-        accuracy, _ = evaluate(model, data.val_loader(device), device=device)
+        accuracy, _ = evaluate(model, data.val_loader(device, config.batch_size), device=device)
     return TeacherInUse(model, {"checkpoint": str(path), "val_accuracy": accuracy})
 
 
@@ -335,7 +338,7 @@ def _fit_in_folder(
         return fit_method(
             method,
             train_loader,
-            data.val_loader(device),
+            data.val_loader(device, train.val_batch_size or optimization.batch_size),
             epochs=optimization.epochs,
             optimizer=optimizer,
             scheduler=build_scheduler(optimizer, optimization, len(train_loader)),
@@ -362,7 +365,8 @@ def _reached(state: dict[str, Any]) -> str:
 
 def _shown(folder: Path, role: str, console: Console, *, tensorboard: bool) -> Watcher:
     shown = ConsoleProgress(role, console)
-    return TensorBoard(folder / "tensorboard", shown) if tensorboard else shown
+    # Each by itself: without TensorBoard the console goes on.
+    return TensorBoard(folder / "tensorboard", Shielded(shown)) if tensorboard else Shielded(shown)
 
 
 def _hash(content: Any) -> str:
