@@ -272,7 +272,7 @@ class LossMethod(Method, abstract=True):
     uses_teacher = False
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None, loss: Callable[..., Any]) -> None:
-        _check_loss(loss, teacher)
+        _check_loss(loss)
         super().__init__(student, teacher)
         self.callable = loss
 
@@ -281,15 +281,15 @@ class LossMethod(Method, abstract=True):
 
     def terms(self, seen: Seen) -> Terms:
         teacher_logits = seen.teacher_logits
-        if teacher_logits is None and isinstance(self.callable, DistillLoss):
-            teacher_logits = seen.student_logits.detach()  # of terms whose weights are 0, see _check_loss
+        if teacher_logits is None:
+            teacher_logits = _without_teacher(self.callable, seen.student_logits)
         result = self.callable(seen.student_logits, teacher_logits, seen.target)
         value, terms = result if isinstance(result, tuple) else (result, {})
         return {TOTAL: value, **{name: torch.as_tensor(term).detach() for name, term in terms.items()}}
 
 
-def _check_loss(loss: Any, teacher: nn.Module | None) -> None:
-    """Raise ``ValueError`` for what cannot be called, or lacks the teacher whose logits it takes."""
+def _check_loss(loss: Any) -> None:
+    """Raise ``ValueError`` for what cannot be called as a loss is."""
     arguments = "(student_logits, teacher_logits, target)"
     if not callable(loss):
         raise ValueError(f"loss is {loss!r}; expected a callable {arguments}")
@@ -303,10 +303,21 @@ def _check_loss(loss: Any, teacher: nn.Module | None) -> None:
         ) from None
     except ValueError:  # a callable of C without a signature
         pass
-    if teacher is None and type(loss).__module__ == DistillLoss.__module__:
-        distils = [k for k, v in loss.options.items() if k.endswith("_weight") and k != "ce_weight" and v]
-        if not isinstance(loss, DistillLoss) or distils:
-            raise ValueError(
-                f"teacher is None, but {loss!r} takes its logits; give a teacher, or "
-                "DistillLoss(ce_weight=1.0) for the labels alone"
-            )
+
+
+def _without_teacher(loss: Any, student_logits: Tensor) -> Tensor | None:
+    """What a loss is given for logits that there are none of: those of a loss of fastkd's are never None.
+
+    Raises ``ValueError`` where it distils.
+    """
+    if type(loss).__module__ != DistillLoss.__module__:
+        return None
+    weights = [
+        value for name, value in loss.options.items() if name.endswith("_weight") and name != "ce_weight"
+    ]
+    if not isinstance(loss, DistillLoss) or any(weights):
+        raise ValueError(
+            f"teacher is None, but {loss!r} takes its logits; give a teacher, a loader of "
+            "(images, target, teacher_logits), or DistillLoss(ce_weight=1.0) for the labels alone"
+        )
+    return student_logits.detach()

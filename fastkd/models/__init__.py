@@ -88,8 +88,7 @@ def build_model(
     if name.startswith(_TORCHVISION):
         from torchvision import models
 
-        _check_name(name, [_TORCHVISION + model for model in models.list_models(models)])
-        model = name.removeprefix(_TORCHVISION)
+        model = torchvision_builder(name)
         return models.get_model(model, num_classes=num_classes, **_torchvision_options(model, size))
     return _FIXED[name](num_classes)
 
@@ -104,6 +103,14 @@ def _check_name(name: str, names: list[str], list_all: bool = False) -> None:
             else ""
         )
         raise ValueError(f"unknown model {name!r}{hint}{rest}")
+
+
+def torchvision_builder(name: str) -> str:
+    """torchvision's own name of ``torchvision/NAME``. Raises ``ValueError`` if it has no such network."""
+    from torchvision import models
+
+    _check_name(name, [_TORCHVISION + model for model in models.list_models(models)])
+    return name.removeprefix(_TORCHVISION)
 
 
 def _torchvision_options(model: str, size: int | None) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def evaluate_networks(name: str, recipe: Recipe, folder: Path | None, console: C
     console.print(f"data: {data.describe()}", markup=False)
     networks: dict[str, nn.Module] = {}
     if recipe.teacher is not None and (recipe.teacher.checkpoint or recipe.teacher.weights):
-        teacher = load_given_teacher(recipe.teacher, data, device)
+        teacher = load_given_teacher(recipe.teacher, data, device, console)
         assert teacher is not None
         networks["teacher"] = teacher.model
     for what, path in (("best epoch", "best.pt"), ("newest state", "last.pt")) if folder else ():

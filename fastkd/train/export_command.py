@@ -84,7 +84,7 @@ def load_student(folder: Path, which: str = "best") -> tuple[nn.Module, list[int
         )
     except ValueError as error:
         raise ExportError(f"{folder}: {error}") from None
-    weights = state_dict_in(content)
+    weights = state_dict_in(content, model)
     if weights is None:
         raise ExportError(f"{folder / which}.pt holds no state dict of tensors")
     fill(model, weights, f"{folder / which}.pt", "the recipe and the weights of a run belong together")

@@ -34,7 +34,8 @@ from .signals import StopSignals
 from .sync_batchnorm import synchronised
 from .teacher_cache import CachedLoader, CachedTeacher, TeacherCache, wanted_facts
 from .tensorboard import TensorBoard, require_tensorboard
-from .weights import load_torchvision_weights, load_weights
+from .torchvision_weights import torchvision_network
+from .weights import load_weights
 
 
 class Stopped(KeyboardInterrupt):
@@ -81,7 +82,7 @@ def run_recipe(
         if cache is not None:
             teacher = TeacherInUse(CachedTeacher(), _cached_summary(cache))
         elif recipe.teacher is not None:
-            teacher = load_given_teacher(recipe.teacher, data, device)
+            teacher = load_given_teacher(recipe.teacher, data, device, console)
         tried = None if cache is not None or teacher is None else teacher.model
         for note in try_method(recipe, data, device, cached=cache is not None, teacher=tried):
             console.print(note, markup=False)
@@ -200,14 +201,23 @@ def _what_matters(config: Optimization, leave_out: set[str]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in _LATER or value != _LATER[key]}
 
 
-def load_given_teacher(config: Teacher, data: Data, device: torch.device) -> TeacherInUse | None:
+def load_given_teacher(
+    config: Teacher, data: Data, device: torch.device, console: Console
+) -> TeacherInUse | None:
     if config.checkpoint is None and config.weights is None:
         return None
-    model = build_network(config, data)
     if config.weights is not None:
-        load_torchvision_weights(model, config.name, config.weights, num_classes=data.num_classes)
+        model, notes = torchvision_network(
+            config.name,
+            config.weights,
+            num_classes=data.num_classes,
+            size=data.example()[0].shape[-1],
+        )
+        for note in notes:
+            console.print(f"teacher: {note}", markup=False)
         measured, _ = evaluate(model.to(device), data.val_loader(device, config.batch_size), device=device)
         return TeacherInUse(model, {"checkpoint": config.weights, "val_accuracy": measured})
+    model = build_network(config, data)
     assert config.checkpoint is not None
     path = Path(config.checkpoint)
     facts = load_weights(
@@ -227,7 +237,9 @@ def find_teacher(
     config: Teacher, data: Data, runs: Path, device: torch.device, console: Console
 ) -> TeacherInUse:
     """The teacher of a recipe, trained if it must be. Raises ``TrainError``."""
-    return load_given_teacher(config, data, device) or own_teacher(config, data, runs, device, console)
+    return load_given_teacher(config, data, device, console) or own_teacher(
+        config, data, runs, device, console
+    )
 
 
 def _open_cache(recipe: Recipe, data: Data) -> TeacherCache | None:
