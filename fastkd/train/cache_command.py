@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from fastkd.distill.method import Method, total_of
-from fastkd.distill.taps import eval_mode
+from fastkd.distill.taps import eval_mode, logits_of
 
 from .build import build_method, build_network, resolve_device, try_method
 from .console import make_console
@@ -108,7 +108,7 @@ def _logits(
     loader.set_epoch(epoch)
     for images, _, indices in loader.indexed():
         with torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32"):
-            logits = teacher(images)
+            logits = logits_of(teacher, images, "teacher")
         yield indices, logits
 
 

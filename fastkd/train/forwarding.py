@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -29,7 +30,9 @@ class Shielded(Watcher):
             getattr(self._shown, name)(*arguments)
         # SystemExit is rich's answer to a reader that has gone.
         except (Exception, SystemExit) as error:
-            self._shown = None
+            shown, self._shown = self._shown, None
+            with contextlib.suppress(Exception, SystemExit):  # a bar on the terminal has a thread of its own
+                shown.__exit__(None, None, None)
             text = f"the run goes on, but shows nothing any more: {type(error).__name__}: {error}"
             warnings.warn(text, stacklevel=2)
 

@@ -371,8 +371,9 @@ def _default_watcher(progress: bool) -> Watcher:
     if not progress or not distributed.is_first():
         return Watcher()
     from .console import ConsoleProgress  # rich is wanted only here
+    from .forwarding import Shielded
 
-    return ConsoleProgress()
+    return Shielded(ConsoleProgress())
 
 
 @contextlib.contextmanager

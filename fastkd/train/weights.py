@@ -60,7 +60,7 @@ def state_dict_in(content: Mapping[str, Any], model: nn.Module) -> dict[str, Ten
         if not isinstance(candidate, Mapping) or not candidate:
             continue
         if all(isinstance(key, str) and isinstance(value, Tensor) for key, value in candidate.items()):
-            return _without_prefix(dict(candidate), model)
+            return _without_prefix(_modern(candidate), model)
     return None
 
 
@@ -69,25 +69,30 @@ def _without_prefix(weights: dict[str, Tensor], model: nn.Module) -> dict[str, T
 
     Where that is all of the model, other entries (Lightning's of a loss or a metric) are left out.
     """
-    expected = {key for key in model.state_dict() if not key.endswith(_COUNTER)}
-    found: Counter[str] = Counter()
-    for key in weights:
+    expected = {key: v.shape for key, v in model.state_dict().items() if not key.endswith(_COUNTER)}
+    named: Counter[str] = Counter()
+    fitting: Counter[str] = Counter()
+    for key, value in weights.items():
         parts = key.split(".")
-        found.update(
-            ".".join([*parts[:n], ""]) if n else ""
-            for n in range(len(parts))
-            if ".".join(parts[n:]) in expected
-        )
-    whole = sorted(prefix for prefix, count in found.items() if count == len(expected))
-    if "" in whole or not found:
+        for n in range(len(parts)):
+            name, prefix = ".".join(parts[n:]), "".join(f"{part}." for part in parts[:n])
+            named[prefix] += name in expected
+            fitting[prefix] += expected.get(name) == value.shape
+    whole = sorted(prefix for prefix, count in fitting.items() if count == len(expected))
+    if "" in whole or not named:
         return weights
     if len(whole) > 1:
         raise CheckpointError(
             f"it holds {len(whole)} networks of this architecture, under {', '.join(whole)}: save the one "
             "that is meant alone"
         )
-    best = max(found, key=lambda prefix: (found[prefix], -len(prefix)))
-    return {key.removeprefix(best): v for key, v in weights.items() if not whole or key.startswith(best)}
+    if whole:
+        (best,) = whole
+        return {key.removeprefix(best): value for key, value in weights.items() if key.startswith(best)}
+    # What does not fit is told by the model's names, where most of the file has them under one prefix.
+    best = max(named, key=lambda prefix: (named[prefix], -len(prefix)))
+    most = 2 * named[best] > len(weights)
+    return {key.removeprefix(best) if most else key: value for key, value in weights.items()}
 
 
 def _modern(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -100,7 +105,6 @@ def _modern(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def fill(model: nn.Module, weights: Mapping[str, Tensor], origin: str, remedy: str) -> None:
     """``load_state_dict``, with a ``CheckpointError`` that names ``origin`` and all that does not fit."""
     expected: Any = model.state_dict()
-    weights = _modern(weights)
     weights = {**{key: value for key, value in expected.items() if key.endswith(_COUNTER)}, **weights}
     if getattr(model, "aux_logits", None) is False:  # heads that fastkd leaves out, see build_model
         weights = {k: v for k, v in weights.items() if k in expected or not k.startswith(_AUXILIARY)}
