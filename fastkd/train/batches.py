@@ -52,6 +52,7 @@ class Batches:
     ) -> None:
         self._name = name
         self.waited = 0.0  # seconds of this epoch that the host spent waiting for the loader
+        self.left_out = 0  # batches of one row or none to a rank
         self._loader, self._device, self._even = loader, device, even
         self._channels_last = channels_last
         mean, std = getattr(loader, "mean", None), getattr(loader, "std", None)
@@ -110,6 +111,7 @@ class Batches:
             images, *rest = checked_batch(batch, self._name)
             # A rank of one row or none: batch normalisation needs two.
             if self._even and distributed.world() > 1 and len(images) < 2:
+                self.left_out += 1
                 continue
             yield self._moved(images), *(part.to(self._device, non_blocking=True) for part in rest)
 

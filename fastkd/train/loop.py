@@ -311,6 +311,10 @@ def fit_method(
                     watch.lap("other")
                 meter.drain()
 
+            if train.left_out and not history:
+                watcher.note(
+                    f"left out in each epoch: {train.left_out} batches of under two images a process"
+                )
             if meter.rows == 0:
                 raise TrainError(_nothing_came(epoch, meter))
             if scheduler is not None and scheduler_interval == "epoch":

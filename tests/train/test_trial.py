@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastkd.models import build_model
 from fastkd.train import Watcher, fit_method
@@ -17,7 +17,8 @@ from fastkd.train.cli import main
 from fastkd.train.random_state import get_random_state
 from fastkd.train.trial import try_step
 
-from .tiny import METHODS, Loader, make_method
+from .ranks import on_two_ranks
+from .tiny import METHODS, Loader, Net, make_method
 
 
 @pytest.fixture(autouse=True)
@@ -129,6 +130,35 @@ def test_a_resumed_run_leaves_the_batch_out_too() -> None:
     fit_method(again, loader, loader, epochs=1, watcher=watcher, resume=states[2])
     assert len(watcher.notes) == 1
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in whole.state_dict().items())
+
+
+class NeedsThree(Net):
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training and len(images) < 3:
+            raise RuntimeError("three at least")
+        return super().forward(images)
+
+
+def small_last_batches() -> list[Any]:
+    """On two ranks: a last batch of one row each, and one of two, which the network does not take."""
+    done = []
+    for rows, student in ((18, Net(4)), (20, NeedsThree(4))):
+        method, watcher = make_method("cross_entropy"), Notes()
+        method.student = student
+        record = fit_method(method, Loader(rows, 8), Loader(rows, 8), epochs=1, watcher=watcher).last
+        done.append((record["rows"], watcher.notes, next(student.parameters()).detach()))
+    return done
+
+
+def test_small_last_batches_on_two_ranks(tmp_path: Path) -> None:
+    first, second = on_two_ranks(small_last_batches, tmp_path)
+    for one, other in zip(first, second, strict=True):
+        assert one[0] == other[0] == 16
+        assert torch.equal(one[2], other[2])
+    assert first[0][1] == ["left out in each epoch: 1 batches of under two images a process"]
+    assert first[1][1] == [
+        "a batch of 2 images cannot be trained on and is left out in each epoch: RuntimeError: three at least"
+    ]
 
 
 @pytest.mark.parametrize(
