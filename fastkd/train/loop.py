@@ -19,6 +19,7 @@ from .batches import Batch, Batches, micro_batches
 from .ema import make_ema
 from .errors import NonFiniteLossError, Preempted, TrainError
 from .evaluation import evaluate, try_validation, validate
+from .freezing import frozen
 from .meters import LossMeter, PassTimer, Stopwatch
 from .precision import autocast, compile_networks, dtype_of, make_scaler
 from .preflight import check_channels_last, check_loaders, check_optimizer, check_scheduler
@@ -26,7 +27,7 @@ from .random_state import get_random_state, set_random_state
 from .signals import Control
 from .trial import Sizes
 
-__all__ = ["FitResult", "Watcher", "evaluate", "fit", "fit_method", "frozen"]
+__all__ = ["FitResult", "Watcher", "evaluate", "fit", "fit_method"]
 
 # (student_logits, teacher_logits or None, target) -> loss, or (loss, terms)
 Loss = Callable[[Tensor, Any, Tensor], Any]
@@ -313,7 +314,7 @@ def fit_method(
 
             if train.left_out and not history:
                 watcher.note(
-                    f"left out in each epoch: {train.left_out} batches of under two images a process"
+                    f"left out in each epoch: {train.left_out} batches of under two images per process"
                 )
             if meter.rows == 0:
                 raise TrainError(_nothing_came(epoch, meter))
@@ -337,24 +338,6 @@ def fit_method(
             )
             watcher.epoch_done(history[-1], state())
     return FitResult(history)
-
-
-@contextlib.contextmanager
-def frozen(model: nn.Module | None, device: torch.device) -> Iterator[None]:
-    """``model`` in eval mode, without gradients, on ``device``; modes and flags are restored afterwards."""
-    if model is None:
-        yield
-        return
-    modes = {module: module.training for module in model.modules()}
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        model.to(device).eval().requires_grad_(False)
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
 
 
 def _check_options(

@@ -36,7 +36,7 @@ def check_optimizer(method: Method, optimizer: Any) -> None:
     wanted = {p: name for name, p in method.named_parameters() if p.requires_grad}
     if not wanted:
         raise ValueError("nothing to train: no parameter of the student or the method has requires_grad=True")
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    held = dict.fromkeys(parameter for group in optimizer.param_groups for parameter in group["params"])
     known = dict.fromkeys(method.parameters(), "")
     of_teacher = {p: name for name, p in method.teacher.named_parameters()} if method.teacher else {}
     strangers = [
@@ -44,7 +44,7 @@ def check_optimizer(method: Method, optimizer: Any) -> None:
         for p in held
         if p not in known
     ]
-    missing = [name for parameter, name in wanted.items() if parameter not in set(held)]
+    missing = [name for parameter, name in wanted.items() if parameter not in held]
     faults = []
     if missing:
         faults.append(f"lacks {_some(missing)}, which would never change")

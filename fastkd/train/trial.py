@@ -57,7 +57,7 @@ def try_step(method: Method, batch: Batch, precision: str, accumulate: int = 1) 
 
 
 class Sizes:
-    """Which batches the step takes. One smaller than those before is tried on rows of the last one.
+    """Which batches the step takes. A size smaller than those before is tried on rows of the first one.
 
     So a fault of its own data still ends the run, while a size that the network cannot take (batch
     normalisation of one row) is left out.
@@ -68,14 +68,14 @@ class Sizes:
         self._note = note
         self._smallest: int | None = None
         self._refused: set[int] = set()
-        self._before: Batch | None = None
+        self._rows: Batch | None = None
 
     def take(self, batch: Batch, *, resumed: bool = False) -> bool:
         """Whether to train on ``batch``. ``resumed``: nothing is known of the batches before it."""
         rows = len(batch[0])
         new = (self._smallest is None and resumed) or (self._smallest is not None and rows < self._smallest)
         if new and rows not in self._refused:
-            probe = batch if self._before is None else tuple(part[:rows] for part in self._before)
+            probe = batch if self._rows is None else tuple(repeated(part, rows) for part in self._rows)
             reason = self._reason(probe)
             if any(distributed.any_over_ranks(reason is not None)):
                 self._refused.add(rows)
@@ -83,7 +83,8 @@ class Sizes:
         if rows in self._refused:
             return False
         self._smallest = rows if self._smallest is None else min(rows, self._smallest)
-        self._before = batch
+        if self._rows is None:  # two, which take no memory worth the name
+            self._rows = tuple(part[:2].clone() for part in batch)
         return True
 
     def _reason(self, batch: Batch) -> str | None:
