@@ -130,7 +130,7 @@ def _train_launched(args: argparse.Namespace) -> int:
     from . import distributed
     from .console import make_console
     from .errors import RecipeError
-    from .recipe import load_recipe
+    from .recipe import load_recipe, without_effect
     from .results import print_results
     from .run import run_recipe
     from .run_folder import find_run
@@ -159,6 +159,8 @@ def _train_launched(args: argparse.Namespace) -> int:
                 "which recipe? `fastkd recipes` lists them, for instance: fastkd train glyphs/kd"
             )
         name, recipe = load_recipe(args.words[0], args.words[1:])
+        for note in without_effect(recipe, args.words[1:]):
+            console.print(note, markup=False)
         if args.resume is not None:
             if count:
                 raise RecipeError("--resume with --seeds takes the run folder")

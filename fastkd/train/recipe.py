@@ -253,6 +253,21 @@ def _overridden(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str
     return {**kept, **given}
 
 
+def without_effect(recipe: Recipe, overrides: Iterable[str]) -> list[str]:
+    """Overrides of how the teacher is trained, where it comes ready-made."""
+    teacher = recipe.teacher
+    made = ("cache", "checkpoint", "weights")
+    source = next((key for key in made if teacher is not None and getattr(teacher, key) is not None), None)
+    keys = [override.partition("=")[0] for override in overrides]
+    # Its batches are those that it is validated in.
+    training = [f"teacher.{name}" for name in Optimization.model_fields if name != "batch_size"]
+    return [
+        f"{key} has no effect: the teacher is that of teacher.{source}"
+        for key in keys
+        if source is not None and key in training
+    ]
+
+
 def make_recipe(values: Mapping[str, Any], origin: str) -> Recipe:
     """Validate flat dotted values; ``origin`` is named in errors. Raises ``RecipeError``."""
     method, data = _choices(values, origin)

@@ -35,6 +35,7 @@ from .sync_batchnorm import synchronised
 from .teacher_cache import CachedLoader, CachedTeacher, TeacherCache, wanted_facts
 from .tensorboard import TensorBoard, require_tensorboard
 from .torchvision_weights import torchvision_network
+from .trial import reason_of
 from .weights import load_weights
 
 
@@ -215,7 +216,7 @@ def load_given_teacher(
         )
         for note in notes:
             console.print(f"teacher: {note}", markup=False)
-        measured, _ = evaluate(model.to(device), data.val_loader(device, config.batch_size), device=device)
+        measured = _accuracy(config, model, data, device)
         return TeacherInUse(model, {"checkpoint": config.weights, "val_accuracy": measured})
     model = build_network(config, data)
     assert config.checkpoint is not None
@@ -228,9 +229,17 @@ def load_given_teacher(
     )
     accuracy = facts.get("val_accuracy")
     if facts.get("data") != _hash(data.fingerprint) or accuracy is None:
-        model.to(device)
-        accuracy, _ = evaluate(model, data.val_loader(device, config.batch_size), device=device)
+        accuracy = _accuracy(config, model, data, device)
     return TeacherInUse(model, {"checkpoint": str(path), "val_accuracy": accuracy})
+
+
+def _accuracy(config: Teacher, model: nn.Module, data: Data, device: torch.device) -> float:
+    try:
+        return evaluate(model.to(device), data.val_loader(device, config.batch_size), device=device)[0]
+    except TrainError:
+        raise
+    except Exception as error:  # of any layer: other images than the network takes
+        raise RecipeError(f"teacher {config.name} on the validation images: {reason_of(error)}") from error
 
 
 def find_teacher(

@@ -18,7 +18,7 @@ from fastkd.train.environment import number
 from fastkd.train.errors import RecipeError
 from fastkd.train.glyph_data import load_glyph_data
 from fastkd.train.plot_command import read_shown
-from fastkd.train.recipe import GlyphsData, load_recipe
+from fastkd.train.recipe import GlyphsData, load_recipe, without_effect
 
 ROOT = Path(__file__).resolve().parents[2]
 FASHION = ["data.synthetic=20", "train.epochs=1", "train.device=cpu"]
@@ -106,6 +106,16 @@ def test_a_width_goes_with_its_network() -> None:
 def test_a_teacher_without_a_network(option: str) -> None:
     with pytest.raises(RecipeError, match=rf"{option.partition('=')[0]} is given, but there is no teacher: "):
         load_recipe("glyphs/student", [option])
+
+
+def test_settings_of_a_training_that_does_not_happen() -> None:
+    words = ["teacher.epochs=3", "teacher.batch_size=4", "teacher.lr=0.1", "train.epochs=2"]
+    assert without_effect(load_recipe("imagenet/r18-kd", words)[1], words) == [
+        "teacher.epochs has no effect: the teacher is that of teacher.weights",
+        "teacher.lr has no effect: the teacher is that of teacher.weights",
+    ]
+    assert without_effect(load_recipe("glyphs/kd", words)[1], words) == []
+    assert without_effect(load_recipe("glyphs/student")[1], words) == []
 
 
 def hint(out: str) -> list[str]:

@@ -244,6 +244,19 @@ def test_inception_on_small_images(capsys: pytest.CaptureFixture[str]) -> None:
     assert not Path("runs").exists()
 
 
+def test_a_given_teacher_that_takes_other_images(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(build_model("torchvision/alexnet", num_classes=4).state_dict(), "w.pt")
+    Path("mine.yaml").write_text(
+        "description: x\ndata.name: synthetic\ndata.images: 2\ndata.classes: 4\ndata.size: 16\n"
+        "student.name: small_cnn\nstudent.width: 2\nmethod: kd\ntrain.epochs: 1\n"
+        "teacher.name: torchvision/alexnet\nteacher.checkpoint: w.pt\n"
+    )
+    assert main(["train", "mine.yaml", "train.device=cpu"]) == 2
+    error = capsys.readouterr().err
+    assert "teacher torchvision/alexnet on the validation images: RuntimeError: " in error
+    assert not Path("runs").exists()
+
+
 def test_a_last_batch_of_one_in_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert train("student.name=nets:normed", "teacher.name=nets:normed") == 0
     out = " ".join(capsys.readouterr().out.split())
