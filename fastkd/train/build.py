@@ -81,16 +81,16 @@ def try_method(
     notes: list[str] = []
     try:
         if config is not None and teacher is None:
-            teacher = _tried(f"teacher {config.name}", build_network, config, data)
+            teacher = tried(f"teacher {config.name}", build_network, config, data)
             if config.checkpoint is None and config.weights is None and config.cache is None:
                 method: Method = CrossEntropy(teacher.to(device))
                 notes += _try_steps(f"teacher {config.name}", method, config, "float32", 1, data, device)
-        student = _tried(f"student {recipe.student.name}", build_network, recipe.student, data)
+        student = tried(f"student {recipe.student.name}", build_network, recipe.student, data)
         what = f"method {recipe.method}"
-        method = _tried(what, build_method, recipe, student.to(device), teacher, data, device)
+        method = tried(what, build_method, recipe, student.to(device), teacher, data, device)
         images, target = (part.to(device) for part in data.example())
         logits = torch.zeros(len(target), data.num_classes, device=device)
-        _tried(what, method.check, (images, target, logits) if cached else (images, target))
+        tried(what, method.check, (images, target, logits) if cached else (images, target))
         train = recipe.train
         notes += _try_steps(what, method, train, train.precision, train.accumulate, data, device, cached)
     finally:
@@ -131,10 +131,10 @@ def _try_steps(
     return notes
 
 
-def _tried(what: str, do: Callable[..., Any], *arguments: Any) -> Any:
+def tried(what: str, do: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """``do(…)``, whose errors become ``RecipeError``."""
     try:
-        return do(*arguments)
+        return do(*arguments, **options)
     except TrainError:
         raise
     except ValueError as error:

@@ -18,7 +18,7 @@ from torch import nn
 from fastkd.distill import CrossEntropy, Method
 
 from . import distributed
-from .build import build_method, build_network, resolve_device, try_method
+from .build import build_method, build_network, resolve_device, tried, try_method
 from .checkpoint import save_checkpoint
 from .console import ConsoleProgress
 from .data import Data, load_data
@@ -35,7 +35,6 @@ from .sync_batchnorm import synchronised
 from .teacher_cache import CachedLoader, CachedTeacher, TeacherCache, wanted_facts
 from .tensorboard import TensorBoard, require_tensorboard
 from .torchvision_weights import torchvision_network
-from .trial import reason_of
 from .weights import load_weights
 
 
@@ -84,8 +83,8 @@ def run_recipe(
             teacher = TeacherInUse(CachedTeacher(), _cached_summary(cache))
         elif recipe.teacher is not None:
             teacher = load_given_teacher(recipe.teacher, data, device, console)
-        tried = None if cache is not None or teacher is None else teacher.model
-        for note in try_method(recipe, data, device, cached=cache is not None, teacher=tried):
+        ready = None if cache is not None or teacher is None else teacher.model
+        for note in try_method(recipe, data, device, cached=cache is not None, teacher=ready):
             console.print(note, markup=False)
         if folder is None:
             folder = distributed.from_first(create_run_folder(runs, name) if distributed.is_first() else None)
@@ -234,12 +233,12 @@ def load_given_teacher(
 
 
 def _accuracy(config: Teacher, model: nn.Module, data: Data, device: torch.device) -> float:
-    try:
-        return evaluate(model.to(device), data.val_loader(device, config.batch_size), device=device)[0]
-    except TrainError:
-        raise
-    except Exception as error:  # of any layer: other images than the network takes
-        raise RecipeError(f"teacher {config.name} on the validation images: {reason_of(error)}") from error
+    what, loader = (
+        f"teacher {config.name} on the validation images",
+        data.val_loader(device, config.batch_size),
+    )
+    accuracy: float = tried(what, evaluate, model.to(device), loader, device=device)[0]
+    return accuracy
 
 
 def find_teacher(

@@ -251,10 +251,11 @@ def test_a_given_teacher_that_takes_other_images(capsys: pytest.CaptureFixture[s
         "student.name: small_cnn\nstudent.width: 2\nmethod: kd\ntrain.epochs: 1\n"
         "teacher.name: torchvision/alexnet\nteacher.checkpoint: w.pt\n"
     )
-    assert main(["train", "mine.yaml", "train.device=cpu"]) == 2
-    error = capsys.readouterr().err
-    assert "teacher torchvision/alexnet on the validation images: RuntimeError: " in error
-    assert not Path("runs").exists()
+    for more in ([], ["--eval-only"]):
+        assert main(["train", "mine.yaml", "train.device=cpu", *more]) == 2
+        error = capsys.readouterr().err
+        assert "teacher torchvision/alexnet on the validation images: RuntimeError: " in error
+        assert not Path("runs").exists()
 
 
 def test_a_last_batch_of_one_in_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
