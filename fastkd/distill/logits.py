@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from fastkd import functional
 from fastkd.losses import DistillLoss
 
-from .method import TOTAL, Method, Seen, Terms
+from .method import TOTAL, Method, Seen, Terms, fused_terms
 from .options import Epochs, Fraction, Positive, Weight
 
 
@@ -106,7 +106,7 @@ class _Softmax(Method, abstract=True):
             **options,
         )
         weights["ce"] = ce_weight
-        return {TOTAL: loss, **{name: weights[name] * value for name, value in terms.items()}}
+        return fused_terms(loss, {name: weights[name] * value for name, value in terms.items()})
 
 
 class KD(_Softmax):

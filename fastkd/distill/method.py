@@ -28,7 +28,7 @@ from .taps import INPUT, Taps, eval_mode, logits_of, unwrapped
 
 Terms = dict[str, Tensor]
 Batch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]  # inputs, target, teacher's logits if known
-TOTAL = "loss"  # the name of what is trained; the other terms add up to it
+TOTAL = "loss"  # of a single term, beside which others are only logged
 
 
 @dataclass(frozen=True)
@@ -145,9 +145,8 @@ class Method(nn.Module):
     def terms(self, seen: Seen) -> Terms:
         """The named scalar terms of a batch, weights included.
 
-        Those that require grad are summed and trained; a detached one is only logged. A fused loss of several
-        terms goes under "loss" with its detached, weighted terms beside it, so that what is logged adds up.
-        ``loss`` puts the sum before them.
+        Those that require grad are summed and trained; a detached one is only logged. The terms of a fused
+        loss go through ``fused_terms``.
         """
         raise NotImplementedError
 
@@ -165,10 +164,7 @@ class Method(nn.Module):
         return self.loss(batch)
 
     def loss(self, batch: Batch) -> Terms:
-        """``{"loss": …}`` of ``(inputs, target)``, and its terms; both models run once.
-
-        "loss" comes first and is what is trained. The other entries are its terms, weighted: they add up to
-        it, but for detached ones that a method of your own logs beside them.
+        """The named terms of ``(inputs, target)``, weighted: they add up to the loss. Both models run once.
 
         ``target`` is int64 labels ``[N]`` or, as MixUp and CutMix give them, probabilities ``[N, C]``. A
         third entry is the teacher's logits, as a cache keeps them; then the teacher does not run.
@@ -196,6 +192,7 @@ class Method(nn.Module):
         with self.student_taps.reading() as student_features:
             student_logits = logits_of(self.student, inputs, "student")
         terms = self.terms(Seen(student_logits, teacher_logits, target, student_features, teacher_features))
+        total_of(terms)  # what is no term is said here
         carried_terms: Terms = {}
         if self.hint is not None:
             student, teacher = self._hint_layers
@@ -210,8 +207,7 @@ class Method(nn.Module):
                 carried_terms["distance"] = self._distance_weight * distance_loss(*pair)
             if self._angle_weight:
                 carried_terms["angle"] = self._angle_weight * angle_loss(*pair)
-        total = sum(carried_terms.values(), _trained(terms))
-        return {TOTAL: total, **{k: v for k, v in terms.items() if k != TOTAL}, **carried_terms}
+        return {**terms, **carried_terms}
 
     def backward(self, terms: Terms, *, scaler: GradScaler | None = None, micro_batches: float = 1) -> Tensor:
         """Adds the gradient of the terms to ``.grad``; returns the loss, detached.
@@ -299,12 +295,10 @@ class TermError(ValueError):
 
 
 def total_of(terms: Terms) -> Tensor:
-    """The loss among what ``Method.loss`` returns."""
-    return terms[TOTAL]
+    """The sum of the terms that require grad; of all if none does. Raises ``TermError``.
 
-
-def _trained(terms: Terms) -> Tensor:
-    """The sum of the terms that require grad; of all if none does. Raises ``TermError``."""
+    Beside a term "loss" the others are only logged, so they must be detached.
+    """
     if not isinstance(terms, dict):
         raise TermError(f"terms returned a {type(terms).__name__}; expected a dict of named scalars")
     if not terms:
@@ -314,16 +308,42 @@ def _trained(terms: Terms) -> Tensor:
             raise TermError(
                 f"the term {name!r} is {getattr(value, 'shape', value)!r}; expected a scalar tensor"
             )
-    trained = {name: value for name, value in terms.items() if value.requires_grad}
-    if TOTAL in terms:
-        if twice := [name for name in trained if name != TOTAL]:
-            raise TermError(
-                f"terms has {TOTAL!r}, which is trained, and {', '.join(map(repr, twice))} with a gradient "
-                f"too: it would be trained twice; detach it, or leave {TOTAL!r} out"
-            )
-        return terms[TOTAL]
-    first, *rest = (trained or terms).values()
+    trained = [value for value in terms.values() if value.requires_grad]
+    first, *rest = trained or ([terms[TOTAL]] if TOTAL in terms else list(terms.values()))
     return sum(rest, first)
+
+
+class _FusedTerms(torch.autograd.Function):
+    """Values of terms, all of which stand for one loss: their gradient, which they share, is the loss's."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return tuple(value.clone() for value in values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        given = [gradient for gradient in gradients if gradient is not None]
+        if len(given) < len(gradients):
+            raise RuntimeError("terms of a fused loss are trained together: take the gradient of their sum")
+        first, *rest = given
+        for gradient in rest:
+            if first.device.type == "cpu" and not torch.equal(first, gradient):
+                raise RuntimeError("terms of a fused loss are weighted by its options, not behind it")
+            if first.device.type == "cuda":  # without waiting for the device
+                torch._assert_async(
+                    torch.eq(first, gradient), "terms of a fused loss are weighted by its options"
+                )
+        return first, *(None for _ in gradients)
+
+
+def fused_terms(loss: Tensor, terms: Terms) -> Terms:
+    """``terms``, detached and adding up to ``loss``, as terms that carry the gradient of ``loss``.
+
+    A fused loss gives one gradient for all of them; that of one term alone, or of terms weighted anew, does
+    not exist and raises in backward.
+    """
+    return dict(zip(terms, _FusedTerms.apply(loss, *terms.values()), strict=True))
 
 
 def scaled(value: Tensor, scaler: GradScaler | None) -> Tensor:

@@ -120,7 +120,8 @@ def logits_of(model: nn.Module, inputs: Any, role: str) -> Tensor:
         )
         mode = " in train mode" if model.training and auxiliary else ""
         raise ValueError(
-            f"the {role} returns {_describe(output)}{mode}; expected logits, a tensor [N, C]{remedy}"
+            f"the {role} returns {_describe(output)}{_entries(output)}{mode}; expected logits, a tensor "
+            f"[N, C]{remedy}"
         )
     return value
 
@@ -159,16 +160,21 @@ def _near(name: str, layers: Iterable[str]) -> str:
 def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {list(value.shape)}"
-    if isinstance(value, Mapping):
-        return f"a {type(value).__name__} with {', '.join(map(str, value)) or 'nothing'}"
     if isinstance(value, tuple | list):
-        names = getattr(value, "_fields", None)
-        parts = names or [
-            f"tensor {list(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
-            for part in value
-        ]
-        return f"a {type(value).__name__} of {len(value)} ({', '.join(parts[:6])})"
+        return f"a {type(value).__name__} of {len(value)}"
     return f"a {type(value).__name__}"
+
+
+def _entries(value: Any) -> str:
+    """What is in a mapping or a tuple, behind ``_describe``."""
+    if isinstance(value, Mapping):
+        return f" with {', '.join(map(str, value)) or 'nothing'}"
+    if not isinstance(value, tuple | list):
+        return ""
+    parts = getattr(value, "_fields", None) or [
+        f"tensor {list(part.shape)}" if isinstance(part, Tensor) else type(part).__name__ for part in value
+    ]
+    return f" ({', '.join(parts[:6])})"
 
 
 def pooled(feature: Tensor) -> Tensor:

@@ -52,28 +52,23 @@ def test_a_step_trains_the_student_and_leaves_the_teacher(name: str) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("graph", [True, False])
-def test_the_loss_comes_first_and_its_terms_add_up_to_it(name: str, graph: bool) -> None:
+def test_the_terms_add_up_to_the_loss(name: str, graph: bool) -> None:
     method = build(name)
     with torch.set_grad_enabled(graph):
         terms = method(batch())
-    first, *rest = terms
-    assert first == "loss"
-    assert rest
-    assert terms["loss"].requires_grad == graph
-    total = terms["loss"].detach()
-    torch.testing.assert_close(
-        torch.stack([terms[term].detach() for term in rest]).sum(), total, rtol=1e-5, atol=1e-6
-    )
-    assert torch.equal(total_of(terms), terms["loss"])
+    assert "loss" not in terms
+    assert all(value.requires_grad == graph for value in terms.values())
+    total = sum(terms.values())
+    assert torch.equal(total_of(terms), total)
     if graph:
         assert torch.equal(method.backward(terms), total)
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_loss_alone_carries_the_gradient(name: str) -> None:
+def test_the_sum_carries_the_gradient(name: str) -> None:
     options = {"align": "none", "dropout": 0.0} if name == "dhkd" else {}
     gradients = []
-    for train in (lambda m, t: m.backward(t), lambda m, t: t["loss"].backward()):
+    for train in (lambda m, t: m.backward(t), lambda m, t: sum(t.values()).backward()):
         method = build(name, **options)
         train(method, method(batch()))
         gradients.append([p.grad for p in method.parameters()])
@@ -81,13 +76,29 @@ def test_the_loss_alone_carries_the_gradient(name: str) -> None:
         assert one is None or torch.equal(one, other)
 
 
-def test_nothing_is_trained_twice() -> None:
+@pytest.mark.parametrize("name", ["kd", "lskd", "dkd", "dckd"])
+def test_the_gradient_of_a_fused_loss_is_that_of_its_formula(name: str) -> None:
+    gradients = []
+    for backend in ("native", "eager"):
+        with fastkd.use_backend(backend):
+            method = build(name)
+            sum(method(batch()).values()).backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in method.parameters()]))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+    assert gradients[0].abs().max() > 0
+
+
+def test_a_term_of_a_fused_loss_has_no_gradient_of_its_own() -> None:
+    terms = KD(*pair())(batch())
+    with pytest.raises(RuntimeError, match="terms of a fused loss are trained together"):
+        terms["ce"].backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="weighted by its options"):
+        (terms["ce"] + 2 * terms["kd"]).backward()
+
+
+def test_what_are_no_terms() -> None:
     method = KD(*pair())
-    fused = torch.ones((), requires_grad=True)
-    method.terms = lambda seen: {"loss": fused, "kd": fused * 2}
-    with pytest.raises(ValueError, match=r"terms has 'loss', which is trained, and 'kd' with a gradient too"):
-        method(batch())
-    method.terms = lambda seen: fused
+    method.terms = lambda seen: torch.ones((), requires_grad=True)
     with pytest.raises(ValueError, match="terms returned a Tensor; expected a dict of named scalars"):
         method(batch())
 
