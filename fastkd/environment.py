@@ -16,7 +16,7 @@ def check_choice(variable: str, value: str, allowed: Sequence[str]) -> None:
 
 def count(variable: str, default: int, least: int = 0) -> int:
     """The variable's value, an integer of at least ``least``; ``default`` where it is unset or empty."""
-    value = os.environ.get(variable, "")
+    value = os.environ.get(variable, "").strip()
     if not value:
         return default
     if not value.isascii() or not value.isdecimal() or int(value) < least:

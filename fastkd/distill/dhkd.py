@@ -13,7 +13,7 @@ from .alignment import GradientAlignment
 from .classifier import find_classifier
 from .heads import pooled_head
 from .logits import cross_entropy
-from .method import Method, Seen, Terms
+from .method import TOTAL, Method, Seen, Terms
 from .options import Count, Epochs, Fraction, Positive, Weight
 from .taps import INPUT, pooled, width_of
 
@@ -89,8 +89,8 @@ class DHKD(Method):
         return terms
 
     def backward(self, terms: Terms, *, scaler: GradScaler | None = None, micro_batches: float = 1) -> Tensor:
-        if self.alignment is not None and len(terms) > 1:
-            rest = [value for name, value in terms.items() if name != "ce"]
+        rest = [value for name, value in terms.items() if name not in ("ce", TOTAL)]
+        if self.alignment is not None and rest:
             self.alignment.add(terms["ce"] / micro_batches, rest, scaler)
         return super().backward(terms, scaler=scaler, micro_batches=micro_batches)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastkd import functional
+from fastkd.losses import DistillLoss
 
-from .method import TOTAL, Method, Seen, Terms
+from .method import TOTAL, Method, Seen, Terms, fused_terms
 from .options import Epochs, Fraction, Positive, Weight
 
 
@@ -104,7 +106,7 @@ class _Softmax(Method, abstract=True):
             **options,
         )
         weights["ce"] = ce_weight
-        return {TOTAL: loss, **{name: weights[name] * value for name, value in terms.items()}}
+        return fused_terms(loss, {name: weights[name] * value for name, value in terms.items()})
 
 
 class KD(_Softmax):
@@ -270,6 +272,7 @@ class LossMethod(Method, abstract=True):
     uses_teacher = False
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None, loss: Callable[..., Any]) -> None:
+        _check_loss(loss)
         super().__init__(student, teacher)
         self.callable = loss
 
@@ -277,6 +280,44 @@ class LossMethod(Method, abstract=True):
         return True
 
     def terms(self, seen: Seen) -> Terms:
-        result = self.callable(seen.student_logits, seen.teacher_logits, seen.target)
+        teacher_logits = seen.teacher_logits
+        if teacher_logits is None:
+            teacher_logits = _without_teacher(self.callable, seen.student_logits)
+        result = self.callable(seen.student_logits, teacher_logits, seen.target)
         value, terms = result if isinstance(result, tuple) else (result, {})
         return {TOTAL: value, **{name: torch.as_tensor(term).detach() for name, term in terms.items()}}
+
+
+def _check_loss(loss: Any) -> None:
+    """Raise ``ValueError`` for what cannot be called as a loss is."""
+    arguments = "(student_logits, teacher_logits, target)"
+    if not callable(loss):
+        raise ValueError(f"loss is {loss!r}; expected a callable {arguments}")
+    call = loss.forward if isinstance(loss, nn.Module) else loss
+    try:
+        inspect.signature(call).bind(None, None, None)
+    except TypeError as error:
+        raise ValueError(
+            f"loss cannot be called with {arguments}: {error}; give a function of these three, such as "
+            "lambda s, t, y: loss(s, t)"
+        ) from None
+    except ValueError:  # a callable of C without a signature
+        pass
+
+
+def _without_teacher(loss: Any, student_logits: Tensor) -> Tensor | None:
+    """What a loss is given for logits that there are none of: those of a loss of fastkd's are never None.
+
+    Raises ``ValueError`` where it distils.
+    """
+    if type(loss).__module__ != DistillLoss.__module__:
+        return None
+    weights = [
+        value for name, value in loss.options.items() if name.endswith("_weight") and name != "ce_weight"
+    ]
+    if not isinstance(loss, DistillLoss) or any(weights):
+        raise ValueError(
+            f"teacher is None, but {loss!r} takes its logits; give a teacher, a loader of "
+            "(images, target, teacher_logits), or DistillLoss(ce_weight=1.0) for the labels alone"
+        )
+    return student_logits.detach()

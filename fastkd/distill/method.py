@@ -23,11 +23,12 @@ from fastkd.imports import import_named
 from .classifier import find_classifier
 from .features import Hint, angle_loss, distance_loss, over_all_ranks
 from .options import GIVEN, Weight, check_options, nearest
+from .sharing import check_apart
 from .taps import INPUT, Taps, eval_mode, logits_of, unwrapped
 
 Terms = dict[str, Tensor]
 Batch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]  # inputs, target, teacher's logits if known
-TOTAL = "loss"  # the name under which a fused loss of several terms carries their gradient
+TOTAL = "loss"  # of a single term, beside which others are only logged
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Method(nn.Module):
 
     Raises:
         OptionError: an unknown option or a bad value.
+        ValueError: no teacher where one is needed; parts that both models share.
         FeatureError: a layer that does not exist or gives no features, spatial sizes that differ.
     """
 
@@ -103,6 +105,7 @@ class Method(nn.Module):
         relation_teacher_layer: str | None = None,
     ) -> None:
         super().__init__()
+        check_apart(student, teacher)
         if teacher is None and (self.uses_teacher or hint_weight or distance_weight or angle_weight):
             raise ValueError(f"teacher is None, but {self.name or 'a hint or relation'} distils from one")
         self.student = student
@@ -142,8 +145,8 @@ class Method(nn.Module):
     def terms(self, seen: Seen) -> Terms:
         """The named scalar terms of a batch, weights included.
 
-        Those that require grad are summed and trained; a detached one is only logged. A fused loss of several
-        terms goes under "loss" with its detached, weighted terms beside it, so that what is logged adds up.
+        Those that require grad are summed and trained; a detached one is only logged. The terms of a fused
+        loss go through ``fused_terms``.
         """
         raise NotImplementedError
 
@@ -161,7 +164,7 @@ class Method(nn.Module):
         return self.loss(batch)
 
     def loss(self, batch: Batch) -> Terms:
-        """The terms of ``(inputs, target)``; both models run once.
+        """The named terms of ``(inputs, target)``, weighted: they add up to the loss. Both models run once.
 
         ``target`` is int64 labels ``[N]`` or, as MixUp and CutMix give them, probabilities ``[N, C]``. A
         third entry is the teacher's logits, as a cache keeps them; then the teacher does not run.
@@ -182,17 +185,18 @@ class Method(nn.Module):
             (teacher_logits,) = given
         elif self.teacher is not None and (carried or self.needs_teacher()):
             taps = self.teacher_taps.reading()
-            with torch.inference_mode(), self._teacher_format(inputs), taps as seen_by_teacher:
-                logits = logits_of(self.teacher, inputs, "teacher")
-            # Copies, which autograd may keep: tensors of inference mode it may not.
-            teacher_logits = logits.clone()
-            teacher_features = {path: feature.clone() for path, feature in seen_by_teacher.items()}
+            # Not inference mode: what a teacher caches there (a table of positions, for all models of its
+            # class) could not be used by a student whose backward keeps it.
+            with torch.no_grad(), self._teacher_format(inputs), taps as teacher_features:
+                teacher_logits = logits_of(self.teacher, inputs, "teacher")
         with self.student_taps.reading() as student_features:
             student_logits = logits_of(self.student, inputs, "student")
         terms = self.terms(Seen(student_logits, teacher_logits, target, student_features, teacher_features))
+        total_of(terms)  # what is no term is said here
+        carried_terms: Terms = {}
         if self.hint is not None:
             student, teacher = self._hint_layers
-            terms["hint"] = self._hint_weight * self.hint(
+            carried_terms["hint"] = self._hint_weight * self.hint(
                 student_features[student], teacher_features[teacher]
             )
         if self._distance_weight or self._angle_weight:
@@ -200,10 +204,10 @@ class Method(nn.Module):
             # Pairs and triples of the whole batch, wherever its rows are.
             pair = over_all_ranks(student_features[student], teacher_features[teacher])
             if self._distance_weight:
-                terms["distance"] = self._distance_weight * distance_loss(*pair)
+                carried_terms["distance"] = self._distance_weight * distance_loss(*pair)
             if self._angle_weight:
-                terms["angle"] = self._angle_weight * angle_loss(*pair)
-        return terms
+                carried_terms["angle"] = self._angle_weight * angle_loss(*pair)
+        return {**terms, **carried_terms}
 
     def backward(self, terms: Terms, *, scaler: GradScaler | None = None, micro_batches: float = 1) -> Tensor:
         """Adds the gradient of the terms to ``.grad``; returns the loss, detached.
@@ -244,7 +248,7 @@ class Method(nn.Module):
     def check(self, batch: Batch) -> None:
         """A step in eval mode without gradient: what does not fit raises here, and nothing changes."""
         with eval_mode(self, self.teacher):
-            total_of(self.loss(batch))
+            self.loss(batch)
 
     def _teacher_format(self, inputs: Any) -> contextlib.AbstractContextManager[Any]:
         if self.teacher_dtype is None or not isinstance(inputs, Tensor):
@@ -286,17 +290,60 @@ class Method(nn.Module):
         return self
 
 
+class TermError(ValueError):
+    """What ``terms`` returned is no dict of scalars, or trains something twice."""
+
+
 def total_of(terms: Terms) -> Tensor:
-    """The sum of the terms that require grad; of all if none does. Raises ``ValueError`` for no scalar."""
+    """The sum of the terms that require grad; of all if none does. Raises ``TermError``.
+
+    Beside a term "loss" the others are only logged, so they must be detached.
+    """
+    if not isinstance(terms, dict):
+        raise TermError(f"terms returned a {type(terms).__name__}; expected a dict of named scalars")
     if not terms:
-        raise ValueError("terms is empty; expected one named scalar at least")
+        raise TermError("terms is empty; expected one named scalar at least")
     for name, value in terms.items():
         if not isinstance(value, Tensor) or value.ndim != 0:
-            raise ValueError(
+            raise TermError(
                 f"the term {name!r} is {getattr(value, 'shape', value)!r}; expected a scalar tensor"
             )
     trained = [value for value in terms.values() if value.requires_grad]
-    return sum(trained[1:], trained[0]) if trained else torch.stack(list(terms.values())).sum()
+    first, *rest = trained or ([terms[TOTAL]] if TOTAL in terms else list(terms.values()))
+    return sum(rest, first)
+
+
+class _FusedTerms(torch.autograd.Function):
+    """Values of terms, all of which stand for one loss: their gradient, which they share, is the loss's."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return tuple(value.clone() for value in values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        given = [gradient for gradient in gradients if gradient is not None]
+        if len(given) < len(gradients):
+            raise RuntimeError("terms of a fused loss are trained together: take the gradient of their sum")
+        first, *rest = given
+        for gradient in rest:
+            if first.device.type == "cpu" and not torch.equal(first, gradient):
+                raise RuntimeError("terms of a fused loss are weighted by its options, not behind it")
+            if first.device.type == "cuda":  # without waiting for the device
+                torch._assert_async(
+                    torch.eq(first, gradient), "terms of a fused loss are weighted by its options"
+                )
+        return first, *(None for _ in gradients)
+
+
+def fused_terms(loss: Tensor, terms: Terms) -> Terms:
+    """``terms``, detached and adding up to ``loss``, as terms that carry the gradient of ``loss``.
+
+    A fused loss gives one gradient for all of them; that of one term alone, or of terms weighted anew, does
+    not exist and raises in backward.
+    """
+    return dict(zip(terms, _FusedTerms.apply(loss, *terms.values()), strict=True))
 
 
 def scaled(value: Tensor, scaler: GradScaler | None) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import functional
+from fastkd.torch_files import load_plain
 
 from .features import check_same_space
 from .heads import MapHead
@@ -107,7 +108,7 @@ class MHKD(Method):
 
     def _load_teacher_heads(self, path: str) -> None:
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = load_plain(path)
         except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
             reason = (str(error).splitlines() or [""])[0]
             raise ValueError(f"teacher_heads {path} cannot be read: {reason}") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -102,11 +102,33 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def logits_of(model: nn.Module, inputs: Any, role: str) -> Tensor:
-    """``model(inputs)``, if that is ``[N, C]``. Raises ``ValueError``."""
-    value = model(inputs)
+    """The logits ``[N, C]`` that ``model(inputs)`` is or names. Raises ``ValueError``.
+
+    An output with one entry ``logits`` (a dict, Hugging Face's ModelOutput) names them; of the other entries
+    of a tuple, such as auxiliary logits, it cannot be known what they are for.
+    """
+    output = model(inputs)
+    value = named_logits(output)
     if not isinstance(value, Tensor) or value.dim() != 2:
-        raise ValueError(f"the {role} returns {_describe(value)}; expected logits, a tensor [N, C]")
+        auxiliary = any("aux" in name for name in getattr(type(output), "_fields", ()))
+        remedy = (
+            "; build it with aux_logits=False"
+            if auxiliary
+            else "; wrap it in a module that returns them"
+            if not isinstance(output, Tensor)
+            else ""
+        )
+        mode = " in train mode" if model.training and auxiliary else ""
+        raise ValueError(
+            f"the {role} returns {_describe(output)}{_entries(output)}{mode}; expected logits, a tensor "
+            f"[N, C]{remedy}"
+        )
     return value
+
+
+def named_logits(output: Any) -> Any:
+    """``output["logits"]`` of a mapping (a ModelOutput is one); any other output as it is."""
+    return output.get("logits", output) if isinstance(output, Mapping) else output
 
 
 @contextlib.contextmanager
@@ -141,6 +163,18 @@ def _describe(value: Any) -> str:
     if isinstance(value, tuple | list):
         return f"a {type(value).__name__} of {len(value)}"
     return f"a {type(value).__name__}"
+
+
+def _entries(value: Any) -> str:
+    """What is in a mapping or a tuple, behind ``_describe``."""
+    if isinstance(value, Mapping):
+        return f" with {', '.join(map(str, value)) or 'nothing'}"
+    if not isinstance(value, tuple | list):
+        return ""
+    parts = getattr(value, "_fields", None) or [
+        f"tensor {list(part.shape)}" if isinstance(part, Tensor) else type(part).__name__ for part in value
+    ]
+    return f" ({', '.join(parts[:6])})"
 
 
 def pooled(feature: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -61,8 +62,13 @@ def check_model(name: str, width: int | None) -> None:
         raise ValueError(f"{name} needs a width" if width is None else f"{name} has no width, got {width}")
 
 
-def build_model(name: str, *, num_classes: int, width: int | None = None, channels: int = 3) -> nn.Module:
+def build_model(
+    name: str, *, num_classes: int, width: int | None = None, channels: int = 3, size: int | None = None
+) -> nn.Module:
     """The network called ``name`` in recipes, untrained, for images of ``channels`` channels.
+
+    ``size``: side of the images, for torchvision's networks that are built for one (ViT, MaxViT). Auxiliary
+    classifiers (GoogLeNet, Inception) are left out: they are a loss of their own.
 
     ``torchvision/NAME``, ``timm/NAME`` (timm must be installed), ``module:callable``, which is called with
     ``num_classes=`` (and ``width=`` where one is given), or a network of fastkd's. Raises ``ValueError``.
@@ -82,8 +88,8 @@ def build_model(name: str, *, num_classes: int, width: int | None = None, channe
     if name.startswith(_TORCHVISION):
         from torchvision import models
 
-        _check_name(name, [_TORCHVISION + model for model in models.list_models(models)])
-        return models.get_model(name.removeprefix(_TORCHVISION), num_classes=num_classes)
+        model = torchvision_builder(name)
+        return models.get_model(model, num_classes=num_classes, **_torchvision_options(model, size))
     return _FIXED[name](num_classes)
 
 
@@ -97,6 +103,25 @@ def _check_name(name: str, names: list[str], list_all: bool = False) -> None:
             else ""
         )
         raise ValueError(f"unknown model {name!r}{hint}{rest}")
+
+
+def torchvision_builder(name: str) -> str:
+    """torchvision's own name of ``torchvision/NAME``. Raises ``ValueError`` if it has no such network."""
+    from torchvision import models
+
+    _check_name(name, [_TORCHVISION + model for model in models.list_models(models)])
+    return name.removeprefix(_TORCHVISION)
+
+
+def _torchvision_options(model: str, size: int | None) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if model in ("googlenet", "inception_v3"):
+        options |= {"aux_logits": False, "init_weights": True}
+    if size is not None and model.startswith("vit_"):
+        options["image_size"] = size
+    if size is not None and model.startswith("maxvit"):
+        options["input_size"] = (size, size)
+    return options
 
 
 def _from_timm(name: str, num_classes: int, channels: int) -> nn.Module:

@@ -18,6 +18,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from . import distributed
 from .epoch_order import rows_of
+from .preflight import checked_batch
 from .transforms import Normalize
 
 Batch = tuple[Tensor, ...]  # images, target and whatever else the method takes
@@ -37,10 +38,21 @@ class Batches:
     Args:
         even: for training, see ``rows_of``.
         channels_last: give the images this memory format.
+        name: of the loader, for messages.
     """
 
-    def __init__(self, loader: Any, device: torch.device, *, even: bool, channels_last: bool = False) -> None:
+    def __init__(
+        self,
+        loader: Any,
+        device: torch.device,
+        *,
+        even: bool,
+        channels_last: bool = False,
+        name: str = "train_loader",
+    ) -> None:
+        self._name = name
         self.waited = 0.0  # seconds of this epoch that the host spent waiting for the loader
+        self.left_out = 0  # batches of one row or none to a rank
         self._loader, self._device, self._even = loader, device, even
         self._channels_last = channels_last
         mean, std = getattr(loader, "mean", None), getattr(loader, "std", None)
@@ -85,6 +97,7 @@ class Batches:
 
     def _parts(self, batches: Iterator[Batch], rank: int, world: int) -> Iterator[Batch]:
         for batch in batches:
+            checked_batch(batch, self._name)
             mine = rows_of(len(batch[0]), rank, world, even=self._even)
             yield tuple(part[mine] for part in batch)
 
@@ -95,9 +108,10 @@ class Batches:
             self.waited += time.perf_counter() - before
             if batch is None:
                 return
-            images, *rest = batch
+            images, *rest = checked_batch(batch, self._name)
             # A rank of one row or none: batch normalisation needs two.
             if self._even and distributed.world() > 1 and len(images) < 2:
+                self.left_out += 1
                 continue
             yield self._moved(images), *(part.to(self._device, non_blocking=True) for part in rest)
 
@@ -119,8 +133,9 @@ def micro_batches(batch: Batch, count: int) -> list[tuple[Batch, float]]:
     The losses are means over rows, so that a part of r of n rows counts r/n.
     """
     rows = len(batch[0])
-    size = math.ceil(rows / max(1, min(count, rows // 2)))
-    parts = zip(*(entry.split(size) for entry in batch), strict=True)
+    # Of almost equal sizes: `split` would leave a last part of one row, which batch normalisation refuses.
+    number = max(1, min(count, rows // 2))
+    parts = zip(*(entry.tensor_split(number) for entry in batch), strict=True)
     return [(part, rows / len(part[0])) for part in parts]
 
 

@@ -14,12 +14,12 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from fastkd.distill.method import Method, total_of
-from fastkd.distill.taps import eval_mode
+from fastkd.distill.taps import eval_mode, logits_of
 
 from .build import build_method, build_network, resolve_device, try_method
 from .console import make_console
 from .data import Data, IndexedLoader, load_data
-from .distributed import from_environment
+from .environment import number
 from .errors import RecipeError
 from .optimization import build_optimizer
 from .recipe import Recipe, load_recipe
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    processes = from_environment("WORLD_SIZE", 1, least=1)
+    processes = number("WORLD_SIZE", 1, least=1)
     if processes > 1:
         raise RecipeError(
             f"cache-teacher runs in one process, but WORLD_SIZE is {processes}: no torchrun here"
@@ -62,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
     facts["top_k"] = None if args.all or args.top_k >= data.num_classes else args.top_k
     if args.to.exists():  # before a teacher is trained
         raise RecipeError(f"--to {args.to}: it exists; a cache is never written over: name a new folder")
-    try_method(recipe, data, device, cached=True)
+    for note in try_method(recipe, data, device, cached=True):
+        console.print(note, markup=False)
     teacher = find_teacher(recipe.teacher, data, args.runs, device, console)
     facts["val_accuracy"] = teacher.summary["val_accuracy"]
     console.print(f"teacher: {facts['val_accuracy']:.2%}, {teacher.summary['checkpoint']}", markup=False)
@@ -107,7 +108,7 @@ def _logits(
     loader.set_epoch(epoch)
     for images, _, indices in loader.indexed():
         with torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32"):
-            logits = teacher(images)
+            logits = logits_of(teacher, images, "teacher")
         yield indices, logits
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from fastkd.torch_files import load_plain
+
 from .errors import CheckpointError, StorageError
 
 _FORMAT = "fastkd-1"
@@ -72,11 +74,10 @@ def load_checkpoint(path: Path, *, remedy: str) -> dict[str, Any]:
     if (damage := _damage(path)) is not None:
         raise CheckpointError(f"checkpoint {path} is damaged: {damage}; {remedy}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_plain(path)
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
-            f"checkpoint {path} is damaged or holds more than tensors: {reason}; {remedy}"
+            f"checkpoint {path} is damaged or holds more than tensors: {error}; {remedy}"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,11 +30,13 @@ def _main(argv: Sequence[str] | None) -> int:
         extra = [word for word in extra if word.startswith("-")]
     if extra:
         parser.error(f"unknown arguments: {' '.join(extra)}")
+    from .environment import number
     from .errors import Preempted, TrainError
 
-    rank = os.environ.get("RANK")
-    process = f" (rank {rank})" if rank and os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    process = ""
     try:
+        if number("WORLD_SIZE", 1, least=1) > 1:
+            process = f" (rank {number('RANK', 0)})"
         status: int = args.run(args)
     except TrainError as error:
         print(f"fastkd: error{process}: {error}", file=sys.stderr)
@@ -136,7 +137,7 @@ def _train_launched(args: argparse.Namespace) -> int:
     from . import distributed
     from .console import make_console
     from .errors import RecipeError
-    from .recipe import load_recipe
+    from .recipe import load_recipe, without_effect
     from .results import print_results
     from .run import run_recipe
     from .run_folder import find_run
@@ -165,6 +166,8 @@ def _train_launched(args: argparse.Namespace) -> int:
                 "which recipe? `fastkd recipes` lists them, for instance: fastkd train glyphs/kd"
             )
         name, recipe = load_recipe(args.words[0], args.words[1:])
+        for note in without_effect(recipe, args.words[1:]):
+            console.print(note, markup=False)
         if args.resume is not None:
             if count:
                 raise RecipeError("--resume with --seeds takes the run folder")
@@ -181,7 +184,10 @@ def _train_launched(args: argparse.Namespace) -> int:
         folder = Path(summaries[0]["folder"])
     else:
         folder, summaries = run_seeds(name, recipe, count, runs=runs, console=console, folder=folder)
-    print_results(summaries, runs, console)
+    try:
+        print_results(summaries, recipe, folder, runs, console)
+    except Exception as error:  # the run is whole: what cannot be shown does not make it a failure
+        console.print(f"no table of results: {type(error).__name__}: {error}", markup=False)
     console.print(f"run folder: {folder}", soft_wrap=True, markup=False)
     return 0
 

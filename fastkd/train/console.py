@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -20,11 +23,29 @@ _REFRESH_SECONDS = 0.25
 _LOG_SECONDS = 60.0
 
 
+class _Console(Console):
+    """Says nothing more once its terminal or reader has gone: a run does not end with it."""
+
+    def print(self, *arguments: Any, **options: Any) -> None:
+        try:
+            super().print(*arguments, **options)
+        except OSError:
+            self.on_broken_pipe()
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        with contextlib.suppress(OSError, ValueError):  # else Python ends with an error of its own at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def make_console(*, quiet: bool = False) -> Console:
     """A console that keeps tables whole when the output is a file or a pipe."""
-    console = Console(highlight=False, emoji=False, quiet=quiet)
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:  # an ASCII terminal gets ? for what it cannot show
+        reconfigure(errors="replace")
+    console = _Console(highlight=False, emoji=False, quiet=quiet)
     if not console.is_terminal:
-        console = Console(highlight=False, emoji=False, quiet=quiet, width=160)
+        console = _Console(highlight=False, emoji=False, quiet=quiet, width=160)
     return console
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from . import canvas
 from .checkpoint import write_atomically
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.
@@ -21,13 +22,9 @@ def plot_curves(
     teacher_accuracy: float | None = None,
 ) -> None:
     """Write a PNG with three panels to ``path``, atomically. ``history`` is that of ``FitResult``."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    figure = canvas.figure(figsize=(13, 4), layout="constrained")
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    # Figure and canvas directly: pyplot would keep global state and look for a display.
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    FigureCanvasAgg(figure)
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
     accuracy, losses, seconds = figure.subplots(1, 3, width_ratios=(1.2, 1.2, 1))
     epochs = [record["epoch"] for record in history]

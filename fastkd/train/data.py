@@ -19,6 +19,9 @@ class Loader(Protocol):
 
     def set_epoch(self, epoch: int) -> None: ...
 
+    def sizes(self) -> list[int]:
+        """Images of the first and of the last batch of an epoch; see ``EpochOrder.sizes``."""
+
 
 class IndexedLoader(Loader, Protocol):
     """A loader whose images are a function of (seed, epoch, sample index), so that they can be cached for."""
@@ -47,7 +50,7 @@ class Data(Protocol):
 
     def train_loader(self, batch_size: int, seed: int, device: torch.device) -> Loader: ...
 
-    def val_loader(self, device: torch.device) -> Loader: ...
+    def val_loader(self, device: torch.device, batch_size: int) -> Loader: ...
 
     def example(self) -> tuple[Tensor, Tensor]: ...
 

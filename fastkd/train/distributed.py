@@ -14,19 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastkd import environment
 from fastkd.distill.method import Method
 
+from .environment import number
 from .errors import RecipeError
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-
-
-def from_environment(variable: str, default: int, least: int = 0) -> int:
-    try:
-        return environment.count(variable, default, least)
-    except ValueError as error:
-        raise RecipeError(str(error)) from None
 
 
 def rank() -> int:
@@ -48,7 +41,7 @@ def launched() -> Iterator[None]:
 
     Tensors on GPUs go by NCCL, those on CPUs by gloo. Raises ``RecipeError`` for an environment in part.
     """
-    if _active() or from_environment("WORLD_SIZE", 1, least=1) < 2:
+    if _active() or number("WORLD_SIZE", 1, least=1) < 2:
         yield
         return
     missing = [name for name in _TORCHRUN if not os.environ.get(name)]
@@ -58,7 +51,7 @@ def launched() -> Iterator[None]:
             "torchrun, or set what it sets (docs/launch.md)"
         )
     for variable in ("RANK", "LOCAL_RANK", "MASTER_PORT"):
-        from_environment(variable, 0)
+        number(variable, 0)
     if torch.cuda.is_available():
         torch.cuda.set_device(local_device())
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
@@ -70,7 +63,7 @@ def launched() -> Iterator[None]:
 
 def local_device() -> torch.device:
     """The GPU of this process: one for each rank of a machine."""
-    local, count = from_environment("LOCAL_RANK", 0), torch.cuda.device_count()
+    local, count = number("LOCAL_RANK", 0), torch.cuda.device_count()
     if local >= count:
         raise RecipeError(
             f"LOCAL_RANK is {local}, but this machine has {count} GPUs; start as many processes as GPUs, "

@@ -44,6 +44,11 @@ class EpochOrder:
     def __len__(self) -> int:
         return math.ceil(self._count / self._batch_size)
 
+    def sizes(self) -> list[int]:
+        """Of the first and the last batch, over all ranks; one, if they are the same."""
+        last = self._count - (len(self) - 1) * self._batch_size
+        return list(dict.fromkeys((min(self._batch_size, self._count), last)))
+
     def batches(
         self, start: int = 0, rank: int = 0, world: int = 1, even: bool = False, borrow: bool = False
     ) -> Iterator[Chosen]:
@@ -73,6 +78,9 @@ class OrderedLoader(ABC):
 
     def set_epoch(self, epoch: int) -> None:
         self._order.epoch = epoch
+
+    def sizes(self) -> list[int]:
+        return self._order.sizes()
 
     def __len__(self) -> int:
         return len(self._order)

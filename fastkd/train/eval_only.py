@@ -10,7 +10,7 @@ from rich.table import Table
 from torch import nn
 
 from . import distributed
-from .build import build_network, resolve_device
+from .build import build_network, resolve_device, tried
 from .checkpoint import load_checkpoint
 from .data import load_data
 from .errors import RecipeError
@@ -32,7 +32,7 @@ def evaluate_networks(name: str, recipe: Recipe, folder: Path | None, console: C
     console.print(f"data: {data.describe()}", markup=False)
     networks: dict[str, nn.Module] = {}
     if recipe.teacher is not None and (recipe.teacher.checkpoint or recipe.teacher.weights):
-        teacher = load_given_teacher(recipe.teacher, data, device)
+        teacher = load_given_teacher(recipe.teacher, data, device, console)
         assert teacher is not None
         networks["teacher"] = teacher.model
     for what, path in (("best epoch", "best.pt"), ("newest state", "last.pt")) if folder else ():
@@ -61,9 +61,11 @@ def evaluate_networks(name: str, recipe: Recipe, folder: Path | None, console: C
     for column in ("network", "accuracy, %", "cross-entropy", "images"):
         table.add_column(column, justify="left" if column == "network" else "right")
     for label, network in networks.items():
-        accuracy, loss, rows = evaluate_rows(
+        accuracy, loss, rows = tried(
+            f"{label} on the validation images",
+            evaluate_rows,
             network.to(device),
-            data.val_loader(device),
+            data.val_loader(device, recipe.train.val_batch_size or recipe.train.batch_size),
             device=device,
             precision=recipe.train.precision,
         )

@@ -9,12 +9,13 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
-from fastkd.distill.taps import eval_mode
+from fastkd.distill.taps import eval_mode, logits_of
 
 from . import distributed
 from .batches import Batches
 from .errors import TrainError
 from .precision import autocast
+from .preflight import first_of
 
 
 def evaluate(
@@ -50,11 +51,13 @@ def evaluate_rows(
     total = torch.zeros((), dtype=torch.float64, device="cpu" if device.type == "mps" else device)
     rows = 0
     with eval_mode(model):
-        for images, target, *_ in Batches(loader, device, even=False, channels_last=channels_last).start():
+        for images, target, *_ in Batches(
+            loader, device, even=False, channels_last=channels_last, name="val_loader"
+        ).start():
             if len(target) == 0:  # a rank without rows of this batch
                 continue
             with autocast(device, precision):
-                logits = model(images)
+                logits = logits_of(model, images, "network")
             correct += (logits.argmax(-1) == target).sum()
             total += F.cross_entropy(logits.float(), target, reduction="sum").to(total)
             rows += len(target)
@@ -63,6 +66,29 @@ def evaluate_rows(
     if all_rows == 0:
         raise TrainError("the validation loader yielded no batch")
     return correct_rows / all_rows, loss / all_rows, int(all_rows)
+
+
+def try_validation(
+    student: nn.Module, loader: Any, device: torch.device, precision: str, channels_last: bool
+) -> None:
+    """Validate on the loader's first batch, where it can be had twice: before an epoch has been trained.
+
+    Raises ``TrainError``.
+    """
+    batch = first_of(loader)
+    if batch is None:
+        return
+    try:
+        evaluate_rows(student, [batch], device=device, precision=precision, channels_last=channels_last)
+    except TrainError:
+        raise
+    except Exception as error:
+        images, target = batch[:2]
+        raise TrainError(
+            f"validation fails on the first batch of val_loader, images {list(images.shape)} of "
+            f"{images.dtype} and target {list(target.shape)} of {target.dtype}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def validate(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastkd.distill.taps import logits_of, named_logits
 from fastkd.models import build_model
 
 from .checkpoint import load_checkpoint, write_atomically
@@ -76,11 +77,15 @@ def load_student(folder: Path, which: str = "best") -> tuple[nn.Module, list[int
     student = recipe.student
     try:
         model = build_model(
-            student.name, num_classes=facts["num_classes"], width=student.width, channels=shape[0]
+            student.name,
+            num_classes=facts["num_classes"],
+            width=student.width,
+            channels=shape[0],
+            size=shape[-1],
         )
     except ValueError as error:
         raise ExportError(f"{folder}: {error}") from None
-    weights = state_dict_in(content)
+    weights = state_dict_in(content, model)
     if weights is None:
         raise ExportError(f"{folder / which}.pt holds no state dict of tensors")
     fill(model, weights, f"{folder / which}.pt", "the recipe and the weights of a run belong together")
@@ -95,8 +100,10 @@ def export(model: nn.Module, shape: list[int], form: str, path: Path) -> float |
     """
     example = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)) * 4 - 2
     probe = torch.rand(3, *shape, generator=torch.Generator().manual_seed(1)) * 4 - 2
+    if form != "state_dict":
+        model = _LogitsOf(model)
     with torch.no_grad():
-        expected = model(probe)
+        expected = logits_of(model, probe, "student")
     difference: float | None = None
 
     def write(temporary: Path) -> None:
@@ -117,6 +124,18 @@ def export(model: nn.Module, shape: list[int], form: str, path: Path) -> float |
     return difference
 
 
+class _LogitsOf(nn.Module):
+    """What a program gives is one tensor, also of a student whose output is a mapping."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = named_logits(self.model(images))
+        return logits
+
+
 def _save_state_dict(model: nn.Module, example: Tensor, path: Path) -> None:
     torch.save({key: value.cpu() for key, value in model.state_dict().items()}, path)
 
@@ -128,7 +147,7 @@ def _run_state_dict(model: nn.Module, probe: Tensor, path: Path) -> Tensor:
             for value in model.state_dict().values():
                 value.zero_()
             model.load_state_dict(torch.load(path, weights_only=True))
-            outputs: Tensor = model(probe)
+            outputs = logits_of(model, probe, "student")
     finally:
         model.load_state_dict(kept)
     return outputs

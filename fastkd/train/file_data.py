@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from .epoch_order import Chosen, EpochOrder, OrderedLoader
 from .errors import DataError
 from .image_sources import FolderSource, ShardSource, Source
+from .pixels import to_rgb
 from .recipe import FolderData, ShardData
 from .transforms import (
     IMAGENET_MEAN,
@@ -75,7 +76,7 @@ class Samples(Dataset[tuple[Tensor, int, int] | Corrupt]):
         position = int(self._chosen[index])
         try:
             with Image.open(io.BytesIO(self._source.read(position))) as image:
-                pixels = image.convert("RGB")
+                pixels = to_rgb(image)
         # What Pillow raises for broken files of its many formats.
         except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
             reason = str(error).replace("\n", " ") or type(error).__name__
@@ -260,8 +261,9 @@ def load_file_data(config: FolderData | ShardData) -> FileData:
     if not root.is_dir():
         raise DataError(f"data.root: {root} is no folder")
     corrupt = CorruptImages(config.corrupt_limit)
-    source: Source
-    val_source: Source
+    source: FolderSource | ShardSource
+    val_source: FolderSource | ShardSource
+    notes: tuple[str, ...]
     if isinstance(config, FolderData):
         source = FolderSource(root / config.train)
         if config.holdout is not None:
@@ -270,7 +272,7 @@ def load_file_data(config: FolderData | ShardData) -> FileData:
                 raise DataError(f"data.holdout = {config.holdout} leaves none of {count} training images")
             order = np.random.default_rng(0).permutation(count)
             train, val = order[config.holdout :], order[: config.holdout]
-            return FileData(config, source, source, np.sort(train), np.sort(val), corrupt)
+            return FileData(config, source, source, np.sort(train), np.sort(val), corrupt, source.notes)
         val_source = FolderSource(root / config.val)
         if source.classes != val_source.classes:
             odd = sorted(set(source.classes) ^ set(val_source.classes))
@@ -278,7 +280,9 @@ def load_file_data(config: FolderData | ShardData) -> FileData:
                 f"data.root: {config.train} and {config.val} of {root} have different class folders: "
                 + ", ".join(odd[:10])
             )
+        notes = (*source.notes, *val_source.notes)
     else:
+        notes = ()
         source = ShardSource(root, config.train, config.classes)
         val_source = ShardSource(root, config.val, config.classes)
         if val_source.num_classes > source.num_classes:
@@ -286,6 +290,5 @@ def load_file_data(config: FolderData | ShardData) -> FileData:
                 f"data.root: the shards {config.val} have labels up to {val_source.num_classes - 1}, "
                 f"but {config.train} up to {source.num_classes - 1}; data.classes says how many there are"
             )
-    return FileData(
-        config, source, val_source, np.arange(len(source.labels)), np.arange(len(val_source.labels)), corrupt
-    )
+    train, val = np.arange(len(source.labels)), np.arange(len(val_source.labels))
+    return FileData(config, source, val_source, train, val, corrupt, notes)

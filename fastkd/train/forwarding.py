@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +11,55 @@ from .batches import Batch
 from .errors import NonFiniteLossError
 from .loop import Record, Watcher
 from .meters import LossMeter
+
+
+class Shielded(Watcher):
+    """Passes everything on to ``shown`` until that fails: what is shown, or drawn, ends no run.
+
+    A closed terminal, an encoding that lacks a sign, a full disk under TensorBoard: it is warned of once, and
+    nothing is shown any more.
+    """
+
+    def __init__(self, shown: Watcher) -> None:
+        self._shown: Watcher | None = shown
+
+    def _pass_on(self, name: str, *arguments: Any) -> None:
+        if self._shown is None:
+            return
+        try:
+            getattr(self._shown, name)(*arguments)
+        # SystemExit is rich's answer to a reader that has gone.
+        except (Exception, SystemExit) as error:
+            shown, self._shown = self._shown, None
+            with contextlib.suppress(Exception, SystemExit):  # a bar on the terminal has a thread of its own
+                shown.__exit__(None, None, None)
+            text = f"the run goes on, but shows nothing any more: {type(error).__name__}: {error}"
+            warnings.warn(text, stacklevel=2)
+
+    def __enter__(self) -> Watcher:
+        self._pass_on("__enter__")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._pass_on("__exit__", *exception)
+
+    def note(self, text: str) -> None:
+        self._pass_on("note", text)
+
+    def epoch_started(self, epoch: int, epochs: int, batches: int | None) -> None:
+        self._pass_on("epoch_started", epoch, epochs, batches)
+
+    def batch_done(self, meter: LossMeter) -> None:
+        self._pass_on("batch_done", meter)
+
+    def epoch_done(self, record: Record, state: Callable[[], dict[str, Any]]) -> None:
+        self._pass_on("epoch_done", record, state)
+
+    def checkpoint(self, epoch: int, step: int, state: Callable[[], dict[str, Any]]) -> None:
+        self._pass_on("checkpoint", epoch, step, state)
+
+    def not_finite(self, error: NonFiniteLossError, batch: Batch | None) -> None:
+        self._pass_on("not_finite", error, batch)
 
 
 class ForwardingWatcher(Watcher):

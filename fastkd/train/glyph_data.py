@@ -79,7 +79,11 @@ def load_glyph_data(config: GlyphsData) -> GlyphData:
     glyphs, images = load_glyphs(config.fonts, config.characters, config.coverage)
     holdout = config.holdout
     if holdout is None and config.fonts is None:
-        holdout = [face for face in DEJAVU_HOLDOUT if face not in (config.exclude or ())]
+        # Some may be excluded or lack too many of the characters: who named no face is told of none.
+        left = [face for face in glyphs.faces if face not in (config.exclude or ())]
+        holdout = [face for face in DEJAVU_HOLDOUT if face in left]
+        if not 0 < len(holdout) < len(left):
+            holdout = None
     train, val = split_faces(glyphs.faces, glyphs.files, holdout, config.exclude)
     return GlyphData(glyphs, images, train, val, config.augment)
 
@@ -112,6 +116,9 @@ class GlyphLoader:
 
     def set_epoch(self, epoch: int) -> None:
         self._order.epoch = epoch
+
+    def sizes(self) -> list[int]:
+        return self._order.sizes()
 
     def __len__(self) -> int:
         return len(self._order)

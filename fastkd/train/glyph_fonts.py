@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .canvas import font_folder
 from .errors import DataError
 
 DEJAVU_HOLDOUT = ("DejaVu Sans Bold Oblique", "DejaVu Serif Italic", "DejaVu Sans Mono Bold")
@@ -36,9 +37,7 @@ class FontFile:
 
 def dejavu_files() -> list[FontFile]:
     """The files of the 12 DejaVu faces that matplotlib ships."""
-    import matplotlib
-
-    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    folder = font_folder()
     files = [path for path in sorted(folder.glob("DejaVu*.ttf")) if path.stem not in _TOO_FEW_CHARACTERS]
     if len(files) != 12:
         raise DataError(f"{folder}: expected the 12 DejaVu faces of matplotlib, found {len(files)}")

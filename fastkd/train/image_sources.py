@@ -31,16 +31,19 @@ class Source(Protocol):
 
 
 class FolderSource:
-    """``ROOT/CLASS/*.jpeg``, classes in alphabetical order, as torchvision's ``ImageFolder`` has them."""
+    """``ROOT/CLASS/*.jpeg``, classes in alphabetical order, as torchvision's ``ImageFolder`` has them.
+
+    Hidden folders and files (``.ipynb_checkpoints``, macOS's ``._NAME``) are neither classes nor images.
+    """
 
     def __init__(self, root: Path) -> None:
-        from torchvision.datasets import ImageFolder
-
         try:
-            found = ImageFolder(str(root))
+            found = _visible_folder(root)
         except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
             reason = str(error).splitlines()[0]
             raise DataError(f"data.root: {root} must hold one folder of images a class: {reason}") from None
+        hidden = sorted(path.name for path in root.iterdir() if path.is_dir() and _hidden(path.name))
+        self.notes = (f"{root}: hidden folders are no classes: {', '.join(hidden)}",) if hidden else ()
         self.classes: list[str] = found.classes
         self.num_classes = len(found.classes)
         self._root = root
@@ -56,6 +59,28 @@ class FolderSource:
 
     def digest(self) -> str:
         return _digest(self.classes, self._paths, self.labels)
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".")
+
+
+def _visible_folder(root: Path) -> Any:
+    from torchvision.datasets import ImageFolder
+    from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
+
+    class Visible(ImageFolder):
+        def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+            names = sorted(e.name for e in os.scandir(directory) if e.is_dir() and not _hidden(e.name))
+            if not names:
+                raise FileNotFoundError(f"Couldn't find any class folder in {directory}.")
+            return names, {name: number for number, name in enumerate(names)}
+
+    def visible(path: str) -> bool:  # also below a class
+        inside = os.path.relpath(path, root).split(os.sep)
+        return has_file_allowed_extension(path, IMG_EXTENSIONS) and not any(map(_hidden, inside))
+
+    return Visible(str(root), is_valid_file=visible)
 
 
 class ShardSource:

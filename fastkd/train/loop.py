@@ -11,19 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.distill.logits import LossMethod
-from fastkd.distill.method import TOTAL, Method, Terms, total_of
+from fastkd.distill.method import TOTAL, Method, TermError, Terms, total_of
+from fastkd.distill.sharing import check_apart
 
 from . import distributed
 from .batches import Batch, Batches, micro_batches
 from .ema import make_ema
 from .errors import NonFiniteLossError, Preempted, TrainError
-from .evaluation import evaluate, validate
+from .evaluation import evaluate, try_validation, validate
+from .freezing import frozen
 from .meters import LossMeter, PassTimer, Stopwatch
 from .precision import autocast, compile_networks, dtype_of, make_scaler
+from .preflight import check_channels_last, check_loaders, check_optimizer, check_scheduler
 from .random_state import get_random_state, set_random_state
 from .signals import Control
+from .trial import Sizes
 
-__all__ = ["FitResult", "Watcher", "evaluate", "fit", "fit_method", "frozen"]
+__all__ = ["FitResult", "Watcher", "evaluate", "fit", "fit_method"]
 
 # (student_logits, teacher_logits or None, target) -> loss, or (loss, terms)
 Loss = Callable[[Tensor, Any, Tensor], Any]
@@ -107,6 +111,7 @@ def fit(
             dict of detached scalar terms to log. If it is a module, its parameters are trained too.
         **options: those of ``fit_method``, whose other arguments and errors these are.
     """
+    check_apart(student, teacher)  # before the teacher, and what is shared, is frozen
     device = torch.device(device) if device is not None else _device_of(student)
     with frozen(teacher, device):
         method = LossMethod(student, teacher, loss)
@@ -140,6 +145,9 @@ def fit_method(
 ) -> FitResult:
     """Train the student of ``method``, and what the method trains beside it; validate the plain student.
 
+    A batch so small that the network cannot take it in train mode, such as a last one of a single row, is
+    left out; the watcher is told, and ``skipped`` counts it.
+
     In a ``torch.distributed`` process group the method runs under DDP, and each batch of the loaders is
     shared among the ranks, so that n processes do what one does (see ``batches.Batches``).
 
@@ -169,18 +177,23 @@ def fit_method(
     Raises:
         NonFiniteLossError: the loss became NaN or infinite.
         Preempted: ``stop`` said so.
-        TrainError: a loader yields nothing, or the loss does not depend on the student.
+        ValueError: an option, optimizer or scheduler that does not fit the method; found before training.
+        TrainError: a loader yields nothing or something else, or the loss does not depend on the student.
     """
     _check_options(epochs, scheduler_interval, accumulate, ema, nonfinite)
     student = method.student
+    check_loaders(train_loader, val_loader, epochs)
     device = torch.device(device) if device is not None else _device_of(student)
     method.to(device)
     if channels_last:
+        check_channels_last(method)
         method.to(memory_format=torch.channels_last)
     if teacher_precision is not None:
         method.teacher_dtype = dtype_of(teacher_precision, "teacher_precision") or torch.float32
     scaler = make_scaler(device, precision)
-    optimizer = optimizer or torch.optim.AdamW(method.parameters(), lr=1e-3)
+    own_optimizer = optimizer is None
+    optimizer = torch.optim.AdamW(method.parameters(), lr=1e-3) if optimizer is None else optimizer
+    check_optimizer(method, optimizer)
     average = make_ema(student, ema) if ema is not None else None
     if watcher is None:
         watcher = _default_watcher(progress)
@@ -200,6 +213,15 @@ def fit_method(
     runner = distributed.wrap(method)
     train = Batches(train_loader, device, even=True, channels_last=channels_last)
     buffers = list(method.buffers())
+    steps = 1 if scheduler_interval == "epoch" else train.length
+    check_scheduler(
+        scheduler,
+        optimizer,
+        own_optimizer=own_optimizer,
+        interval=scheduler_interval,
+        total=None if steps is None else steps * epochs,
+    )
+    try_validation(student, val_loader, device, precision, channels_last)
 
     def state(**position: Any) -> Callable[[], dict[str, Any]]:
         # Here and not in the function: all ranks take part, only the first one writes.
@@ -217,6 +239,7 @@ def fit_method(
             "position": position or None,
         }
 
+    sizes = Sizes(method, precision, accumulate, watcher.note)
     with watcher:
         for epoch in range(len(history), epochs):
             train.set_epoch(epoch)
@@ -238,6 +261,11 @@ def fit_method(
             with PassTimer(student, method.teacher, watch) as passes, _saving(watcher, train):
                 for batch in batches:
                     watch.lap("data")
+                    if not sizes.take(batch, resumed=within is not None):
+                        meter.skip_step()
+                        if scheduler is not None and scheduler_interval == "step":
+                            scheduler.step()
+                        continue
                     optimizer.zero_grad(set_to_none=True)
                     kept = [buffer.clone() for buffer in buffers] if nonfinite == "skip" else []
                     parts = micro_batches(batch, accumulate)
@@ -245,9 +273,9 @@ def fit_method(
                         # Ranks exchange gradients once a step.
                         with distributed.without_sync(runner, number < len(parts)):
                             with autocast(device, precision):
-                                terms = runner(part)
+                                terms = _terms(runner, part)
                             watch.lap("loss")
-                            meter.add(_total(terms), _logged(terms), passes.logits, part[1])
+                            meter.add(total_of(terms).detach(), _logged(terms), passes.logits, part[1])
                             watch.lap("other")
                             method.backward(terms, scaler=scaler, micro_batches=share)
                     if nonfinite == "skip" and not meter.step_is_finite():
@@ -284,6 +312,10 @@ def fit_method(
                     watch.lap("other")
                 meter.drain()
 
+            if train.left_out and not history:
+                watcher.note(
+                    f"left out in each epoch: {train.left_out} batches of under two images per process"
+                )
             if meter.rows == 0:
                 raise TrainError(_nothing_came(epoch, meter))
             if scheduler is not None and scheduler_interval == "epoch":
@@ -308,24 +340,6 @@ def fit_method(
     return FitResult(history)
 
 
-@contextlib.contextmanager
-def frozen(model: nn.Module | None, device: torch.device) -> Iterator[None]:
-    """``model`` in eval mode, without gradients, on ``device``; modes and flags are restored afterwards."""
-    if model is None:
-        yield
-        return
-    modes = {module: module.training for module in model.modules()}
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        model.to(device).eval().requires_grad_(False)
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
-
-
 def _check_options(
     epochs: int, scheduler_interval: str, accumulate: int, ema: float | None, nonfinite: str
 ) -> None:
@@ -344,8 +358,9 @@ def _default_watcher(progress: bool) -> Watcher:
     if not progress or not distributed.is_first():
         return Watcher()
     from .console import ConsoleProgress  # rich is wanted only here
+    from .forwarding import Shielded
 
-    return ConsoleProgress()
+    return Shielded(ConsoleProgress())
 
 
 @contextlib.contextmanager
@@ -377,14 +392,14 @@ def _nothing_came(epoch: int, meter: LossMeter) -> str:
     return f"the train loader yielded no batch in epoch {epoch + 1}{again}"
 
 
-def _total(terms: Terms) -> Tensor:
+def _terms(runner: nn.Module, batch: Batch) -> Terms:
     try:
-        total = total_of(terms)
-    except ValueError as error:
+        terms: Terms = runner(batch)
+    except TermError as error:
         raise TrainError(str(error)) from None
-    if not total.requires_grad:
+    if not total_of(terms).requires_grad:
         raise TrainError("the loss does not depend on student_logits: there is nothing to train")
-    return total.detach()
+    return terms
 
 
 def _logged(terms: Terms) -> Terms:

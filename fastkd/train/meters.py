@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from fastkd.distill.taps import named_logits
+
 from . import distributed
 from .errors import NonFiniteLossError
 
@@ -193,7 +195,10 @@ class PassTimer:
         for hook in self._hooks:
             hook.remove()
 
-    def _after_student(self, module: nn.Module, inputs: object, logits: Tensor) -> None:
+    def _after_student(self, module: nn.Module, inputs: object, output: object) -> None:
+        logits = named_logits(output)
+        if not isinstance(logits, Tensor):  # the method says what came
+            return
         self.logits = logits.detach()
         self._backward_seen = False
         if logits.requires_grad:

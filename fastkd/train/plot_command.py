@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import canvas
 from .checkpoint import write_atomically
 from .console import make_console
 from .curves import COLOURS
@@ -62,7 +63,12 @@ def run(args: argparse.Namespace) -> int:
     if args.to.suffix not in (".png", ".svg", ".pdf"):
         raise PlotError(f"--to {args.to}: expected a .png, .svg or .pdf file")
     shown = [read_shown(folder) for folder in args.folders]
-    plot(_told_apart(shown, args.folders), args.to)
+    try:
+        plot(_told_apart(shown, args.folders), args.to)
+    except TrainError:
+        raise
+    except Exception as error:  # of matplotlib, its fonts and settings
+        raise PlotError(f"{args.to} cannot be drawn: {type(error).__name__}: {error}") from error
     make_console().print(str(args.to), markup=False, soft_wrap=True)
     return 0
 
@@ -97,12 +103,9 @@ def _told_apart(shown: Sequence[Shown], folders: Sequence[Path]) -> list[Shown]:
 
 def plot(shown: Sequence[Shown], path: Path) -> None:
     """Accuracy, validation loss and time of each; a band spans the seeds of a group."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    figure = canvas.figure(figsize=(13, 4.2), layout="constrained")
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
     accuracy, losses, seconds = figure.subplots(1, 3, width_ratios=(1.3, 1.3, 1))
     for number, one in enumerate(shown):
         colour = COLOURS[number % len(COLOURS)]

@@ -17,6 +17,7 @@ from fastkd.distill.options import OptionError, check_options, is_file, options_
 
 from .errors import RecipeError
 from .recipe_files import find_recipe, parse_flat_yaml, parse_scalar, suggest
+from .recipe_names import description_of, name_of
 from .signals import seconds_of
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -160,6 +161,7 @@ class Train(Optimization):
     log_every: Count | None = None  # steps between fetching losses; None: 1 on a CPU, else 20
     checkpoint_every: Annotated[int | str, Field(union_mode="left_to_right")] | None = None  # steps, "15min"
     keep_every: Count | None = None  # epochs between states kept for good
+    val_batch_size: Count | None = None  # of validation, over all ranks; None: as batch_size, which fits
     tensorboard: bool = False
 
     @field_validator("checkpoint_every")
@@ -224,16 +226,46 @@ def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> tuple[str, 
     """
     found = find_recipe(name_or_path)
     values = parse_flat_yaml(found.text, found.origin)
+    given: dict[str, Any] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise RecipeError(f"override {override!r}: expected key=value, for instance train.epochs=3")
-        if key == "method":  # its own defaults: the options were for another method
-            values = {k: v for k, v in values.items() if not k.startswith("method.")}
-        if key == "teacher.checkpoint":  # in place of the recipe's
-            values.pop("teacher.weights", None)
-        values[key] = parse_scalar(text, key)
-    return found.name, make_recipe(values, found.origin)
+        given[key] = parse_scalar(text, key)
+    recipe = make_recipe(_overridden(values, given), found.origin)
+    changed = {key: value for key, value in given.items() if values.get(key) != value}
+    if "description" not in given:
+        text = description_of(found.name, recipe, changed)
+        recipe = recipe.model_copy(update={"description": text})
+    return name_of(found.name, changed), recipe
+
+
+def _overridden(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` with those ``given``; what a recipe says of a thing goes with the thing."""
+    kept = dict(values)
+    if "method" in given:  # its own defaults: the options were for another method
+        kept = {key: value for key, value in kept.items() if not key.startswith("method.")}
+    if "teacher.checkpoint" in given:  # in place of the recipe's
+        kept.pop("teacher.weights", None)
+    for section in ("student", "teacher"):
+        if f"{section}.name" in given and given[f"{section}.name"] != values.get(f"{section}.name"):
+            kept.pop(f"{section}.width", None)
+    return {**kept, **given}
+
+
+def without_effect(recipe: Recipe, overrides: Iterable[str]) -> list[str]:
+    """Overrides of how the teacher is trained, where it comes ready-made."""
+    teacher = recipe.teacher
+    made = ("cache", "checkpoint", "weights")
+    source = next((key for key in made if teacher is not None and getattr(teacher, key) is not None), None)
+    keys = [override.partition("=")[0] for override in overrides]
+    # Its batches are those that it is validated in.
+    training = [f"teacher.{name}" for name in Optimization.model_fields if name != "batch_size"]
+    return [
+        f"{key} has no effect: the teacher is that of teacher.{source}"
+        for key in keys
+        if source is not None and key in training
+    ]
 
 
 def make_recipe(values: Mapping[str, Any], origin: str) -> Recipe:
@@ -256,6 +288,12 @@ def make_recipe(values: Mapping[str, Any], origin: str) -> Recipe:
         else:
             raise RecipeError(f"{origin}: unknown key {key!r}{suggest(key, valid)}")
     if "teacher" in nested:
+        if nested["teacher"].get("name") is None:
+            option = next((f"teacher.{key}" for key in nested["teacher"]), "teacher")
+            raise RecipeError(
+                f"{origin}: {option} is given, but there is no teacher: teacher.name (and teacher.width, for "
+                "networks that have one) says which network it is"
+            )
         nested["teacher"] = {
             **{key: nested["train"][key] for key in _SHARED if key in nested.get("train", {})},
             **nested["teacher"],

@@ -103,6 +103,12 @@ def dump_flat_yaml(values: Mapping[str, Any]) -> str:
     return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000)
 
 
+def dump_scalar(value: Any) -> str:
+    """A value as it stands behind ``key=`` on the command line."""
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=10_000)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
 def suggest(word: str, possible: Iterable[str]) -> str:
     """`` (did you mean a, b?)``, or nothing when no name is near."""
     possible = list(possible)

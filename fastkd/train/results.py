@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,12 +11,20 @@ from typing import Any
 from rich.console import Console
 
 from .console import results_table, time_table
-from .recipe_files import shipped_recipes
+from .recipe import Recipe, load_recipe
+from .recipe_files import dump_scalar, shipped_recipes
 from .run_folder import read_json
 
+_ALONE = ("data.", "student.", "train.")  # what a student alone has in common with a distilled one
 
-def print_results(summaries: Sequence[dict[str, Any]], runs: Path, console: Console) -> None:
-    """Tables of accuracy (mean ± sample standard deviation over seeds) and of where the time went."""
+
+def print_results(
+    summaries: Sequence[dict[str, Any]], recipe: Recipe, folder: Path, runs: Path, console: Console
+) -> None:
+    """Tables of accuracy (mean ± sample standard deviation over seeds) and of where the time went.
+
+    ``folder`` is the run's, or the group's of seeds.
+    """
     first = summaries[0]
     rows = []
     if first["teacher"]:
@@ -29,17 +38,33 @@ def print_results(summaries: Sequence[dict[str, Any]], runs: Path, console: Cons
             (label, _mean(alone, "best"), _mean(alone, "last")) if alone else (label, "not known", "")
         )
         if not alone:
-            group = first["name"].partition("/")[0]
-            known = f"{group}/student" in shipped_recipes()
-            recipe = f"{group}/student" if known else f"{first['name']} method=cross_entropy"
             console.print(
-                f"student alone is not known for these data and settings: run `fastkd train {recipe}`",
+                "student alone is not known for these data and settings: run "
+                f"`{student_alone_command(first['name'], recipe, folder, runs)}`",
                 soft_wrap=True,
+                markup=False,
             )
     rows.append((f"{first['name']}{_over(summaries)}", _mean(summaries, "best"), _mean(summaries, "last")))
     console.print(results_table("results", rows))
     parts = first["seconds"]
     console.print(time_table({p: statistics.mean(s["seconds"][p] for s in summaries) for p in parts}))
+
+
+def student_alone_command(name: str, recipe: Recipe, folder: Path, runs: Path) -> str:
+    """What trains the same student on the same data in the same way, without a teacher."""
+    words = ["fastkd", "train"]
+    alone = f"{name.partition('/')[0]}/student"
+    if alone in shipped_recipes():
+        base = load_recipe(alone)[1].flat()
+        wanted = {key: value for key, value in recipe.flat().items() if key.startswith(_ALONE)}
+        given = {key: value for key, value in wanted.items() if base.get(key) != value}
+        given |= {key: None for key in base if key.startswith(_ALONE) and key not in wanted}
+        words += [alone, *(f"{key}={dump_scalar(value)}" for key, value in given.items())]
+    else:
+        words += [str(folder / "recipe.yaml"), "method=cross_entropy"]
+    if runs != Path("runs"):
+        words += ["--runs", str(runs)]
+    return shlex.join(words)
 
 
 def student_alone(runs: Path, comparison: str) -> list[dict[str, Any]]:

@@ -18,12 +18,13 @@ from torch import nn
 from fastkd.distill import CrossEntropy, Method
 
 from . import distributed
-from .build import build_method, build_network, resolve_device, try_method
+from .build import build_method, build_network, resolve_device, tried, try_method
 from .checkpoint import save_checkpoint
 from .console import ConsoleProgress
 from .data import Data, load_data
 from .errors import DataError, NonFiniteLossError, Preempted, RecipeError, TrainError
 from .evaluation import evaluate
+from .forwarding import Shielded
 from .loop import FitResult, Watcher, fit_method
 from .optimization import build_optimizer, build_scheduler
 from .recipe import Optimization, Recipe, Teacher, Train
@@ -33,7 +34,8 @@ from .signals import StopSignals
 from .sync_batchnorm import synchronised
 from .teacher_cache import CachedLoader, CachedTeacher, TeacherCache, wanted_facts
 from .tensorboard import TensorBoard, require_tensorboard
-from .weights import load_torchvision_weights, load_weights
+from .torchvision_weights import torchvision_network
+from .weights import load_weights
 
 
 class Stopped(KeyboardInterrupt):
@@ -80,8 +82,10 @@ def run_recipe(
         if cache is not None:
             teacher = TeacherInUse(CachedTeacher(), _cached_summary(cache))
         elif recipe.teacher is not None:
-            teacher = load_given_teacher(recipe.teacher, data, device)
-        try_method(recipe, data, device, cached=cache is not None)
+            teacher = load_given_teacher(recipe.teacher, data, device, console)
+        ready = None if cache is not None or teacher is None else teacher.model
+        for note in try_method(recipe, data, device, cached=cache is not None, teacher=ready):
+            console.print(note, markup=False)
         if folder is None:
             folder = distributed.from_first(create_run_folder(runs, name) if distributed.is_first() else None)
         with _owned(folder):
@@ -186,7 +190,7 @@ def comparison_key(recipe: Recipe, data: Data) -> str:
 # Of a run's results: where and how it is computed, and what is written.
 _NO_MATTER = {
     "seed", "device", "threads", "teacher_precision", "channels_last", "compile", "accumulate",
-    "nonfinite", "log_every", "checkpoint_every", "keep_every", "tensorboard",
+    "nonfinite", "log_every", "checkpoint_every", "keep_every", "tensorboard", "val_batch_size",
 }  # fmt: skip
 # Left out where they are at their defaults: runs made before there were such settings are still the same.
 _LATER = {"warmup_epochs": 0.0, "sync_batchnorm": False, "ema": None}
@@ -197,14 +201,23 @@ def _what_matters(config: Optimization, leave_out: set[str]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in _LATER or value != _LATER[key]}
 
 
-def load_given_teacher(config: Teacher, data: Data, device: torch.device) -> TeacherInUse | None:
+def load_given_teacher(
+    config: Teacher, data: Data, device: torch.device, console: Console
+) -> TeacherInUse | None:
     if config.checkpoint is None and config.weights is None:
         return None
-    model = build_network(config, data)
     if config.weights is not None:
-        load_torchvision_weights(model, config.name, config.weights, num_classes=data.num_classes)
-        measured, _ = evaluate(model.to(device), data.val_loader(device), device=device)
+        model, notes = torchvision_network(
+            config.name,
+            config.weights,
+            num_classes=data.num_classes,
+            size=data.example()[0].shape[-1],
+        )
+        for note in notes:
+            console.print(f"teacher: {note}", markup=False)
+        measured = _accuracy(config, model, data, device)
         return TeacherInUse(model, {"checkpoint": config.weights, "val_accuracy": measured})
+    model = build_network(config, data)
     assert config.checkpoint is not None
     path = Path(config.checkpoint)
     facts = load_weights(
@@ -215,16 +228,26 @@ def load_given_teacher(config: Teacher, data: Data, device: torch.device) -> Tea
     )
     accuracy = facts.get("val_accuracy")
     if facts.get("data") != _hash(data.fingerprint) or accuracy is None:
-        model.to(device)
-        accuracy, _ = evaluate(model, data.val_loader(device), device=device)
+        accuracy = _accuracy(config, model, data, device)
     return TeacherInUse(model, {"checkpoint": str(path), "val_accuracy": accuracy})
+
+
+def _accuracy(config: Teacher, model: nn.Module, data: Data, device: torch.device) -> float:
+    what, loader = (
+        f"teacher {config.name} on the validation images",
+        data.val_loader(device, config.batch_size),
+    )
+    accuracy: float = tried(what, evaluate, model.to(device), loader, device=device)[0]
+    return accuracy
 
 
 def find_teacher(
     config: Teacher, data: Data, runs: Path, device: torch.device, console: Console
 ) -> TeacherInUse:
     """The teacher of a recipe, trained if it must be. Raises ``TrainError``."""
-    return load_given_teacher(config, data, device) or own_teacher(config, data, runs, device, console)
+    return load_given_teacher(config, data, device, console) or own_teacher(
+        config, data, runs, device, console
+    )
 
 
 def _open_cache(recipe: Recipe, data: Data) -> TeacherCache | None:
@@ -335,7 +358,7 @@ def _fit_in_folder(
         return fit_method(
             method,
             train_loader,
-            data.val_loader(device),
+            data.val_loader(device, train.val_batch_size or optimization.batch_size),
             epochs=optimization.epochs,
             optimizer=optimizer,
             scheduler=build_scheduler(optimizer, optimization, len(train_loader)),
@@ -362,7 +385,8 @@ def _reached(state: dict[str, Any]) -> str:
 
 def _shown(folder: Path, role: str, console: Console, *, tensorboard: bool) -> Watcher:
     shown = ConsoleProgress(role, console)
-    return TensorBoard(folder / "tensorboard", shown) if tensorboard else shown
+    # Each by itself: without TensorBoard the console goes on.
+    return TensorBoard(folder / "tensorboard", Shielded(shown)) if tensorboard else Shielded(shown)
 
 
 def _hash(content: Any) -> str:

@@ -150,11 +150,12 @@ class RunRecorder(ForwardingWatcher):
         super().__exit__(*exception)
         if self._history:
             picture = self._folder / "curves.png"
-            # A failure here must not hide the one that ended the run.
-            with contextlib.suppress(*(() if exception[0] is None else (StorageError,))):
+            try:
                 plot_curves(
                     self._history, picture, title=self._title, teacher_accuracy=self._teacher_accuracy
                 )
+            except Exception as error:  # a full disk, matplotlib's settings, a font: no picture ends a run
+                self.note(f"{picture} is not drawn: {type(error).__name__}: {error}")
 
     def epoch_done(self, record: Record, state: Callable[[], dict[str, Any]]) -> None:
         resume = state()

@@ -27,15 +27,27 @@ class TensorBoard(ForwardingWatcher):
 
     def __init__(self, folder: Path, shown: Watcher) -> None:
         super().__init__(shown)
-        self._writer = require_tensorboard()(str(folder))
+        self._writer: Any = require_tensorboard()(str(folder))
 
     def __exit__(self, *exception: object) -> None:
-        self._writer.close()
+        self._write(lambda writer: writer.close())
         super().__exit__(*exception)
 
     def epoch_done(self, record: Record, state: Callable[[], dict[str, Any]]) -> None:
-        for group, values in (("", record), ("terms/", record["terms"]), ("seconds/", record["seconds"])):
-            for name, value in values.items():
-                if isinstance(value, int | float) and name != "epoch":
-                    self._writer.add_scalar(group + name, value, record["epoch"])
+        def write(writer: Any) -> None:
+            for group, values in (("", record), ("terms/", record["terms"]), ("seconds/", record["seconds"])):
+                for name, value in values.items():
+                    if isinstance(value, int | float) and name != "epoch":
+                        writer.add_scalar(group + name, value, record["epoch"])
+
+        self._write(write)
         super().epoch_done(record, state)
+
+    def _write(self, write: Callable[[Any], None]) -> None:
+        if self._writer is None:
+            return
+        try:
+            write(self._writer)
+        except Exception as error:  # of the writer and its thread: curves end no run
+            self._writer = None
+            self.note(f"nothing more is written for TensorBoard: {type(error).__name__}: {error}")

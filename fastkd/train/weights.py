@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-import pickle
+import re
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .checkpoint import load_checkpoint
 from .errors import CheckpointError
 
-_WRAPPERS = ("model", "state_dict", "student")  # where checkpoints keep their state dict
-_PREFIXES = ("module.", "_orig_mod.")  # of DDP and torch.compile
+# Where checkpoints keep their state dict: fastkd's, Lightning's, timm's, mmengine's, people's own.
+_WRAPPERS = (
+    "model", "state_dict", "student", "model_state_dict", "model_state", "net", "network", "weights",
+    "params",
+)  # fmt: skip
+_AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # of GoogLeNet and Inception
 _LISTED = 20
+_COUNTER = "num_batches_tracked"  # of batch normalisation; torch too loads files without it
 
 
 def load_weights(model: nn.Module, path: Path, *, num_classes: int, remedy: str) -> dict[str, Any]:
     """Fill ``model`` from a checkpoint file; returns the file's other entries if it is fastkd's.
 
-    The file is a state dict, bare or under ``model`` or ``state_dict``, its names with or without
-    ``module.``. It is read as plain tensors and values: code in it is refused, not run.
+    The file is a state dict, bare or under one of the usual names, its keys with or without a prefix such as
+    DDP's ``module.`` and Lightning's ``model.``. It is read as plain tensors and values: code in it is
+    refused, not run.
 
     Raises ``CheckpointError`` that lists every name that is missing, too many or of another shape.
     """
@@ -34,72 +40,74 @@ def load_weights(model: nn.Module, path: Path, *, num_classes: int, remedy: str)
             f"checkpoint {path} was trained for {trained_classes} classes, "
             f"but this data set has {num_classes}; {remedy}"
         )
-    weights = state_dict_in(content)
+    try:
+        weights = state_dict_in(content, model)
+    except CheckpointError as error:
+        raise CheckpointError(f"checkpoint {path}: {error}") from None
     if weights is None:
-        raise CheckpointError(f"checkpoint {path} holds no state dict of tensors; {remedy}")
+        held = ", ".join(map(str, list(content)[:_LISTED])) or "nothing"
+        raise CheckpointError(
+            f"checkpoint {path} holds no state dict of tensors, bare or under {', '.join(_WRAPPERS)}: it has "
+            f"{held}; {remedy}"
+        )
     fill(model, weights, f"checkpoint {path}", remedy)
     return {key: value for key, value in facts.items() if key not in _WRAPPERS}
 
 
-def load_torchvision_weights(model: nn.Module, name: str, weights: str, *, num_classes: int) -> None:
-    """Fill torchvision's network ``name`` with its published ``weights``, such as "IMAGENET1K_V1".
-
-    They are downloaded once, to torch.hub's folder. Raises ``CheckpointError``.
-    """
-    from torchvision import models
-
-    member = weights.rpartition(".")[2]
-    known = models.get_model_weights(name.removeprefix("torchvision/"))
-    if member not in known.__members__:
-        raise CheckpointError(
-            f"teacher.weights = {weights!r}: {name} has no such weights; "
-            f"there are {', '.join(known.__members__) or 'none'}"
-        )
-    entry = known[member]
-    categories = len(entry.meta["categories"])
-    if categories != num_classes:
-        raise CheckpointError(
-            f"teacher.weights = {weights}: they are for {categories} classes, but this data set has "
-            f"{num_classes}; teacher.weights=null trains a teacher, teacher.checkpoint=FILE loads another"
-        )
-    try:
-        state = entry.get_state_dict(progress=False, check_hash=True, weights_only=True, map_location="cpu")
-    except OSError as error:  # URLError is one
-        raise CheckpointError(
-            f"teacher.weights = {weights}: {entry.url} cannot be fetched ({error}); "
-            "fetch it by other means and give it as teacher.checkpoint=FILE"
-        ) from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError):
-        file = Path(torch.hub.get_dir()) / "checkpoints" / entry.url.rpartition("/")[2]
-        raise CheckpointError(
-            f"teacher.weights = {weights}: {file} is damaged or holds more than tensors; "
-            "delete it to have it fetched again"
-        ) from None
-    fill(model, state, f"{name}'s weights {member}", "torchvision's code and weights differ")
-
-
-def state_dict_in(content: Mapping[str, Any]) -> dict[str, Tensor] | None:
-    """The state dict in a checkpoint's content, without wrappers' prefixes; None if there is none."""
+def state_dict_in(content: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor] | None:
+    """The state dict of ``model`` in a checkpoint's content, without prefixes; None if there is none."""
     for candidate in (*(content.get(key) for key in _WRAPPERS), content):
         if not isinstance(candidate, Mapping) or not candidate:
             continue
-        if all(isinstance(value, Tensor) for value in candidate.values()):
-            return _without_prefixes(candidate)
+        if all(isinstance(key, str) and isinstance(value, Tensor) for key, value in candidate.items()):
+            return _without_prefix(_modern(candidate), model)
     return None
 
 
-def _without_prefixes(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    weights = dict(weights)
-    while (
-        prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in weights)), None)
-    ) is not None:
-        weights = {key.removeprefix(prefix): value for key, value in weights.items()}
-    return weights
+def _without_prefix(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Keys as the model's: without the prefix under which most of them are found.
+
+    Where that is all of the model, other entries (Lightning's of a loss or a metric) are left out.
+    """
+    expected = {key: v.shape for key, v in model.state_dict().items() if not key.endswith(_COUNTER)}
+    named: Counter[str] = Counter()
+    fitting: Counter[str] = Counter()
+    for key, value in weights.items():
+        parts = key.split(".")
+        for n in range(len(parts)):
+            name, prefix = ".".join(parts[n:]), "".join(f"{part}." for part in parts[:n])
+            named[prefix] += name in expected
+            fitting[prefix] += expected.get(name) == value.shape
+    whole = sorted(prefix for prefix, count in fitting.items() if count == len(expected))
+    if "" in whole or not named:
+        return weights
+    if len(whole) > 1:
+        raise CheckpointError(
+            f"it holds {len(whole)} networks of this architecture, under {', '.join(whole)}: save the one "
+            "that is meant alone"
+        )
+    if whole:
+        (best,) = whole
+        return {key.removeprefix(best): value for key, value in weights.items() if key.startswith(best)}
+    # What does not fit is told by the model's names, where most of the file has them under one prefix.
+    best = max(named, key=lambda prefix: (named[prefix], -len(prefix)))
+    most = 2 * named[best] > len(weights)
+    return {key.removeprefix(best) if most else key: value for key, value in weights.items()}
+
+
+def _modern(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """torchvision's published DenseNets have ``norm.1`` where the module is ``norm1``."""
+    return {
+        re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.(\d)\.", r"\1\2.", k): v for k, v in weights.items()
+    }
 
 
 def fill(model: nn.Module, weights: Mapping[str, Tensor], origin: str, remedy: str) -> None:
     """``load_state_dict``, with a ``CheckpointError`` that names ``origin`` and all that does not fit."""
-    expected = model.state_dict()
+    expected: Any = model.state_dict()
+    weights = {**{key: value for key, value in expected.items() if key.endswith(_COUNTER)}, **weights}
+    if getattr(model, "aux_logits", None) is False:  # heads that fastkd leaves out, see build_model
+        weights = {k: v for k, v in weights.items() if k in expected or not k.startswith(_AUXILIARY)}
     shapes = [
         f"{key} has shape {list(weights[key].shape)}, expected {list(value.shape)}"
         for key, value in expected.items()
@@ -113,6 +121,9 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], origin: str, remedy: s
     listed = [f"{len(names)} {fault}: {_listed(names)}" for fault, names in faults.items() if names]
     if listed:
         raise CheckpointError(f"{origin} does not fit the model: {'; '.join(listed)}; {remedy}")
+    # Layers ask for the version of their own format there; what was missing is filled in by now.
+    weights = OrderedDict(weights)
+    weights._metadata = expected._metadata  # type: ignore[attr-defined]
     model.load_state_dict(weights)
 
 

@@ -51,11 +51,56 @@ def test_a_step_trains_the_student_and_leaves_the_teacher(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_what_is_logged_adds_up_to_the_loss(name: str) -> None:
+@pytest.mark.parametrize("graph", [True, False])
+def test_the_terms_add_up_to_the_loss(name: str, graph: bool) -> None:
     method = build(name)
-    terms = method(batch())
-    logged = sum(value.detach() for key, value in terms.items() if key != "loss")
-    torch.testing.assert_close(torch.as_tensor(logged), total_of(terms).detach(), rtol=1e-5, atol=1e-6)
+    with torch.set_grad_enabled(graph):
+        terms = method(batch())
+    assert "loss" not in terms
+    assert all(value.requires_grad == graph for value in terms.values())
+    total = sum(terms.values())
+    assert torch.equal(total_of(terms), total)
+    if graph:
+        assert torch.equal(method.backward(terms), total)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_sum_carries_the_gradient(name: str) -> None:
+    options = {"align": "none", "dropout": 0.0} if name == "dhkd" else {}
+    gradients = []
+    for train in (lambda m, t: m.backward(t), lambda m, t: sum(t.values()).backward()):
+        method = build(name, **options)
+        train(method, method(batch()))
+        gradients.append([p.grad for p in method.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        assert one is None or torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", ["kd", "lskd", "dkd", "dckd"])
+def test_the_gradient_of_a_fused_loss_is_that_of_its_formula(name: str) -> None:
+    gradients = []
+    for backend in ("native", "eager"):
+        with fastkd.use_backend(backend):
+            method = build(name)
+            sum(method(batch()).values()).backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in method.parameters()]))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+    assert gradients[0].abs().max() > 0
+
+
+def test_a_term_of_a_fused_loss_has_no_gradient_of_its_own() -> None:
+    terms = KD(*pair())(batch())
+    with pytest.raises(RuntimeError, match="terms of a fused loss are trained together"):
+        terms["ce"].backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="weighted by its options"):
+        (terms["ce"] + 2 * terms["kd"]).backward()
+
+
+def test_what_are_no_terms() -> None:
+    method = KD(*pair())
+    method.terms = lambda seen: torch.ones((), requires_grad=True)
+    with pytest.raises(ValueError, match="terms returned a Tensor; expected a dict of named scalars"):
+        method(batch())
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -130,3 +130,24 @@ def test_refused_pictures(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         assert words in capsys.readouterr().err
     assert there.read_text() == "mine"
     assert not (tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize("form", ["state_dict", "torch-export"])
+def test_a_student_that_names_its_logits(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("named.py").write_text(
+        "from torch import nn\n"
+        "class Named(nn.Module):\n"
+        "    def __init__(self, num_classes):\n"
+        "        super().__init__()\n"
+        "        self.fc = nn.Linear(784, num_classes)\n"
+        "    def forward(self, images):\n"
+        "        return {'logits': self.fc(images.flatten(1)), 'features': images}\n"
+    )
+    short = ["data.synthetic=8", "train.epochs=1", "train.device=cpu"]
+    assert main(["train", "fashion-mnist/student", "student.name=named:Named", *short]) == 0
+    (run,) = Path("runs").iterdir()
+    assert main(["export", str(run), "--format", form]) == 0
+    if form == "torch-export":
+        program = torch.export.load(run / "student.pt2").module()
+        assert program(torch.zeros(4, 1, 28, 28)).shape == (4, 10)

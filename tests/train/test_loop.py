@@ -289,7 +289,7 @@ def test_plain_iterables_and_their_faults(data: GlyphData) -> None:
     assert student.training
     with pytest.raises(TrainError, match="no batch in epoch 1"):
         go([])
-    with pytest.raises(TrainError, match="no batch in epoch 2; a generator can be iterated once"):
+    with pytest.raises(TrainError, match="but there are 2 epochs; a generator can be iterated once"):
         go(batch for batch in batches)
     with pytest.raises(TrainError, match="validation loader"):
         go(batches, [])

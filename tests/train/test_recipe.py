@@ -108,7 +108,7 @@ def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ("method={name: kd}", ["method: recipes are flat", "method.alpha"]),
         ("data.name=cifar10", ["data.name = 'cifar10'", "did you mean cifar100"]),
         ("student.name=glyph_cn", ["student: unknown model 'glyph_cn'", "did you mean glyph_cnn"]),
-        ("student.name=resnet8", ["student: resnet8 has no width"]),
+        ("teacher.name=null", ["there is no teacher: teacher.name"]),
         ("student.width=null", ["student: glyph_cnn needs a width"]),
         ("data.holdout=Sans", ["data.holdout", "'Sans'", "list"]),
         ("train.epochs", ["'train.epochs'", "key=value"]),

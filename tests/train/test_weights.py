@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from fastkd.distill import MHKD
 from fastkd.models import build_model
+from fastkd.torch_files import load_plain
 from fastkd.train.cli import main
 from fastkd.train.errors import CheckpointError
-from fastkd.train.weights import load_torchvision_weights, load_weights
+from fastkd.train.weights import load_weights
 
 
 def network(seed: int = 0) -> nn.Module:
@@ -25,8 +30,11 @@ def prefixed(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
     return {prefix + key: value for key, value in state.items()}
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "module._orig_mod."])
-@pytest.mark.parametrize("wrapper", [None, "model", "state_dict"])
+WRAPPERS = ["model", "state_dict", "model_state_dict", "net", "network", "weights"]
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "module._orig_mod.", "model.", "net.backbone."])
+@pytest.mark.parametrize("wrapper", [None, *WRAPPERS])
 def test_state_dicts_as_people_keep_them(tmp_path: Path, prefix: str, wrapper: str | None) -> None:
     state = prefixed(prefix, network().state_dict())
     content = state if wrapper is None else {wrapper: state, "epoch": 3, "optimizer": {"lr": 0.1}}
@@ -54,6 +62,107 @@ def test_everything_that_does_not_fit_is_listed(tmp_path: Path) -> None:
         assert part in str(raised.value)
 
 
+def test_the_network_in_a_lightning_checkpoint(tmp_path: Path) -> None:
+    state = {**prefixed("model.", network().state_dict()), "criterion.weight": torch.ones(3)}
+    torch.save(
+        {"state_dict": state, "pytorch-lightning_version": "2.6", "callbacks": {}}, tmp_path / "w.ckpt"
+    )
+    model = network(1)
+    load_weights(model, tmp_path / "w.ckpt", num_classes=4, remedy="")
+    assert torch.equal(model.fc.weight, network().fc.weight)
+    del state["model.fc.bias"]
+    torch.save({"state_dict": state}, tmp_path / "w.ckpt")
+    with pytest.raises(CheckpointError, match=r"1 missing: fc\.bias; 1 not in this model: criterion\.weight"):
+        load_weights(model, tmp_path / "w.ckpt", num_classes=4, remedy="")
+    both = {**prefixed("student.", network().state_dict()), **prefixed("teacher.", network().state_dict())}
+    torch.save({"state_dict": both}, tmp_path / "w.ckpt")
+    with pytest.raises(CheckpointError, match=r"w\.ckpt: it holds 2 networks .*student\., teacher\."):
+        load_weights(model, tmp_path / "w.ckpt", num_classes=4, remedy="")
+
+
+def test_what_training_scripts_keep_beside_weights(tmp_path: Path) -> None:
+    beside = {
+        "args": argparse.Namespace(lr=0.1, milestones=[30, 60], inner=argparse.Namespace(a=None)),
+        "best_acc1": np.float64(71.5),
+        "epoch": np.int64(3),
+        "loss": np.float32(0.5),
+        "flag": np.bool_(True),
+        "history": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "counts": OrderedDict(a=1),
+    }
+    torch.save({"net": network().state_dict(), **beside}, tmp_path / "w.pt")
+    model = network(1)
+    load_weights(model, tmp_path / "w.pt", num_classes=4, remedy="")
+    assert torch.equal(model.fc.weight, network().fc.weight)
+    content = load_plain(tmp_path / "w.pt")
+    assert content["args"].inner.a is None
+    assert (content["best_acc1"], content["epoch"], bool(content["flag"])) == (71.5, 3, True)
+    assert np.array_equal(content["history"], beside["history"])
+
+
+class Own:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("beside", "refused"),
+    [
+        (Own(), "tests.train.test_weights.Own"),
+        (Path("x"), "pathlib.PosixPath"),
+        (argparse.Namespace(a=Own()), "tests.train.test_weights.Own"),
+        (np.array([Own()], dtype=object), ""),
+        (nn.Linear(2, 2), "torch.nn.modules.linear.Linear"),
+    ],
+)
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_refused_class_is_named_with_a_safe_way_out(
+    tmp_path: Path, beside: object, refused: str, legacy: bool
+) -> None:
+    file = tmp_path / "w.pt"
+    torch.save(
+        {"model": network().state_dict(), "x": beside}, file, _use_new_zipfile_serialization=not legacy
+    )
+    with pytest.raises(CheckpointError) as raised:
+        load_weights(network(), file, num_classes=4, remedy="mend it")
+    text = str(raised.value)
+    assert "weights_only" not in text
+    assert "torch.save(model.state_dict(), FILE)" in text
+    assert refused in text, text
+
+
+def test_a_file_that_is_none(tmp_path: Path) -> None:
+    for content in (b"", b"hello", b"PK\x03\x04" + bytes(50), b"\x80\x02K\x01."):
+        (tmp_path / "w.pt").write_bytes(content)
+        with pytest.raises(CheckpointError) as raised:
+            load_weights(network(), tmp_path / "w.pt", num_classes=4, remedy="mend it")
+        assert "weights_only" not in str(raised.value)
+    torch.save({"epoch": 3, "optimizer": {"lr": 1}}, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match=r"under model, state_dict.*: it has epoch, optimizer; mend it"):
+        load_weights(network(), tmp_path / "w.pt", num_classes=4, remedy="mend it")
+
+
+def test_counters_of_batch_normalisation_may_be_missing(tmp_path: Path) -> None:
+    state = {k: v for k, v in network().state_dict().items() if not k.endswith("num_batches_tracked")}
+    for prefix in ("", "module."):
+        torch.save(prefixed(prefix, state), tmp_path / "w.pt")
+        model = network(1)
+        load_weights(model, tmp_path / "w.pt", num_classes=4, remedy="")
+        assert torch.equal(model.fc.weight, network().fc.weight)
+
+
+def test_heads_of_an_mhkd_run_are_read_as_safely(tmp_path: Path) -> None:
+    torch.save({"method": {}, "x": Own()}, tmp_path / "last.pt")
+    example = torch.zeros(2, 3, 16, 16)
+    with pytest.raises(ValueError, match=r"cannot be read: it holds tests\.train\.test_weights\.Own"):
+        MHKD(
+            network(),
+            network(),
+            layers=["stages.0"],
+            example=example,
+            teacher_heads=str(tmp_path / "last.pt"),
+        )
+
+
 class Evil:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return os.system, ("touch owned",)
@@ -71,40 +180,6 @@ def test_code_in_a_teacher_is_refused_not_run(
     assert "holds more than tensors" in capsys.readouterr().err
     assert not Path("owned").exists()
     assert not Path("runs").exists()
-
-
-def test_weights_of_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # torch.hub looks in its folder first; the file there is checked by the hash in its name.
-    from torchvision.models import ResNet18_Weights
-
-    model = build_model("torchvision/resnet18", num_classes=1000)
-    source = build_model("torchvision/resnet18", num_classes=1000)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    file = tmp_path / "checkpoints" / ResNet18_Weights.IMAGENET1K_V1.url.rpartition("/")[2]
-    file.parent.mkdir()
-    torch.save(source.state_dict(), file)
-    for name in ("IMAGENET1K_V1", "ResNet18_Weights.IMAGENET1K_V1", "DEFAULT"):
-        load_torchvision_weights(model, "torchvision/resnet18", name, num_classes=1000)
-    assert torch.equal(model.fc.weight, source.fc.weight)
-    with pytest.raises(CheckpointError, match=r"no such weights; there are IMAGENET1K_V1"):
-        load_torchvision_weights(model, "torchvision/resnet18", "V9", num_classes=1000)
-    with pytest.raises(CheckpointError, match="for 1000 classes, but this data set has 10"):
-        load_torchvision_weights(model, "torchvision/resnet18", "DEFAULT", num_classes=10)
-    torch.save({"weight": Evil()}, file)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match="holds more than tensors"):
-        load_torchvision_weights(model, "torchvision/resnet18", "DEFAULT", num_classes=1000)
-    assert not (tmp_path / "owned").exists()
-    file.unlink()
-
-    def offline(*_: Any, **__: Any) -> None:
-        raise OSError("no route to host")
-
-    monkeypatch.setattr("torch.hub.download_url_to_file", offline)
-    with pytest.raises(
-        CheckpointError, match=r"cannot be fetched \(no route to host\); .* teacher\.checkpoint"
-    ):
-        load_torchvision_weights(model, "torchvision/resnet18", "DEFAULT", num_classes=1000)
 
 
 def test_one_source_of_weights(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,35 @@
+"""Parts that student and teacher have in common, which one training cannot treat as both want."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .taps import unwrapped
+
+# Layers without parameters or buffers that train mode and eval mode tell apart.
+_BY_MODE = (nn.modules.dropout._DropoutNd, nn.RReLU)
+
+
+def check_apart(student: nn.Module, teacher: nn.Module | None) -> None:
+    """Raise ``ValueError`` if the models share what trains, or what behaves otherwise in train mode.
+
+    The teacher is put into eval mode and frozen: a shared layer would be so in the student too, without a
+    word. Frozen parameters and layers such as ``nn.ReLU`` may be shared.
+    """
+    if teacher is None:
+        return
+    student, teacher = unwrapped(student), unwrapped(teacher)
+    parameters = set(teacher.parameters())
+    modules = set(teacher.modules())
+    shared = [name for name, p in student.named_parameters() if p.requires_grad and p in parameters]
+    shared += [
+        name or "(all of it)"
+        for name, module in student.named_modules()
+        if module in modules and (isinstance(module, _BY_MODE) or any(True for _ in module.buffers(False)))
+    ]
+    if shared:
+        more = f" and {len(shared) - 4} more" if len(shared) > 4 else ""
+        raise ValueError(
+            f"student and teacher share {', '.join(shared[:4])}{more} (of the student): the teacher is "
+            "frozen and in eval mode, the student trains; give the teacher a copy of its own (copy.deepcopy)"
+        )

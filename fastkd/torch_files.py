@@ -1,0 +1,62 @@
+"""Files of ``torch.save``, read as plain values: nothing in them is run.
+
+Beside tensors and Python's own values they may hold what training scripts put there: ``argparse.Namespace``
+and numbers and arrays of NumPy, which are built without running code of the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+# No object arrays, no text, no structures: numbers only.
+_NUMBERS = ["?", "b", "h", "i", "l", "q", "B", "H", "I", "L", "Q", "e", "f", "d", "F", "D"]
+
+
+@functools.lru_cache(maxsize=1)
+def _allowed() -> tuple[Any, ...]:
+    scalar, array = (value.__reduce__()[0] for value in (np.float64(0), np.zeros(0)))
+    names = [
+        (function, f"numpy.{package}.multiarray.{name}")
+        for function, name in ((scalar, "scalar"), (array, "_reconstruct"))
+        for package in ("core", "_core")  # NumPy 1 and 2
+    ]
+    types = {type(np.dtype(code)) for code in _NUMBERS}
+    return (argparse.Namespace, *names, np.ndarray, np.dtype, *types)
+
+
+def load_plain(path: str | Path) -> Any:
+    """The content of the file, on the CPU.
+
+    Raises ``pickle.UnpicklingError`` that names what is not read; for damaged files what ``torch.load``
+    raises.
+    """
+    try:
+        with torch.serialization.safe_globals(list(_allowed())):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise pickle.UnpicklingError(_refused(Path(path), str(error))) from None
+
+
+def _refused(path: Path, text: str) -> str:
+    # Not torch's own words: they say how to run the code in the file.
+    names: list[str] = []
+    with contextlib.suppress(Exception):  # of an older format, or damaged
+        known = {name for _, name in (entry for entry in _allowed() if isinstance(entry, tuple))}
+        known |= {f"{e.__module__}.{e.__qualname__}" for e in _allowed() if not isinstance(e, tuple)}
+        names = [n for n in torch.serialization.get_unsafe_globals_in_checkpoint(path) if n not in known]
+    names = names or re.findall(r"(?:GLOBAL |but got <class ')([\w.]+)", text)[:1]
+    if not names:
+        return "it is no file of torch.save, or damaged"
+    return (
+        f"it holds {', '.join(sorted(set(names))[:5])}, which is not built, since that may run code of the "
+        "file; where the file was made, save the weights alone: torch.save(model.state_dict(), FILE)"
+    )

@@ -1,0 +1,193 @@
+"""What ``fit`` looks at before it trains: faults that would train nothing without a word, or end it late."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import lr_scheduler
+from torch.utils.data import DataLoader
+
+from fastkd.distill.method import Method
+
+from .errors import TrainError
+from .random_state import get_random_state, set_random_state
+
+_LISTED = 4
+# What Python's own tools make: a second epoch would find it empty. Other iterators may begin anew.
+_ONCE = (types.GeneratorType, zip, map, filter, enumerate)
+_ENTRIES = "expected (images, target), or (images, target, teacher_logits) to train"
+
+
+def check_optimizer(method: Method, optimizer: Any) -> None:
+    """All that the method trains must be in ``optimizer``, and nothing else. Raises ``ValueError``.
+
+    A parameter with ``requires_grad=False`` may be left out.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        several = isinstance(optimizer, list | tuple | dict)
+        raise ValueError(
+            f"optimizer is {_kind(optimizer)}; expected one torch.optim.Optimizer"
+            + (", with a parameter group for each of several settings" if several else "")
+        )
+    wanted = {p: name for name, p in method.named_parameters() if p.requires_grad}
+    if not wanted:
+        raise ValueError("nothing to train: no parameter of the student or the method has requires_grad=True")
+    held = dict.fromkeys(parameter for group in optimizer.param_groups for parameter in group["params"])
+    known = dict.fromkeys(method.parameters(), "")
+    of_teacher = {p: name for name, p in method.teacher.named_parameters()} if method.teacher else {}
+    strangers = [
+        f"teacher.{of_teacher[p]}" if p in of_teacher else f"a parameter of shape {list(p.shape)}"
+        for p in held
+        if p not in known
+    ]
+    missing = [name for parameter, name in wanted.items() if parameter not in held]
+    faults = []
+    if missing:
+        faults.append(f"lacks {_some(missing)}, which would never change")
+    if strangers:
+        faults.append(f"has {_some(strangers)}, which this method does not train")
+    if faults:
+        raise ValueError(
+            f"optimizer: it {' and '.join(faults)}; give it method.parameters() (with fit: those of the "
+            "student and of the loss), and set requires_grad=False on what is to stay as it is"
+        )
+
+
+def check_scheduler(
+    scheduler: Any, optimizer: torch.optim.Optimizer, *, own_optimizer: bool, interval: str, total: int | None
+) -> None:
+    """It must change this optimizer's learning rate, for ``total`` calls of ``step()``. Raises
+    ``ValueError``."""
+    if scheduler is None:
+        return
+    if own_optimizer:
+        raise ValueError("scheduler is given, but the optimizer it belongs to is not: give optimizer too")
+    if not callable(getattr(scheduler, "step", None)):
+        raise ValueError(f"scheduler is {_kind(scheduler)}; expected a torch.optim.lr_scheduler")
+    if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
+        raise ValueError(
+            "scheduler is ReduceLROnPlateau, whose step() takes a metric; expected one that counts steps"
+        )
+    for part in _parts(scheduler):
+        bound = getattr(part, "optimizer", optimizer)
+        if bound is not optimizer:
+            raise ValueError(
+                f"scheduler: this {type(part).__name__} belongs to another optimizer, whose learning rate it "
+                "would change; make it with the optimizer that is given"
+            )
+        steps = getattr(part, "total_steps", None)  # OneCycleLR refuses to go beyond
+        if isinstance(steps, int) and total is not None and steps < total:
+            raise ValueError(
+                f"scheduler: {type(part).__name__} ends after {steps} steps, but there are {total} "
+                f"({interval}s over all epochs)"
+            )
+
+
+def _parts(scheduler: Any) -> Iterable[Any]:
+    yield scheduler
+    for part in getattr(scheduler, "_schedulers", ()):
+        yield from _parts(part)
+
+
+def cannot_be_averaged(student: nn.Module, error: Exception) -> ValueError:
+    """What to say when ``copy.deepcopy(student)`` raised ``error``: an average begins as a copy."""
+    old = [
+        name or type(module).__name__
+        for name, module in student.named_modules()
+        if any(type(hook).__name__ == "WeightNorm" for hook in module._forward_pre_hooks.values())
+    ]
+    if old:
+        remedy = (
+            f"torch.nn.utils.weight_norm of {_some(old)} makes the weight anew in each pass; "
+            "torch.nn.utils.parametrizations.weight_norm can be copied"
+        )
+    else:
+        remedy = f"copy.deepcopy raises {type(error).__name__}: {' '.join(str(error).split())}"
+    return ValueError(f"ema: the student cannot be copied, and an average begins as its copy: {remedy}")
+
+
+def check_channels_last(method: Method) -> None:
+    """Raise ``ValueError`` for a network that is not one of ``[N, C, H, W]``."""
+    for role, network in (("method", method), ("teacher", method.teacher)):
+        for name, parameter in network.named_parameters() if network is not None else ():
+            if isinstance(parameter, nn.UninitializedParameter) or parameter.dim() != 5:
+                continue
+            name = name if role == "method" else f"teacher.{name}"
+            raise ValueError(
+                f"channels_last is a format of images [N, C, H, W], but {name} has shape "
+                f"{list(parameter.shape)}; leave channels_last out"
+            )
+
+
+def check_loaders(train: Any, val: Any, epochs: int) -> None:
+    """Raise ``TrainError`` for what cannot be iterated, once an epoch, or is empty."""
+    for name, loader in (("train_loader", train), ("val_loader", val)):
+        if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
+            hint = "; each epoch is validated: give held-out batches, a few will do" if loader is None else ""
+            raise TrainError(f"{name} is {_kind(loader)}; expected an iterable of (images, target){hint}")
+        if isinstance(loader, Mapping | str | bytes | Tensor):
+            raise TrainError(f"{name} is {_kind(loader)}; expected an iterable of batches (images, target)")
+        if isinstance(loader, _ONCE) and epochs > 1:
+            raise TrainError(
+                f"{name} is {_kind(loader)}, but there are {epochs} epochs; a generator can be iterated once "
+                "only: give a list or a DataLoader"
+            )
+    if isinstance(val, Sequence) and not len(val):
+        raise TrainError("the validation loader yielded no batch")
+
+
+def first_of(loader: Any) -> Any:
+    """The first batch of a list or a ``DataLoader`` without workers, as if nothing was drawn; else None."""
+    if isinstance(loader, DataLoader):
+        if loader.num_workers or isinstance(loader.dataset, torch.utils.data.IterableDataset):
+            return None
+    elif not isinstance(loader, list | tuple):
+        return None
+    randoms = get_random_state()
+    own = [
+        generator
+        for owner in (loader, getattr(loader, "sampler", None))
+        if isinstance(generator := getattr(owner, "generator", None), torch.Generator)
+    ]
+    states = [generator.get_state() for generator in own]
+    try:
+        return next(iter(loader), None)
+    finally:
+        set_random_state(randoms)
+        for generator, state in zip(own, states, strict=True):
+            generator.set_state(state)
+
+
+def checked_batch(batch: Any, name: str) -> Sequence[Any]:
+    """``batch``, if it is images, a target and perhaps logits. Raises ``TrainError`` that names what came."""
+    if isinstance(batch, Mapping):
+        keys = list(map(str, batch))
+        labels = next((key for key in ("labels", "label", "target") if key in keys), "labels")
+        inputs = next((key for key in keys if key != labels), "images")
+        raise TrainError(
+            f"{name} yields a {type(batch).__name__} with {', '.join(keys[:8])}; {_ENTRIES}: give a loader "
+            f'that yields (batch["{inputs}"], batch["{labels}"])'
+        )
+    if not isinstance(batch, tuple | list) or len(batch) < 2:
+        shape = f" of shape {list(batch.shape)}" if isinstance(batch, Tensor) else ""
+        length = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
+        raise TrainError(f"{name} yields {_kind(batch)}{shape}{length}; {_ENTRIES}")
+    for number, entry in enumerate(batch):
+        if not isinstance(entry, Tensor):
+            raise TrainError(
+                f"{name} yields batches whose entry {number} is {_kind(entry)}; {_ENTRIES}, all tensors"
+            )
+    return batch
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
