@@ -1,65 +1,50 @@
-"""Checkpoints: written whole or not at all, read as plain tensors and values only."""
+"""Checkpoints: written whole or not at all, read as plain tensors and values only.
+
+A checkpoint is torch's zip archive with the SHA-256 of its bytes in the archive's comment, where torch and
+zip tools look past it. torch's reader checks little itself: an entry whose directory bit is set, say, is
+taken for read, and its tensor is whatever the memory held.
+"""
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import io
-import os
 import pickle
+import re
+import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
-from .errors import CheckpointError, StorageError
+from .errors import CheckpointError
+from .storage import open_regular, write_atomically
 
-_FORMAT = "fastkd-1"
+_FORMAT = "fastkd-2"
+_WITHOUT_DIGEST = "fastkd-1"  # what fastkd wrote before
 
-
-def write_atomically(path: Path, write: Any, *, keep_as: Path | None = None) -> None:
-    """``write(temporary_path)``, flush to the disk, rename: a reader or a crash never meets half a file.
-
-    ``keep_as``: what was there before goes under that name. Raises ``StorageError``; then nothing changed.
-    """
-    # The suffix is kept because savers choose the format by it; the process id keeps two writers apart.
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        write(temporary)
-        # Else a power cut may leave the new name on an empty file.
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        if keep_as is not None and path.exists():
-            _name_also(path, keep_as)
-        os.replace(temporary, path)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise StorageError(
-            f"{path} cannot be written: {reason}; what was there before is kept. Make room or choose "
-            "another folder, then go on with --resume"
-        ) from None
-    finally:
-        with contextlib.suppress(OSError):  # a folder that has become read-only: the first error tells it
-            temporary.unlink(missing_ok=True)
-
-
-def _name_also(path: Path, other: Path) -> None:
-    """A second name for a file, so that ``path`` is there throughout; without links, another name."""
-    link = other.with_name(f".{other.stem}.{os.getpid()}.tmp{other.suffix}")
-    try:
-        os.link(path, link)
-        os.replace(link, other)
-        link.unlink(missing_ok=True)  # it stays where both were the same file already
-    except OSError:
-        os.replace(path, other)
+_MARK = b"fastkd-sha256:"
+_COMMENT = len(_MARK) + 64  # bytes at the end of the file
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any], *, keep_as: Path | None = None) -> None:
     # Through memory: of a failed write torch's own writer tells nothing but its position.
     buffer = io.BytesIO()
-    torch.save({"format": _FORMAT, **content}, buffer)
+    torch.save({**content, "format": _FORMAT}, buffer)
+    seal(buffer)
     write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()), keep_as=keep_as)
+
+
+def seal(buffer: io.BytesIO) -> None:
+    """Append the digest of a zip archive without a comment, as its comment."""
+    view = buffer.getbuffer()
+    view[-2:] = struct.pack("<H", _COMMENT)  # the comment's length ends the archive's last record
+    digest = hashlib.sha256(view).hexdigest().encode()
+    view.release()
+    buffer.seek(0, io.SEEK_END)
+    buffer.write(_MARK + digest)
 
 
 def load_checkpoint(path: Path, *, remedy: str) -> dict[str, Any]:
@@ -67,34 +52,104 @@ def load_checkpoint(path: Path, *, remedy: str) -> dict[str, Any]:
 
     Raises ``CheckpointError``.
     """
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(f"no checkpoint {path}; {remedy}")
-    if (damage := _damage(path)) is not None:
-        raise CheckpointError(f"checkpoint {path} is damaged: {damage}; {remedy}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # One opening for check and reading: the file of this name may be exchanged in between.
+        with open(open_regular(path), "rb") as file:
+            sealed = _check(file)
+            file.seek(0)
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except _Damage as damage:
+        raise CheckpointError(f"checkpoint {path} is damaged: {damage}; {remedy}") from None
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
-            f"checkpoint {path} is damaged or holds more than tensors: {reason}; {remedy}"
+            f"checkpoint {path} is damaged or holds more than tensors: {_refusal(error)}; {remedy}"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # what a damaged pickle leads to is without end
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"checkpoint {path} is truncated or damaged: {reason}; {remedy}") from None
     if not isinstance(content, dict):
         raise CheckpointError(
             f"checkpoint {path} holds a {type(content).__name__}, expected a dict; {remedy}"
         )
+    _check_format(path, content.get("format"), sealed, remedy)
     return content
 
 
-def _damage(path: Path) -> str | None:
-    """A part of the archive whose checksum does not match, which torch's reader would not notice."""
-    if not zipfile.is_zipfile(path):  # an older format of torch's, or no checkpoint: torch will tell
-        return None
+class _Damage(Exception):
+    pass
+
+
+def _check(file: BinaryIO) -> bool:
+    """Whether the content has a digest, which is right. Raises ``_Damage``."""
+    if file.seek(0, io.SEEK_END) > _COMMENT:
+        file.seek(-_COMMENT, io.SEEK_END)
+        comment = file.read()
+        if comment.startswith(_MARK):
+            if comment[len(_MARK) :] != _digest_before(file, _COMMENT):
+                raise _Damage("it is not what was written, by its SHA-256")
+            return True
+    file.seek(0)
+    if zipfile.is_zipfile(file):  # else an older format of torch's, or no checkpoint: torch will tell
+        _check_archive(file)
+    return False
+
+
+def _digest_before(file: BinaryIO, end: int) -> bytes:
+    left = file.seek(0, io.SEEK_END) - end
+    file.seek(0)
+    digest = hashlib.sha256()
+    while left > 0 and (block := file.read(min(left, 2**20))):
+        digest.update(block)
+        left -= len(block)
+    return digest.hexdigest().encode()
+
+
+_DIRECTORY, _ALLOWED_FLAGS = 0x10, 0x808  # names in UTF-8, sizes after the data: what torch writes
+
+
+def _check_archive(file: BinaryIO) -> None:
+    """Of an archive without a digest: what torch's reader would not notice. Raises ``_Damage``."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            part = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError) as error:
-        return str(error)
-    return None if part is None else f"the checksum of {part} does not match"
+        with zipfile.ZipFile(file) as archive:
+            for part in archive.infolist():
+                if (
+                    part.external_attr & _DIRECTORY
+                    or part.filename.endswith("/")
+                    or part.flag_bits & ~_ALLOWED_FLAGS
+                    or part.compress_type != zipfile.ZIP_STORED
+                    or part.compress_size != part.file_size
+                    or part.volume
+                ):
+                    raise _Damage(f"the entry of {part.filename} is none that torch writes")
+            wrong = archive.testzip()
+    except _Damage:
+        raise
+    except Exception as error:  # BadZipFile, NotImplementedError, RuntimeError, struct.error, …
+        raise _Damage(str(error) or type(error).__name__) from None
+    if wrong is not None:
+        raise _Damage(f"the checksum of {wrong} does not match")
+
+
+def _refusal(error: pickle.UnpicklingError) -> str:
+    """Without torch's advice to run what is in the file."""
+    text = str(error)
+    found = re.search(r"GLOBAL\s+([\w.]+)|global[: ]+`?([\w.]+)", text)
+    if found:
+        return f"it refers to {found[1] or found[2]}, which is not run"
+    return "it is no pickle of tensors and plain values"
+
+
+def _check_format(path: Path, name: object, sealed: bool, remedy: str) -> None:
+    if not (isinstance(name, str) and name.startswith("fastkd-")):
+        return  # another program's
+    if name not in (_FORMAT, _WITHOUT_DIGEST):
+        raise CheckpointError(
+            f"checkpoint {path} has the format {name!r}, but this fastkd reads {_FORMAT} and "
+            f"{_WITHOUT_DIGEST}: a newer fastkd wrote it, or it is damaged; {remedy}"
+        )
+    if name == _FORMAT and not sealed:
+        raise CheckpointError(f"checkpoint {path} is damaged: its SHA-256 is missing; {remedy}")

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from fastkd.models import build_model
 
-from .checkpoint import load_checkpoint, write_atomically
+from .checkpoint import load_checkpoint
 from .console import make_console
 from .errors import TrainError
 from .recipe import load_recipe
+from .storage import write_atomically
 from .weights import fill, state_dict_in
 
 SUFFIXES = {"state_dict": ".pt", "torch-export": ".pt2", "onnx": ".onnx"}

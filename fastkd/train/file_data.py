@@ -18,6 +18,7 @@ from .epoch_order import Chosen, EpochOrder, OrderedLoader
 from .errors import DataError
 from .image_sources import FolderSource, ShardSource, Source
 from .recipe import FolderData, ShardData
+from .signals import ignore_in_worker
 from .transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -120,6 +121,7 @@ class FileLoader(OrderedLoader):
             num_workers=workers,
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
+            worker_init_fn=ignore_in_worker,
             generator=torch.Generator(),  # its own: else each pass would draw from the global one
         )
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import write_atomically
 from .console import make_console
 from .curves import COLOURS
 from .errors import TrainError
 from .run_folder import read_json
+from .storage import write_atomically
 
 Records = list[dict[str, Any]]
 # Of the parts of time; no colour of a run among them.

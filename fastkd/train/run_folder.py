@@ -16,20 +16,22 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 
 from .batches import Batch
-from .checkpoint import load_checkpoint, save_checkpoint, write_atomically
+from .checkpoint import load_checkpoint, save_checkpoint
 from .curves import plot_curves
 from .errors import CheckpointError, NonFiniteLossError, StorageError
 from .forwarding import ForwardingWatcher
 from .loop import Record, Watcher
 from .recipe import Recipe
 from .recipe_files import dump_flat_yaml
+from .storage import read_regular, write_atomically
 
 _PREVIOUS = "previous.pt"
 
@@ -56,7 +58,7 @@ def find_run(runs: Path, name: str, recipe: Recipe) -> Path | None:
     text = dump_flat_yaml(recipe.flat())
     for _, folder in sorted(_folders_of(runs, name).items(), reverse=True):
         try:
-            if (folder / "recipe.yaml").read_text(encoding="utf-8") == text:
+            if read_regular(folder / "recipe.yaml") == text.encode():
                 return folder
         except OSError:
             continue
@@ -91,8 +93,8 @@ def write_json(path: Path, content: Any) -> None:
 def read_json(path: Path) -> Any:
     """The content, or None if the file is missing or damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return json.loads(read_regular(path))
+    except (OSError, ValueError, RecursionError):
         return None
 
 
@@ -124,8 +126,8 @@ def read_resume_state(folder: Path, note: Callable[[str], None]) -> dict[str, An
 class RunRecorder(ForwardingWatcher):
     """Writes checkpoints and metrics after every epoch, the curves at the end (however it comes).
 
-    Everything is passed on to ``shown``. ``facts`` go into the checkpoints beside the weights;
-    ``keep_every``: epochs between states that are kept for good.
+    Everything is passed on to ``shown``. ``facts`` go into the checkpoints beside the weights, ``known_as``
+    into the states; ``keep_every``: epochs between states that are kept for good.
     """
 
     def __init__(
@@ -137,6 +139,7 @@ class RunRecorder(ForwardingWatcher):
         title: str,
         teacher_accuracy: float | None = None,
         keep_every: int | None = None,
+        known_as: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         super().__init__(shown)
         self._folder = folder
@@ -144,6 +147,7 @@ class RunRecorder(ForwardingWatcher):
         self._title = title
         self._teacher_accuracy = teacher_accuracy
         self._keep_every = keep_every
+        self._known_as = known_as
         self._history: list[Record] = []
 
     def __exit__(self, *exception: object) -> None:
@@ -157,7 +161,7 @@ class RunRecorder(ForwardingWatcher):
                 )
 
     def epoch_done(self, record: Record, state: Callable[[], dict[str, Any]]) -> None:
-        resume = state()
+        resume = {**state(), **self._known_as}
         self._history = history = list(resume["history"])
         # Best before last: an interrupt in between repeats the epoch, which gives the same weights again.
         if all(record["val_accuracy"] > earlier["val_accuracy"] for earlier in history[:-1]):
@@ -172,7 +176,7 @@ class RunRecorder(ForwardingWatcher):
         super().epoch_done(record, state)
 
     def checkpoint(self, epoch: int, step: int, state: Callable[[], dict[str, Any]]) -> None:
-        self._save(state())
+        self._save({**state(), **self._known_as})
         super().checkpoint(epoch, step, state)
 
     def not_finite(self, error: NonFiniteLossError, batch: Batch | None) -> None:
@@ -181,7 +185,11 @@ class RunRecorder(ForwardingWatcher):
         path = self._folder / f"not-finite-epoch-{error.epoch:04d}-step-{error.step:06d}.pt"
         images, target = batch[:2]
         content = {"epoch": error.epoch, "step": error.step, "terms": dict(error.terms)}
-        save_checkpoint(path, {**content, "images": images.cpu(), "target": target.cpu()})
+        try:
+            save_checkpoint(path, {**content, "images": images.cpu(), "target": target.cpu()})
+        except StorageError as full:  # must not hide why the run ended
+            error.args = (f"{error}; its batch could not be kept: {full}",)
+            return
         error.args = (f"{error}; its batch is in {path}",)
 
     def _save(self, state: dict[str, Any]) -> None:

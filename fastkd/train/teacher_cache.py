@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import write_atomically
 from .data import CacheableData, Data, IndexedLoader
 from .errors import CheckpointError, TrainError
 from .recipe import Recipe, Teacher
+from .storage import write_atomically
 
 FORMAT = "fastkd-teacher-cache-1"
 _FACTS = "cache.json"

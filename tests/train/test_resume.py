@@ -17,7 +17,7 @@ from fastkd.distill import Method
 from fastkd.train import FitResult, Watcher, fit_method
 from fastkd.train.checkpoint import load_checkpoint, save_checkpoint
 from fastkd.train.errors import Preempted
-from fastkd.train.signals import Control, StopSignals, seconds_of
+from fastkd.train.signals import Control, StopSignals, restore_handlers, seconds_of
 
 from .tiny import VARIANTS, Loader, make_method
 
@@ -112,15 +112,35 @@ def test_stopping_writes_a_state(tmp_path: Path) -> None:
     assert calls == [(2, 2)]
 
 
-def test_signals_are_seen_and_given_back() -> None:
+def handlers() -> list[Any]:
+    return [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    for number in before:
+
+def test_signals_are_seen_and_given_back() -> None:
+    before = handlers()
+    with StopSignals():
+        assert handlers() != before
+    assert handlers() == before
+    for number in (signal.SIGTERM, signal.SIGUSR1):
         with StopSignals() as stop:
             assert not stop()
             signal.raise_signal(number)
             assert stop()
-    assert {number: signal.getsignal(number) for number in before} == before
+        # The process is about to end, with a status that another signal must not change.
+        assert handlers() == [signal.SIG_IGN, signal.SIG_IGN]
+        restore_handlers()
+        assert handlers() == before
+
+
+def test_a_signal_between_two_trainings_stops_the_second() -> None:
+    with StopSignals() as run:
+        with StopSignals() as teacher:
+            assert not teacher()
+        signal.raise_signal(signal.SIGTERM)
+        with StopSignals() as student:
+            assert student()
+    assert run()
+    restore_handlers()
 
 
 def test_the_clock() -> None:
