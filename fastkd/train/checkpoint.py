@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import torch
 
 from .errors import CheckpointError
-from .storage import open_regular, write_atomically
+from .storage import digest_before, open_regular, write_atomically
 
 _FORMAT = "fastkd-2"
 _WITHOUT_DIGEST = "fastkd-1"  # what fastkd wrote before
@@ -89,23 +89,13 @@ def _check(file: BinaryIO) -> bool:
         file.seek(-_COMMENT, io.SEEK_END)
         comment = file.read()
         if comment.startswith(_MARK):
-            if comment[len(_MARK) :] != _digest_before(file, _COMMENT):
+            if comment[len(_MARK) :] != digest_before(file, _COMMENT):
                 raise _Damage("it is not what was written, by its SHA-256")
             return True
     file.seek(0)
     if zipfile.is_zipfile(file):  # else an older format of torch's, or no checkpoint: torch will tell
         _check_archive(file)
     return False
-
-
-def _digest_before(file: BinaryIO, end: int) -> bytes:
-    left = file.seek(0, io.SEEK_END) - end
-    file.seek(0)
-    digest = hashlib.sha256()
-    while left > 0 and (block := file.read(min(left, 2**20))):
-        digest.update(block)
-        left -= len(block)
-    return digest.hexdigest().encode()
 
 
 _DIRECTORY, _ALLOWED_FLAGS = 0x10, 0x808  # names in UTF-8, sizes after the data: what torch writes

@@ -38,6 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"fastkd{process}: {stop}", file=sys.stderr)
         return REQUEUE_STATUS
+    except (OSError, RuntimeError, MemoryError) as error:
+        if (text := _of_the_machine(error)) is None:
+            raise
+        print(f"fastkd: error{process}: {text}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt as stop:
         folder = getattr(stop, "folder", None)
         print(
@@ -53,6 +58,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             restore_handlers()
     return status
+
+
+def _of_the_machine(error: Exception) -> str | None:
+    """What the machine refused, in one line; None for an error of another kind."""
+    from .file_data import of_workers
+
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError):
+        return text if error.errno is not None else None
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
+        asked = text.partition("DefaultCPUAllocator: ")[2].partition(" Error")[0] or text
+        return f"no memory is left{': ' + asked if asked else ''}"
+    return of_workers(error) if isinstance(error, RuntimeError) else None
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -28,7 +28,8 @@ def plot_curves(
     # Figure and canvas directly: pyplot would keep global state and look for a display.
     figure = Figure(figsize=(13, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
+    # Dollar signs in a name would be read as mathematics.
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", parse_math=False)
     accuracy, losses, seconds = figure.subplots(1, 3, width_ratios=(1.2, 1.2, 1))
     epochs = [record["epoch"] for record in history]
     marker = "o" if len(epochs) < 40 else ""

@@ -98,6 +98,18 @@ def read_json(path: Path) -> Any:
         return None
 
 
+def is_summary(content: Any) -> bool:
+    """Whether a summary.json has what others read of it."""
+    try:
+        numbers = [content[which]["val_accuracy"] for which in ("best", "last")]
+        numbers += [content["seed"], *content["seconds"].values()]
+        return all(isinstance(number, int | float) for number in numbers) and all(
+            isinstance(content[name], str) for name in ("name", "method", "comparison")
+        )
+    except (AttributeError, KeyError, TypeError):
+        return False
+
+
 def read_resume_state(folder: Path, note: Callable[[str], None]) -> dict[str, Any] | None:
     """The newest state that can be read; None if nothing was finished. Past a damaged one ``note`` tells.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import re
 import secrets
@@ -12,6 +13,7 @@ import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 from .errors import StorageError
 
@@ -150,6 +152,17 @@ def open_regular(path: Path) -> int:
 def read_regular(path: Path) -> bytes:
     with open(open_regular(path), "rb") as file:
         return file.read()
+
+
+def digest_before(file: BinaryIO, end: int) -> bytes:
+    """SHA-256, in hexadecimal digits, of a file without its last ``end`` bytes."""
+    left = file.seek(0, os.SEEK_END) - end
+    file.seek(0)
+    digest = hashlib.sha256()
+    while left > 0 and (block := file.read(min(left, 2**20))):
+        digest.update(block)
+        left -= len(block)
+    return digest.hexdigest().encode()
 
 
 class NotAFileError(OSError):

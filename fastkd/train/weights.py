@@ -83,7 +83,7 @@ def state_dict_in(content: Mapping[str, Any]) -> dict[str, Tensor] | None:
     for candidate in (*(content.get(key) for key in _WRAPPERS), content):
         if not isinstance(candidate, Mapping) or not candidate:
             continue
-        if all(isinstance(value, Tensor) for value in candidate.values()):
+        if all(isinstance(key, str) and isinstance(value, Tensor) for key, value in candidate.items()):
             return _without_prefixes(candidate)
     return None
 
@@ -109,11 +109,29 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], origin: str, remedy: s
         "missing": [key for key in expected if key not in weights],
         "not in this model": [key for key in weights if key not in expected],
         "of another shape": shapes,
+        "no plain tensors of the kind expected": [
+            f"{key} is {kind}"
+            for key, value in weights.items()
+            if key in expected and (kind := _other_kind(value, expected[key])) is not None
+        ],
     }
     listed = [f"{len(names)} {fault}: {_listed(names)}" for fault, names in faults.items() if names]
     if listed:
         raise CheckpointError(f"{origin} does not fit the model: {'; '.join(listed)}; {remedy}")
     model.load_state_dict(weights)
+
+
+def _other_kind(value: Tensor, expected: Tensor) -> str | None:
+    """Why ``value`` cannot be copied as what it means: torch would fail, or convert it in silence."""
+    if value.is_meta:
+        return "without content (meta)"
+    if value.is_quantized:
+        return f"quantised ({str(value.dtype).removeprefix('torch.')})"
+    if value.layout != torch.strided or value.is_nested:
+        return f"sparse ({str(value.layout).removeprefix('torch.')})"
+    if expected.is_floating_point() and not value.is_floating_point():
+        return f"of {str(value.dtype).removeprefix('torch.')}"
+    return None
 
 
 def _listed(names: list[str]) -> str:
