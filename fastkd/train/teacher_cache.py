@@ -147,7 +147,7 @@ class TeacherCache:
             if self._epochs < 1 or not isinstance(self.facts.get("val_accuracy", 0.0), float | int):
                 raise ValueError(f"{_FACTS} is damaged")
             for epoch in range(self._epochs):
-                _check_end(folder / shard_name(epoch), sealed=self.facts["format"] == FORMAT)
+                os.close(open_regular(folder / shard_name(epoch)))
             # Mapped, not read; never unpickled.
             self._shards = [
                 np.load(folder / shard_name(epoch), mmap_mode="r", allow_pickle=False)
@@ -161,6 +161,10 @@ class TeacherCache:
         for epoch, shard in enumerate(self._shards):
             if shard.dtype != expected or shard.shape != (self._samples,):
                 raise CacheError(f"teacher.cache: {folder / shard_name(epoch)} is not what {_FACTS} says")
+            if self.facts["format"] == FORMAT and not _ends_with_digest(folder / shard_name(epoch)):
+                raise CacheError(
+                    f"teacher.cache: {folder} is no whole cache of teacher logits: {shard_name(epoch)} is truncated"
+                )
         self._checked: set[int] = set()
 
     def _check(self, epoch: int) -> None:
@@ -325,13 +329,11 @@ def _seal(path: Path) -> None:
         file.write(_MARK + digest)
 
 
-def _check_end(path: Path, *, sealed: bool) -> None:
-    """Raise ``OSError`` for what is no file, ``ValueError`` where the digest is cut off: at once, not in its
-    epoch."""
-    with open(open_regular(path), "rb") as file:
+def _ends_with_digest(path: Path) -> bool:
+    """Cheap, so that a truncated file is found at once, not in its epoch."""
+    with path.open("rb") as file:
         file.seek(-min(_TRAILER, file.seek(0, os.SEEK_END)), os.SEEK_END)
-        if sealed and not file.read().startswith(_MARK):
-            raise ValueError(f"{path.name} is truncated")
+        return file.read().startswith(_MARK)
 
 
 def _is_whole(path: Path) -> bool:
