@@ -20,7 +20,7 @@ from .epoch_order import Chosen, EpochOrder, OrderedLoader
 from .errors import DataError
 from .image_sources import FolderSource, ShardSource, Source
 from .recipe import FolderData, ShardData
-from .signals import ignore_in_worker
+from .signals import from_the_parent_only, held_back
 from .transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -138,7 +138,7 @@ class FileLoader(OrderedLoader):
             num_workers=workers,
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
-            worker_init_fn=ignore_in_worker,
+            worker_init_fn=from_the_parent_only,
             generator=torch.Generator(),  # its own: else each pass would draw from the global one
         )
 
@@ -176,8 +176,11 @@ class FileLoader(OrderedLoader):
 
     def _started(self) -> Iterator[Any]:
         try:
-            return iter(self._loader)
+            with held_back():
+                return iter(self._loader)
         except (OSError, RuntimeError) as error:  # of processes, of their pipes, of threads
+            if isinstance(error, RuntimeError) and of_workers(error) is not None:
+                raise
             raise DataError(
                 f"data.workers = {self._loader.num_workers}: this machine cannot start them: {error}"
             ) from None

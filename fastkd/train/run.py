@@ -110,7 +110,10 @@ def run_recipe(
             raise
         raise type(error)(f"{error}; the run folder {folder} keeps the epochs before") from None
     except StorageError as error:
-        if folder is None:
+        if folder is None or not (folder / "recipe.yaml").exists():
+            if folder is not None:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()  # it has nothing in it
             raise
         raise StorageError(f"{error}; then go on with --resume {folder}") from None
     return {**summary, "folder": str(folder)}
@@ -368,6 +371,7 @@ def _fit_in_folder(
             teacher_accuracy=teacher_accuracy,
             keep_every=train.keep_every,
             known_as=known_as or {},
+            history=resume["history"] if resume else (),
         )
     # The same weights on every rank, but other dropout.
     if distributed.rank():

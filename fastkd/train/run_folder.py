@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -139,7 +139,8 @@ class RunRecorder(ForwardingWatcher):
     """Writes checkpoints and metrics after every epoch, the curves at the end (however it comes).
 
     Everything is passed on to ``shown``. ``facts`` go into the checkpoints beside the weights, ``known_as``
-    into the states; ``keep_every``: epochs between states that are kept for good.
+    into the states; ``keep_every``: epochs between states that are kept for good; ``history``: of a run that
+    is resumed.
     """
 
     def __init__(
@@ -152,6 +153,7 @@ class RunRecorder(ForwardingWatcher):
         teacher_accuracy: float | None = None,
         keep_every: int | None = None,
         known_as: Mapping[str, Any] = MappingProxyType({}),
+        history: Sequence[Record] = (),
     ) -> None:
         super().__init__(shown)
         self._folder = folder
@@ -160,7 +162,12 @@ class RunRecorder(ForwardingWatcher):
         self._teacher_accuracy = teacher_accuracy
         self._keep_every = keep_every
         self._known_as = known_as
-        self._history: list[Record] = []
+        self._history = list(history)
+
+    def __enter__(self) -> Watcher:
+        if self._history:  # what ended the run may have come between the state and these lines
+            self._write_metrics()
+        return super().__enter__()
 
     def __exit__(self, *exception: object) -> None:
         super().__exit__(*exception)
@@ -183,8 +190,7 @@ class RunRecorder(ForwardingWatcher):
         if self._keep_every is not None and record["epoch"] % self._keep_every == 0:
             save_checkpoint(self._folder / f"epoch-{record['epoch']:04d}.pt", resume)
         self._save(resume)
-        # Whole, from the history: a line that an interrupt left out or doubled would stay so.
-        write_text(self._folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in history))
+        self._write_metrics()
         super().epoch_done(record, state)
 
     def checkpoint(self, epoch: int, step: int, state: Callable[[], dict[str, Any]]) -> None:
@@ -203,6 +209,11 @@ class RunRecorder(ForwardingWatcher):
             error.args = (f"{error}; its batch could not be kept: {full}",)
             return
         error.args = (f"{error}; its batch is in {path}",)
+
+    def _write_metrics(self) -> None:
+        # Whole, from the history: a line that an interrupt left out or doubled would stay so.
+        lines = "".join(json.dumps(record) + "\n" for record in self._history)
+        write_text(self._folder / "metrics.jsonl", lines)
 
     def _save(self, state: dict[str, Any]) -> None:
         save_checkpoint(self._folder / "last.pt", state, keep_as=self._folder / _PREVIOUS)

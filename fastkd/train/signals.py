@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, ClassVar
 
@@ -70,13 +72,39 @@ def restore_handlers() -> None:
     StopSignals._before.clear()
 
 
-def ignore_in_worker(worker: int) -> None:
-    """For data workers: schedulers signal every process of a job, but the first one stops the training.
+_WAITS = hasattr(signal, "sigwaitinfo")  # not on macOS and Windows
 
-    A worker that died would end the training before its checkpoint is written.
+
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """SIGTERM and SIGUSR1 come after the block; for good not to processes and threads started in it."""
+    if not _WAITS:
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _numbers())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def from_the_parent_only(worker: int) -> None:
+    """For data workers started under ``held_back``: SIGTERM ends one only if its parent sent it.
+
+    Schedulers signal every process of a job. That stops the training by its first process; a worker that died
+    of it would end the training before the checkpoint is written.
     """
-    for number in _numbers():
-        signal.signal(number, signal.SIG_IGN)
+    if not _WAITS:
+        return
+    parent, numbers = os.getppid(), _numbers()
+
+    def watch() -> None:
+        while True:
+            received = signal.sigwaitinfo(numbers)
+            if received.si_signo == signal.SIGTERM and received.si_pid in (parent, os.getpid()):
+                os._exit(0)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _numbers() -> list[int]:

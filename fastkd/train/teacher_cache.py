@@ -163,7 +163,8 @@ class TeacherCache:
                 raise CacheError(f"teacher.cache: {folder / shard_name(epoch)} is not what {_FACTS} says")
             if self.facts["format"] == FORMAT and not _ends_with_digest(folder / shard_name(epoch)):
                 raise CacheError(
-                    f"teacher.cache: {folder} is no whole cache of teacher logits: {shard_name(epoch)} is truncated"
+                    f"teacher.cache: {folder} is no whole cache of teacher logits: {shard_name(epoch)} is "
+                    "truncated"
                 )
         self._checked: set[int] = set()
 

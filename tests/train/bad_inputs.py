@@ -1,7 +1,8 @@
-"""Bad inputs to the trainer and what becomes of them: `python tests/train/bad_inputs.py > docs/trainer-bad-inputs.md`.
+"""Bad inputs to the trainer and what becomes of them.
 
-ROWS are (input, what must happen, function that makes it happen in an empty working directory and returns what
-did). `test_bad_inputs.py` runs each.
+`python tests/train/bad_inputs.py > docs/trainer-bad-inputs.md` makes a table of it. ROWS are (input, what
+must happen, function that makes it happen in an empty working directory and returns what did).
+`test_bad_inputs.py` runs each.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import inspect
 import io
 import json
 import os
-import resource
 import shutil
 import signal
 import socket
@@ -20,16 +20,16 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
-
 import numpy as np
 import torch
+
+if __name__ == "__main__":  # as a script, from a checkout
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from fastkd.train.checkpoint import load_checkpoint
 from fastkd.train.cli import main
@@ -458,14 +458,12 @@ def malformed_summaries() -> str:
 
 
 def name_with_markup() -> str:
-    for name in ("my [/x] $\\frac$ run", "[bold]"):
-        Path(f"{name}.yaml").write_text(
-            "description: '[/y]'\nmethod: cross_entropy\nstudent.name: small_cnn\nstudent.width: 2\n"
-            "train.epochs: 1\n"
-            "data.name: fashion_mnist\ndata.synthetic: 40\ntrain.device: cpu\ntrain.threads: 1\n"
-        )
-        assert name in succeeds("train", f"{name}.yaml")
-    succeeds("plot", *map(str, Path("runs").iterdir()))
+    name = "my [/x] $\\frac$ run"
+    succeeds("train", *TRAIN)
+    Path(RUN, "run.json").write_text(json.dumps({"name": name}))
+    assert name in succeeds("train", f"{RUN}/recipe.yaml")
+    assert name in succeeds("train", "--resume", "runs/my-x-frac-run-001", "--eval-only")
+    succeeds("plot", RUN, "runs/my-x-frac-run-001")
     return "trained, drawn and printed as written"
 
 
@@ -641,24 +639,36 @@ def full_for_a_plot() -> str:
     return told
 
 
+@contextlib.contextmanager
+def no_room_for(name: str) -> Iterator[None]:
+    original = os.replace
+
+    def full(source: Any, target: Any) -> None:
+        if Path(target).name == name:
+            raise OSError(28, "No space left on device")
+        original(source, target)
+
+    os.replace = full  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        os.replace = original
+
+
+def full_for_the_recipe() -> str:
+    with no_room_for("recipe.yaml"):
+        told = refused(["train", *TRAIN], f"{RUN}/recipe.yaml", "No space left")
+    assert not list(Path("runs").iterdir())
+    succeeds("train", *TRAIN)
+    return told
+
+
 def full_when_writing(name: str) -> Callable[[], str]:
     """The disk is full when a file of the run folder is written; the run goes on once there is room."""
 
     def act() -> str:
-        from fastkd.train import storage
-
-        original = storage.os.replace
-
-        def full(source: Any, target: Any) -> None:
-            if Path(target).name == name:
-                raise OSError(28, "No space left on device")
-            original(source, target)
-
-        storage.os.replace = full  # type: ignore[assignment]
-        try:
+        with no_room_for(name):
             told = refused(["train", *TRAIN], f"{RUN}/{name}", "No space left", "go on with --resume")
-        finally:
-            storage.os.replace = original
         succeeds("train", "--resume", RUN)
         assert Path(RUN, name).exists()
         return told
@@ -673,9 +683,10 @@ DISK: list[Row] = [
     ("the disk is full at `export`", "one line, no half file", full_for("state_dict")),
     ("the same, torch-export", "one line, no half file", full_for("torch-export")),
     ("the disk is full at `plot`", "one line, no half file", full_for_a_plot),
+    ("the disk is full when recipe.yaml is written", "one line, no empty folder", full_for_the_recipe),
     *(
         (f"the disk is full when {name} is written", "one line; resumed later", full_when_writing(name))
-        for name in ("best.pt", "metrics.jsonl", "summary.json", "recipe.yaml")
+        for name in ("best.pt", "metrics.jsonl", "summary.json")
     ),
 ]
 
@@ -720,9 +731,9 @@ def happened(act: Callable[..., str], folder: Path) -> str:
 
 HEAD = """# Bad inputs to the trainer
 
-Each row is tried by `tests/train/test_bad_inputs.py`; the last column is what was seen. This file is written by
-`python tests/train/bad_inputs.py > docs/trainer-bad-inputs.md`. The files that are damaged bit by bit, and the links
-and locks, are in `tests/train/test_bit_flips.py` and `test_storage.py`.
+Each row is tried by `tests/train/test_bad_inputs.py`; the last column is what was seen. This file is written
+by `python tests/train/bad_inputs.py > docs/trainer-bad-inputs.md`. Files that are damaged bit by bit, links
+and locks are tried by `tests/train/test_bit_flips.py` and `test_storage.py`.
 
 | input | what must happen | what happened |
 |---|---|---|"""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import re
@@ -24,6 +25,8 @@ from fastkd.train.storage import (
     take_room,
     write_atomically,
 )
+
+from .image_trees import make_tree
 
 
 def other_process(script: str, folder: Path) -> subprocess.Popen[str]:
@@ -173,23 +176,50 @@ def test_room_is_taken_and_the_content_stays(
     assert path.stat().st_blocks * 512 >= 3_000_000
 
 
-RUN = Path("runs/fashion-mnist-student-001")
-COMMAND = [
-    sys.executable, "-m", "fastkd", "train", "fashion-mnist/student", "data.synthetic=60", "student.width=2",
-    "train.epochs=100000", "train.batch_size=16", "train.device=cpu", "train.threads=1",
-    "train.checkpoint_every=1", "train.schedule=constant",
-]  # fmt: skip
+def python_m_fastkd(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "fastkd", "train", *arguments, "train.epochs=100000", "train.device=cpu"]
+    command += ["train.threads=1", "train.checkpoint_every=1", "train.batch_size=4"]
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def signalled_until_it_is_gone(process: subprocess.Popen[str], run: Path) -> str:
+    """What the process says, which must end with status 75; signals go to all of its processes."""
+    try:
+        while not (run / "last.pt").exists():
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            time.sleep(0.02)
+        deadline = time.monotonic() + 60
+        while process.poll() is None:  # the interpreter's end included
+            assert time.monotonic() < deadline
+            os.killpg(process.pid, signal.SIGTERM)
+            os.killpg(process.pid, signal.SIGUSR1)
+            time.sleep(0.05)
+        text = process.stderr.read() if process.stderr else ""
+        assert process.returncode == 75, text
+        return text
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_more_signals_do_not_cost_the_status(tmp_path: Path) -> None:
-    process = subprocess.Popen(COMMAND, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    while not (tmp_path / RUN / "last.pt").exists():
-        assert process.poll() is None
-        time.sleep(0.02)
-    # Until it is gone, interpreter's end included.
-    while process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-        process.send_signal(signal.SIGUSR1)
-        time.sleep(0.05)
-    assert process.returncode == 75
-    assert b"to go on" in (process.stderr.read() if process.stderr else b"")
+    process = python_m_fastkd(
+        tmp_path, "fashion-mnist/student", "data.synthetic=60", "student.width=2", "train.schedule=constant"
+    )
+    assert "to go on" in signalled_until_it_is_gone(process, tmp_path / "runs/fashion-mnist-student-001")
+
+
+def test_signals_to_data_workers_do_not_cost_the_checkpoint(tmp_path: Path) -> None:
+    make_tree(tmp_path / "tree", classes=2, train=4, val=1)
+    process = python_m_fastkd(
+        tmp_path, "imagenet/r18", "data.root=tree", "data.size=24", "data.workers=2",
+        "student.name=small_cnn", "student.width=2", "train.milestones=[1]",
+    )  # fmt: skip
+    assert "to go on" in signalled_until_it_is_gone(process, tmp_path / "runs/imagenet-r18-001")
