@@ -48,6 +48,7 @@ def restore(
             _check_schedule(parts["scheduler"].state_dict(), state["scheduler"])
         fill(method.student, state["student"], "the state's student", _NEW_RUN)
         method.load_parts_state(state["method"])
+        _check_moments(optimizer, state["optimizer"])
         optimizer.load_state_dict(state["optimizer"])
         for name, part in parts.items():
             if part is not None:
@@ -106,6 +107,10 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any])
     if [len(group["params"]) for group in groups] != [len(group["params"]) for group in theirs]:
         counts = [sum(len(group["params"]) for group in part) for part in (theirs, groups)]
         raise _unfit(f"optimizer: it trained {counts[0]} parameters, this one trains {counts[1]}")
+
+
+def _check_moments(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    theirs = saved["param_groups"]
     shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
     numbers = [number for group in theirs for number in group["params"]]
     for number, shape in zip(numbers, shapes, strict=True):
