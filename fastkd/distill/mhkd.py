@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -106,14 +106,22 @@ class MHKD(Method):
         return self
 
     def _load_teacher_heads(self, path: str) -> None:
+        # A run's file, by the run's reader, which notices damage that torch does not. Imported here: nothing
+        # else in this package needs the trainer.
+        from fastkd.train.checkpoint import load_checkpoint
+        from fastkd.train.errors import CheckpointError
+
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-            reason = (str(error).splitlines() or [""])[0]
-            raise ValueError(f"teacher_heads {path} cannot be read: {reason}") from None
-        state = content.get("method", content) if isinstance(content, dict) else {}
+            content = load_checkpoint(Path(path), remedy="expected the last.pt of an MHKD run")
+        except CheckpointError as error:
+            raise ValueError(f"teacher_heads {path} cannot be read: {error}") from None
+        state = content.get("method", content)
         prefix = "teacher_heads."
-        heads = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        heads = {
+            key.removeprefix(prefix): value
+            for key, value in (state.items() if isinstance(state, dict) else ())
+            if isinstance(key, str) and key.startswith(prefix)
+        }
         if not heads:
             raise ValueError(
                 f"teacher_heads {path} holds no teacher heads; expected the last.pt of an MHKD run"

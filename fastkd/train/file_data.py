@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import functools
 import io
 import logging
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,7 +22,7 @@ from .epoch_order import Chosen, EpochOrder, OrderedLoader
 from .errors import DataError
 from .image_sources import FolderSource, ShardSource, Source
 from .recipe import FolderData, ShardData
-from .signals import from_the_parent_only, held_back
+from .signals import from_one_process_only, held_back
 from .transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -138,7 +140,7 @@ class FileLoader(OrderedLoader):
             num_workers=workers,
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
-            worker_init_fn=from_the_parent_only,
+            worker_init_fn=functools.partial(from_one_process_only, os.getpid()),
             generator=torch.Generator(),  # its own: else each pass would draw from the global one
         )
 

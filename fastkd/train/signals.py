@@ -88,20 +88,22 @@ def held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def from_the_parent_only(worker: int) -> None:
-    """For data workers started under ``held_back``: SIGTERM ends one only if its parent sent it.
+def from_one_process_only(process: int, worker: int) -> None:
+    """For data workers started under ``held_back``: SIGTERM ends one only if ``process`` sent it.
+
+    That is the process that asked for the worker: its parent may be a fork server.
 
     Schedulers signal every process of a job. That stops the training by its first process; a worker that died
     of it would end the training before the checkpoint is written.
     """
     if not _WAITS:
         return
-    parent, numbers = os.getppid(), _numbers()
+    numbers = _numbers()
 
     def watch() -> None:
         while True:
             received = signal.sigwaitinfo(numbers)
-            if received.si_signo == signal.SIGTERM and received.si_pid in (parent, os.getpid()):
+            if received.si_signo == signal.SIGTERM and received.si_pid == process:
                 os._exit(0)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -262,6 +262,23 @@ def absolute_shards() -> str:
     return "trained from them"
 
 
+def empty_folders(part: str) -> Callable[[], str]:
+    def act() -> str:
+        tree()
+        for image in Path("tree", part).rglob("*.jpg"):
+            image.unlink()
+        return refused(["train", *FILES], f"tree/{part}").replace(os.getcwd() + "/", "")
+
+    return act
+
+
+def empty_shards() -> str:
+    tars(1)
+    with tarfile.open("shards/val-0000.tar", "w"):
+        pass
+    return refused(["train", *SHARDS], "val-*.tar", "hold no sample").replace(os.getcwd() + "/", "")
+
+
 def killed_worker() -> str:
     tree()
     Path("killer.py").write_text(
@@ -334,6 +351,9 @@ IMAGES: list[Row] = [
         shard_pattern("t-{0..99999999999}.tar", "at most 1,000,000"),
     ),
     ("a shard pattern `a**b/*.tar`", "refused in one line", shard_pattern("/a**b/*.tar", "shard")),
+    ("class folders without an image", "refused by folder", empty_folders("train")),
+    ("the same in `data.val`", "refused by folder", empty_folders("val")),
+    ("a shard without a sample", "refused by pattern", empty_shards),
     ("a data worker that the system kills", "one line with the cause", killed_worker),
     (
         "`data.workers=100000`",
@@ -519,6 +539,23 @@ def code_in_a_checkpoint() -> str:
     return told
 
 
+def damaged_heads() -> str:
+    tree()
+    mhkd = [*FILES, "method=mhkd", "method.layers=[stages.0]", "method.head_width=4"]
+    mhkd += ["teacher.name=small_cnn", "teacher.width=2", "teacher.epochs=1"]
+    succeeds("train", *mhkd)
+    shutil.copy("runs/imagenet-r18-001/last.pt", "h.pt")
+    succeeds("train", *mhkd, "method.teacher_heads=h.pt")
+    content = bytearray(Path("h.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    Path("h.pt").write_bytes(content)
+    told = refused(["train", *mhkd, "method.teacher_heads=h.pt"], "teacher_heads", "h.pt", "SHA-256")
+    Path("h.pt").unlink()
+    os.mkfifo("h.pt")
+    refused(["train", *mhkd, "method.teacher_heads=h.pt"], "teacher_heads", "h.pt", "FIFO")
+    return told.replace(os.getcwd() + "/", "")
+
+
 def seeds_file() -> str:
     succeeds("train", *TRAIN, "--seeds", "2")
     for content in ('{"count": "many"}', "[]", '{"count": -1}'):
@@ -553,6 +590,7 @@ OTHER_FILES: list[Row] = [
     ("quantised weights", "refused by name and kind", checkpoint(weights(quantised), "is quantised (qint8)")),
     ("integer weights", "refused, not converted", checkpoint(weights(integers), "is of int32")),
     ("a state dict with a key 3", "refused", checkpoint(weights(numbered), "holds no state dict")),
+    ("method.teacher_heads: a bit is flipped, or a FIFO", "refused by file", damaged_heads),
     ("a checkpoint with code", "refused without torch's advice, not run", code_in_a_checkpoint),
 ]
 
