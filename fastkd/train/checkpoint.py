@@ -12,6 +12,7 @@ import io
 import pickle
 import re
 import struct
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -59,7 +60,9 @@ def load_checkpoint(path: Path, *, remedy: str) -> dict[str, Any]:
         with open(open_regular(path), "rb") as file:
             sealed = _check(file)
             file.seek(0)
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():  # on kinds of tensors that are refused by name where they come
+                warnings.simplefilter("ignore")
+                content = torch.load(file, map_location="cpu", weights_only=True)
     except _Damage as damage:
         raise CheckpointError(f"checkpoint {path} is damaged: {damage}; {remedy}") from None
     except pickle.UnpicklingError as error:

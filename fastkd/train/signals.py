@@ -72,7 +72,7 @@ def restore_handlers() -> None:
     StopSignals._before.clear()
 
 
-_WAITS = hasattr(signal, "sigwaitinfo")  # not on macOS and Windows
+_WAITS = hasattr(signal, "sigtimedwait")  # not on macOS and Windows
 
 
 @contextlib.contextmanager
@@ -91,7 +91,7 @@ def held_back() -> Iterator[None]:
 def from_one_process_only(process: int, worker: int) -> None:
     """For data workers started under ``held_back``: SIGTERM ends one only if ``process`` sent it.
 
-    That is the process that asked for the worker: its parent may be a fork server.
+    That is the process that asked for the worker, with which it ends: its parent may be a fork server.
 
     Schedulers signal every process of a job. That stops the training by its first process; a worker that died
     of it would end the training before the checkpoint is written.
@@ -102,8 +102,13 @@ def from_one_process_only(process: int, worker: int) -> None:
 
     def watch() -> None:
         while True:
-            received = signal.sigwaitinfo(numbers)
-            if received.si_signo == signal.SIGTERM and received.si_pid == process:
+            received = signal.sigtimedwait(numbers, 5.0)
+            if received is None:
+                try:
+                    os.kill(process, 0)
+                except ProcessLookupError:  # torch looks at the parent, and a fork server lives on
+                    os._exit(0)
+            elif received.si_signo == signal.SIGTERM and received.si_pid == process:
                 os._exit(0)
 
     threading.Thread(target=watch, daemon=True).start()
