@@ -11,8 +11,9 @@ import contextlib
 import functools
 import pickle
 import re
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -33,26 +34,31 @@ def _allowed() -> tuple[Any, ...]:
     return (argparse.Namespace, *names, np.ndarray, np.dtype, *types)
 
 
-def load_plain(path: str | Path) -> Any:
+def load_plain(file: str | Path | BinaryIO) -> Any:
     """The content of the file, on the CPU.
 
     Raises ``pickle.UnpicklingError`` that names what is not read; for damaged files what ``torch.load``
     raises.
     """
+    if not isinstance(file, str | Path):
+        file.seek(0)
     try:
-        with torch.serialization.safe_globals(list(_allowed())):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(list(_allowed())), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on kinds of tensors that are refused by name where they come
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise pickle.UnpicklingError(_refused(Path(path), str(error))) from None
+        raise pickle.UnpicklingError(_refused(file, str(error))) from None
 
 
-def _refused(path: Path, text: str) -> str:
+def _refused(file: str | Path | BinaryIO, text: str) -> str:
     # Not torch's own words: they say how to run the code in the file.
     names: list[str] = []
     with contextlib.suppress(Exception):  # of an older format, or damaged
+        if not isinstance(file, str | Path):
+            file.seek(0)
         known = {name for _, name in (entry for entry in _allowed() if isinstance(entry, tuple))}
         known |= {f"{e.__module__}.{e.__qualname__}" for e in _allowed() if not isinstance(e, tuple)}
-        names = [n for n in torch.serialization.get_unsafe_globals_in_checkpoint(path) if n not in known]
+        names = [n for n in torch.serialization.get_unsafe_globals_in_checkpoint(file) if n not in known]
     names = names or re.findall(r"(?:GLOBAL |but got <class ')([\w.]+)", text)[:1]
     if not names:
         return "it is no file of torch.save, or damaged"

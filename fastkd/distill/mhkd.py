@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import functional
+from fastkd.sealed_files import Damage, check_sealed
 from fastkd.torch_files import load_plain
 
 from .features import check_same_space
@@ -108,13 +109,21 @@ class MHKD(Method):
 
     def _load_teacher_heads(self, path: str) -> None:
         try:
-            content = load_plain(path)
+            with open(path, "rb") as file:
+                check_sealed(file)
+                content = load_plain(file)
+        except Damage as damage:
+            raise ValueError(f"teacher_heads {path} is damaged: {damage}") from None
         except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
             reason = (str(error).splitlines() or [""])[0]
             raise ValueError(f"teacher_heads {path} cannot be read: {reason}") from None
         state = content.get("method", content) if isinstance(content, dict) else {}
         prefix = "teacher_heads."
-        heads = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        heads = {
+            key.removeprefix(prefix): value
+            for key, value in (state.items() if isinstance(state, dict) else ())
+            if isinstance(key, str) and key.startswith(prefix)
+        }
         if not heads:
             raise ValueError(
                 f"teacher_heads {path} holds no teacher heads; expected the last.pt of an MHKD run"

@@ -1,66 +1,35 @@
-"""Checkpoints: written whole or not at all, read as plain tensors and values only."""
+"""Checkpoints: written whole or not at all, read as plain tensors and values only.
+
+A checkpoint is torch's zip archive with the SHA-256 of its bytes in the archive's comment, where torch and
+zip tools look past it. torch's reader checks little itself: an entry whose directory bit is set, say, is
+taken for read, and its tensor is whatever the memory held.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import io
-import os
 import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastkd.sealed_files import Damage, check_sealed, seal
 from fastkd.torch_files import load_plain
 
-from .errors import CheckpointError, StorageError
+from .errors import CheckpointError
+from .storage import open_regular, write_atomically
 
-_FORMAT = "fastkd-1"
-
-
-def write_atomically(path: Path, write: Any, *, keep_as: Path | None = None) -> None:
-    """``write(temporary_path)``, flush to the disk, rename: a reader or a crash never meets half a file.
-
-    ``keep_as``: what was there before goes under that name. Raises ``StorageError``; then nothing changed.
-    """
-    # The suffix is kept because savers choose the format by it; the process id keeps two writers apart.
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        write(temporary)
-        # Else a power cut may leave the new name on an empty file.
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        if keep_as is not None and path.exists():
-            _name_also(path, keep_as)
-        os.replace(temporary, path)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise StorageError(
-            f"{path} cannot be written: {reason}; what was there before is kept. Make room or choose "
-            "another folder, then go on with --resume"
-        ) from None
-    finally:
-        with contextlib.suppress(OSError):  # a folder that has become read-only: the first error tells it
-            temporary.unlink(missing_ok=True)
-
-
-def _name_also(path: Path, other: Path) -> None:
-    """A second name for a file, so that ``path`` is there throughout; without links, another name."""
-    link = other.with_name(f".{other.stem}.{os.getpid()}.tmp{other.suffix}")
-    try:
-        os.link(path, link)
-        os.replace(link, other)
-        link.unlink(missing_ok=True)  # it stays where both were the same file already
-    except OSError:
-        os.replace(path, other)
+_FORMAT = "fastkd-2"
+_WITHOUT_DIGEST = "fastkd-1"  # what fastkd wrote before
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any], *, keep_as: Path | None = None) -> None:
     # Through memory: of a failed write torch's own writer tells nothing but its position.
     buffer = io.BytesIO()
-    torch.save({"format": _FORMAT, **content}, buffer)
+    torch.save({**content, "format": _FORMAT}, buffer)
+    seal(buffer)
     write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()), keep_as=keep_as)
 
 
@@ -69,33 +38,39 @@ def load_checkpoint(path: Path, *, remedy: str) -> dict[str, Any]:
 
     Raises ``CheckpointError``.
     """
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(f"no checkpoint {path}; {remedy}")
-    if (damage := _damage(path)) is not None:
-        raise CheckpointError(f"checkpoint {path} is damaged: {damage}; {remedy}")
     try:
-        content = load_plain(path)
+        # One opening for check and reading: the file of this name may be exchanged in between.
+        with open(open_regular(path), "rb") as file:
+            sealed = check_sealed(file)
+            content = load_plain(file)
+    except Damage as damage:
+        raise CheckpointError(f"checkpoint {path} is damaged: {damage}; {remedy}") from None
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"checkpoint {path} is damaged or holds more than tensors: {error}; {remedy}"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # what a damaged pickle leads to is without end
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"checkpoint {path} is truncated or damaged: {reason}; {remedy}") from None
     if not isinstance(content, dict):
         raise CheckpointError(
             f"checkpoint {path} holds a {type(content).__name__}, expected a dict; {remedy}"
         )
+    _check_format(path, content.get("format"), sealed, remedy)
     return content
 
 
-def _damage(path: Path) -> str | None:
-    """A part of the archive whose checksum does not match, which torch's reader would not notice."""
-    if not zipfile.is_zipfile(path):  # an older format of torch's, or no checkpoint: torch will tell
-        return None
-    try:
-        with zipfile.ZipFile(path) as archive:
-            part = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError) as error:
-        return str(error)
-    return None if part is None else f"the checksum of {part} does not match"
+def _check_format(path: Path, name: object, sealed: bool, remedy: str) -> None:
+    if not (isinstance(name, str) and name.startswith("fastkd-")):
+        return  # another program's
+    if name not in (_FORMAT, _WITHOUT_DIGEST):
+        raise CheckpointError(
+            f"checkpoint {path} has the format {name!r}, but this fastkd reads {_FORMAT} and "
+            f"{_WITHOUT_DIGEST}: a newer fastkd wrote it, or it is damaged; {remedy}"
+        )
+    if name == _FORMAT and not sealed:
+        raise CheckpointError(f"checkpoint {path} is damaged: its SHA-256 is missing; {remedy}")

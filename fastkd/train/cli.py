@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,8 @@ def _main(argv: Sequence[str] | None) -> int:
     if args.command in ("train", "cache-teacher"):
         # argparse gives up on key=value words that follow an option; they are meant all the same.
         args.words += [word for word in extra if not word.startswith("-")]
-        if getattr(args, "resume", None) and "=" in args.resume:  # such a word behind --resume is no folder
+        # key=value behind --resume is no folder, unless there is one of that name.
+        if getattr(args, "resume", None) and "=" in args.resume and not os.path.isdir(args.resume):
             args.words, args.resume = [*args.words, args.resume], ""
         extra = [word for word in extra if word.startswith("-")]
     if extra:
@@ -46,6 +48,11 @@ def _main(argv: Sequence[str] | None) -> int:
 
         print(f"fastkd{process}: {stop}", file=sys.stderr)
         return REQUEUE_STATUS
+    except (OSError, RuntimeError, MemoryError) as error:
+        if (text := _of_the_machine(error)) is None:
+            raise
+        print(f"fastkd: error{process}: {text}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt as stop:
         folder = getattr(stop, "folder", None)
         print(
@@ -55,7 +62,25 @@ def _main(argv: Sequence[str] | None) -> int:
             file=sys.stderr,
         )
         return 130
+    finally:
+        if argv is not None:  # called from Python, which goes on; a process that ends ignores late signals
+            from .signals import restore_handlers
+
+            restore_handlers()
     return status
+
+
+def _of_the_machine(error: Exception) -> str | None:
+    """What the machine refused, in one line; None for an error of another kind."""
+    from .file_data import of_workers
+
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError):
+        return text if error.errno is not None else None
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
+        asked = text.partition("DefaultCPUAllocator: ")[2].partition(" Error")[0] or text
+        return f"no memory is left{': ' + asked if asked else ''}"
+    return of_workers(error) if isinstance(error, RuntimeError) else None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -150,11 +175,17 @@ def _train_launched(args: argparse.Namespace) -> int:
     if count and distributed.world() > 1:
         raise RecipeError("--seeds is for one process; start each seed by itself: train.seed=…")
     if folder is not None:
-        if args.words or count:
-            raise RecipeError("--resume takes the run folder only: the recipe and the seeds are in it")
+        if count or any("=" not in word for word in args.words):
+            raise RecipeError(
+                "--resume RUN_FOLDER takes no recipe and no seeds, which are in it; train.epochs=N may follow"
+            )
         if not (folder / "recipe.yaml").is_file():
             raise RecipeError(f"--resume {folder}: no run folder (it has no recipe.yaml)")
-        name, recipe = load_recipe(str(folder / "recipe.yaml"))
+        if args.words and is_seed_group(folder):
+            raise RecipeError(
+                f"--resume {folder}: a group of seeds; extend each by itself, --resume {folder}/seed-0 …"
+            )
+        name, recipe = load_recipe(str(folder / "recipe.yaml"), args.words)
         # A teacher is kept beside the runs that use it.
         runs = folder.parent
         count = seed_count(folder) if is_seed_group(folder) else None

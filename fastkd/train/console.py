@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from .loop import Watcher
 from .meters import LossMeter
@@ -39,13 +40,16 @@ class _Console(Console):
 
 
 def make_console(*, quiet: bool = False) -> Console:
-    """A console that keeps tables whole when the output is a file or a pipe."""
+    """A console that keeps tables whole when the output is a file or a pipe.
+
+    Without rich's markup: names of runs, faces and terms are the user's, and may have brackets.
+    """
     reconfigure = getattr(sys.stdout, "reconfigure", None)
     if reconfigure is not None:  # an ASCII terminal gets ? for what it cannot show
         reconfigure(errors="replace")
-    console = _Console(highlight=False, emoji=False, quiet=quiet)
+    console = _Console(highlight=False, emoji=False, markup=False, quiet=quiet)
     if not console.is_terminal:
-        console = _Console(highlight=False, emoji=False, quiet=quiet, width=160)
+        console = _Console(highlight=False, emoji=False, markup=False, quiet=quiet, width=160)
     return console
 
 
@@ -62,11 +66,11 @@ class ConsoleProgress(Watcher):
         self._batches: int | None = None
         self._shown = time.monotonic()
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[figures]}", markup=False),
             console=self._console,
             transient=True,
             disable=not self._console.is_terminal,
@@ -122,10 +126,13 @@ class ConsoleProgress(Watcher):
         figures = _figures(record["loss"], record["terms"], record["train_accuracy"])
         seconds = sum(record["seconds"].values())
         width = len(str(self._epochs))
+        skipped = f"  {record['skipped']} steps skipped" if record.get("skipped") else ""
         self._console.print(
-            f"{self._name}epoch {record['epoch']:{width}d}/{self._epochs}  {figures}  "
-            f"[bold]val {record['val_accuracy']:.2%}[/bold]  {seconds:.1f} s"
-            + (f"  {record['skipped']} steps skipped" if record.get("skipped") else "")
+            Text.assemble(
+                f"{self._name}epoch {record['epoch']:{width}d}/{self._epochs}  {figures}  ",
+                (f"val {record['val_accuracy']:.2%}", "bold"),
+                f"  {seconds:.1f} s{skipped}",
+            )
         )
 
 

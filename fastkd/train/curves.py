@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from . import canvas
-from .checkpoint import write_atomically
+from .storage import write_atomically
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -25,7 +25,8 @@ def plot_curves(
     figure = canvas.figure(figsize=(13, 4), layout="constrained")
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
+    # Dollar signs in a name would be read as mathematics.
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", parse_math=False)
     accuracy, losses, seconds = figure.subplots(1, 3, width_ratios=(1.2, 1.2, 1))
     epochs = [record["epoch"] for record in history]
     marker = "o" if len(epochs) < 40 else ""

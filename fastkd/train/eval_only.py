@@ -13,12 +13,12 @@ from . import distributed
 from .build import build_network, resolve_device, tried
 from .checkpoint import load_checkpoint
 from .data import load_data
-from .errors import RecipeError
+from .errors import CheckpointError, RecipeError
 from .evaluation import evaluate_rows
 from .recipe import Recipe
 from .run import load_given_teacher
 from .run_folder import averaged_weights
-from .weights import load_weights
+from .weights import fill, load_weights, state_dict_in
 
 
 def evaluate_networks(name: str, recipe: Recipe, folder: Path | None, console: Console) -> None:
@@ -47,11 +47,13 @@ def evaluate_networks(name: str, recipe: Recipe, folder: Path | None, console: C
             networks[f"student, {what}"] = student
             continue
         state: dict[str, Any] = load_checkpoint(folder / path, remedy="it cannot be validated")
-        student.load_state_dict(state["student"])
+        if (weights := state_dict_in(state, student)) is None:
+            raise CheckpointError(f"checkpoint {folder / path} holds no state dict of tensors")
+        fill(student, weights, f"checkpoint {folder / path}", "it cannot be validated")
         networks[f"student, {what}"] = student
         if state.get("ema") is not None:
             average = build_network(recipe.student, data)
-            average.load_state_dict(averaged_weights(state["ema"]))
+            fill(average, averaged_weights(state["ema"]), f"the average of {folder / path}", "see above")
             networks[f"student, {what}, averaged"] = average
     if not networks:
         raise RecipeError(

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from fastkd.distill.taps import logits_of, named_logits
 from fastkd.models import build_model
 
-from .checkpoint import load_checkpoint, write_atomically
+from .checkpoint import load_checkpoint
 from .console import make_console
 from .errors import TrainError
 from .recipe import load_recipe
+from .storage import make_folder, write_atomically
 from .weights import fill, state_dict_in
 
 SUFFIXES = {"state_dict": ".pt", "torch-export": ".pt2", "onnx": ".onnx"}
@@ -74,6 +75,12 @@ def load_student(folder: Path, which: str = "best") -> tuple[nn.Module, list[int
         )
     content = facts if which == "best" else load_checkpoint(folder / "last.pt", remedy=remedy)
     shape: list[int] = facts["input"]
+    if not (
+        isinstance(shape, list)
+        and len(shape) == 3
+        and all(isinstance(size, int) and size > 0 for size in (*shape, facts.get("num_classes")))
+    ):
+        raise ExportError(f"{folder / 'best.pt'} has no usable shape of inputs or number of classes")
     student = recipe.student
     try:
         model = build_model(
@@ -119,7 +126,7 @@ def export(model: nn.Module, shape: list[int], form: str, path: Path) -> float |
                 f"the exported network's outputs differ by {difference:.3g}; nothing was written"
             )
 
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_atomically(path, write)
     return difference
 
@@ -137,7 +144,10 @@ class _LogitsOf(nn.Module):
 
 
 def _save_state_dict(model: nn.Module, example: Tensor, path: Path) -> None:
-    torch.save({key: value.cpu() for key, value in model.state_dict().items()}, path)
+    # Through memory: on a full disk torch's own writer tells nothing but its position.
+    buffer = io.BytesIO()
+    torch.save({key: value.cpu() for key, value in model.state_dict().items()}, buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 def _run_state_dict(model: nn.Module, probe: Tensor, path: Path) -> Tensor:
@@ -156,7 +166,9 @@ def _run_state_dict(model: nn.Module, probe: Tensor, path: Path) -> Tensor:
 def _save_program(model: nn.Module, example: Tensor, path: Path) -> None:
     with _quiet():
         program = torch.export.export(model, (example,), dynamic_shapes=_FREE_BATCH)
-        torch.export.save(program, path)
+        buffer = io.BytesIO()
+        torch.export.save(program, buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 def _run_program(model: nn.Module, probe: Tensor, path: Path) -> Tensor:

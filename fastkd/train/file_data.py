@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import functools
 import io
 import logging
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +23,7 @@ from .errors import DataError
 from .image_sources import FolderSource, ShardSource, Source
 from .pixels import to_rgb
 from .recipe import FolderData, ShardData
+from .signals import from_one_process_only, held_back
 from .transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -39,6 +44,15 @@ class Corrupt:
 
     name: str
     reason: str
+    machine: bool = False  # that could not read it: the image may be intact
+
+
+# Of errors in reading, those that are about one file. The others (too many open files, no memory, a disk or a
+# mount that fails) would meet any image.
+_OF_THE_FILE = (
+    errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG,
+    None,
+)  # fmt: skip
 
 
 class CorruptImages(dict[str, str]):
@@ -75,10 +89,16 @@ class Samples(Dataset[tuple[Tensor, int, int] | Corrupt]):
         epoch, index = key
         position = int(self._chosen[index])
         try:
-            with Image.open(io.BytesIO(self._source.read(position))) as image:
+            content = self._source.read(position)
+        except OSError as error:
+            machine = error.errno not in _OF_THE_FILE
+            return Corrupt(self._source.name(position), error.strerror or str(error), machine)
+        try:
+            with Image.open(io.BytesIO(content)) as image:
                 pixels = to_rgb(image)
-        # What Pillow raises for broken files of its many formats.
-        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        except MemoryError:
+            return Corrupt(self._source.name(position), "no memory is left to decode it", machine=True)
+        except Exception as error:  # what Pillow raises for broken files of its many formats
             reason = str(error).replace("\n", " ") or type(error).__name__
             return Corrupt(self._source.name(position), reason)
         with keyed_randomness(self._seed, epoch, index):
@@ -121,6 +141,7 @@ class FileLoader(OrderedLoader):
             num_workers=workers,
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
+            worker_init_fn=functools.partial(from_one_process_only, os.getpid()),
             generator=torch.Generator(),  # its own: else each pass would draw from the global one
         )
 
@@ -134,8 +155,13 @@ class FileLoader(OrderedLoader):
         epoch = self._order.epoch
         chosen = list(self._order.batches(start, rank, world, even, borrow=bool(self._mixing)))
         self._keys.epoch, self._keys.batches = epoch, chosen
-        for batch, (pixels, labels, indices, missing) in zip(chosen, self._loader, strict=True):
+        for batch, (pixels, labels, indices, missing) in zip(chosen, self._started(), strict=True):
             for image in missing:
+                if image.machine:
+                    raise DataError(
+                        f"{image.name} cannot be read: {image.reason} (an error of this machine, not of the "
+                        "image)"
+                    )
                 self._corrupt.add(image)
             borrowed = batch.borrowed and bool(len(indices)) and bool(indices[0] == batch.samples[0])
             if missing and even and world > 1:
@@ -150,6 +176,34 @@ class FileLoader(OrderedLoader):
                 images, target = self._mixing(images, target, self._seed, epoch, batch.position)
             own = slice(int(borrowed), None)
             yield images[own], target[own], indices[own]
+
+    def _started(self) -> Iterator[Any]:
+        try:
+            with held_back():
+                return iter(self._loader)
+        except (OSError, RuntimeError) as error:  # of processes, of their pipes, of threads
+            if isinstance(error, RuntimeError) and of_workers(error) is not None:
+                raise
+            raise DataError(
+                f"data.workers = {self._loader.num_workers}: this machine cannot start them: {error}"
+            ) from None
+
+
+def of_workers(error: RuntimeError) -> str | None:
+    """Of an error that a ``DataLoader`` raises, at any place, when a worker was killed; None of another."""
+    text = " ".join(str(error).split())
+    if re.search(r"DataLoader worker \(pid", text):
+        reason = re.search(r"(is killed by signal: [\w ]+|exited unexpectedly)", text)
+        return (
+            f"a data worker {reason[1] if reason else 'ended'}, often for want of memory (fewer "
+            "data.workers, or a smaller batch, need less); what was written is kept: go on with --resume"
+        )
+    if re.search(r"shared memory|</torch_\w+>", text):
+        return (
+            "the data workers have no room in /dev/shm: fewer data.workers need less, or give the container "
+            "more; what was written is kept: go on with --resume"
+        )
+    return None
 
 
 def _filled(

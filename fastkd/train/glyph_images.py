@@ -7,12 +7,14 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +30,7 @@ from .glyph_fonts import (
     read_faces,
     some,
 )
+from .storage import is_abandoned, owner, read_regular, take_room
 
 SIDE = 32
 # Baseline and size leave room for accents, descenders and the shifts of augmentation.
@@ -72,7 +75,9 @@ def load_glyphs(
         return cached
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".rendering-", dir=folder.parent) as temporary:
+        _remove_abandoned(folder.parent)
+        prefix = f".rendering-{owner()}-"
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=folder.parent) as temporary:
             _render_into(Path(temporary), files, wanted, coverage)
             shutil.rmtree(folder, ignore_errors=True)  # damaged, or it would have been read above
             try:
@@ -91,6 +96,16 @@ def load_glyphs(
     return rendered
 
 
+def _remove_abandoned(cache: Path) -> None:
+    """Renderings of processes that were killed."""
+    for path in cache.glob(".rendering-*"):
+        named = re.fullmatch(r"\.rendering-(?P<host>[A-Za-z0-9-]+)-(?P<process>\d+)-\w+", path.name)
+        # Of this process it may be another thread's.
+        process = int(named["process"]) if named else os.getpid()
+        if named and process != os.getpid() and is_abandoned(path, named["host"], process):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def _key(files: Sequence[FontFile], wanted: Sequence[int] | None, coverage: float) -> str:
     from PIL import __version__ as pillow_version
     from PIL import features
@@ -107,13 +122,20 @@ def _key(files: Sequence[FontFile], wanted: Sequence[int] | None, coverage: floa
 def _read_cache(folder: Path) -> tuple[GlyphSet, NDArray[np.uint8]] | None:
     """None if there is no cache there, or a damaged one."""
     try:
-        glyphs = GlyphSet(**json.loads((folder / "glyphs.json").read_text(encoding="utf-8")))
+        content = json.loads(read_regular(folder / "glyphs.json"))
+        if content.pop("sha256", None) not in (None, _digest_of(content)):  # None: an older fastkd's
+            return None
+        glyphs = GlyphSet(**content)
         images = np.load(folder / "images.npy", mmap_mode="r")
-    except (OSError, ValueError, TypeError, EOFError):
+    except Exception:  # NumPy raises what a damaged header leads to
         return None
     if images.shape != (len(glyphs.faces), len(glyphs.classes), SIDE, SIDE) or images.dtype != np.uint8:
         return None
     return (glyphs, images) if _digest(images) == glyphs.digest else None
+
+
+def _digest_of(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(images: NDArray[np.uint8]) -> str:
@@ -141,6 +163,7 @@ def _render_into(
     raw = np.lib.format.open_memmap(
         folder / "raw.npy", mode="w+", dtype=np.uint8, shape=(len(used), len(points), SIDE, SIDE)
     )
+    take_room(folder / "raw.npy")
     kept: list[Face] = []
     twins: list[str] = []
     seen: set[bytes] = set()
@@ -177,6 +200,7 @@ def _render_into(
     images = np.lib.format.open_memmap(
         done / "images.npy", mode="w+", dtype=np.uint8, shape=(len(kept), len(first), SIDE, SIDE)
     )
+    take_room(done / "images.npy")
     for i in range(len(kept)):
         images[i] = raw[i][first]
     images.flush()
@@ -187,7 +211,9 @@ def _render_into(
         notes=notes,
         digest=_digest(images),
     )
-    (done / "glyphs.json").write_text(json.dumps(asdict(glyphs)), encoding="utf-8")
+    content = asdict(glyphs)
+    content["sha256"] = _digest_of(content)
+    (done / "glyphs.json").write_text(json.dumps(content), encoding="utf-8")
 
 
 def _too_few(

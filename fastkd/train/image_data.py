@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import math
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -232,6 +233,16 @@ def _fashion_mnist(folder: Path, train: bool, download: bool) -> tuple[Tensor, T
     target = _read_idx(folder, f"{stem}-labels-idx1-ubyte", 1)
     if len(images) != len(target):
         raise DataError(f"data.folder: {folder} has {len(images)} {stem} images and {len(target)} labels")
+    kind = KINDS["fashion_mnist"]
+    if not len(target):
+        raise DataError(f"data.folder: {folder} has no {stem} images")
+    if images.shape[1:] != (kind.side, kind.side):
+        sides = " x ".join(map(str, images.shape[1:]))
+        raise DataError(f"data.folder: the {stem} images of {folder} are {sides}, expected 28 x 28")
+    if (largest := int(target.max())) >= kind.classes:
+        raise DataError(
+            f"data.folder: the {stem} labels of {folder} go up to {largest}, expected 0 to {kind.classes - 1}"
+        )
     return images[:, None], target.long()
 
 
@@ -245,12 +256,13 @@ def _read_idx(folder: Path, name: str, dimensions: int) -> Tensor:
         try:
             with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
                 content = file.read()
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise DataError(f"data.folder: {path} cannot be read: {error}") from None
         # Magic: two zero bytes, 8 for uint8, the number of dimensions; then the sizes, big-endian.
         start = 4 + 4 * dimensions
         sizes = [int(size) for size in np.frombuffer(content[4:start].ljust(start - 4, b"\0"), ">i4")]
-        if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) - start != math.prod(sizes):
+        whole = min(sizes) >= 0 and len(content) - start == math.prod(sizes)
+        if content[:4] != bytes([0, 0, 8, dimensions]) or not whole:
             raise DataError(f"data.folder: {path} is damaged or no file of the MNIST format")
         return torch.from_numpy(np.frombuffer(content, np.uint8, offset=start).reshape(sizes).copy())
     raise DataError(

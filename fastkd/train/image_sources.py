@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import math
 import os
+import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +15,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from .errors import DataError
+from .storage import open_regular, read_regular
 
+_MOST_SHARDS = 1_000_000
+_LARGEST_LABEL = 2**24 - 1  # a network has an output for each label up to the largest
 SUFFIXES = ("jpg", "jpeg", "png", "webp", "ppm", "bmp")  # of images in shards
 
 
@@ -52,7 +58,7 @@ class FolderSource:
         self.labels = np.array([label for _, label in found.samples], np.int64)
 
     def read(self, index: int) -> bytes:
-        return Path(self.name(index)).read_bytes()
+        return read_regular(Path(self.name(index)))
 
     def name(self, index: int) -> str:
         return str(self._root / os.fsdecode(self._paths[index]))
@@ -109,14 +115,28 @@ class ShardSource:
         if self.num_classes <= self.labels.max():
             largest = int(self.labels.max())
             raise DataError(f"data.classes = {classes}, but the shards {pattern} have a label {largest}")
-        self._files: dict[int, int] = {}  # descriptors, opened when first read
+        self._files: dict[int, int] = {}  # descriptors of the shards read last, the oldest first
 
     def read(self, index: int) -> bytes:
         shard = int(self._shard[index])
-        if shard not in self._files:
-            self._files[shard] = os.open(self.shards[shard], os.O_RDONLY)
+        file = self._files.pop(shard, None)
+        if file is None:
+            # In random order a worker soon reads every shard, and there may be more than files it may open.
+            while len(self._files) >= _open_files():
+                os.close(self._files.pop(next(iter(self._files))))
+            file = open_regular(self.shards[shard])
+        self._files[shard] = file
         # pread has no file position that forked workers would share.
-        return os.pread(self._files[shard], int(self._size[index]), int(self._offset[index]))
+        return os.pread(file, int(self._size[index]), int(self._offset[index]))
+
+    def close(self) -> None:
+        """Close the shards; reading opens them again."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # the interpreter may be ending, or __init__ have failed
+            self.close()
 
     def name(self, index: int) -> str:
         return f"{self.shards[int(self._shard[index])]}, sample {self._keys[index].decode()}"
@@ -128,15 +148,41 @@ class ShardSource:
         return {**self.__dict__, "_files": {}}
 
 
+def _open_files() -> int:
+    """How many shards a process keeps open: a quarter of the files that it may open."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 64
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 256 if soft == resource.RLIM_INFINITY else max(1, min(256, soft // 4))
+
+
 def _expand(root: Path, pattern: str) -> list[Path]:
     webdataset = _webdataset()
+    ranges = re.findall(r"\{(\d+)\.\.(\d+)", pattern)
+    names_of_it = math.prod(
+        [abs(int(last) - int(first)) + 1 for first, last in ranges]
+        + [part.count(",") + 1 for part in re.findall(r"\{([^{}]*,[^{}]*)\}", pattern)]
+    )
+    if len(pattern) > 4096 or names_of_it > _MOST_SHARDS:
+        raise DataError(
+            f"the shard pattern {pattern[:80]!r} stands for {names_of_it:,} names; expected at most "
+            f"{_MOST_SHARDS:,}"
+        )
     try:
         names = webdataset.shardlists.expand_urls(pattern)
     except Exception as error:  # braceexpand raises its own kinds
         raise DataError(f"the shard pattern {pattern!r} cannot be expanded: {error}") from None
     shards: list[Path] = []
     for name in names:
-        found = sorted(root.glob(name)) if any(sign in name for sign in "*?[") else [root / name]
+        base, relative = root, name
+        if Path(name).is_absolute():
+            base, relative = Path(Path(name).anchor), str(Path(name).relative_to(Path(name).anchor))
+        try:
+            found = sorted(base.glob(relative)) if any(sign in name for sign in "*?[") else [root / name]
+        except (ValueError, NotImplementedError) as error:
+            raise DataError(f"the shard pattern {pattern!r} cannot be expanded: {error}") from None
         if not found or not all(path.is_file() for path in found):
             raise DataError(f"data.root: {root} has no shard {name}")
         shards += found
@@ -164,12 +210,15 @@ def _samples_of(shard: Path) -> Iterator[tuple[str, int, int, int]]:
                     raise DataError(f"the shard {shard} is truncated at sample {sample['__key__']}")
                 content.seek(sample["cls"][0])
                 text = content.read(sample["cls"][1])
-                if not text.strip().isdigit():
+                if not re.fullmatch(rb"\s*[0-9]{1,9}\s*", text) or int(text) > _LARGEST_LABEL:
                     raise DataError(
-                        f"the shard {shard}: {sample['__key__']}.cls is {text[:20]!r}; expected a number"
+                        f"the shard {shard}: {sample['__key__']}.cls is {text[:20]!r}; "
+                        f"expected a number from 0 to {_LARGEST_LABEL}"
                     )
                 yield sample["__key__"], *image, int(text)
-    except (tarfile.TarError, OSError, ValueError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # tarfile raises what a damaged header leads to
         raise DataError(f"the shard {shard} cannot be read: {error}") from None
 
 

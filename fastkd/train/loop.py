@@ -24,6 +24,7 @@ from .meters import LossMeter, PassTimer, Stopwatch
 from .precision import autocast, compile_networks, dtype_of, make_scaler
 from .preflight import check_channels_last, check_loaders, check_optimizer, check_scheduler
 from .random_state import get_random_state, set_random_state
+from .restore import restore
 from .signals import Control
 from .trial import Sizes
 
@@ -178,6 +179,7 @@ def fit_method(
         NonFiniteLossError: the loss became NaN or infinite.
         Preempted: ``stop`` said so.
         ValueError: an option, optimizer or scheduler that does not fit the method; found before training.
+        CheckpointError: ``resume`` is the state of another training.
         TrainError: a loader yields nothing or something else, or the loss does not depend on the student.
     """
     _check_options(epochs, scheduler_interval, accumulate, ema, nonfinite)
@@ -200,18 +202,19 @@ def fit_method(
     for note in compile_networks(method, "inductor" if compile is True else compile) if compile else ():
         watcher.note(note)
 
+    train = Batches(train_loader, device, even=True, channels_last=channels_last)
     history: list[Record] = []
     if resume is not None:
-        student.load_state_dict(resume["student"])
-        method.load_parts_state(resume["method"])
-        optimizer.load_state_dict(resume["optimizer"])
-        for name, part in (("scheduler", scheduler), ("scaler", scaler), ("ema", average)):
-            if part is not None:
-                part.load_state_dict(resume[name])
-        history = list(resume["history"])
+        history = restore(
+            resume,
+            method=method,
+            optimizer=optimizer,
+            epochs=epochs,
+            batches=train.length,
+            parts={"scheduler": scheduler, "scaler": scaler, "ema": average},
+        )
         set_random_state(_of_this_rank(resume["random"]))
     runner = distributed.wrap(method)
-    train = Batches(train_loader, device, even=True, channels_last=channels_last)
     buffers = list(method.buffers())
     steps = 1 if scheduler_interval == "epoch" else train.length
     check_scheduler(
@@ -237,6 +240,7 @@ def fit_method(
             "history": list(history),
             "random": randoms,
             "position": position or None,
+            "batches": train.length,
         }
 
     sizes = Sizes(method, precision, accumulate, watcher.note)

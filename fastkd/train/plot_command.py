@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from . import canvas
-from .checkpoint import write_atomically
 from .console import make_console
 from .curves import COLOURS
 from .errors import TrainError
 from .run_folder import read_json
+from .storage import read_regular, write_atomically
 
 Records = list[dict[str, Any]]
 # Of the parts of time; no colour of a run among them.
@@ -79,8 +79,9 @@ def read_shown(folder: Path) -> Shown:
     runs = [records for member in members if (records := _records(member))]
     if not runs:
         raise PlotError(f"{folder} holds no metrics.jsonl with a finished epoch; expected a run folder")
-    name = (read_json(folder / "run.json") or {}).get("name", folder.name)
-    return Shown(f"{name}, {len(runs)} seeds" if len(runs) > 1 else str(name), runs)
+    facts = read_json(folder / "run.json")
+    name = str(facts["name"]) if isinstance(facts, dict) and "name" in facts else folder.name
+    return Shown(f"{name}, {len(runs)} seeds" if len(runs) > 1 else name, runs)
 
 
 def _records(folder: Path) -> Records:
@@ -88,9 +89,30 @@ def _records(folder: Path) -> Records:
     if not path.is_file():
         return []
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
+        records = [json.loads(line) for line in read_regular(path).decode("utf-8").splitlines()]
+    except (OSError, ValueError, RecursionError) as error:
         raise PlotError(f"{path} cannot be read: {error}") from None
+    for number, record in enumerate(records, start=1):
+        if (key := _missing(record)) is not None:
+            raise PlotError(f"{path}: line {number} has no number {key!r}; it is no line of a run's metrics")
+    return records
+
+
+def _missing(record: Any) -> str | None:
+    """The first key of a record whose value cannot be drawn."""
+    if not isinstance(record, dict):
+        return "epoch"
+    for key in ("epoch", "val_accuracy", "val_loss"):
+        if not _is_number(record.get(key)):
+            return key
+    seconds = record.get("seconds")
+    if not isinstance(seconds, dict) or not all(map(_is_number, seconds.values())):
+        return "seconds"
+    return None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _told_apart(shown: Sequence[Shown], folders: Sequence[Path]) -> list[Shown]:
@@ -113,7 +135,8 @@ def plot(shown: Sequence[Shown], path: Path) -> None:
         for axes, key in ((accuracy, "val_accuracy"), (losses, "val_loss")):
             epochs, mean, least, largest = one.mean(key)
             marker = "o" if len(epochs) < 40 else ""
-            label = f"{number + 1}  {one.label}  {mean[-1]:.2%}"
+            # Dollar signs would be read as mathematics.
+            label = f"{number + 1}  {one.label}  {mean[-1]:.2%}".replace("$", r"\$")
             axes.plot(epochs, mean, marker=marker, markersize=3.5, label=label, **style)
             if len(one.runs) > 1:
                 axes.fill_between(epochs, least, largest, color=colour, alpha=0.18, linewidth=0)

@@ -23,7 +23,7 @@ from .signals import seconds_of
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -74,7 +74,7 @@ class _FileImages(_Images):
     root: str | None = None
     size: Count = 224  # side of what the networks see
     resize: Count | None = None  # of the shorter side before the central crop; None: 8/7 of size
-    workers: Annotated[int, Field(ge=0)] = 8
+    workers: Annotated[int, Field(ge=0, le=256)] = 8  # processes, each with pipes and memory of its own
     corrupt_limit: Annotated[int, Field(ge=0)] = 10  # images that cannot be read are skipped, up to this many
 
 
@@ -322,7 +322,7 @@ def _choices(values: Mapping[str, Any], origin: str) -> tuple[type[Method], type
     except ValueError as error:
         raise RecipeError(f"{origin}: {error}") from None
     data = values.get("data.name", "glyphs")
-    if data not in _DATA:
+    if not isinstance(data, str) or data not in _DATA:
         near = suggest(str(data), _DATA)
         raise RecipeError(
             f"{origin}: data.name = {data!r} is unknown{near}; expected one of {', '.join(_DATA)}"
@@ -345,8 +345,11 @@ def _valid_keys(method: type[Method], data: type[_Section]) -> list[str]:
 def _explain(error: ValidationError, origin: str) -> str:
     lines = []
     for item in error.errors():
-        # The discriminator's tag appears in the location of a data option; it is no part of the key.
-        parts = [str(part) for part in item["loc"] if part not in _DATA]
+        # The discriminator's tag appears in the location of a data option, behind "data"; it is no part of
+        # the key, which may have the same name.
+        parts = [str(part) for part in item["loc"]]
+        if parts[:1] == ["data"] and len(parts) > 1:
+            del parts[1]
         key = ".".join(parts)
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "missing":
@@ -355,7 +358,9 @@ def _explain(error: ValidationError, origin: str) -> str:
             lines.append(f"{key}: {message}" if key else message)
         else:
             expected = message[0].lower() + message[1:]
-            lines.append(f"{key} = {item['input']!r} ({type(item['input']).__name__}): {expected}")
+            value = repr(item["input"])
+            value = value if len(value) <= 100 else f"{value[:97]}..."
+            lines.append(f"{key} = {value} ({type(item['input']).__name__}): {expected}")
     return "\n".join(f"{origin}: {line}" for line in lines)
 
 

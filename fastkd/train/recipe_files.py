@@ -5,15 +5,17 @@ from __future__ import annotations
 import difflib
 import importlib.resources
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import yaml
 
 from .errors import RecipeError
+from .storage import read_regular
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable  # from Python 3.11
@@ -33,7 +35,7 @@ def find_recipe(name_or_path: str) -> RecipeFile:
         if not path.is_file():
             raise RecipeError(f"no recipe file {name_or_path}")
         try:
-            return RecipeFile(_name_of(path), name_or_path, path.read_text(encoding="utf-8"))
+            return RecipeFile(_name_of(path), name_or_path, read_regular(path).decode("utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"{name_or_path}: cannot be read: {error}") from None
     shipped = shipped_recipes()
@@ -50,8 +52,10 @@ def _name_of(path: Path) -> str:
     """A file's stem; for the resolved recipe in a run folder, the name of the recipe it came from."""
     if path.name == "recipe.yaml":
         try:
-            return str(json.loads((path.parent / "run.json").read_text(encoding="utf-8"))["name"])
-        except (OSError, ValueError, KeyError, TypeError):
+            name = json.loads(read_regular(path.parent / "run.json"))["name"]
+            if isinstance(name, str) and name.isprintable():
+                return name
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             pass
     return path.stem
 
@@ -82,21 +86,34 @@ def _walk(folder: Traversable, prefix: str) -> Iterable[tuple[str, Traversable]]
 
 def parse_flat_yaml(text: str, origin: str) -> dict[str, Any]:
     """The mapping in ``text``; duplicate keys and anything but a mapping are refused."""
-    try:
-        values = yaml.load(text, Loader=_Loader)  # a SafeLoader: builds plain values only
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{origin}: not valid YAML: {error}") from None
+    values = _parse(text, origin)
     if not isinstance(values, dict):
         raise RecipeError(f"{origin}: expected lines of `key: value`, found {type(values).__name__}")
-    return {str(key): value for key, value in values.items()}
+    return values
 
 
 def parse_scalar(text: str, key: str) -> Any:
     """The value of a ``key=value`` override, read as YAML."""
+    return _parse(text, f"{key}={_short(text)}")
+
+
+def _parse(text: str, origin: str) -> Any:
+    if len(text) > _LARGEST:
+        raise RecipeError(f"{origin}: {len(text):,} characters; expected at most {_LARGEST:,}")
     try:
-        return yaml.load(text, Loader=_Loader)
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader: builds plain values only
     except yaml.YAMLError as error:
-        raise RecipeError(f"{key}={text}: the value is not valid YAML: {error}") from None
+        mark = getattr(error, "problem_mark", None)
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        raise RecipeError(f"{origin}: not valid YAML: {problem}{where}") from None
+
+
+_LARGEST = 1_000_000  # characters
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def dump_flat_yaml(values: Mapping[str, Any]) -> str:
@@ -119,27 +136,75 @@ def suggest(word: str, possible: Iterable[str]) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as people write it: 6e-3 is a number, and a key given twice is an error."""
+    """YAML without what has no place in a recipe: anchors, tags, deep nesting, numbers in other notations.
+
+    A scalar is null, true or false, a decimal number, or else the text as it is written: ``0x1``, ``01``,
+    ``1_0``, ``1:30``, ``yes`` and ``2024-01-02`` are texts, which a key that wants a number refuses.
+    """
+
+    yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {}  # not those of YAML 1.1
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
+            # Ten lines of them can stand for more values than there is memory.
+            raise _refused("anchors and aliases (&, *) have no place in a recipe", event.start_mark)
+        if getattr(event, "tag", None) is not None:
+            raise _refused(f"tags such as {event.tag[:40]!r} have no place in a recipe", event.start_mark)
+        self._depth += 1
+        if self._depth > _MOST_NESTED:
+            raise _refused("lists or mappings are nested too deeply", event.start_mark)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if isinstance(key_node, yaml.ScalarNode):
-                if key_node.value in seen:
-                    mark = key_node.start_mark
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"key {key_node.value!r} is given twice", mark
-                    )
-                seen.add(key_node.value)
-        return super().construct_mapping(node, deep=deep)
+        mapping: dict[Any, Any] = {}
+        for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise _refused("a key is a list or a mapping, expected a name", key_node.start_mark)
+            if key_node.value in mapping:
+                raise _refused(f"key {_short(key_node.value)!r} is given twice", key_node.start_mark)
+            mapping[key_node.value] = self.construct_object(value_node, deep=deep)
+        return mapping
+
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        if _INTEGER.fullmatch(node.value) and len(node.value) < 20:
+            return int(node.value)
+        number = float(node.value)
+        digits = node.value.lower().partition("e")[0]
+        if math.isinf(number) or (number == 0 and any(digit in digits for digit in "123456789")):
+            raise _refused(f"the number {_short(node.value)!r} is beyond those of float64", node.start_mark)
+        return number
 
 
-_EXPONENT_FLOAT = re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT_FLOAT, list("-+0123456789"))
+_MOST_NESTED = 8
+_INTEGER = re.compile(r"[-+]?(?:0|[1-9][0-9]*)")
+# Integers of more than 18 digits are no numbers of a recipe: they stay texts, which their keys refuse.
+_NUMBER = re.compile(
+    r"[-+]?(?:(?:0|[1-9][0-9]{0,17})"
+    r"|(?:0|[1-9][0-9]*)(?:\.[0-9]*)?[eE][-+]?[0-9]+|(?:0|[1-9][0-9]*)\.[0-9]*|\.[0-9]+(?:[eE][-+]?[0-9]+)?)$"
+)
+_Loader.add_implicit_resolver("tag:fastkd,number", _NUMBER, list("-+.0123456789"))
+_Loader.add_constructor("tag:fastkd,number", _Loader.construct_number)
+for _tag, _pattern, _first in (
+    ("null", r"(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    ("bool", r"(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    ("float", r"[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$", list("-+.")),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
+
+
+def _refused(problem: str, mark: Any) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(None, None, problem, mark)
 
 
 class _Dumper(yaml.SafeDumper):
     """Quotes the strings that ``_Loader`` would otherwise read as numbers."""
 
 
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT_FLOAT, list("-+0123456789"))
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+.0123456789"))

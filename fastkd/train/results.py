@@ -13,7 +13,7 @@ from rich.console import Console
 from .console import results_table, time_table
 from .recipe import Recipe, load_recipe
 from .recipe_files import dump_scalar, shipped_recipes
-from .run_folder import read_json
+from .run_folder import is_summary, read_json
 
 _ALONE = ("data.", "student.", "train.")  # what a student alone has in common with a distilled one
 
@@ -73,9 +73,9 @@ def student_alone(runs: Path, comparison: str) -> list[dict[str, Any]]:
     for path in runs.glob("**/summary.json"):
         summary = read_json(path)
         if (
-            isinstance(summary, dict)
-            and summary.get("method") == "cross_entropy"
-            and summary.get("comparison") == comparison
+            is_summary(summary)
+            and summary["method"] == "cross_entropy"
+            and summary["comparison"] == comparison
         ):
             made = path.stat().st_mtime
             if made >= newest.get(summary["seed"], (made, {}))[0]:

@@ -22,15 +22,17 @@ from .build import build_method, build_network, resolve_device, tried, try_metho
 from .checkpoint import save_checkpoint
 from .console import ConsoleProgress
 from .data import Data, load_data
-from .errors import DataError, NonFiniteLossError, Preempted, RecipeError, TrainError
+from .errors import DataError, NonFiniteLossError, Preempted, RecipeError, StorageError, TrainError
 from .evaluation import evaluate
 from .forwarding import Shielded
 from .loop import FitResult, Watcher, fit_method
 from .optimization import build_optimizer, build_scheduler
 from .recipe import Optimization, Recipe, Teacher, Train
+from .resume import check_recipe, fingerprint, identity
 from .run_folder import RunRecorder, create_run_folder, read_resume_state, write_json, write_recipe
 from .run_lock import locked
 from .signals import StopSignals
+from .storage import make_folder
 from .sync_batchnorm import synchronised
 from .teacher_cache import CachedLoader, CachedTeacher, TeacherCache, wanted_facts
 from .tensorboard import TensorBoard, require_tensorboard
@@ -88,7 +90,11 @@ def run_recipe(
             console.print(note, markup=False)
         if folder is None:
             folder = distributed.from_first(create_run_folder(runs, name) if distributed.is_first() else None)
-        with _owned(folder):
+        with StopSignals(), _owned(folder):
+            known_as = identity(recipe, _hash(data.fingerprint), _teacher_hash(recipe, data, teacher, cache))
+            resume = _read_state(folder, "student", console)
+            for note in check_recipe(resume, known_as, recipe, folder) if resume else ():
+                console.print(note, markup=False)
             if distributed.is_first():
                 write_recipe(folder, name, recipe)
             if recipe.teacher is not None and teacher is None:
@@ -96,7 +102,7 @@ def run_recipe(
             if teacher is not None:
                 accuracy, path = teacher.summary["val_accuracy"], teacher.summary["checkpoint"]
                 console.print(f"teacher: {accuracy:.2%}, {path}", markup=False)
-            summary = _distil(name, recipe, data, teacher, folder, device, console, cache)
+            summary = _distil(name, recipe, data, teacher, folder, device, console, cache, resume, known_as)
     except KeyboardInterrupt:
         if folder is None:
             raise
@@ -107,6 +113,13 @@ def run_recipe(
         if folder is None:
             raise
         raise type(error)(f"{error}; the run folder {folder} keeps the epochs before") from None
+    except StorageError as error:
+        if folder is None or not (folder / "recipe.yaml").exists():
+            if folder is not None:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()  # it has nothing in it
+            raise
+        raise StorageError(f"{error}; then go on with --resume {folder}") from None
     return {**summary, "folder": str(folder)}
 
 
@@ -139,6 +152,8 @@ def _distil(
     device: torch.device,
     console: Console,
     cache: TeacherCache | None,
+    resume: dict[str, Any] | None,
+    known_as: dict[str, Any],
 ) -> dict[str, Any]:
     """Train the student and write the summary."""
     # Seeded here, so that a student does not depend on whether its teacher was trained or read.
@@ -162,6 +177,8 @@ def _distil(
         title=f"{name}, seed {recipe.train.seed}",
         teacher_accuracy=teacher.summary["val_accuracy"] if teacher else None,
         cache=cache,
+        resume=resume,
+        known_as=known_as,
     )
     summary = {
         "name": name,
@@ -262,20 +279,44 @@ def _cached_summary(cache: TeacherCache) -> dict[str, Any]:
     return {"checkpoint": f"cache {cache.folder}", "val_accuracy": cache.facts["val_accuracy"]}
 
 
+def _settings_of(config: Teacher) -> dict[str, Any]:
+    return _what_matters(config, {"checkpoint", "weights", "cache"})
+
+
+def _key_of(config: Teacher, data: Data) -> str:
+    return _hash([data.fingerprint, _settings_of(config)])
+
+
+def _teacher_hash(
+    recipe: Recipe, data: Data, teacher: TeacherInUse | None, cache: TeacherCache | None
+) -> str | None:
+    """Tells one teacher from another, one that is yet to be trained too."""
+    if cache is not None:
+        return _hash(cache.facts)
+    if teacher is not None:
+        return fingerprint(teacher.model)
+    return None if recipe.teacher is None else _key_of(recipe.teacher, data)
+
+
+def _read_state(folder: Path, role: str, console: Console) -> dict[str, Any] | None:
+    return read_resume_state(
+        folder, lambda text: console.print(f"{role}: {text}", markup=False, soft_wrap=True)
+    )
+
+
 def own_teacher(
     config: Teacher, data: Data, runs: Path, device: torch.device, console: Console
 ) -> TeacherInUse:
     """The teacher of this data and configuration: read, gone on with, or trained."""
     # The hash holds all that determines the weights: other data never meet this teacher.
-    settings = _what_matters(config, {"checkpoint", "weights", "cache"})
-    key = _hash([data.fingerprint, settings])
+    settings, key = _settings_of(config), _key_of(config, data)
     label = config.name.replace("/", "-") + (f"-{config.width}" if config.width else "")
     folder = runs / "teachers" / f"{label}-{key}"
     path = folder / "teacher.pt"
     torch.manual_seed(config.seed)
     model = build_network(config, data)
     if not distributed.from_first(path.exists()):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         facts = {"name": "teacher", "settings": settings, "data": data.describe()}
         with _owned(folder):
             if distributed.is_first():
@@ -289,6 +330,7 @@ def own_teacher(
                 device,
                 console,
                 title=f"teacher {label}",
+                resume=_read_state(folder, "teacher", console),
             )
             # The last epoch, not the best: picking by validation accuracy would flatter the teacher.
             content = {
@@ -322,15 +364,16 @@ def _fit_in_folder(
     console: Console,
     *,
     title: str,
+    resume: dict[str, Any] | None,
+    known_as: dict[str, Any] | None = None,
     teacher_accuracy: float | None = None,
     cache: TeacherCache | None = None,
 ) -> FitResult:
-    """Train with one method, going on from the folder's newest state if there is one.
+    """Train with one method, from ``resume`` if there is such a state; ``known_as`` goes into the next ones.
 
     A teacher's section says nothing of how to compute: it is trained in float32, saved after every epoch.
     """
     train = optimization if isinstance(optimization, Train) else Train(epochs=optimization.epochs)
-    resume = read_resume_state(folder, lambda text: console.print(f"{role}: {text}", markup=False))
     train_loader: Any = data.train_loader(optimization.batch_size, optimization.seed, device)
     if cache is not None:
         train_loader = CachedLoader(train_loader, cache)
@@ -350,6 +393,8 @@ def _fit_in_folder(
             title=title,
             teacher_accuracy=teacher_accuracy,
             keep_every=train.keep_every,
+            known_as=known_as or {},
+            history=resume["history"] if resume else (),
         )
     # The same weights on every rank, but other dropout.
     if distributed.rank():

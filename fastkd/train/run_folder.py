@@ -16,20 +16,22 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 
 from .batches import Batch
-from .checkpoint import load_checkpoint, save_checkpoint, write_atomically
+from .checkpoint import load_checkpoint, save_checkpoint
 from .curves import plot_curves
 from .errors import CheckpointError, NonFiniteLossError, StorageError
 from .forwarding import ForwardingWatcher
 from .loop import Record, Watcher
 from .recipe import Recipe
 from .recipe_files import dump_flat_yaml
+from .storage import read_regular, write_atomically
 
 _PREVIOUS = "previous.pt"
 
@@ -56,7 +58,7 @@ def find_run(runs: Path, name: str, recipe: Recipe) -> Path | None:
     text = dump_flat_yaml(recipe.flat())
     for _, folder in sorted(_folders_of(runs, name).items(), reverse=True):
         try:
-            if (folder / "recipe.yaml").read_text(encoding="utf-8") == text:
+            if read_regular(folder / "recipe.yaml") == text.encode():
                 return folder
         except OSError:
             continue
@@ -91,9 +93,21 @@ def write_json(path: Path, content: Any) -> None:
 def read_json(path: Path) -> Any:
     """The content, or None if the file is missing or damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return json.loads(read_regular(path))
+    except (OSError, ValueError, RecursionError):
         return None
+
+
+def is_summary(content: Any) -> bool:
+    """Whether a summary.json has what others read of it."""
+    try:
+        numbers = [content[which]["val_accuracy"] for which in ("best", "last")]
+        numbers += [content["seed"], *content["seconds"].values()]
+        return all(isinstance(number, int | float) for number in numbers) and all(
+            isinstance(content[name], str) for name in ("name", "method", "comparison")
+        )
+    except (AttributeError, KeyError, TypeError):
+        return False
 
 
 def read_resume_state(folder: Path, note: Callable[[str], None]) -> dict[str, Any] | None:
@@ -124,8 +138,9 @@ def read_resume_state(folder: Path, note: Callable[[str], None]) -> dict[str, An
 class RunRecorder(ForwardingWatcher):
     """Writes checkpoints and metrics after every epoch, the curves at the end (however it comes).
 
-    Everything is passed on to ``shown``. ``facts`` go into the checkpoints beside the weights;
-    ``keep_every``: epochs between states that are kept for good.
+    Everything is passed on to ``shown``. ``facts`` go into the checkpoints beside the weights, ``known_as``
+    into the states; ``keep_every``: epochs between states that are kept for good; ``history``: of a run that
+    is resumed.
     """
 
     def __init__(
@@ -137,6 +152,8 @@ class RunRecorder(ForwardingWatcher):
         title: str,
         teacher_accuracy: float | None = None,
         keep_every: int | None = None,
+        known_as: Mapping[str, Any] = MappingProxyType({}),
+        history: Sequence[Record] = (),
     ) -> None:
         super().__init__(shown)
         self._folder = folder
@@ -144,7 +161,13 @@ class RunRecorder(ForwardingWatcher):
         self._title = title
         self._teacher_accuracy = teacher_accuracy
         self._keep_every = keep_every
-        self._history: list[Record] = []
+        self._known_as = known_as
+        self._history = list(history)
+
+    def __enter__(self) -> Watcher:
+        if self._history:  # what ended the run may have come between the state and these lines
+            self._write_metrics()
+        return super().__enter__()
 
     def __exit__(self, *exception: object) -> None:
         super().__exit__(*exception)
@@ -158,7 +181,7 @@ class RunRecorder(ForwardingWatcher):
                 self.note(f"{picture} is not drawn: {type(error).__name__}: {error}")
 
     def epoch_done(self, record: Record, state: Callable[[], dict[str, Any]]) -> None:
-        resume = state()
+        resume = {**state(), **self._known_as}
         self._history = history = list(resume["history"])
         # Best before last: an interrupt in between repeats the epoch, which gives the same weights again.
         if all(record["val_accuracy"] > earlier["val_accuracy"] for earlier in history[:-1]):
@@ -168,12 +191,11 @@ class RunRecorder(ForwardingWatcher):
         if self._keep_every is not None and record["epoch"] % self._keep_every == 0:
             save_checkpoint(self._folder / f"epoch-{record['epoch']:04d}.pt", resume)
         self._save(resume)
-        # Whole, from the history: a line that an interrupt left out or doubled would stay so.
-        write_text(self._folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in history))
+        self._write_metrics()
         super().epoch_done(record, state)
 
     def checkpoint(self, epoch: int, step: int, state: Callable[[], dict[str, Any]]) -> None:
-        self._save(state())
+        self._save({**state(), **self._known_as})
         super().checkpoint(epoch, step, state)
 
     def not_finite(self, error: NonFiniteLossError, batch: Batch | None) -> None:
@@ -182,8 +204,17 @@ class RunRecorder(ForwardingWatcher):
         path = self._folder / f"not-finite-epoch-{error.epoch:04d}-step-{error.step:06d}.pt"
         images, target = batch[:2]
         content = {"epoch": error.epoch, "step": error.step, "terms": dict(error.terms)}
-        save_checkpoint(path, {**content, "images": images.cpu(), "target": target.cpu()})
+        try:
+            save_checkpoint(path, {**content, "images": images.cpu(), "target": target.cpu()})
+        except StorageError as full:  # must not hide why the run ended
+            error.args = (f"{error}; its batch could not be kept: {full}",)
+            return
         error.args = (f"{error}; its batch is in {path}",)
+
+    def _write_metrics(self) -> None:
+        # Whole, from the history: a line that an interrupt left out or doubled would stay so.
+        lines = "".join(json.dumps(record) + "\n" for record in self._history)
+        write_text(self._folder / "metrics.jsonl", lines)
 
     def _save(self, state: dict[str, Any]) -> None:
         save_checkpoint(self._folder / "last.pt", state, keep_as=self._folder / _PREVIOUS)

@@ -7,9 +7,11 @@ from typing import Any
 
 from rich.console import Console
 
+from .errors import RecipeError
 from .recipe import Recipe
 from .run import Stopped, run_recipe
-from .run_folder import create_run_folder, read_json, write_json, write_recipe
+from .run_folder import create_run_folder, is_summary, read_json, write_json, write_recipe
+from .storage import make_folder
 
 _GROUP = "seeds.json"
 
@@ -33,9 +35,9 @@ def run_seeds(
     summaries = []
     for seed in range(recipe.train.seed, recipe.train.seed + count):
         run = folder / f"seed-{seed}"
-        run.mkdir(exist_ok=True)
+        make_folder(run)
         summary = read_json(run / "summary.json")
-        if summary is None:
+        if not is_summary(summary):
             seeded = recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": seed})})
             try:
                 summary = run_recipe(name, seeded, runs=runs, console=console, folder=run)
@@ -46,5 +48,9 @@ def run_seeds(
 
 
 def seed_count(folder: Path) -> int:
+    """Raises ``RecipeError`` if the group's file does not say so."""
     content = read_json(folder / _GROUP)
-    return int(content["count"]) if isinstance(content, dict) and "count" in content else 1
+    count = content.get("count") if isinstance(content, dict) else None
+    if type(count) is not int or count < 1:
+        raise RecipeError(f"{folder / _GROUP} is damaged: count = {count!r}, expected a number of seeds")
+    return count

@@ -1,7 +1,8 @@
 """A teacher's logits on disk, in place of the teacher: one memory-mapped file an epoch.
 
 cache.json        what was cached: data, augmentation, teacher, form
-epoch-0000.npy    a record a training image, in the order of the data set
+epoch-0000.npy    a record a training image, in the order of the data set; behind the array, where NumPy does
+                  not look, the SHA-256 of the bytes before
 
 A record holds the logarithms of the teacher's probabilities in float16, of all classes or of the ``top_k``
 most probable with their numbers; the logarithm of the probability that the other classes have together; and
@@ -22,13 +23,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import write_atomically
+from fastkd.sealed_files import digest_before
+
 from .data import CacheableData, Data, IndexedLoader
 from .errors import CheckpointError, TrainError
 from .recipe import Recipe, Teacher
+from .storage import (
+    make_folder,
+    open_regular,
+    read_regular,
+    take_room,
+    write_atomically,
+)
 
-FORMAT = "fastkd-teacher-cache-1"
+FORMAT = "fastkd-teacher-cache-2"
+_WITHOUT_DIGESTS = "fastkd-teacher-cache-1"  # what fastkd wrote before
 _FACTS = "cache.json"
+_MARK = b"fastkd-sha256:"
+_TRAILER = len(_MARK) + 64  # bytes behind the array: the SHA-256 of those before
 _LEAST = -6e4  # float16 ends at -65504
 
 
@@ -106,7 +118,7 @@ def _teacher_facts(teacher: Teacher) -> dict[str, Any]:
     if teacher.checkpoint is None:
         return facts | {"trained": _hash(teacher.model_dump(exclude={"checkpoint", "weights", "cache"}))}
     try:
-        content = Path(teacher.checkpoint).read_bytes()
+        content = read_regular(Path(teacher.checkpoint))
         return facts | {"sha256": hashlib.sha256(content).hexdigest()}
     except OSError as error:
         raise CheckpointError(f"teacher.checkpoint = {teacher.checkpoint} cannot be read: {error}") from None
@@ -129,24 +141,50 @@ class TeacherCache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            self.facts: dict[str, Any] = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
-            if self.facts["format"] != FORMAT:
-                raise ValueError(f"its format is {self.facts['format']!r}, expected {FORMAT!r}")
+            self.facts = read_facts(folder / _FACTS)
             self._classes, self._samples = int(self.facts["classes"]), int(self.facts["samples"])
             self._epochs = int(self.facts["epochs"])
             expected = record_type(self._classes, self.facts["top_k"])
+            if self._epochs < 1 or not isinstance(self.facts.get("val_accuracy", 0.0), float | int):
+                raise ValueError(f"{_FACTS} is damaged")
+            for epoch in range(self._epochs):
+                os.close(open_regular(folder / shard_name(epoch)))
             # Mapped, not read; never unpickled.
             self._shards = [
                 np.load(folder / shard_name(epoch), mmap_mode="r", allow_pickle=False)
                 for epoch in range(self._epochs)
             ]
-        except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        except Exception as error:  # NumPy raises what a damaged header leads to
+            reason = " ".join(str(error).split()) or type(error).__name__
             raise CacheError(
-                f"teacher.cache: {folder} is no whole cache of teacher logits: {error}"
+                f"teacher.cache: {folder} is no whole cache of teacher logits: {reason}"
             ) from None
         for epoch, shard in enumerate(self._shards):
             if shard.dtype != expected or shard.shape != (self._samples,):
                 raise CacheError(f"teacher.cache: {folder / shard_name(epoch)} is not what {_FACTS} says")
+            if self.facts["format"] == FORMAT and not _ends_with_digest(folder / shard_name(epoch)):
+                raise CacheError(
+                    f"teacher.cache: {folder} is no whole cache of teacher logits: {shard_name(epoch)} is "
+                    "truncated"
+                )
+        self._checked: set[int] = set()
+
+    def _check(self, epoch: int) -> None:
+        """Raise ``CacheError`` if an epoch's file is not what was written; read once, as it is needed."""
+        path = self.folder / shard_name(epoch)
+        if self.facts["format"] != _WITHOUT_DIGESTS and not _is_whole(path):
+            raise CacheError(
+                f"teacher.cache: {path} is damaged: it is not what was written, by its SHA-256. To have it "
+                f"made again: delete it, name the folder {self.folder.name}.partial, and run the same "
+                "`fastkd cache-teacher`"
+            )
+        if "classes" in (self._shards[epoch].dtype.names or ()):
+            largest = int(self._shards[epoch]["classes"].max(initial=0))
+            if largest >= self._classes:
+                raise CacheError(
+                    f"teacher.cache: {path} has a class {largest}, expected 0 to {self._classes - 1}"
+                )
+        self._checked.add(epoch)
 
     @property
     def bytes_per_sample(self) -> int:
@@ -154,7 +192,10 @@ class TeacherCache:
 
     def logits(self, epoch: int, indices: Tensor, device: torch.device) -> Tensor:
         """The teacher's ``[N, C]`` for training images in an epoch, from 0."""
-        shard = self._shards[epoch % self._epochs]  # one epoch stands for all where nothing is random
+        epoch %= self._epochs  # one epoch stands for all where nothing is random
+        if epoch not in self._checked:
+            self._check(epoch)
+        shard = self._shards[epoch]
         records = shard[indices.numpy()]
         absent = (records["logsumexp"] == 0) & (records["log_probs"] == 0).all(1)
         if absent.any():
@@ -217,14 +258,20 @@ class CacheWriter:
         self._folder = folder
         self.partial = folder.with_name(folder.name + ".partial")
         self._facts = {"format": FORMAT, **facts}
-        self.partial.mkdir(parents=True, exist_ok=True)
+        make_folder(self.partial)
         path = self.partial / _FACTS
         if path.exists():
-            begun = json.loads(path.read_text(encoding="utf-8"))
+            try:
+                begun = read_facts(path)
+            except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+                raise CacheError(f"{path} cannot be read: {error}; delete {self.partial}") from None
+            if begun["format"] == _WITHOUT_DIGESTS:
+                self._facts["format"] = _WITHOUT_DIGESTS
             if begun != json.loads(json.dumps(self._facts)):
                 raise CacheError(f"{self.partial} was begun for another recipe; name another folder")
         else:
-            text = json.dumps(self._facts, indent=2) + "\n"
+            sealed = {**self._facts, "sha256": _digest_of(self._facts)}
+            text = json.dumps(sealed, indent=2) + "\n"
             write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
     def missing_epochs(self) -> list[int]:
@@ -238,12 +285,18 @@ class CacheWriter:
             shard = np.lib.format.open_memmap(
                 temporary, mode="w+", dtype=kind, shape=(self._facts["samples"],)
             )
-            _take_room(temporary)
+            try:
+                take_room(temporary)
+            except OSError as error:
+                size = temporary.stat().st_size / 1e6
+                name = self.partial / shard_name(epoch)
+                raise CacheError(f"no room for {name} of {size:.0f} MB: {error.strerror}") from None
             for indices, logits in batches:
                 if not bool(logits.isfinite().all()):
                     raise CacheError(f"the teacher's logits are not finite in epoch {epoch + 1}")
                 shard[indices.numpy()] = pack(logits, self._facts["top_k"])
             shard.flush()
+            _seal(temporary)
 
         write_atomically(self.partial / shard_name(epoch), write)
 
@@ -257,16 +310,38 @@ class CacheWriter:
         return TeacherCache(self._folder)
 
 
-def _take_room(path: Path) -> None:
-    """Let a full disk be an error now: a write to a mapped file would kill the process."""
-    if not hasattr(os, "posix_fallocate"):  # macOS, Windows
-        return
-    try:
-        with path.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    except OSError as error:
-        size = path.stat().st_size / 1e6
-        raise CacheError(f"no room for {path.name.strip('.')} of {size:.0f} MB: {error.strerror}") from None
+def read_facts(path: Path) -> dict[str, Any]:
+    """What a cache says of itself. Raises ``OSError`` and what a damaged file leads to."""
+    facts: dict[str, Any] = json.loads(read_regular(path))
+    if facts["format"] not in (FORMAT, _WITHOUT_DIGESTS):
+        raise ValueError(f"its format is {facts['format']!r}, expected {FORMAT!r}")
+    if facts["format"] == FORMAT and facts.pop("sha256", None) != _digest_of(facts):
+        raise ValueError(f"{_FACTS} is damaged: it is not what was written, by its SHA-256")
+    return facts
+
+
+def _digest_of(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _seal(path: Path) -> None:
+    with path.open("r+b") as file:
+        digest = digest_before(file, 0)
+        file.seek(0, os.SEEK_END)
+        file.write(_MARK + digest)
+
+
+def _ends_with_digest(path: Path) -> bool:
+    """Cheap, so that a truncated file is found at once, not in its epoch."""
+    with path.open("rb") as file:
+        file.seek(-min(_TRAILER, file.seek(0, os.SEEK_END)), os.SEEK_END)
+        return file.read().startswith(_MARK)
+
+
+def _is_whole(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-min(_TRAILER, file.seek(0, os.SEEK_END)), os.SEEK_END)
+        return file.read() == _MARK + digest_before(file, _TRAILER)
 
 
 def shard_name(epoch: int) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .checkpoint import load_checkpoint
@@ -117,6 +118,11 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], origin: str, remedy: s
         "missing": [key for key in expected if key not in weights],
         "not in this model": [key for key in weights if key not in expected],
         "of another shape": shapes,
+        "no plain tensors of the kind expected": [
+            f"{key} is {kind}"
+            for key, value in weights.items()
+            if key in expected and (kind := _other_kind(value, expected[key])) is not None
+        ],
     }
     listed = [f"{len(names)} {fault}: {_listed(names)}" for fault, names in faults.items() if names]
     if listed:
@@ -125,6 +131,19 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], origin: str, remedy: s
     weights = OrderedDict(weights)
     weights._metadata = expected._metadata  # type: ignore[attr-defined]
     model.load_state_dict(weights)
+
+
+def _other_kind(value: Tensor, expected: Tensor) -> str | None:
+    """Why ``value`` cannot be copied as what it means: torch would fail, or convert it in silence."""
+    if value.is_meta:
+        return "without content (meta)"
+    if value.is_quantized:
+        return f"quantised ({str(value.dtype).removeprefix('torch.')})"
+    if value.layout != torch.strided or value.is_nested:
+        return f"sparse ({str(value.layout).removeprefix('torch.')})"
+    if expected.is_floating_point() and not value.is_floating_point():
+        return f"of {str(value.dtype).removeprefix('torch.')}"
+    return None
 
 
 def _listed(names: list[str]) -> str:

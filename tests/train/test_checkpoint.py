@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from fastkd.models import GlyphCNN
-from fastkd.train.checkpoint import load_checkpoint, save_checkpoint, write_atomically
+from fastkd.train.checkpoint import load_checkpoint, save_checkpoint
 from fastkd.train.errors import CheckpointError
 from fastkd.train.random_state import get_random_state, set_random_state
+from fastkd.train.storage import write_atomically
 from fastkd.train.weights import load_weights
 
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from fastkd.distill import Method
+from fastkd.distill import Method, find_method
 from fastkd.train import FitResult, Watcher, fit_method
 from fastkd.train.checkpoint import load_checkpoint, save_checkpoint
-from fastkd.train.errors import Preempted
-from fastkd.train.signals import Control, StopSignals, seconds_of
+from fastkd.train.errors import CheckpointError, Preempted
+from fastkd.train.signals import Control, StopSignals, restore_handlers, seconds_of
 
-from .tiny import VARIANTS, Loader, make_method
+from .tiny import VARIANTS, Loader, Net, make_method
 
 STEPS = 4  # of an epoch of 56 images in batches of 16
 
@@ -112,15 +112,35 @@ def test_stopping_writes_a_state(tmp_path: Path) -> None:
     assert calls == [(2, 2)]
 
 
-def test_signals_are_seen_and_given_back() -> None:
+def handlers() -> list[Any]:
+    return [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    for number in before:
+
+def test_signals_are_seen_and_given_back() -> None:
+    before = handlers()
+    with StopSignals():
+        assert handlers() != before
+    assert handlers() == before
+    for number in (signal.SIGTERM, signal.SIGUSR1):
         with StopSignals() as stop:
             assert not stop()
             signal.raise_signal(number)
             assert stop()
-    assert {number: signal.getsignal(number) for number in before} == before
+        # The process is about to end, with a status that another signal must not change.
+        assert handlers() == [signal.SIG_IGN, signal.SIG_IGN]
+        restore_handlers()
+        assert handlers() == before
+
+
+def test_a_signal_between_two_trainings_stops_the_second() -> None:
+    with StopSignals() as run:
+        with StopSignals() as teacher:
+            assert not teacher()
+        signal.raise_signal(signal.SIGTERM)
+        with StopSignals() as student:
+            assert student()
+    assert run()
+    restore_handlers()
 
 
 def test_the_clock() -> None:
@@ -142,3 +162,82 @@ def test_times(text: str, seconds: float) -> None:
 def test_times_that_are_none(text: str) -> None:
     with pytest.raises(ValueError, match="15min"):
         seconds_of(text)
+
+
+def state_of(tmp_path: Path, **options: Any) -> dict[str, Any]:
+    """The state of a training of 3 epochs that was stopped in its second."""
+    _, go = start("kd", watcher=KillAfter(tmp_path / "last.pt", 2, 2), checkpoint_every=1, **options)
+    with pytest.raises(Killed):
+        go()
+    return load_checkpoint(tmp_path / "last.pt", remedy="")
+
+
+def sgd(method: Method) -> torch.optim.Optimizer:
+    return torch.optim.SGD(method.parameters(), lr=0.1, momentum=0.9)
+
+
+def one_cycle(optimizer: torch.optim.Optimizer, steps: int, lr: float = 1e-2) -> Any:
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"ema": None}, r"averaged weights \(ema\): the state has one, this training has none"),
+        ({"precision": "float16"}, "loss scale .*: the state has none, this training has one"),
+        ({"scheduler": None}, "learning-rate schedule: the state has one, this training has none"),
+        ({"epochs": 1}, "it has 1 epochs, epoch 2 is begun, but epochs = 1"),
+        ({"optimizer": sgd}, "optimizer: the state is of one with .*betas.*this one is SGD with .*momentum"),
+        ({"steps": 6 * STEPS}, "learning-rate schedule: total_steps 12 → 24"),
+        ({"lr": 0.5}, "learning-rate schedule: base_lrs"),
+        ({"loader": Loader(batch_size=8)}, "batches of an epoch: 4 → 7"),
+        ({"width": 5}, r"features\.0\.0\.weight has shape \[4, 3, 3, 3\], expected \[5, 3, 3, 3\]"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_state_of_another_training_is_refused(changed: dict[str, Any], words: str, tmp_path: Path) -> None:
+    state = state_of(tmp_path)
+    torch.manual_seed(0)
+    method = make_method("kd", dropout=0.3)
+    if "width" in changed:
+        method = find_method("kd")(Net(changed["width"], dropout=0.3), Net(6))
+    optimizer = changed.get("optimizer", lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2))(method)
+    scheduler = one_cycle(optimizer, changed.get("steps", 3 * STEPS), changed.get("lr", 1e-2))
+    if changed.get("optimizer"):
+        scheduler.load_state_dict(state["scheduler"])
+    given = {"epochs": 3, "scheduler": scheduler, "clip_norm": 5.0, "ema": 0.9, "progress": False}
+    options = {
+        key: value for key, value in changed.items() if key in ("ema", "precision", "scheduler", "epochs")
+    }
+    before = {key: value.clone() for key, value in method.state_dict().items()}
+    with pytest.raises(CheckpointError, match=words) as raised:
+        fit_method(
+            method,
+            changed.get("loader", Loader()),
+            Loader(17, 4, shuffle=False),
+            optimizer=optimizer,
+            resume=state,
+            **{**given, **options},
+        )
+    assert "\n" not in str(raised.value)
+    assert all(torch.equal(value, method.state_dict()[key]) for key, value in before.items())
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"history": 3},
+        {"history": [{"epoch": 1}]},
+        {"optimizer": {}},
+        {"method": None},
+        {"position": {"meter": {"steps": -1}, "seconds": {}}},
+        {"position": {"meter": {"steps": 99}, "seconds": {}}},
+        {"scheduler": {"_schedulers": 3}},
+    ],
+    ids=str,
+)
+def test_a_state_that_is_none_is_refused_in_one_line(damage: dict[str, Any], tmp_path: Path) -> None:
+    _, go = start("kd", resume={**state_of(tmp_path), **damage})
+    with pytest.raises(CheckpointError, match="the state does not fit this training") as raised:
+        go()
+    assert "\n" not in str(raised.value)

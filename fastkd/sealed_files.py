@@ -1,0 +1,79 @@
+"""A digest at the end of a file of ``torch.save``, and what torch's reader does not notice without one."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import struct
+import zipfile
+from typing import BinaryIO
+
+_MARK = b"fastkd-sha256:"
+_COMMENT = len(_MARK) + 64  # bytes at the end of the file
+
+
+class Damage(Exception):
+    """A file that is not what was written; the message says by what."""
+
+
+def seal(buffer: io.BytesIO) -> None:
+    """Append the digest of a zip archive without a comment, as its comment."""
+    view = buffer.getbuffer()
+    view[-2:] = struct.pack("<H", _COMMENT)  # the comment's length ends the archive's last record
+    digest = hashlib.sha256(view).hexdigest().encode()
+    view.release()
+    buffer.seek(0, io.SEEK_END)
+    buffer.write(_MARK + digest)
+
+
+def check_sealed(file: BinaryIO) -> bool:
+    """Whether the content has a digest, which is right. Raises ``Damage``."""
+    if file.seek(0, io.SEEK_END) > _COMMENT:
+        file.seek(-_COMMENT, io.SEEK_END)
+        comment = file.read()
+        if comment.startswith(_MARK):
+            if comment[len(_MARK) :] != digest_before(file, _COMMENT):
+                raise Damage("it is not what was written, by its SHA-256")
+            return True
+    file.seek(0)
+    if zipfile.is_zipfile(file):  # else an older format of torch's, or no checkpoint: torch will tell
+        _check_archive(file)
+    return False
+
+
+_DIRECTORY, _ALLOWED_FLAGS = 0x10, 0x808  # names in UTF-8, sizes after the data: what torch writes
+
+
+def _check_archive(file: BinaryIO) -> None:
+    """Of an archive without a digest: what torch's reader would not notice. Raises ``Damage``."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            for part in archive.infolist():
+                if (
+                    part.external_attr & _DIRECTORY
+                    or part.filename.endswith("/")
+                    or part.flag_bits & ~_ALLOWED_FLAGS
+                    or part.compress_type != zipfile.ZIP_STORED
+                    or part.compress_size != part.file_size
+                    or part.volume
+                ):
+                    raise Damage(f"the entry of {part.filename} is none that torch writes")
+            wrong = archive.testzip()
+    except Damage:
+        raise
+    except Exception as error:  # BadZipFile, NotImplementedError, RuntimeError, struct.error, …
+        raise Damage(str(error) or type(error).__name__) from None
+    if wrong is not None:
+        raise Damage(f"the checksum of {wrong} does not match")
+
+
+def digest_before(file: BinaryIO, end: int) -> bytes:
+    """SHA-256, in hexadecimal digits, of a file without its last ``end`` bytes."""
+    left = file.seek(0, os.SEEK_END) - end
+    file.seek(0)
+    digest = hashlib.sha256()
+    while left > 0 and (block := file.read(min(left, 2**20))):
+        digest.update(block)
+        left -= len(block)
+    return digest.hexdigest().encode()
