@@ -1,5 +1,4 @@
-"""What the native backend's launcher takes: strides, weights, options known only at run time, and what it
-refuses.
+"""What the native backend's launcher takes: strides, weights, options known only at run time, and what it refuses.
 
 Each launcher test runs the CPU kernels as built and the CUDA kernels in their emulation.
 """
@@ -41,9 +40,7 @@ def launch(request):
     return Emulation(request.getfixturevalue("emulated_library")).row_loss
 
 
-def outputs(
-    launch, students, teachers, target=None, weight=None, *, loss=("softmax", ALL), scale=1.0, **more
-):
+def outputs(launch, students, teachers, target=None, weight=None, *, loss=("softmax", ALL), scale=1.0, **more):
     """Rows, terms and gradient as a launcher fills them; full of what no kernel writes before."""
     classes = students[0].shape[-1]
     rows = torch.full((sum(one.numel() for one in students) // classes,), 77.0)
@@ -62,8 +59,7 @@ def assert_same(left, right):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_two_leading_strides_need_no_copy(launch, dtype):
-    """Every way to take rows out of a larger tensor: shifted, transposed, broadcast, one position per
-    sequence."""
+    """Every way to take rows out of a larger tensor: shifted, transposed, broadcast, one position per sequence."""
     large, other = (torch.full((4, 6, 150), torch.nan, dtype=dtype) for _ in range(2))
     for logits in (large, other):
         logits[:3, 1:6, 7:140] = torch.randn(3, 5, 133).to(dtype)
@@ -101,12 +97,7 @@ def test_each_pair_has_its_own_weights(launch):
 def test_strided_weights_and_labels_are_read_with_their_stride(launch):
     students, teachers = ([torch.randn(6, 45) for _ in range(2)] for _ in range(2))
     wide = torch.randint(0, 45, (12,))
-    for weight in (
-        torch.rand(12)[::2],
-        torch.rand(1).expand(6),
-        torch.rand(6, 3)[:, 1],
-        torch.rand(6, 2).t(),
-    ):
+    for weight in (torch.rand(12)[::2], torch.rand(1).expand(6), torch.rand(6, 3)[:, 1], torch.rand(6, 2).t()):
         assert_same(
             outputs(launch, students, teachers, wide[::2], weight),
             outputs(launch, students, teachers, wide[::2].clone(), weight.contiguous()),
@@ -117,8 +108,7 @@ def test_strided_weights_and_labels_are_read_with_their_stride(launch):
 def test_options_in_a_tensor_give_what_the_same_numbers_give(launch, name):
     loss, values, known = LOSSES[name]
     student, teacher, target = torch.randn(3, 1100), torch.randn(3, 1100), torch.tensor([5, 0, 1099])
-    # What is 0 or 1 may be known to be, and what is known chooses code; the values come from the tensor
-    # alone.
+    # What is 0 or 1 may be known to be, and what is known chooses code; the values come from the tensor alone.
     for hide in (lambda value: math.nan, lambda value: value if value in (0.0, 1.0) else math.nan):
         choosing = tuple(
             value if index in known or index > 5 else hide(value) for index, value in enumerate(values)
@@ -144,17 +134,7 @@ def cut_short(tensor: Tensor) -> Tensor:
 @pytest.mark.parametrize("spoil", [freed, cut_short])
 @pytest.mark.parametrize(
     "name",
-    [
-        "student_logits",
-        "teacher_logits",
-        "target",
-        "row_weight",
-        "rows",
-        "terms",
-        "gradient",
-        "sums",
-        "dynamic",
-    ],
+    ["student_logits", "teacher_logits", "target", "row_weight", "rows", "terms", "gradient", "sums", "dynamic"],
 )
 def test_a_tensor_whose_storage_does_not_hold_it_is_refused_by_name(name, spoil):
     arguments = {
@@ -194,10 +174,7 @@ def test_one_of_several_pairs_is_named():
         ({"dynamic": torch.ones(9)}, "dynamic has more numbers than"),
         ({"dynamic": torch.ones(8, dtype=torch.float64)}, "dynamic must be float32"),
         ({"dynamic": torch.ones(16)[::2]}, "dynamic must be contiguous"),
-        (
-            {"students": [torch.randn(6, 46)[:, ::2]], "teachers": [torch.randn(6, 23)]},
-            "must have dense rows",
-        ),
+        ({"students": [torch.randn(6, 46)[:, ::2]], "teachers": [torch.randn(6, 23)]}, "must have dense rows"),
         ({"teachers": [torch.randn(6, 45).double()]}, "teacher_logits must be float32"),
         ({"teachers": [torch.randn(6, 44)]}, "teacher_logits has another shape"),
         ({"teachers": [torch.randn(1, 2, 3, 45)]}, "teacher_logits must have two or three dimensions"),

@@ -101,8 +101,8 @@ def jsd_block(
     if PHASE == WHOLE or PHASE == STATISTICS:  # noqa: SIM109
         no_label = tl.full((ROWS, 1), -1, tl.int32)
         sums, _, _, _ = take_statistics(
-            student_rows, teacher_rows, no_label, 0.0, classes, read, slopes, (0.0, 0.0), first_tile,
-            end_tile, NEEDS, ROWS, TILE, False,
+            student_rows, teacher_rows, no_label, 0.0, classes, read, slopes, (0.0, 0.0), first_tile, end_tile,
+            NEEDS, ROWS, TILE, False,
         )  # fmt: skip
     else:
         sums = combine_statistics(sums_pointer + result * parts * WIDTH, parts, slopes, NEEDS, PARTS)
@@ -121,8 +121,8 @@ def jsd_block(
                 q, q_log, above_q, p_log, above_p = mixture_tile(
                     student_rows, teacher_rows, columns, classes, read, sums, slope, beta, "evict_last"
                 )
-                # The sums of m - q and m - p are 0; with them each class's number is positive, and near
-                # equality nothing cancels.
+                # The sums of m - q and m - p are 0; with them each class's number is positive, and near equality
+                # nothing cancels.
                 student_kl += tl.sum(q_log + above_q, 1, keep_dims=True)
                 teacher_kl += tl.sum(p_log + above_p, 1, keep_dims=True)
 
@@ -196,8 +196,8 @@ def jsd_rows(
 ):
     """beta KL(p || m) + (1 - beta) KL(q || m).
 
-    The mixture needs both distributions normalised first, so there are three passes over a row; a short one
-    comes from cache the second and third time. Programs, ``numbers``, DYNAMIC and VECTOR as in softmax_rows.
+    The mixture needs both distributions normalised first, so there are three passes over a row; a short one comes
+    from cache the second and third time. Programs, ``numbers``, DYNAMIC and VECTOR as in softmax_rows.
     """
     pair = tl.program_id(2)
     logits = (of_pair(student_pointers, pair), of_pair(teacher_pointers, pair))
