@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastkd import functional
+from fastkd.regular_files import open_regular
 from fastkd.sealed_files import Damage, check_sealed
 from fastkd.torch_files import load_plain
 
@@ -109,7 +111,7 @@ class MHKD(Method):
 
     def _load_teacher_heads(self, path: str) -> None:
         try:
-            with open(path, "rb") as file:
+            with open(open_regular(Path(path)), "rb") as file:
                 check_sealed(file)
                 content = load_plain(file)
         except Damage as damage:

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
+from fastkd.regular_files import open_regular
 from fastkd.sealed_files import Damage, check_sealed, seal
 from fastkd.torch_files import load_plain
 
 from .errors import CheckpointError
-from .storage import open_regular, write_atomically
+from .storage import write_atomically
 
 _FORMAT = "fastkd-2"
 _WITHOUT_DIGEST = "fastkd-1"  # what fastkd wrote before

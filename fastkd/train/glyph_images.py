@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastkd.regular_files import read_regular
+
 from .errors import DataError
 from .glyph_fonts import (
     Face,
@@ -30,7 +32,7 @@ from .glyph_fonts import (
     read_faces,
     some,
 )
-from .storage import is_abandoned, owner, read_regular, take_room
+from .storage import is_abandoned, owner, take_room
 
 SIDE = 32
 # Baseline and size leave room for accents, descenders and the shifts of augmentation.

@@ -14,8 +14,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from fastkd.regular_files import open_regular, read_regular
+
 from .errors import DataError
-from .storage import open_regular, read_regular
 
 _MOST_SHARDS = 1_000_000
 _LARGEST_LABEL = 2**24 - 1  # a network has an output for each label up to the largest

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastkd.regular_files import read_regular
+
 from . import canvas
 from .console import make_console
 from .curves import COLOURS
 from .errors import TrainError
 from .run_folder import read_json
-from .storage import read_regular, write_atomically
+from .storage import write_atomically
 
 Records = list[dict[str, Any]]
 # Of the parts of time; no colour of a run among them.

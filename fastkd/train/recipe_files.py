@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import yaml
 
+from fastkd.regular_files import read_regular
+
 from .errors import RecipeError
-from .storage import read_regular
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable  # from Python 3.11

@@ -25,10 +25,12 @@ _ASIDE = {
 
 def name_of(name: str, changed: Mapping[str, Any]) -> str:
     """``glyphs/kd method=dkd``: the recipe's name, and what of its name no longer holds."""
-    base, *labels = name.split(" ")
-    parts = dict(label.split("=", 1) for label in labels if "=" in label)
+    words = name.split(" ")
+    labels = [word for word in words if word.partition("=")[0] in _NAMING and "=" in word]
+    parts = dict(label.split("=", 1) for label in labels)
     parts |= {key: str(changed[key]) for key in _NAMING if key in changed}
-    return " ".join([base, *(f"{key}={value}" for key, value in parts.items())])
+    kept = [word for word in words if word not in labels]
+    return " ".join([*kept, *(f"{key}={value}" for key, value in parts.items())])
 
 
 def description_of(name: str, recipe: Recipe, changed: Mapping[str, Any]) -> str:

@@ -23,6 +23,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fastkd.regular_files import read_regular
+
 from .batches import Batch
 from .checkpoint import load_checkpoint, save_checkpoint
 from .curves import plot_curves
@@ -31,7 +33,7 @@ from .forwarding import ForwardingWatcher
 from .loop import Record, Watcher
 from .recipe import Recipe
 from .recipe_files import dump_flat_yaml
-from .storage import read_regular, write_atomically
+from .storage import write_atomically
 
 _PREVIOUS = "previous.pt"
 

@@ -23,18 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastkd.regular_files import open_regular, read_regular
 from fastkd.sealed_files import digest_before
 
 from .data import CacheableData, Data, IndexedLoader
 from .errors import CheckpointError, TrainError
 from .recipe import Recipe, Teacher
-from .storage import (
-    make_folder,
-    open_regular,
-    read_regular,
-    take_room,
-    write_atomically,
-)
+from .storage import make_folder, take_room, write_atomically
 
 FORMAT = "fastkd-teacher-cache-2"
 _WITHOUT_DIGESTS = "fastkd-teacher-cache-1"  # what fastkd wrote before

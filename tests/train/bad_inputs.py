@@ -149,6 +149,12 @@ def tree() -> None:
                 jpeg(Path("tree", part, label, f"{number}.jpg"), number)
 
 
+def run_folder() -> Path:
+    """The one run; its name says which network and method were chosen instead of the recipe's."""
+    (folder,) = Path("runs").glob("*-001")
+    return folder
+
+
 FILES = [
     "imagenet/r18", "data.root=tree", "data.size=24", "student.name=small_cnn", "student.width=2",
     "data.workers=0", "train.epochs=1", "train.batch_size=4", "train.device=cpu", "train.threads=1",
@@ -163,9 +169,9 @@ def instead_of_an_image(make: Callable[[Path], object], kind: str) -> Callable[[
         path.unlink()
         make(path)
         succeeds("train", *FILES)
-        (name, reason), *others = json.loads(
-            Path("runs/imagenet-r18-001/summary.json").read_text()
-        )["corrupt_images"].items()  # fmt: skip
+        (name, reason), *others = json.loads((run_folder() / "summary.json").read_text())[
+            "corrupt_images"
+        ].items()
         assert name.endswith("tree/train/a/0.jpg")
         assert kind in reason
         assert not others
@@ -215,9 +221,9 @@ def more_shards_than_open_files(workers: int) -> Callable[[], str]:
         # Of the files that torch opens itself there are about 30; workers share memory by descriptors too.
         status, text = in_subprocess("train", *SHARDS, *options, limits="ulimit -n 100")
         assert status == 0, text
-        summary = json.loads(Path("runs/imagenet-r18-001/summary.json").read_text())
+        summary = json.loads((run_folder() / "summary.json").read_text())
         assert summary["corrupt_images"] == {}
-        records = Path("runs/imagenet-r18-001/metrics.jsonl").read_text().splitlines()
+        records = (run_folder() / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(record)["rows"] for record in records] == [240] * 3
         return "3 epochs trained, all 240 images in each, none called corrupt"
 
@@ -544,7 +550,7 @@ def damaged_heads() -> str:
     mhkd = [*FILES, "method=mhkd", "method.layers=[stages.0]", "method.head_width=4"]
     mhkd += ["teacher.name=small_cnn", "teacher.width=2", "teacher.epochs=1"]
     succeeds("train", *mhkd)
-    shutil.copy("runs/imagenet-r18-001/last.pt", "h.pt")
+    shutil.copy(run_folder() / "last.pt", "h.pt")
     succeeds("train", *mhkd, "method.teacher_heads=h.pt")
     content = bytearray(Path("h.pt").read_bytes())
     content[len(content) // 2] ^= 1

@@ -15,16 +15,10 @@ from typing import Any
 
 import pytest
 
+from fastkd.regular_files import NotAFileError, read_regular
 from fastkd.train.errors import FolderInUseError, StorageError
 from fastkd.train.run_lock import locked
-from fastkd.train.storage import (
-    NotAFileError,
-    owner,
-    read_regular,
-    remove_leftovers,
-    take_room,
-    write_atomically,
-)
+from fastkd.train.storage import owner, remove_leftovers, take_room, write_atomically
 
 from .image_trees import make_tree
 
@@ -222,4 +216,5 @@ def test_signals_to_data_workers_do_not_cost_the_checkpoint(tmp_path: Path) -> N
         tmp_path, "imagenet/r18", "data.root=tree", "data.size=24", "data.workers=2",
         "student.name=small_cnn", "student.width=2", "train.milestones=[1]",
     )  # fmt: skip
-    assert "to go on" in signalled_until_it_is_gone(process, tmp_path / "runs/imagenet-r18-001")
+    run = tmp_path / "runs/imagenet-r18-student.name-small_cnn-001"
+    assert "to go on" in signalled_until_it_is_gone(process, run)
