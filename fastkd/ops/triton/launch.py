@@ -12,13 +12,12 @@ from fastkd.ops.triton import formulas, mixture_rows, softmax_rows, statistics
 from fastkd.ops.triton.pointwise_rows import pointwise_rows, scale_rows
 
 
-def compile_options(plan: Plan, needs: int = 0) -> dict[str, Any]:
-    """How a kernel is compiled."""
+def compile_options(plan: Plan, crowded: bool = False) -> dict[str, Any]:
+    """How a kernel is compiled; a crowded one needs more registers than the assembler gives it."""
     # A fused multiply-add would leave a rounding error where two equal products must cancel to 0.
     # Triton's default changes between versions.
     options = {"num_warps": plan.warps, "enable_fp_fusion": False}
-    # Left to itself NVIDIA's assembler keeps these to 64 registers and spills a few (compile_kernels.py).
-    crowded = needs & (statistics.STANDARDIZED.value | statistics.PLAIN.value)
+    # Left to itself NVIDIA's assembler keeps sixteen warps to 64 registers and spills a few.
     if torch.version.hip is None and plan.warps == 16 and crowded:
         options["maxnreg"] = 128
     return options
@@ -50,7 +49,10 @@ def row_loss(
     """
     student, teacher = students[0], teachers[0]
     count, classes = rows.shape[0] // len(students), student.shape[-1]
-    plan = plan_rows(loss, rows.shape[0], classes, student.element_size(), device_of(student.device))
+    standardized = loss == "softmax" and options[6] != 0
+    plan = plan_rows(
+        loss, rows.shape[0], classes, student.element_size(), device_of(student.device), standardized
+    )
     blocks = -(-count // plan.rows)
     grid = (min(blocks, plan.programs), plan.parts, len(students))
     logits = (tuple(students), tuple(teachers))
@@ -71,13 +73,13 @@ def row_loss(
     }
     with on_device(student):
         if loss == "jsd":
-            kl, sums = partials(rows, plan, 2), partials(rows, plan, statistics.WIDTH.value)
+            kl, sums = partials(rows, plan, 3), partials(rows, plan, statistics.WIDTH.value)
             for phase in mixture_phases(plan):
                 mixture_rows.jsd_rows[grid](
                     *logits, weight, rows, to_gradient, kl, sums, values,
                     count, inner_rows, blocks, plan.parts, classes, *strides, weight_stride, gradient_stride,
                     scale, numbers, **switches, PHASE=phase, PARTS=MAX_PARTS, **shape,
-                    **compile_options(plan),
+                    **compile_options(plan, crowded=True),
                 )  # fmt: skip
         elif loss in ("binary_kl", "binary_kl_norm"):
             of_parts = rows if plan.parts == 1 else rows.new_empty(rows.shape[0], plan.parts)
@@ -92,6 +94,7 @@ def row_loss(
         else:
             label = target if loss in ("softmax", "nkd") else None
             needs = needs_of(loss, options, label is not None)
+            crowded = bool(needs & (statistics.STANDARDIZED.value | statistics.PLAIN.value))
             moments = partials(rows, plan, 2 * statistics.MOMENTS_WIDTH.value)
             sums = partials(rows, plan, statistics.WIDTH.value)
             for phase in softmax_phases(plan, needs):
@@ -102,7 +105,7 @@ def row_loss(
                     0 if label is None else label.stride(0), weight_stride, gradient_stride,
                     scale, numbers, FORMULA=getattr(formulas, loss), NEEDS=needs, **switches,
                     TERMS=terms is not None, PHASE=phase, ONE_TILE=plan.one_tile, PARTS=MAX_PARTS, **shape,
-                    **compile_options(plan, needs),
+                    **compile_options(plan, crowded),
                 )  # fmt: skip
 
 
