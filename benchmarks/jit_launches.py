@@ -3,7 +3,8 @@
 Triton's interpreter and its ahead-of-time compiler skip what the JIT does with a launch: the binder that is
 generated from the parameters' names, the specialisation of the arguments, the launcher in C. Here the
 library's own ``launch.row_loss`` runs on CPU tensors with ``JITFunction.run`` recorded, under a driver that
-names a GPU; a recorded launch can be compiled, and handed to NVIDIA's launcher over a libcuda that does nothing.
+names a GPU; a recorded launch can be compiled, and handed to NVIDIA's launcher over a libcuda that does
+nothing.
 
     python benchmarks/jit_launches.py [--bind] [--compile N] [--target sm_90 gfx942]
 
@@ -253,7 +254,7 @@ class Call(NamedTuple):
         )  # fmt: skip
 
 
-# [N, C] dense; starting one element in, with rows an odd number apart; [M, K, C] with the last of K + 1 left out.
+# [N, C] dense; starting one element in, rows an odd number apart; [M, K, C] with the last of K + 1 left out.
 LAYOUTS = ("dense", "unaligned", "sliced")
 
 

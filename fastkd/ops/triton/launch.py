@@ -43,9 +43,9 @@ def row_loss(
     """Fills ``rows`` and, where they are given, ``terms`` and ``gradient``; see ``ops.library``.
 
     Logits are [N, C] or [M, K, C], N = M K, of any strides but for the last dimension's, which is 1.
-    ``row_weight`` is [N], the same for all pairs, or [H, N]. With ``dynamic``, which holds the options in float32
-    on the logits' device, the kernels read their values from it; ``options`` then only chooses code, and is NaN
-    where a value is neither 0 nor 1.
+    ``row_weight`` is [N], the same for all pairs, or [H, N]. With ``dynamic``, which holds the options in
+    float32 on the logits' device, the kernels read their values from it; ``options`` then only chooses code,
+    and is NaN where a value is neither 0 nor 1.
     """
     student, teacher = students[0], teachers[0]
     count, classes = rows.shape[0] // len(students), student.shape[-1]
@@ -117,8 +117,8 @@ def row_strides(logits: Tensor) -> tuple[int, int]:
 def common_vector(*numbers: int) -> int:
     """8 where it divides all of these, else 1: for elements of 2 or 4 bytes, loads and stores of 16 bytes.
 
-    A constant of the kernel, where Triton's own specialisation of each number would tell 1 and multiples of 16
-    apart and compile again for other strides.
+    A constant of the kernel, where Triton's own specialisation of each number would tell 1 and multiples of
+    16 apart and compile again for other strides.
     """
     return 8 if all(number % 8 == 0 for number in numbers) else 1
 
@@ -145,7 +145,7 @@ def mixture_phases(plan: Plan) -> list[int]:
 def kernel_numbers(loss: str, options: Sequence[float]) -> tuple[tuple[float, ...], int]:
     """The seven numbers that a kernel takes, and how many of them it may read from memory instead.
 
-    ``standardized`` is a switch and not among them; those behind it, and TTM's ``weighted``, are switches as well.
+    ``standardized`` is a switch and not among them; those behind it, and TTM's ``weighted``, are too.
     """
     values = [*options[:6], *options[7:]] if loss == "softmax" else list(options)
     in_memory = {"softmax": 6, "ttm": 1}.get(loss, len(values))

@@ -101,8 +101,8 @@ def jsd_block(
     if PHASE == WHOLE or PHASE == STATISTICS:  # noqa: SIM109
         no_label = tl.full((ROWS, 1), -1, tl.int32)
         sums = take_statistics(
-            student_rows, teacher_rows, 0.0, 0.0, no_label, 0.0, classes, read, slopes, (0.0, 0.0), first_tile, end_tile,
-            NEEDS, ROWS, TILE, False,
+            student_rows, teacher_rows, 0.0, 0.0, no_label, 0.0, classes, read, slopes, (0.0, 0.0),
+            first_tile, end_tile, NEEDS, ROWS, TILE, False,
         )  # fmt: skip
     else:
         sums = combine_statistics(sums_pointer + result * parts * WIDTH, parts, slopes, NEEDS, PARTS)
@@ -201,8 +201,8 @@ def jsd_rows(
 ):
     """beta KL(p || m) + (1 - beta) KL(q || m).
 
-    The mixture needs both distributions normalised first, so there are three passes over a row; a short one comes
-    from cache the second and third time. Programs, ``numbers``, DYNAMIC and VECTOR as in softmax_rows.
+    The mixture needs both distributions normalised first, so there are three passes over a row; a short one
+    comes from cache the second and third time. Programs, ``numbers``, DYNAMIC and VECTOR as in softmax_rows.
     """
     pair = tl.program_id(2)
     logits = (of_pair(student_pointers, pair), of_pair(teacher_pointers, pair))

@@ -51,8 +51,8 @@ def rebased(total, shift, of, factor):
 
 @triton.jit
 def base_of_rows(rows, classes, exists, ROWS: tl.constexpr):
-    """The first logit of each row. Moments are taken of what lies above it: the rounding of a mean far above the
-    spread would be as large as the deviations."""
+    """The first logit of each row. Moments are taken of what lies above it: the rounding of a mean far above
+    the spread would be as large as the deviations."""
     return load_logits(rows, tl.zeros((ROWS, 1), tl.int32), classes, exists, "")
 
 
@@ -130,9 +130,9 @@ def update_statistics(
 ):
     """The statistics of the part seen so far and one tile more.
 
-    (max z_s, sum e^a, sum e^(z_s - max z_s), max z_t, sum e^b, sum e^(z_t - max z_t), the dot product that NEEDS
-    asks for, sum e^a x, sum e^b x, sum of z_s - z_s,y), x the standardised z_s / T. The label is left out of every
-    sum but the last, so that nothing cancels.
+    (max z_s, sum e^a, sum e^(z_s - max z_s), max z_t, sum e^b, sum e^(z_t - max z_t), the dot product that
+    NEEDS asks for, sum e^a x, sum e^b x, sum of z_s - z_s,y), x the standardised z_s / T. The label is left
+    out of every sum but the last, so that nothing cancels.
     """
     max_s, sum_s, plain_s, max_t, sum_t, plain_t, dot, moment_s, moment_t, above_label = before
     slope_s, slope_t = slopes
@@ -197,7 +197,7 @@ def take_statistics(
     TILE: tl.constexpr,
     ONE_TILE: tl.constexpr,
 ):
-    """Those of tiles ``first_tile`` to ``end_tile``, or of the row's one tile, ``student`` and ``teacher``."""
+    """Those of tiles ``first_tile`` to ``end_tile``, or of the one tile, ``student`` and ``teacher``."""
     zero = tl.zeros((ROWS, 1), tl.float32)
     lowest = tl.full((ROWS, 1), MASKED, tl.float32)
     sums = (lowest, zero, zero, lowest, zero, zero, zero, zero, zero, zero)
