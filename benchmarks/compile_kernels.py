@@ -5,8 +5,8 @@
 For sm_80, sm_90, sm_100 and gfx942, as Triton's JIT specialises them (jit_launches.py): the losses that need
 most registers, and without --quick calls such that any two values of their arguments, dtypes, alignments and
 row lengths occur together in one of them. Exit status 1 where a kernel does not compile, or spills registers
-or uses local memory though it is recorded not to with this release of Triton (NVIDIA; read from the binary with cuobjdump,
-which ships with Triton). The CUDA sources are checked where nvcc is found. The kernels are not run: this says
+or uses local memory though it is recorded not to with this release of Triton (NVIDIA; read from the binary
+with cuobjdump, which ships with Triton). The CUDA sources are checked where nvcc is found. The kernels are not run: this says
 nothing of their speed.
 """
 
@@ -25,8 +25,8 @@ CROWDED = [
     for loss, terms in (("ce + lskd, smoothed", True), ("ls-dkd", False), ("jsd", False))
     for path in ("C 8192", "C 20902", "C 20902, few rows")
 ]
-# What of CROWDED may spill, by the first two numbers of Triton's release. A spill of any other kernel, or with a
-# release that is not listed, is reported and does not fail: nobody recorded that there is none.
+# What of CROWDED may spill, by the first two numbers of Triton's release. Spills of other kernels, or with a
+# release that is not listed, are reported and do not fail: there is no record that there are none.
 MAY_SPILL: dict[str, tuple[tuple[str, str], ...]] = {
     # 312 bytes for sm_80 in the gradient of CE + LSKD; the shared rows of JSD were not looked at.
     "3.6": (("ce + lskd, smoothed", "C 20902, few rows"), ("jsd", "C 20902, few rows")),
