@@ -6,8 +6,8 @@ For sm_80, sm_90, sm_100 and gfx942, as Triton's JIT specialises them (jit_launc
 most registers, and without --quick calls such that any two values of their arguments, dtypes, alignments and
 row lengths occur together in one of them. Exit status 1 where a kernel does not compile, or spills registers
 or uses local memory though it is recorded not to with this release of Triton (NVIDIA; read from the binary
-with cuobjdump, which ships with Triton). The CUDA sources are checked where nvcc is found. The kernels are not
-run: this says nothing of their speed.
+with cuobjdump, which ships with Triton). The CUDA sources are checked where nvcc is found. The kernels are
+not run: this says nothing of their speed.
 """
 
 import argparse
