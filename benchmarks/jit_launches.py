@@ -3,7 +3,8 @@
 Triton's interpreter and its ahead-of-time compiler skip what the JIT does with a launch: the binder that is
 generated from the parameters' names, the specialisation of the arguments, the launcher in C. Here the
 library's own ``launch.row_loss`` runs on CPU tensors with ``JITFunction.run`` recorded, under a driver that
-names a GPU; a recorded launch can be compiled, and handed to NVIDIA's launcher over a libcuda that does nothing.
+names a GPU; a recorded launch can be compiled, and handed to NVIDIA's launcher over a libcuda that does
+nothing.
 
     python benchmarks/jit_launches.py [--bind] [--compile N] [--target sm_90 gfx942]
 
@@ -253,7 +254,7 @@ class Call(NamedTuple):
         )  # fmt: skip
 
 
-# [N, C] dense; starting one element in, with rows an odd number apart; [M, K, C] with the last of K + 1 left out.
+# [N, C] dense; starting one element in, rows an odd number apart; [M, K, C] with the last of K + 1 left out.
 LAYOUTS = ("dense", "unaligned", "sliced")
 
 
@@ -312,6 +313,31 @@ def covering(all_calls: Iterable[Call], together: int) -> list[Call]:
     return chosen
 
 
+def differing(loss: str, *, aligned: bool) -> Iterator[Callable[[], None]]:
+    """Calls that differ in what must not compile again: rows, M, K, strides, options, the target's and the
+    weights' addresses and strides."""
+    family, options, labelled = LOSSES[loss]
+    shapes = ((1, 1, 1000), (7, 1, 1008), (300, 1, 3200), (1, 12, 1000), (4, 3, 1016), (150, 2, 1000))
+    for number, (outer, inner, stride) in enumerate(shapes):
+        rows = outer * inner
+        stride += not aligned
+        place = torch.empty((rows + outer) * stride)
+        strides = (stride, 1) if inner == 1 else ((inner + 1) * stride, stride, 1)
+        logits = place.as_strided((rows, 1000) if inner == 1 else (outer, inner, 1000), strides)
+        values = tuple(value if value in (0.0, 1.0) else value + number for value in options)
+        step = 1 + number % 3
+        target = torch.zeros(rows * step + number, dtype=torch.int64)[number::step] if labelled else None
+        weight = torch.ones(rows + number)[number:]
+
+        def call(logits=logits, target=target, weight=weight, values=values, rows=rows) -> None:
+            launcher.row_loss(
+                [logits], [logits], target, weight, 1.0 / rows, family, values, torch.empty(rows), None,
+                torch.empty(rows, 1000),
+            )  # fmt: skip
+
+        yield call
+
+
 # ---- the command ---------------------------------------------------------------------------------------
 
 
@@ -325,6 +351,13 @@ def bind_all(target: str) -> list[str]:
                 keys |= {variant.key for variant in call.launches()}
             except Exception as error:  # whatever the binder raises is this call's result
                 failures.append(f"{target}: {call}: {type(error).__name__}: {error}")
+        for loss in (name for name in LOSSES if name != "scale"):
+            for aligned in (True, False):
+                kernels = [
+                    {variant.key for variant in record(call)} for call in differing(loss, aligned=aligned)
+                ]
+                if any(other != kernels[0] for other in kernels):
+                    failures.append(f"{target}: {loss}: compiled again for other rows, strides or options")
     print(f"{target}: {count} calls bound, {len(keys)} kernels", flush=True)
     return failures
 

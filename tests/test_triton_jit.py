@@ -1,6 +1,7 @@
 """Every launch of the Triton kernels through the JIT's binder, specialisation, compiler and launcher.
 
-Without a GPU, and in processes of their own: here the kernels are defined for Triton's interpreter, which skips all of these.
+Without a GPU, and in processes of their own: here the kernels are defined for Triton's interpreter, which
+skips all of these.
 """
 
 import os
@@ -29,7 +30,7 @@ def test_every_launch_is_bound_and_specialised(target):
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_launches_with_every_value_of_every_argument_are_compiled(target):
-    """And for NVIDIA launched into a libcuda that does nothing. `FULL=1 .ci/run` takes any two values at once."""
+    """And for NVIDIA launched into a libcuda that does nothing. `FULL=1 .ci/run` takes any two values."""
     told = jit_launches("--compile", "1", "--target", target)
     if target == "sm_90":
         assert " 0 launched" not in told

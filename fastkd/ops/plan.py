@@ -12,6 +12,8 @@ from fastkd.ops.team_plan import plan_team
 
 # A row of this many classes still fits into the registers of one program: every logit is read once.
 RESIDENT_CLASSES = 8192
+# The same for standardised logits, whose moments and further sums take registers of their own.
+RESIDENT_STANDARDIZED = 4096
 # Sixteen warps: with eight the standardised losses spill registers on sm_80 (benchmarks/compile_kernels.py).
 STREAMED_TILE = 4096
 STREAMED_WARPS = 16
@@ -58,7 +60,9 @@ def device_of(device: torch.device) -> Device:
     return Device(properties.multi_processor_count, properties.L2_cache_size, capability)
 
 
-def plan_rows(loss: str, rows: int, classes: int, element_bytes: int, device: Device) -> Plan:
+def plan_rows(
+    loss: str, rows: int, classes: int, element_bytes: int, device: Device, standardized: bool = False
+) -> Plan:
     """Rows that fit on chip are read once (3 accesses an element); longer ones are swept twice (5).
 
     ``loss`` is its name in ``fastkd.reference``, or "scale" for the scaling of a gradient. The kernel that is
@@ -66,6 +70,8 @@ def plan_rows(loss: str, rows: int, classes: int, element_bytes: int, device: De
     """
     resident = loss not in ("jsd", "scale", *POINTWISE)
     longest = RESIDENT_CLASSES if resident else STREAMED_TILE
+    if standardized:
+        longest = RESIDENT_STANDARDIZED
     if classes <= longest:
         tile = max(16, 1 << (classes - 1).bit_length())
         together = 1 if loss == "scale" else max(1, ELEMENTS_A_WARP // tile)
@@ -161,7 +167,7 @@ def _path(chosen: str, loss: str, rows: int, classes: int, dtype: torch.dtype, d
         words = "logits read once in blocks, exponentials kept for the gradient"
         return _Path(f"{sharing}; {words}", 1024, None, 3)
     family = loss if loss in ("jsd", *POINTWISE) else "softmax"
-    plan = plan_rows(family, rows, classes, ELEMENT_BYTES[dtype], device_of(device))
+    plan = plan_rows(family, rows, classes, ELEMENT_BYTES[dtype], device_of(device), loss == "lskd")
     if plan.parts > 1:
         sharing = f"{plan.parts} programs a row"
     elif plan.rows > 1:

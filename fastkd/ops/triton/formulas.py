@@ -35,6 +35,25 @@ def twice_atanh(w):
 
 
 @triton.jit
+def expm1_of_negative(x):
+    """e^x - 1 for x <= 0."""
+    near = x > -0.35
+    y = tl.where(near, x, 0.0)
+    series = y * (
+        1.0 + y * (1 / 2 + y * (1 / 6 + y * (1 / 24 + y * (1 / 120 + y * (1 / 720 + y * (1 / 5040))))))
+    )
+    return tl.where(near, series, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def log1p_of_negative(x):
+    """log(1 + x) for -1 < x <= 0."""
+    near = x > -0.5
+    y = tl.where(near, x, 0.0)
+    return tl.where(near, twice_atanh(y / (2.0 + y)), tl.log(1.0 + x))
+
+
+@triton.jit
 def log_ratio(x, y):
     """log(x / y) of two sums: the difference of their logarithms loses what is common to both."""
     w = (x - y) / (x + y)
@@ -49,9 +68,16 @@ def forward_kl(sums):
     return dot / sum_t - log_ratio(sum_t, sum_s)
 
 
-# A formula takes the statistics of a row and returns its loss, four terms and seven numbers of its gradient:
+@triton.jit
+def apart_inverses(sum_s, sum_t):
+    """1 / sum_s - 1 / sum_t without the rounding of both."""
+    return (sum_t - sum_s) / sum_s / sum_t
+
+
+# A formula takes the statistics of a row and returns its loss, four terms and eight numbers of its gradient:
 # g_i = (student + tilt (b_i - a_i)) e^{a_i} - teacher e^{b_i} + plain e^{z_i - max z} + constant
-#       + affine (z_i - mean), and g_y = target; a and b as in statistics.py.
+#       + affine (z_i - mean), and g_y = target; a and b as in statistics.py. ``excess`` is student - teacher,
+# from their difference: near equality it is lost in the rounding of the two.
 
 
 @triton.jit
@@ -77,6 +103,7 @@ def softmax(
     nckd = 0.0
     student = 0.0
     teacher = 0.0
+    excess = 0.0
     plain = 0.0
     constant = 0.0
     affine = 0.0
@@ -87,29 +114,38 @@ def softmax(
         p_rest = 1.0
         q_rest = 1.0
         q_minus_p = 0.0
-        label_a = 0.0
         gate = 1.0
         if LABELLED & NEEDS:
             label_a = (label_s - max_s) * slope_s
             label_b = (label_t - max_t) * slope_t
             odds_s = label_a - tl.log(sum_s)
             odds_t = label_b - tl.log(sum_t)
-            apart = (label_b - label_a) - log_ratio(sum_t, sum_s)  # of the odds
+            apart = (label_b - label_a) - log_ratio(sum_t, sum_s)
+            # Far apart, that of the rounded odds: with another the KL of the two would have their rounding.
+            near = tl.abs(apart) < 1.0
+            apart = tl.where(near, apart, odds_t - odds_s)
+            q = sigmoid(odds_s)
+            p = sigmoid(odds_t)
             q_rest = sigmoid(-odds_s)
             p_rest = sigmoid(-odds_t)
+            fraction = expm1_of_negative(-tl.abs(apart))
+            q_minus_p = tl.where(apart <= 0, -q * p_rest, p * q_rest) * fraction
             # By the smaller of p_y and 1 - p_y, and of softplus(m) and softplus(-m): a confident teacher's
             # KL would be lost in the rounding of the larger.
             confident = odds_t > 0
-            p = sigmoid(odds_t)
-            q_minus_p = tl.where(confident, p_rest - q_rest, sigmoid(odds_s) - p)
             sign = tl.where(confident, -1.0, 1.0)
-            pulls = tl.where(confident, -p_rest, p) * apart
-            tckd = pulls + (softplus(sign * odds_s) - softplus(sign * odds_t))
+            x = sign * odds_s
+            y = sign * odds_t
+            ratio = log1p_of_negative(tl.where(near, sigmoid(tl.maximum(x, y)) * fraction, 0.0))
+            above = tl.where(near, tl.where(x < y, ratio, -ratio), softplus(x) - softplus(y))
+            tckd = tl.where(confident, -p_rest, p) * apart + above
             gate = tl.where((one_sided != 0) & (apart <= 0), 0.0, 1.0)
         kd = tckd + p_rest * nckd
         tckd = gate * tckd
         student = temperature / sum_s * (w_kd * q_rest - w_t * gate * q_minus_p + w_n)
         teacher = temperature / sum_t * (w_kd * p_rest + w_n)
+        excess = (w_kd * q_rest + w_n) * apart_inverses(sum_s, sum_t)
+        excess = temperature * (excess - q_minus_p * (w_kd / sum_t + w_t * gate / sum_s))
         target = temperature * (w_kd + w_t * gate) * q_minus_p
         if STANDARDIZED & NEEDS:
             # G = sum g_i x_i over the standardised logits x.
@@ -121,6 +157,7 @@ def softmax(
             affine = tl.where(spread > 0, -along * inverse / tl.where(spread > 0, spread, 1.0), 0.0)
             student *= inverse
             teacher *= inverse
+            excess *= inverse
             target = target * inverse + affine * label_above_mean
         square = temperature * temperature
         kd *= square
@@ -134,7 +171,7 @@ def softmax(
         constant = -w_ce * smoothing / classes
         target += w_ce * (smoothing - rest) + constant
     loss = w_ce * ce + w_kd * kd + w_t * tckd + w_n * nckd
-    return loss, (ce, kd, tckd, nckd), (student, teacher, plain, constant, affine, 0.0, target)
+    return loss, (ce, kd, tckd, nckd), (student, teacher, excess, plain, constant, affine, 0.0, target)
 
 
 @triton.jit
@@ -159,7 +196,9 @@ def nkd(
     nontarget = tl.log(sum_s) + dot / sum_t
     loss = p * softplus(-odds_s) + gamma * temperature * temperature * nontarget
     scale = gamma * temperature
-    coefficients = (scale / sum_s, scale / sum_t, p * rest / plain_s, 0.0, 0.0, 0.0, -p * rest)
+    excess = scale * apart_inverses(sum_s, sum_t)
+    plain = p * rest / plain_s
+    coefficients = (scale / sum_s, scale / sum_t, excess, plain, 0.0, 0.0, 0.0, -p * rest)
     return loss, (0.0, 0.0, 0.0, 0.0), coefficients
 
 
@@ -179,7 +218,9 @@ def ttm(
     gamma, weighted, o2, o3, o4, o5, o6 = numbers
     weight = tl.where(weighted != 0, tl.exp(tl.log(sum_t) - gamma * tl.log(plain_t)), 1.0)
     loss = weight * forward_kl(sums)
-    return loss, (0.0, 0.0, 0.0, 0.0), (weight / sum_s, weight / sum_t, 0.0, 0.0, 0.0, 0.0, 0.0)
+    excess = weight * apart_inverses(sum_s, sum_t)
+    coefficients = (weight / sum_s, weight / sum_t, excess, 0.0, 0.0, 0.0, 0.0, 0.0)
+    return loss, (0.0, 0.0, 0.0, 0.0), coefficients
 
 
 @triton.jit
@@ -198,7 +239,8 @@ def reverse_kl(
     slope_s, slope_t = slopes
     loss = log_ratio(sum_t, sum_s) - dot / sum_s
     scale = slope_s / sum_s
-    return loss, (0.0, 0.0, 0.0, 0.0), (scale * (dot / sum_s), 0.0, 0.0, 0.0, 0.0, -scale, 0.0)
+    coefficients = (scale * (dot / sum_s), 0.0, 0.0, 0.0, 0.0, 0.0, -scale, 0.0)
+    return loss, (0.0, 0.0, 0.0, 0.0), coefficients
 
 
 @triton.jit

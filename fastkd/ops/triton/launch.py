@@ -12,13 +12,12 @@ from fastkd.ops.triton import formulas, mixture_rows, softmax_rows, statistics
 from fastkd.ops.triton.pointwise_rows import pointwise_rows, scale_rows
 
 
-def compile_options(plan: Plan, needs: int = 0) -> dict[str, Any]:
-    """How a kernel is compiled."""
+def compile_options(plan: Plan, crowded: bool = False) -> dict[str, Any]:
+    """How a kernel is compiled; a crowded one needs more registers than the assembler gives it."""
     # A fused multiply-add would leave a rounding error where two equal products must cancel to 0.
     # Triton's default changes between versions.
     options = {"num_warps": plan.warps, "enable_fp_fusion": False}
-    # Left to itself NVIDIA's assembler keeps these to 64 registers and spills a few (compile_kernels.py).
-    crowded = needs & (statistics.STANDARDIZED.value | statistics.PLAIN.value)
+    # Left to itself NVIDIA's assembler keeps sixteen warps to 64 registers and spills a few.
     if torch.version.hip is None and plan.warps == 16 and crowded:
         options["maxnreg"] = 128
     return options
@@ -44,13 +43,16 @@ def row_loss(
     """Fills ``rows`` and, where they are given, ``terms`` and ``gradient``; see ``ops.library``.
 
     Logits are [N, C] or [M, K, C], N = M K, of any strides but for the last dimension's, which is 1.
-    ``row_weight`` is [N], the same for all pairs, or [H, N]. With ``dynamic``, which holds the options in float32
-    on the logits' device, the kernels read their values from it; ``options`` then only chooses code, and is NaN
-    where a value is neither 0 nor 1.
+    ``row_weight`` is [N], the same for all pairs, or [H, N]. With ``dynamic``, which holds the options in
+    float32 on the logits' device, the kernels read their values from it; ``options`` then only chooses code,
+    and is NaN where a value is neither 0 nor 1.
     """
     student, teacher = students[0], teachers[0]
     count, classes = rows.shape[0] // len(students), student.shape[-1]
-    plan = plan_rows(loss, rows.shape[0], classes, student.element_size(), device_of(student.device))
+    standardized = loss == "softmax" and options[6] != 0
+    plan = plan_rows(
+        loss, rows.shape[0], classes, student.element_size(), device_of(student.device), standardized
+    )
     blocks = -(-count // plan.rows)
     grid = (min(blocks, plan.programs), plan.parts, len(students))
     logits = (tuple(students), tuple(teachers))
@@ -71,13 +73,13 @@ def row_loss(
     }
     with on_device(student):
         if loss == "jsd":
-            kl, sums = partials(rows, plan, 2), partials(rows, plan, statistics.WIDTH.value)
+            kl, sums = partials(rows, plan, 3), partials(rows, plan, statistics.WIDTH.value)
             for phase in mixture_phases(plan):
                 mixture_rows.jsd_rows[grid](
                     *logits, weight, rows, to_gradient, kl, sums, values,
                     count, inner_rows, blocks, plan.parts, classes, *strides, weight_stride, gradient_stride,
                     scale, numbers, **switches, PHASE=phase, PARTS=MAX_PARTS, **shape,
-                    **compile_options(plan),
+                    **compile_options(plan, crowded=True),
                 )  # fmt: skip
         elif loss in ("binary_kl", "binary_kl_norm"):
             of_parts = rows if plan.parts == 1 else rows.new_empty(rows.shape[0], plan.parts)
@@ -92,6 +94,7 @@ def row_loss(
         else:
             label = target if loss in ("softmax", "nkd") else None
             needs = needs_of(loss, options, label is not None)
+            crowded = bool(needs & (statistics.STANDARDIZED.value | statistics.PLAIN.value))
             moments = partials(rows, plan, 2 * statistics.MOMENTS_WIDTH.value)
             sums = partials(rows, plan, statistics.WIDTH.value)
             for phase in softmax_phases(plan, needs):
@@ -102,7 +105,7 @@ def row_loss(
                     0 if label is None else label.stride(0), weight_stride, gradient_stride,
                     scale, numbers, FORMULA=getattr(formulas, loss), NEEDS=needs, **switches,
                     TERMS=terms is not None, PHASE=phase, ONE_TILE=plan.one_tile, PARTS=MAX_PARTS, **shape,
-                    **compile_options(plan, needs),
+                    **compile_options(plan, crowded),
                 )  # fmt: skip
 
 
@@ -114,8 +117,8 @@ def row_strides(logits: Tensor) -> tuple[int, int]:
 def common_vector(*numbers: int) -> int:
     """8 where it divides all of these, else 1: for elements of 2 or 4 bytes, loads and stores of 16 bytes.
 
-    A constant of the kernel, where Triton's own specialisation of each number would tell 1 and multiples of 16
-    apart and compile again for other strides.
+    A constant of the kernel, where Triton's own specialisation of each number would tell 1 and multiples of
+    16 apart and compile again for other strides.
     """
     return 8 if all(number % 8 == 0 for number in numbers) else 1
 
@@ -142,7 +145,7 @@ def mixture_phases(plan: Plan) -> list[int]:
 def kernel_numbers(loss: str, options: Sequence[float]) -> tuple[tuple[float, ...], int]:
     """The seven numbers that a kernel takes, and how many of them it may read from memory instead.
 
-    ``standardized`` is a switch and not among them; those behind it, and TTM's ``weighted``, are switches as well.
+    ``standardized`` is a switch and not among them; those behind it, and TTM's ``weighted``, are too.
     """
     values = [*options[:6], *options[7:]] if loss == "softmax" else list(options)
     in_memory = {"softmax": 6, "ttm": 1}.get(loss, len(values))

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fastkd.ops.triton.formulas import log_ratio
+from fastkd.ops.triton.formulas import expm1_of_negative, log1p_of_negative, log_ratio
 from fastkd.ops.triton.softmax_rows import GRADIENT, STATISTICS, WHOLE
 from fastkd.ops.triton.statistics import (
     DISTILS,
@@ -32,33 +32,33 @@ NEEDS = tl.constexpr(DISTILS.value | SUMS_ALONE.value)
 
 
 @triton.jit
-def times_log_ratio(x, m):
-    """x log(x / m) of probabilities; 0 at x = 0, NaN where one is."""
-    positive = (x > 0) & (m > 0)
-    return x * log_ratio(tl.where(positive, x, 1.0), tl.where(positive, m, 1.0))
-
-
-@triton.jit
 def mixture_tile(
     student_rows, teacher_rows, columns, classes, exists, sums, slope, beta, EVICT: tl.constexpr
 ):
-    """q, q log(q / m), m - q, p log(p / m) and m - p of a tile, m = beta p + (1 - beta) q."""
+    """q, p, p - q, log(q / m) and log(p / m) of a tile, m = beta p + (1 - beta) q.
+
+    All from q, p and d = log(p / q), which is exact near equality and where a probability is 1 to rounding: m
+    is the larger of the two times 1 + w (e^-|d| - 1), w being the other's share.
+    """
     max_s, sum_s, plain_s, max_t, sum_t, plain_t, dot, moment_s, moment_t, above_label = sums
-    student = load_logits(student_rows, columns, classes, exists, EVICT)
-    teacher = load_logits(teacher_rows, columns, classes, exists, EVICT)
-    q = tl.exp(relative(student, max_s, slope)) * (1.0 / sum_s)
-    p = tl.exp(relative(teacher, max_t, slope)) * (1.0 / sum_t)
-    # m from the difference: at p = q it is q exactly, and both logarithms are 0.
-    above_q = beta * (p - q)
-    above_p = (1.0 - beta) * (q - p)
-    m = tl.where(beta <= 0.5, q + above_q, p + above_p)
-    return q, times_log_ratio(q, m), above_q, times_log_ratio(p, m), above_p
+    a = relative(load_logits(student_rows, columns, classes, exists, EVICT), max_s, slope)
+    b = relative(load_logits(teacher_rows, columns, classes, exists, EVICT), max_t, slope)
+    q = tl.exp(a) * (1.0 / sum_s)
+    p = tl.exp(b) * (1.0 / sum_t)
+    d = (b - a) - log_ratio(sum_t, sum_s)
+    teacher_larger = d > 0
+    fraction = expm1_of_negative(-tl.abs(d))
+    difference = tl.where(teacher_larger, -p, q) * fraction
+    log_larger = -log1p_of_negative(tl.where(teacher_larger, 1.0 - beta, beta) * fraction)
+    log_q = tl.where(teacher_larger, log_larger - d, log_larger)
+    log_p = tl.where(teacher_larger, log_larger, log_larger + d)
+    return q, p, difference, log_q, log_p
 
 
 @triton.jit
 def combine_kl(of_row, parts, PARTS: tl.constexpr):
     part = tl.arange(0, PARTS)[None, :]
-    return tl.sum(tl.load(of_row + part * 2, mask=part < parts, other=0.0), 1, keep_dims=True)
+    return tl.sum(tl.load(of_row + part * 3, mask=part < parts, other=0.0), 1, keep_dims=True)
 
 
 @triton.jit
@@ -100,9 +100,9 @@ def jsd_block(
 
     if PHASE == WHOLE or PHASE == STATISTICS:  # noqa: SIM109
         no_label = tl.full((ROWS, 1), -1, tl.int32)
-        sums, _, _, _ = take_statistics(
-            student_rows, teacher_rows, no_label, 0.0, classes, read, slopes, (0.0, 0.0), first_tile, end_tile,
-            NEEDS, ROWS, TILE, False,
+        sums = take_statistics(
+            student_rows, teacher_rows, 0.0, 0.0, no_label, 0.0, classes, read, slopes, (0.0, 0.0),
+            first_tile, end_tile, NEEDS, ROWS, TILE, False,
         )  # fmt: skip
     else:
         sums = combine_statistics(sums_pointer + result * parts * WIDTH, parts, slopes, NEEDS, PARTS)
@@ -112,22 +112,27 @@ def jsd_block(
     else:
         student_kl = tl.zeros((ROWS, 1), tl.float32)
         teacher_kl = tl.zeros((ROWS, 1), tl.float32)
+        mean_log_q = tl.zeros((ROWS, 1), tl.float32)
         if PHASE == GRADIENT:
-            student_kl = combine_kl(kl_pointer + result * parts * 2, parts, PARTS)
-            teacher_kl = combine_kl(kl_pointer + result * parts * 2 + 1, parts, PARTS)
+            kl_of_row = kl_pointer + result * parts * 3
+            student_kl = combine_kl(kl_of_row, parts, PARTS)
+            teacher_kl = combine_kl(kl_of_row + 1, parts, PARTS)
+            mean_log_q = combine_kl(kl_of_row + 2, parts, PARTS)
         else:
             for tile in range(first_tile, end_tile):
                 columns = tile * TILE + tl.arange(0, TILE)[None, :]
-                q, q_log, above_q, p_log, above_p = mixture_tile(
+                q, p, difference, log_q, log_p = mixture_tile(
                     student_rows, teacher_rows, columns, classes, read, sums, slope, beta, "evict_last"
                 )
-                # The sums of m - q and m - p are 0; with them each class's number is positive, and near equality
-                # nothing cancels.
-                student_kl += tl.sum(q_log + above_q, 1, keep_dims=True)
-                teacher_kl += tl.sum(p_log + above_p, 1, keep_dims=True)
+                # The sums of m - q and m - p are 0; with them each class's number is positive, and near
+                # equality nothing cancels.
+                student_kl += tl.sum(q * log_q + beta * difference, 1, keep_dims=True)
+                teacher_kl += tl.sum(p * log_p - (1.0 - beta) * difference, 1, keep_dims=True)
+                # KL(q || m) again, with the very errors of log q / m, which cancel in the gradient.
+                mean_log_q += tl.sum(q * log_q, 1, keep_dims=True)
 
         if PHASE == MIXTURE:
-            store_partial(kl_pointer + partial * 2, (student_kl, teacher_kl), exists)
+            store_partial(kl_pointer + partial * 3, (student_kl, teacher_kl, mean_log_q), exists)
         else:
             if part == 0:
                 loss = weight * (beta * teacher_kl + (1.0 - beta) * student_kl)
@@ -136,10 +141,10 @@ def jsd_block(
                 gradient_rows = gradient_pointer + multiple(result * gradient_stride, VECTOR)
                 for tile in range(first_tile, end_tile):
                     columns = tile * TILE + tl.arange(0, TILE)[None, :]
-                    q, q_log, above_q, p_log, above_p = mixture_tile(
+                    q, p, difference, log_q, log_p = mixture_tile(
                         student_rows, teacher_rows, columns, classes, read, sums, slope, beta, "evict_first"
                     )
-                    value = weight * (1.0 - beta) * slope * (q_log - q * student_kl)
+                    value = weight * (1.0 - beta) * slope * (q * (log_q - mean_log_q))
                     store_tile(gradient_rows, columns, classes, exists, value, weight, False)
 
 
@@ -196,8 +201,8 @@ def jsd_rows(
 ):
     """beta KL(p || m) + (1 - beta) KL(q || m).
 
-    The mixture needs both distributions normalised first, so there are three passes over a row; a short one comes
-    from cache the second and third time. Programs, ``numbers``, DYNAMIC and VECTOR as in softmax_rows.
+    The mixture needs both distributions normalised first, so there are three passes over a row; a short one
+    comes from cache the second and third time. Programs, ``numbers``, DYNAMIC and VECTOR as in softmax_rows.
     """
     pair = tl.program_id(2)
     logits = (of_pair(student_pointers, pair), of_pair(teacher_pointers, pair))

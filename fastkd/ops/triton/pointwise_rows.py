@@ -60,7 +60,7 @@ def pointwise_rows(
     TILE: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """T^2 sum_i f(z_s,i / T, z_t,i / T) of the classes of each part of a row, FORMULA giving f and its derivative.
+    """T^2 sum_i f(z_s,i / T, z_t,i / T) of the classes of each part of a row; FORMULA gives f and f'.
 
     Programs, ``numbers``, DYNAMIC and VECTOR as in softmax_rows."""
     pair = tl.program_id(2).to(tl.int64)

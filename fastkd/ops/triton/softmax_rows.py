@@ -61,7 +61,7 @@ def gradient_tile(
     NEEDS: tl.constexpr,
 ):
     max_s, max_t = maxima
-    by_student, by_teacher, by_plain, constant, affine, tilt, at_label = coefficients
+    by_student, by_teacher, paired, by_plain, constant, affine, tilt, at_label = coefficients
     slope_s, slope_t = slopes
     base, mean = centre
     a = relative(student, max_s, slope_s)
@@ -71,7 +71,8 @@ def gradient_tile(
     else:
         value = by_student * exp_a
         if DISTILS & NEEDS:
-            value = value - by_teacher * tl.exp(relative(teacher, max_t, slope_t))
+            exp_b = tl.exp(relative(teacher, max_t, slope_t))
+            value = by_student * (exp_a - paired * exp_b) - by_teacher * exp_b
     if PLAIN & NEEDS:
         value += by_plain * tl.exp(student - max_s)
     if STANDARDIZED & NEEDS:
@@ -132,12 +133,25 @@ def softmax_block(
     student_rows = students + row_starts(index, inner_rows, student_strides, VECTOR)
     teacher_rows = teachers + row_starts(index, inner_rows, teacher_strides, VECTOR)
     partial = result * parts + part
+    columns = tl.arange(0, TILE)[None, :]
+    student = tl.zeros((ROWS, 1), tl.float32)
+    teacher = student
+    if ONE_TILE:
+        student = load_logits(student_rows, columns, classes, read, "evict_first")
+        if DISTILS & NEEDS:
+            teacher = load_logits(teacher_rows, columns, classes, read, "evict_first")
+        else:
+            teacher = student
 
     if PHASE == MOMENTS:
         place = moments_pointer + partial * (2 * MOMENTS_WIDTH)
-        moments_s = take_moments(student_rows, classes, read, first_tile, end_tile, ROWS, TILE, ONE_TILE)
+        moments_s = take_moments(
+            student_rows, student, classes, read, first_tile, end_tile, ROWS, TILE, ONE_TILE
+        )
         store_partial(place, moments_s, exists)
-        moments_t = take_moments(teacher_rows, classes, read, first_tile, end_tile, ROWS, TILE, ONE_TILE)
+        moments_t = take_moments(
+            teacher_rows, teacher, classes, read, first_tile, end_tile, ROWS, TILE, ONE_TILE
+        )
         store_partial(place + MOMENTS_WIDTH, moments_t, exists)
     else:
         label = tl.full((ROWS, 1), -1, tl.int32)
@@ -158,10 +172,10 @@ def softmax_block(
         if STANDARDIZED & NEEDS:
             if PHASE == WHOLE:
                 moments_s = take_moments(
-                    student_rows, classes, read, first_tile, end_tile, ROWS, TILE, ONE_TILE
+                    student_rows, student, classes, read, first_tile, end_tile, ROWS, TILE, ONE_TILE
                 )
                 moments_t = take_moments(
-                    teacher_rows, classes, read, first_tile, end_tile, ROWS, TILE, ONE_TILE
+                    teacher_rows, teacher, classes, read, first_tile, end_tile, ROWS, TILE, ONE_TILE
                 )
             else:
                 moments_of_row = moments_pointer + result * parts * (2 * MOMENTS_WIDTH)
@@ -177,8 +191,8 @@ def softmax_block(
         if PHASE == GRADIENT:
             sums = combine_statistics(sums_pointer + result * parts * WIDTH, parts, slopes, NEEDS, PARTS)
         else:
-            sums, student, teacher, columns = take_statistics(
-                student_rows, teacher_rows, label, label_s, classes, read, slopes, centre,
+            sums = take_statistics(
+                student_rows, teacher_rows, student, teacher, label, label_s, classes, read, slopes, centre,
                 first_tile, end_tile, NEEDS, ROWS, TILE, ONE_TILE,
             )  # fmt: skip
 
@@ -206,10 +220,18 @@ def softmax_block(
                         value = tl.where(weight == 0.0, 0.0, tl.where(bad_label, invalid, value))
                         tl.store(terms_pointer + term * stride + result, value, mask=exists)
             if WITH_GRADIENT:
-                by_student, by_teacher, by_plain, constant, affine, tilt, at_label = coefficients
+                by_student, by_teacher, excess, by_plain, constant, affine, tilt, at_label = coefficients
+                # Where the sums are near: A e^a - B e^b = A (e^a - e^b) + (A - B) e^b, which rounds neither A
+                # nor B apart.
+                near = tl.abs(sum_t - sum_s) < 0.5 * sum_s
+                paired = tl.where(near, 1.0, 0.0)
+                by_teacher = tl.where(near, -excess, by_teacher)
                 if not PLAIN & NEEDS:
                     by_student += by_plain
-                coefficients = (by_student, by_teacher, by_plain, constant, affine, tilt, at_label)
+                    by_teacher -= paired * by_plain
+                coefficients = (
+                    by_student, by_teacher, paired, by_plain, constant, affine, tilt, at_label,
+                )  # fmt: skip
                 maxima = (max_s, max_t)
                 gradient_rows = gradient_pointer + multiple(result * gradient_stride, VECTOR)
                 if ONE_TILE:

@@ -51,8 +51,8 @@ def rebased(total, shift, of, factor):
 
 @triton.jit
 def base_of_rows(rows, classes, exists, ROWS: tl.constexpr):
-    """The first logit of each row. Moments are taken of what lies above it: the rounding of a mean far above the
-    spread would be as large as the deviations."""
+    """The first logit of each row. Moments are taken of what lies above it: the rounding of a mean far above
+    the spread would be as large as the deviations."""
     return load_logits(rows, tl.zeros((ROWS, 1), tl.int32), classes, exists, "")
 
 
@@ -74,6 +74,7 @@ def update_moments(moments, logits, base, first, columns, classes, TILE: tl.cons
 @triton.jit
 def take_moments(
     rows,
+    logits,
     classes,
     exists,
     first_tile,
@@ -82,18 +83,18 @@ def take_moments(
     TILE: tl.constexpr,
     ONE_TILE: tl.constexpr,
 ):
+    """Those of tiles ``first_tile`` to ``end_tile``, or of the row's one tile, which is ``logits``."""
     base = base_of_rows(rows, classes, exists, ROWS)
     zero = tl.zeros((ROWS, 1), tl.float32)
     moments = (zero, zero, zero)
     if ONE_TILE:
         columns = tl.arange(0, TILE)[None, :]
-        logits = load_logits(rows, columns, classes, exists, "evict_last")
         moments = update_moments(moments, logits, base, 0, columns, classes, TILE)
     else:
         for tile in range(first_tile, end_tile):
             columns = tile * TILE + tl.arange(0, TILE)[None, :]
-            logits = load_logits(rows, columns, classes, exists, "evict_last")
-            moments = update_moments(moments, logits, base, tile * TILE, columns, classes, TILE)
+            of_tile = load_logits(rows, columns, classes, exists, "evict_last")
+            moments = update_moments(moments, of_tile, base, tile * TILE, columns, classes, TILE)
     return moments
 
 
@@ -129,9 +130,9 @@ def update_statistics(
 ):
     """The statistics of the part seen so far and one tile more.
 
-    (max z_s, sum e^a, sum e^(z_s - max z_s), max z_t, sum e^b, sum e^(z_t - max z_t), the dot product that NEEDS
-    asks for, sum e^a x, sum e^b x, sum of z_s - z_s,y), x the standardised z_s / T. The label is left out of every
-    sum but the last, so that nothing cancels.
+    (max z_s, sum e^a, sum e^(z_s - max z_s), max z_t, sum e^b, sum e^(z_t - max z_t), the dot product that
+    NEEDS asks for, sum e^a x, sum e^b x, sum of z_s - z_s,y), x the standardised z_s / T. The label is left
+    out of every sum but the last, so that nothing cancels.
     """
     max_s, sum_s, plain_s, max_t, sum_t, plain_t, dot, moment_s, moment_t, above_label = before
     slope_s, slope_t = slopes
@@ -181,6 +182,8 @@ def update_statistics(
 def take_statistics(
     student_rows,
     teacher_rows,
+    student,
+    teacher,
     label,
     label_logit,
     classes,
@@ -194,18 +197,12 @@ def take_statistics(
     TILE: tl.constexpr,
     ONE_TILE: tl.constexpr,
 ):
-    """The statistics of tiles ``first_tile`` to ``end_tile``; and, for rows of one tile, that tile."""
+    """Those of tiles ``first_tile`` to ``end_tile``, or of the one tile, ``student`` and ``teacher``."""
     zero = tl.zeros((ROWS, 1), tl.float32)
     lowest = tl.full((ROWS, 1), MASKED, tl.float32)
     sums = (lowest, zero, zero, lowest, zero, zero, zero, zero, zero, zero)
     columns = tl.arange(0, TILE)[None, :]
-    student = zero
-    teacher = zero
     if ONE_TILE:
-        student = load_logits(student_rows, columns, classes, exists, "evict_first")
-        teacher = (
-            load_logits(teacher_rows, columns, classes, exists, "evict_first") if DISTILS & NEEDS else student
-        )
         sums = update_statistics(
             sums, student, teacher, columns, label, label_logit, classes, slopes, centre, NEEDS
         )
@@ -221,7 +218,7 @@ def take_statistics(
             sums = update_statistics(
                 sums, logits, others, of_tile, label, label_logit, classes, slopes, centre, NEEDS
             )
-    return sums, student, teacher, columns
+    return sums
 
 
 @triton.jit

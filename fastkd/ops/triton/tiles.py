@@ -9,8 +9,8 @@ import triton.language as tl
 
 # Below this a logit is a masked class; see MASKED in fastkd/reference.py.
 MASKED = tl.constexpr(-1e30)
-# The least that a logit is below the largest, in units of the temperature: finite, so that the difference of two
-# masked classes is 0 and 0 times it is 0, whatever the slope.
+# Where relative logits end, in units of the temperature: finite, so that the difference of two masked classes
+# is 0 and 0 times it is 0, whatever the slope.
 LOWEST = tl.constexpr(-1e37)
 
 
@@ -26,7 +26,7 @@ def of_pair(pointers, pair):
 
 @triton.jit
 def multiple(number, VECTOR: tl.constexpr):
-    """``number``, which is a multiple of VECTOR, in a form that tells the compiler: it decides how wide loads are.
+    """``number``, which is a multiple of VECTOR, in a form that tells the compiler; it makes loads wide.
 
     A specialisation on the value would compile again for other strides and class counts."""
     if VECTOR > 1:
