@@ -40,7 +40,9 @@ def launch(request):
     return Emulation(request.getfixturevalue("emulated_library")).row_loss
 
 
-def outputs(launch, students, teachers, target=None, weight=None, *, loss=("softmax", ALL), scale=1.0, **more):
+def outputs(
+    launch, students, teachers, target=None, weight=None, *, loss=("softmax", ALL), scale=1.0, **more
+):
     """Rows, terms and gradient as a launcher fills them; full of what no kernel writes before."""
     classes = students[0].shape[-1]
     rows = torch.full((sum(one.numel() for one in students) // classes,), 77.0)
@@ -97,7 +99,12 @@ def test_each_pair_has_its_own_weights(launch):
 def test_strided_weights_and_labels_are_read_with_their_stride(launch):
     students, teachers = ([torch.randn(6, 45) for _ in range(2)] for _ in range(2))
     wide = torch.randint(0, 45, (12,))
-    for weight in (torch.rand(12)[::2], torch.rand(1).expand(6), torch.rand(6, 3)[:, 1], torch.rand(6, 2).t()):
+    for weight in (
+        torch.rand(12)[::2],
+        torch.rand(1).expand(6),
+        torch.rand(6, 3)[:, 1],
+        torch.rand(6, 2).t(),
+    ):
         assert_same(
             outputs(launch, students, teachers, wide[::2], weight),
             outputs(launch, students, teachers, wide[::2].clone(), weight.contiguous()),
@@ -134,7 +141,17 @@ def cut_short(tensor: Tensor) -> Tensor:
 @pytest.mark.parametrize("spoil", [freed, cut_short])
 @pytest.mark.parametrize(
     "name",
-    ["student_logits", "teacher_logits", "target", "row_weight", "rows", "terms", "gradient", "sums", "dynamic"],
+    [
+        "student_logits",
+        "teacher_logits",
+        "target",
+        "row_weight",
+        "rows",
+        "terms",
+        "gradient",
+        "sums",
+        "dynamic",
+    ],
 )
 def test_a_tensor_whose_storage_does_not_hold_it_is_refused_by_name(name, spoil):
     arguments = {
@@ -174,7 +191,10 @@ def test_one_of_several_pairs_is_named():
         ({"dynamic": torch.ones(9)}, "dynamic has more numbers than"),
         ({"dynamic": torch.ones(8, dtype=torch.float64)}, "dynamic must be float32"),
         ({"dynamic": torch.ones(16)[::2]}, "dynamic must be contiguous"),
-        ({"students": [torch.randn(6, 46)[:, ::2]], "teachers": [torch.randn(6, 23)]}, "must have dense rows"),
+        (
+            {"students": [torch.randn(6, 46)[:, ::2]], "teachers": [torch.randn(6, 23)]},
+            "must have dense rows",
+        ),
         ({"teachers": [torch.randn(6, 45).double()]}, "teacher_logits must be float32"),
         ({"teachers": [torch.randn(6, 44)]}, "teacher_logits has another shape"),
         ({"teachers": [torch.randn(1, 2, 3, 45)]}, "teacher_logits must have two or three dimensions"),

@@ -152,13 +152,21 @@ FASTKD_INLINE vf twice_atanh(vf w) {
   return w * (2.0f + s * (0.666663094f + s * (0.400251554f + s * (0.279569799f + s * 0.281950615f))));
 }
 
+// x = 2^exponent * fraction with a fraction from sqrt(1/2) to sqrt(2), for x > 0 in the normal range.
+struct Halves {
+  vf exponent, fraction;
+};
+
+FASTKD_INLINE Halves halves_of(vf x) {
+  const vi bits = as_int(x), above = bits - 0x3f3504f3;
+  return {__builtin_convertvector(above >> 23, vf), as_float(bits - (above & int32_t(0xff800000)))};
+}
+
 // log(x) for x > 0 in the normal range.
 FASTKD_INLINE vf natural_log(vf x) {
-  // x = 2^n y with y from sqrt(1/2) to sqrt(2), so that w = (y - 1) / (y + 1) is at most 0.172.
-  const vi bits = as_int(x), above = bits - 0x3f3504f3;
-  const vf n = __builtin_convertvector(above >> 23, vf);
-  const vf y = as_float(bits - (above & int32_t(0xff800000)));
-  return twice_atanh((y - 1.0f) / (y + 1.0f)) + n * 0.693147181f;
+  const Halves halves = halves_of(x);  // (y - 1) / (y + 1) is at most 0.172
+  const vf y = halves.fraction;
+  return twice_atanh((y - 1.0f) / (y + 1.0f)) + halves.exponent * 0.693147181f;
 }
 
 // ---- logits of any dtype ------------------------------------------------------------------------------------
@@ -264,8 +272,10 @@ FASTKD_INLINE auto with_element(DType dtype, const Visit& visit) {
   switch (dtype) {
     case DType::kFloat: return visit(Element<DType::kFloat>());
     case DType::kBFloat16: return visit(Element<DType::kBFloat16>());
-    default: return visit(Element<DType::kHalf>());
+    case DType::kHalf: return visit(Element<DType::kHalf>());
+    case DType::kLong: break;
   }
+  __builtin_trap();  // whoever made the Matrix has let this dtype in
 }
 
 template <class E>
@@ -328,12 +338,12 @@ FASTKD_INLINE int load_block_as(const typename E::type* from, int n, float* to, 
     typename E::type tail[kLanes] = {};
     std::memcpy(tail, from + i, (n - i) * sizeof(tail[0]));
     store(to + i, at_least(E::load(tail), bound));
-    for (int j = n - i; j < kLanes; j++) to[i + j] = kMasked;
+    for (int j = n - i; j < kLanes; j++) to[i + j] = lowest;
     top = at_least(load(to + i), top);
     i += kLanes;
   }
   largest = top;
-  for (; i < padded_to_line(n); i += kLanes) store(to + i, broadcast(kMasked));
+  for (; i < padded_to_line(n); i += kLanes) store(to + i, bound);
   return i;
 }
 
@@ -351,13 +361,19 @@ FASTKD_INLINE int load_block(const Matrix& matrix, int64_t row, int64_t offset, 
   return load_block(matrix, row, offset, n, to, lowest, unused);
 }
 
-// The sum of a loaded block's n entries, without the padding.
-FASTKD_INLINE float sum_of_block(const float* block, int n) {
+FASTKD_INLINE float first_logit(const Matrix& matrix, int64_t row) {
+  float logit[kLine];
+  load_block(matrix, row, 0, 1, logit);
+  return logit[0];
+}
+
+// The sum of a loaded block's n entries relative to `origin`, without the padding.
+FASTKD_INLINE float sum_of_block(const float* block, int n, float origin = 0) {
   vf sums = {};
   int i = 0;
-  for (; i + kLanes <= n; i += kLanes) sums += load(block + i);
+  for (; i + kLanes <= n; i += kLanes) sums += load(block + i) - broadcast(origin);
   float total = horizontal_sum(sums);
-  for (; i < n; i++) total += block[i];
+  for (; i < n; i++) total += block[i] - origin;
   return total;
 }
 
