@@ -246,9 +246,9 @@ template <Loss kLoss, class Real>
 FASTKD_ROW_FUNCTION SoftmaxResult<Real> formula_of(const LossOptions& options, const Row<Real>& row) {
   static_assert(kLoss == Loss::kSoftmax || kLoss == Loss::kNKD || kLoss == Loss::kTTM || kLoss == Loss::kReverseKL,
                 "no loss of the softmax family");
-  // A NaN at the label is in no sum, and not in every term.
-  const float label = row.label.z_s + row.label.z_t;
-  if (row.label.present && label != label) return undefined_result<Real>();
+  // A label's NaN or +inf is in no sum, and not in every term.
+  const bool finite = row.label.z_s - row.label.z_s == 0 && row.label.z_t - row.label.z_t == 0;
+  if (row.label.present && !finite) return undefined_result<Real>();
   if (kLoss == Loss::kNKD) return nkd_formula(options.nkd, row);
   if (kLoss == Loss::kTTM) return ttm_formula(options.ttm, row);
   if (kLoss == Loss::kReverseKL) return reverse_kl_formula(row);

@@ -42,17 +42,20 @@ def rms(values):
 
 
 def assert_no_worse_than_eager(case, student, teacher, target):
-    """Root mean square over the rows: within twice eager's, or rounding of the result, or of one unit of the loss.
+    """Root mean square over the rows: within three times eager's (two, measured with AVX-512), or the rounding of
+    the result, or of what the result is a difference of: terms of the size that models one apart give.
 
     A single row may have more: eager's own error there may be 0 by luck.
     """
-    ours, eager, loss, gradient = errors(case, student, teacher, target)
-    unit = case.loss(*UNIT, reduction="none").max().item()
-    assert rms(ours[0]) <= max(2 * rms(eager[0]), 4e-7 * rms(loss), 6e-8 * unit), (case.name, "loss")
-    assert rms(ours[1]) <= max(2 * rms(eager[1]), 4e-7 * rms(gradient)), (case.name, "gradient")
+    ours, eager, *size = errors(case, student, teacher, target)
+    unit = loss_and_gradient(case, *APART, reduction="none")
+    for kind in (0, 1):
+        allowed = max(3 * rms(eager[kind]), 4e-7 * rms(size[kind]), 2e-7 * unit[kind].norm().item())
+        assert rms(ours[kind]) <= allowed, (case.name, ("loss", "gradient")[kind])
 
 
-UNIT = (torch.tensor([[1.0, -1.0, 0.0]]), torch.tensor([[-1.0, 1.0, 0.0]]), torch.tensor([0]))
+# Logits that differ by 2: a loss of about 1 / T^2 times its weights.
+APART = (torch.tensor([[1.0, -1.0, 0.0]]), torch.tensor([[-1.0, 1.0, 0.0]]), torch.tensor([0]))
 
 
 @check
@@ -151,6 +154,7 @@ def infinite_logits_do_not_come_out_finite(classes):
         for place in (1, 7, classes - 1):
             student, teacher = torch.randn(3, classes), torch.randn(3, classes)
             student[1, place] = torch.inf
+            # At the label too, where a cross-entropy would be 0.
             loss = case.loss(student, teacher, target, reduction="none")
             assert not torch.isfinite(loss[1]), case.name
             assert torch.isfinite(loss[[0, 2]]).all()
