@@ -39,8 +39,20 @@ class CudaFailure(Exception):
     """Why there will be no CUDA kernels."""
 
 
+def check_environment() -> None:
+    """A value that is not understood stops the build, rather than building something else."""
+    without = os.environ.get("FASTKD_WITHOUT_CUDA", "")
+    if without not in ("", "0", "1"):
+        sys.exit(f"the environment's FASTKD_WITHOUT_CUDA is {without!r}; expected 1, 0 or nothing")
+    asked = os.environ.get("FASTKD_CUDA_ARCHS", "")
+    if asked and (not re.fullmatch(r"\d+( \d+)*", asked) or min(map(int, asked.split())) < 80):
+        sys.exit(
+            f"the environment's FASTKD_CUDA_ARCHS is {asked!r}; expected numbers from 80 on, as in '80 90'"
+        )
+
+
 def find_nvcc() -> str:
-    if os.environ.get("FASTKD_WITHOUT_CUDA", "") not in ("", "0"):
+    if os.environ.get("FASTKD_WITHOUT_CUDA", "") == "1":
         raise CudaFailure("FASTKD_WITHOUT_CUDA was set when it was built")
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if os.environ.get(variable):
@@ -68,8 +80,6 @@ def code_generation(nvcc: str) -> list[str]:
     """nvcc's flags for the architectures asked for. Two virtual ones serve all: with clusters and without."""
     asked = os.environ.get("FASTKD_CUDA_ARCHS")
     architectures = [int(number) for number in re.findall(r"\d+", asked or CUDA_ARCHITECTURES)]
-    if not architectures or min(architectures) < 80:
-        raise CudaFailure(f"FASTKD_CUDA_ARCHS is {asked!r}; expected numbers from 80 on, as in '80 90'")
     if not asked:
         known = output_of(nvcc, "--list-gpu-code").split()
         architectures = [number for number in architectures if f"sm_{number}" in known]
@@ -100,6 +110,7 @@ class BuildNative(build_ext):
     """Compiles the extension, with as many processes as there are cores, and survives a failure."""
 
     def run(self) -> None:
+        check_environment()
         try:
             super().run()
         except Exception as error:  # no compiler, an old one, an unknown platform: the install must go on

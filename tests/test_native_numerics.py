@@ -1,4 +1,4 @@
-"""Numerics of the native kernels: offsets, constant rows, NaN, and errors beside those of plain torch in float32.
+"""Numerics of the native kernels: offsets, constant rows, NaN, and errors beside those of plain torch.
 
 Everything here runs on the CPU's kernels of each instruction set and on the emulated CUDA kernels.
 """
@@ -42,8 +42,8 @@ def rms(values):
 
 
 def assert_no_worse_than_eager(case, student, teacher, target):
-    """Root mean square over the rows: within three times eager's (two, measured with AVX-512), or the rounding of
-    the result, or of what the result is a difference of: terms of the size that models one apart give.
+    """Root mean square over the rows: within three times eager's (two, measured with AVX-512), or the rounding
+    of the result, or of what the result is a difference of: terms of the size that models one apart give.
 
     A single row may have more: eager's own error there may be 0 by luck.
     """
@@ -100,7 +100,9 @@ def a_constant_row_is_uniform_when_standardised(classes):
                 assert torch.isfinite(gradient).all()
     for temperature in (1e-6, 0.003, 0.02):
         student = torch.full((2, classes), 7.3).requires_grad_()
-        loss = fastkd.kd_loss(student, torch.full((2, classes), -3.1), temperature=temperature, standardize=True)
+        loss = fastkd.kd_loss(
+            student, torch.full((2, classes), -3.1), temperature=temperature, standardize=True
+        )
         loss.backward()
         assert abs(loss.item()) < 1e-12
         assert student.grad.count_nonzero() == 0

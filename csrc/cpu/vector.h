@@ -84,7 +84,7 @@ struct PowerOfTwo {
 FASTKD_INLINE PowerOfTwo power_of_two(vf y) {
   constexpr float kBias = kRounder + 127.0f;  // the exponent of 1
   const vf shifted = rounded(y + kBias);
-  const vf scale = as_float(as_int(shifted) << 23), f = y - (shifted - kBias);
+  const vf scale = as_float((vi)((vu)shifted << 23)), f = y - (shifted - kBias);
   // Least-maximum-error fit of (2^f - 1) / f, relative error 1e-8.
   const vf slope = 
       0.693147188f + f * (0.240226498f + f * (0.0555035722f +
@@ -108,7 +108,7 @@ FASTKD_INLINE vf step_power(vi n) {
   const vi step = (vi)_mm256_permutevar8x32_epi32((__m256i)table, (__m256i)n);
 #endif
 #undef FASTKD_STEPS
-  return as_float(step + (n << 20));
+  return as_float((vi)((vu)step + ((vu)n << 20)));  // of a NaN any bits come out: they may wrap
 }
 
 FASTKD_INLINE vf rest_slope(vf f) {  // error 2.7e-8
@@ -117,7 +117,7 @@ FASTKD_INLINE vf rest_slope(vf f) {  // error 2.7e-8
 #else
 constexpr int kSteps = 1;
 
-FASTKD_INLINE vf step_power(vi n) { return as_float((n << 23) + 0x3f800000); }
+FASTKD_INLINE vf step_power(vi n) { return as_float((vi)(((vu)n << 23) + 0x3f800000u)); }  // of a NaN any bits
 
 FASTKD_INLINE vf rest_slope(vf f) {  // error 1.1e-7
   return 0.693147004f + f * (0.240222424f + f * (0.0555073395f + f * (0.00967151113f + f * 0.00132646528f)));
@@ -158,8 +158,8 @@ struct Halves {
 };
 
 FASTKD_INLINE Halves halves_of(vf x) {
-  const vi bits = as_int(x), above = bits - 0x3f3504f3;
-  return {__builtin_convertvector(above >> 23, vf), as_float(bits - (above & int32_t(0xff800000)))};
+  const vu bits = (vu)x, above = bits - 0x3f3504f3u;
+  return {__builtin_convertvector((vi)above >> 23, vf), (vf)(bits - (above & 0xff800000u))};
 }
 
 // log(x) for x > 0 in the normal range.
