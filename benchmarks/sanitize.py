@@ -1,7 +1,7 @@
 """Runs the native CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer; ``--quick`` is for CI.
 
 The sources of ``csrc/cpu`` are compiled with ``benchmarks/sanitize.cpp``, which calls each instruction set's
-kernels on buffers of exactly the size that the arguments name: reading one element beyond a row, a weight or a
+kernels on buffers of exactly the size that the arguments name: one element beyond a row, a weight or a
 label is an error of the run. ``--fault`` plants a fault in the driver (a weight's stride, a row's length or a
 shift out of range) and expects it to be found: that the run can fail.
 """

@@ -42,7 +42,7 @@ def rms(values):
 
 
 def assert_no_worse_than_eager(case, student, teacher, target):
-    """Root mean square over the rows: within three times eager's (two, measured with AVX-512), or the rounding
+    """Root mean square over the rows: within three times eager's (two with AVX-512), or the rounding
     of the result, or of what the result is a difference of: terms of the size that models one apart give.
 
     A single row may have more: eager's own error there may be 0 by luck.
