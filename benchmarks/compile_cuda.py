@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 # Architectures, and what each is compiled from: devices with clusters, and without.
 ARCHITECTURES = {"sm_80": "compute_80", "sm_90": "compute_90", "sm_100": "compute_90"}
 LOSSES = ("softmax", "nkd", "ttm", "reverse kl", "jsd", "binary_kl", "binary_kl_norm")
-NEEDS = ("student at T 1", "teacher at T 1", "entropy", "tilt", "own slopes", "standardized")
+NEEDS = ("student at T 1", "teacher at T 1", "cross-entropy", "tilt", "own slopes", "standardized")
 
 
 def resources(binary: Path) -> dict[str, dict[str, int]]:

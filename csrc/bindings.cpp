@@ -286,8 +286,10 @@ void row_loss_on_cpu(const RowArguments& arguments, LossOptions options) {
   const int64_t known = arguments.dynamic.numel();
   const float* values = arguments.dynamic.dense_floats(known);
   for (int64_t i = 0; i < known; i++) options.values[i] = values[i];
+  check(kernels().computes(options), "there is no such loss");
   float* sums = arguments.sums.given() ? arguments.sums.dense_floats(arguments.pairs()) : nullptr;
-  for (const Rows& rows : arguments.rows()) {
+  for (Rows& rows : arguments.rows()) {
+    if (!reads_teacher(options)) rows.teacher = rows.student;
     const int parts = parts_a_row(rows);
     if (parts > 1) kernels().row_loss_in_parts(rows, options, parts, parallel_parts);
     else

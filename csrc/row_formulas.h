@@ -34,8 +34,8 @@ struct LossOptions {
 
 template <class Real>
 struct SoftmaxGradient {
-  // g_i = (student + tilt (v_i - u_i)) e^{u_i - max u} - teacher e^{v_i - max v} + plain e^{z_i - max z} + constant
-  //       + affine (z_i - mean), and g_y = label.
+  // g_i = (student + tilt (v_i - u_i)) e^{u_i} - teacher e^{v_i} + plain e^{z_i} + constant + affine (z_i - mean),
+  // u, v and z_i of the exponentials relative to the bases; and g_y = label.
   Real student, teacher, plain, constant, affine, tilt, label;
 };
 
@@ -51,6 +51,7 @@ struct Row {
   SoftmaxStatistics<Real> sums;
   RowLabel label;
   RowScale<Real> student, teacher;
+  float origin;  // of the student's logits in logit_sum: any of them
   int64_t classes;
 };
 
@@ -68,11 +69,23 @@ FASTKD_ROW_FUNCTION unsigned needs_of(const LossOptions& options) {
       return (plain ? kPlainStudent : 0u) | (standardized ? kOwnSlopes | kStandardized : 0u);
     }
     case Loss::kNKD:
-      return kTeacherEntropy | (options.nkd.temperature != 1 ? kPlainStudent | kPlainTeacher : 0u);
+      return kCrossEntropy | (options.nkd.temperature != 1 ? kPlainStudent | kPlainTeacher : 0u);
     case Loss::kTTM: return kOwnSlopes | kPlainTeacher;
     case Loss::kReverseKL: return kTilt;
-    default: return 0;
+    case Loss::kJSD:
+    case Loss::kBinaryKL:
+    case Loss::kBinaryKLNorm: return 0;
   }
+  return ~0u;  // no loss; nothing is compiled for it
+}
+
+FASTKD_ROW_FUNCTION bool smooths_label(const LossOptions& options) {
+  return options.loss == Loss::kSoftmax && options.softmax.label_smoothing != 0;
+}
+
+// A cross-entropy alone does not: there a teacher's NaN is nobody's.
+FASTKD_ROW_FUNCTION bool reads_teacher(const LossOptions& options) {
+  return options.loss != Loss::kSoftmax || distils(options.softmax);
 }
 
 FASTKD_ROW_FUNCTION bool uses_label(const LossOptions& options) {
@@ -86,25 +99,28 @@ FASTKD_ROW_FUNCTION void slopes_of(const LossOptions& options, Real& student, Re
   if (options.loss == Loss::kTTM) student = 1, teacher = options.ttm.gamma;
 }
 
-// max v - max u: differences of logits come before logarithms, so that large logits do not swallow them.
-template <class Real>
-FASTKD_ROW_FUNCTION Real max_v_minus_u(const Row<Real>& row) {
-  if (row.student.slope == row.teacher.slope && row.student.mean == row.teacher.mean)
-    return (Real(row.sums.max_t) - Real(row.sums.max_s)) * row.student.slope;
-  return (row.sums.max_t - row.teacher.mean) * row.teacher.slope -
-         (row.sums.max_s - row.student.mean) * row.student.slope;
-}
-
-// logsumexp v - logsumexp u over the classes of the sums.
-template <class Real>
-FASTKD_ROW_FUNCTION Real lse_v_minus_u(const Row<Real>& row) {
-  return max_v_minus_u(row) + (std::log(row.sums.sum_t) - std::log(row.sums.sum_s));
-}
-
 // KL(p-hat || q-hat) over the classes of the sums: NCKD / T^2 with a label, KD / T^2 without.
 template <class Real>
 FASTKD_ROW_FUNCTION Real forward_kl(const Row<Real>& row) {
-  return row.sums.dot_t / row.sums.sum_t - lse_v_minus_u(row);
+  return row.sums.dot_t / row.sums.sum_t - log_ratio(row.sums.sum_t, row.sums.sum_s);
+}
+
+// What stands for a masked class: kMasked, or what a large slope does not bring out of range. Of a standardised row
+// without spread the slope is 1e7 / T, and its padding would be -inf.
+template <class Real>
+FASTKD_ROW_FUNCTION float masked_value(const Row<Real>& row) {
+  const Real slope = row.student.slope > row.teacher.slope ? row.student.slope : row.teacher.slope;
+  return slope > Real(1e6) ? float(Real(-1e36) / slope) : kMasked;
+}
+
+// The label's logit relative to the base, and to the mean.
+template <class Real>
+FASTKD_ROW_FUNCTION Real above_base(float z, float base) {
+  return Real(z) - Real(base);
+}
+template <class Real>
+FASTKD_ROW_FUNCTION Real above_mean(float z, const RowScale<Real>& scale) {
+  return (Real(z) - scale.mean) - scale.mean_rest;
 }
 
 // w_ce CE + T^2 (w_kd KD + w_t TCKD + w_n NCKD); with one_sided, TCKD only where the teacher is the surer.
@@ -121,13 +137,15 @@ FASTKD_ROW_FUNCTION SoftmaxResult<Real> softmax_formula(const SoftmaxOptions& op
     // Without a label nothing is left out, and KD is NCKD over all classes.
     Real q = 0, p = 0, q_rest = 1, p_rest = 1, tckd = 0, gate = 1;
     if (row.label.present) {
-      const Real odds_s = (Real(row.label.z_s) - Real(sums.max_s)) * row.student.slope - std::log(sums.sum_s);
-      const Real odds_t = (Real(row.label.z_t) - Real(sums.max_t)) * row.teacher.slope - std::log(sums.sum_t);
-      const Odds<Real> of_student = from_log_odds(odds_s), of_teacher = from_log_odds(odds_t);
+      const Real u = above_base<Real>(row.label.z_s, sums.max_s) * row.student.slope;
+      const Real v = above_base<Real>(row.label.z_t, sums.max_t) * row.teacher.slope;
+      const Real difference = (v - u) - log_ratio(sums.sum_t, sums.sum_s);
+      const Odds<Real> of_student = from_log_odds(u - std::log(sums.sum_s));
+      const Odds<Real> of_teacher = from_log_odds(v - std::log(sums.sum_t));
       q = of_student.yes, q_rest = of_student.no;
       p = of_teacher.yes, p_rest = of_teacher.no;
-      tckd = p * (odds_t - odds_s) + of_student.softplus - of_teacher.softplus;
-      gate = options.one_sided != 0 && !(odds_t > odds_s) ? 0 : 1;
+      tckd = binary_divergence(of_teacher, of_student, difference);
+      gate = options.one_sided != 0 && !(difference > 0) ? 0 : 1;
     }
     const Real w_t = options.tckd_weight * gate;
     const Real kd = tckd + p_rest * nckd;
@@ -139,11 +157,11 @@ FASTKD_ROW_FUNCTION SoftmaxResult<Real> softmax_formula(const SoftmaxOptions& op
     gradient.teacher = temperature / sums.sum_t * (w_kd * p_rest + w_n);
     gradient.label = temperature * (w_kd + w_t) * (q - p);
     if (options.standardized != 0) {
-      // G = sum g_i x_i over the standardised logits x = T u.
+      // G = sum g_i x_i over the standardised logits x.
       const Real inverse = row.student.slope * temperature;
-      const Real label_z = row.label.present ? Real(row.label.z_s) - row.student.mean : Real(0);
-      const Real along = temperature * (gradient.student * sums.moment_s - gradient.teacher * sums.moment_t +
-                                        gradient.label * label_z * row.student.slope);
+      const Real label_z = row.label.present ? above_mean(row.label.z_s, row.student) : Real(0);
+      const Real along = inverse * (gradient.student * sums.moment_s - gradient.teacher * sums.moment_t +
+                                    gradient.label * label_z);
       gradient.affine = row.student.deviation > 0
                             ? -along * inverse / (Real(row.classes - 1) * row.student.deviation)
                             : Real(0);
@@ -155,10 +173,12 @@ FASTKD_ROW_FUNCTION SoftmaxResult<Real> softmax_formula(const SoftmaxOptions& op
 
   if (w_ce != 0) {
     const Real smoothing = options.label_smoothing;
-    const Real odds = (Real(row.label.z_s) - Real(sums.max_s)) - std::log(sums.plain_s);
-    const Odds<Real> of_rest = from_log_odds(-odds);
+    const Odds<Real> of_rest =
+        from_log_odds(std::log(sums.plain_s) - above_base<Real>(row.label.z_s, sums.max_s));
     const Real rest = of_rest.yes;
-    result.terms[0] = of_rest.softplus + smoothing * (row.label.z_s - sums.logit_sum / row.classes);
+    result.terms[0] = of_rest.softplus;
+    if (smoothing != 0)
+      result.terms[0] += smoothing * (above_base<Real>(row.label.z_s, row.origin) - sums.logit_sum / row.classes);
     gradient.plain = w_ce * rest / sums.plain_s;
     gradient.constant = -w_ce * smoothing / row.classes;
     gradient.label += w_ce * (smoothing - rest) + gradient.constant;
@@ -173,13 +193,13 @@ template <class Real>
 FASTKD_ROW_FUNCTION SoftmaxResult<Real> nkd_formula(const NKDOptions& options, const Row<Real>& row) {
   const SoftmaxStatistics<Real>& sums = row.sums;
   const Real temperature = options.temperature, gamma = options.gamma;
-  const Real odds_s = (Real(row.label.z_s) - Real(sums.max_s)) - std::log(sums.plain_s);
-  const Real odds_t = (Real(row.label.z_t) - Real(sums.max_t)) - std::log(sums.plain_t);
-  const Odds<Real> of_rest = from_log_odds(-odds_s);
-  const Real p = from_log_odds(odds_t).yes, rest = of_rest.yes;
-  const Real entropy = std::log(sums.sum_t) - sums.entropy_t / sums.sum_t;
+  const Odds<Real> of_rest = from_log_odds(std::log(sums.plain_s) - above_base<Real>(row.label.z_s, sums.max_s));
+  const Odds<Real> of_label = from_log_odds(above_base<Real>(row.label.z_t, sums.max_t) - std::log(sums.plain_t));
+  const Real p = of_label.yes, rest = of_rest.yes;
+  // Both terms are positive but for what lies above the base: nothing to cancel.
+  const Real cross = std::log(sums.sum_s) - sums.cross_t / sums.sum_t;
   SoftmaxResult<Real> result{};
-  result.loss = p * of_rest.softplus + gamma * temperature * temperature * (forward_kl(row) + entropy);
+  result.loss = p * of_rest.softplus + gamma * temperature * temperature * cross;
   result.gradient.student = gamma * temperature / sums.sum_s;
   result.gradient.teacher = gamma * temperature / sums.sum_t;
   result.gradient.plain = p * rest / sums.plain_s;
@@ -206,20 +226,33 @@ FASTKD_ROW_FUNCTION SoftmaxResult<Real> reverse_kl_formula(const Row<Real>& row)
   const SoftmaxStatistics<Real>& sums = row.sums;
   const Real scale = row.student.slope / sums.sum_s;
   SoftmaxResult<Real> result{};
-  result.loss = lse_v_minus_u(row) - sums.dot_s / sums.sum_s;
+  result.loss = log_ratio(sums.sum_t, sums.sum_s) - sums.dot_s / sums.sum_s;
   result.gradient.student = scale * (sums.dot_s / sums.sum_s);
   result.gradient.tilt = -scale;
   return result;
 }
 
+// The result of a row that cannot be computed.
 template <class Real>
-FASTKD_ROW_FUNCTION SoftmaxResult<Real> apply_formula(const LossOptions& options, const Row<Real>& row) {
-  switch (options.loss) {
-    case Loss::kNKD: return nkd_formula(options.nkd, row);
-    case Loss::kTTM: return ttm_formula(options.ttm, row);
-    case Loss::kReverseKL: return reverse_kl_formula(row);
-    default: return softmax_formula(options.softmax, row);
-  }
+FASTKD_ROW_FUNCTION SoftmaxResult<Real> undefined_result() {
+  const Real nan = Real(NAN);
+  SoftmaxResult<Real> result{};
+  result.loss = result.gradient.student = result.gradient.label = nan;
+  for (Real& term : result.terms) term = nan;
+  return result;
+}
+
+template <Loss kLoss, class Real>
+FASTKD_ROW_FUNCTION SoftmaxResult<Real> formula_of(const LossOptions& options, const Row<Real>& row) {
+  static_assert(kLoss == Loss::kSoftmax || kLoss == Loss::kNKD || kLoss == Loss::kTTM || kLoss == Loss::kReverseKL,
+                "no loss of the softmax family");
+  // A label's NaN or +inf is in no sum, and not in every term.
+  const bool finite = row.label.z_s - row.label.z_s == 0 && row.label.z_t - row.label.z_t == 0;
+  if (row.label.present && !finite) return undefined_result<Real>();
+  if (kLoss == Loss::kNKD) return nkd_formula(options.nkd, row);
+  if (kLoss == Loss::kTTM) return ttm_formula(options.ttm, row);
+  if (kLoss == Loss::kReverseKL) return reverse_kl_formula(row);
+  return softmax_formula(options.softmax, row);
 }
 
 }  // namespace fastkd

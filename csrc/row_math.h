@@ -2,7 +2,8 @@
 // kernels; row_formulas.h turns the statistics into losses.
 //
 // Notation: z logits, y the label, T the temperature, u = z_s / T, v = z_t / T (of standardised logits where
-// asked for), q = softmax(u), p = softmax(v). Every sum leaves the label out, so that nothing cancels.
+// asked for), q = softmax(u), p = softmax(v). Every sum leaves the label out, so that nothing cancels. A NaN in a row
+// reaches a sum of its model, and from there the loss and every factor of the gradient.
 #pragma once
 
 #include <cmath>
@@ -26,28 +27,31 @@ constexpr float kStandardizeEpsilon = 1e-7f;
 enum Needs : unsigned {
   kPlainStudent = 1,   // the student's exponentials at T = 1
   kPlainTeacher = 2,   // the teacher's sum at T = 1
-  kTeacherEntropy = 4, // the teacher's sum of exp(v - max v) (v - max v)
+  kCrossEntropy = 4,   // the cross-entropy of both models, in place of their divergence
   kTilt = 8,           // gradient with a term exp(u) (v - u), and the sum of it
   kOwnSlopes = 16,     // u and v of different slope
-  kStandardized = 32,  // and of different mean; the gradient gains an affine term
+  kStandardized = 32,  // slopes from the row itself; the gradient gains an affine term
 };
 
-// How one model's logits enter the softmax: u = (z - mean) * slope.
+// How one model's logits enter the softmax: u = z * slope up to a constant, which cancels in it. Of standardised
+// logits, their mean (in two parts, the second far smaller) and deviation for the gradient.
 template <class Real>
 struct RowScale {
-  Real slope, mean, deviation;
+  Real slope, mean, mean_rest, deviation;
 };
 
-// Sums over a part of a row, relative to the largest logits seen in it, or to others not far below.
+// Sums over a part of a row. Logits enter relative to a base of their own model, the largest logit seen in it or one
+// not far below: x_s = z_s - max_s. Differences of the models are differences of these, so that what is common to all
+// logits of a model cancels before anything is rounded to its size.
 template <class Real>
 struct SoftmaxStatistics {
-  float max_s, max_t;       // what they are relative to, in units of z
+  float max_s, max_t;       // the bases
   Real sum_s, sum_t;        // sum exp(u - max u), sum exp(v - max v)
-  Real dot_s, dot_t;        // sum exp(u - max u) (v - u), sum exp(v - max v) (v - u)
-  Real moment_s, moment_t;  // sum exp(u - max u) u, sum exp(v - max v) u: for standardised logits
-  Real entropy_t;           // sum exp(v - max v) (v - max v)
+  Real dot_s, dot_t;        // the same sums times the difference x_t - x_s; with kOwnSlopes, each x times its slope
+  Real cross_t;             // sum exp(v - max v) x_s
+  Real moment_s, moment_t;  // sum exp(u - max u) (z_s - mean), sum exp(v - max v) (z_s - mean)
   Real plain_s, plain_t;    // sum exp(z - max z), at T = 1
-  Real logit_sum;           // sum z_s, the label included: label smoothing
+  Real logit_sum;           // sum z_s relative to Row::origin, the label included: label smoothing
 };
 
 struct RowLabel {
@@ -63,26 +67,30 @@ FASTKD_ROW_FUNCTION Real headroom(bool plain, Real slope) {
   return 8 / (plain && slope < 1 ? Real(1) : slope);
 }
 
-// Brings sums that are relative to smaller largest logits to the larger ones of the next part. Sums that kNeeds does
-// not ask for may be left as they are.
+// Brings sums that are relative to smaller bases to larger ones. Sums that kNeeds does not ask for may be left as they
+// are.
 template <unsigned kNeeds = ~0u, class Real>
 FASTKD_ROW_FUNCTION void rebase(SoftmaxStatistics<Real>& row, float max_s, float max_t, Real slope_s, Real slope_t) {
-  if (max_s != row.max_s && row.sum_s != 0) {
-    const Real below = Real(row.max_s) - Real(max_s), factor = std::exp(below * slope_s);
-    row.sum_s *= factor;
-    if (kNeeds & kTilt) row.dot_s *= factor;
-    if (kNeeds & kStandardized) row.moment_s *= factor;
-    if (kNeeds & kPlainStudent && row.plain_s != 0) row.plain_s *= std::exp(below);
-  }
-  if (max_t != row.max_t && row.sum_t != 0) {
-    const Real below = Real(row.max_t) - Real(max_t), shift = below * slope_t, factor = std::exp(shift);
-    if (kNeeds & kTeacherEntropy) row.entropy_t = factor * (row.entropy_t + shift * row.sum_t);
-    row.sum_t *= factor, row.dot_t *= factor;
-    if (kNeeds & kStandardized) row.moment_t *= factor;
-    if (kNeeds & kPlainTeacher && row.plain_t != 0) row.plain_t *= std::exp(below);
-  }
+  const Real below_s = Real(row.max_s) - Real(max_s), below_t = Real(row.max_t) - Real(max_t);
+  const Real step = kNeeds & kOwnSlopes ? below_t * slope_t - below_s * slope_s : below_t - below_s;
   row.max_s = max_s;
   row.max_t = max_t;
+  // What a factor of 0 wipes out must not meet a step that overflowed.
+  if (row.sum_s != 0 && (below_s != 0 || below_t != 0)) {
+    const Real factor = std::exp(below_s * slope_s);
+    if (kNeeds & kTilt) row.dot_s = factor != 0 ? factor * (row.dot_s + step * row.sum_s) : 0;
+    if (kNeeds & kStandardized) row.moment_s *= factor;
+    if (kNeeds & kPlainStudent) row.plain_s *= std::exp(below_s);
+    row.sum_s *= factor;
+  }
+  if (row.sum_t != 0 && (below_s != 0 || below_t != 0)) {
+    const Real factor = std::exp(below_t * slope_t);
+    row.dot_t = factor != 0 ? factor * (row.dot_t + step * row.sum_t) : 0;
+    if (kNeeds & kCrossEntropy) row.cross_t = factor != 0 ? factor * (row.cross_t + below_s * row.sum_t) : 0;
+    if (kNeeds & kStandardized) row.moment_t *= factor;
+    if (kNeeds & kPlainTeacher) row.plain_t *= std::exp(below_t);
+    row.sum_t *= factor;
+  }
 }
 
 // Adds the sums of a part that is relative to the same largest logits.
@@ -91,7 +99,7 @@ FASTKD_ROW_FUNCTION void add_sums(SoftmaxStatistics<Real>& row, const SoftmaxSta
   row.sum_s += part.sum_s, row.sum_t += part.sum_t;
   row.dot_s += part.dot_s, row.dot_t += part.dot_t;
   row.moment_s += part.moment_s, row.moment_t += part.moment_t;
-  row.entropy_t += part.entropy_t;
+  row.cross_t += part.cross_t;
   row.plain_s += part.plain_s, row.plain_t += part.plain_t;
   row.logit_sum += part.logit_sum;
 }
@@ -106,6 +114,24 @@ template <class Real>
 FASTKD_ROW_FUNCTION Odds<Real> from_log_odds(Real x) {
   const Real e = std::exp(x > 0 ? -x : x), surer = 1 / (1 + e), other = e * surer;
   return x > 0 ? Odds<Real>{surer, other, x + std::log1p(e)} : Odds<Real>{other, surer, std::log1p(e)};
+}
+
+// log(a / b). In float exact to rounding also where the two are close; in double that is beyond what the sums hold.
+FASTKD_ROW_FUNCTION double log_ratio(double a, double b) { return std::log(a / b); }
+FASTKD_ROW_FUNCTION float log_ratio(float a, float b) {
+  const float difference = a - b;
+  return std::fabs(difference) < b / 2 ? std::log1p(difference / b) : std::log(a / b);
+}
+
+// KL of (p, 1 - p) from (q, 1 - q) by their log odds, of which `difference` is log odds p - log odds q.
+FASTKD_ROW_FUNCTION double binary_divergence(const Odds<double>& p, const Odds<double>& q, double difference) {
+  return p.yes * difference + (q.softplus - p.softplus);
+}
+FASTKD_ROW_FUNCTION float binary_divergence(const Odds<float>& p, const Odds<float>& q, float difference) {
+  // Close to each other the two softplus would cancel.
+  const float rest =
+      std::fabs(difference) < 1 ? std::log1p(p.yes * std::expm1(-difference)) : q.softplus - p.softplus;
+  return p.yes * difference + rest;
 }
 
 }  // namespace fastkd

@@ -167,6 +167,20 @@ def test_the_wheel_serves_every_python_and_torch(source_tree, tmp_path):
     assert any(name.endswith("recipes/glyphs/kd.yaml") for name in names)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("FASTKD_WITHOUT_CUDA", "no"), ("FASTKD_CUDA_ARCHS", "sm_80"), ("FASTKD_CUDA_ARCHS", "80,90")],
+)
+def test_what_the_build_does_not_understand_stops_it(source_tree, tmp_path, name, value):
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", str(tmp_path / "temp")],
+        capture_output=True, text=True, cwd=source_tree, env={**os.environ, name: value},
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert f"the environment's {name} is '{value}'; expected" in done.stderr
+    assert not (tmp_path / "temp").exists()
+
+
 def test_without_a_compiler_the_install_succeeds_and_says_so(source_tree, tmp_path):
     wheel, output = build_wheel(
         source_tree,

@@ -1,4 +1,4 @@
-"""What the native backend's launcher takes: strides, weights, options known only at run time, and what it refuses.
+"""What the native backend's launcher takes: strides, weights, options known at run time; what it refuses.
 
 Each launcher test runs the CPU kernels as built and the CUDA kernels in their emulation.
 """
@@ -61,7 +61,7 @@ def assert_same(left, right):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_two_leading_strides_need_no_copy(launch, dtype):
-    """Every way to take rows out of a larger tensor: shifted, transposed, broadcast, one position per sequence."""
+    """Rows out of a larger tensor: shifted, transposed, broadcast, one position per sequence."""
     large, other = (torch.full((4, 6, 150), torch.nan, dtype=dtype) for _ in range(2))
     for logits in (large, other):
         logits[:3, 1:6, 7:140] = torch.randn(3, 5, 133).to(dtype)
@@ -115,7 +115,7 @@ def test_strided_weights_and_labels_are_read_with_their_stride(launch):
 def test_options_in_a_tensor_give_what_the_same_numbers_give(launch, name):
     loss, values, known = LOSSES[name]
     student, teacher, target = torch.randn(3, 1100), torch.randn(3, 1100), torch.tensor([5, 0, 1099])
-    # What is 0 or 1 may be known to be, and what is known chooses code; the values come from the tensor alone.
+    # What is 0 or 1 may be known to be and then chooses code; the values come from the tensor alone.
     for hide in (lambda value: math.nan, lambda value: value if value in (0.0, 1.0) else math.nan):
         choosing = tuple(
             value if index in known or index > 5 else hide(value) for index, value in enumerate(values)

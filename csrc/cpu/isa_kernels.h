@@ -13,14 +13,21 @@
 namespace fastkd {
 namespace FASTKD_ISA {
 
-static const Phases& phases_of(const LossOptions& options) {
+// nullptr where there is no such loss.
+static const Phases* phases_of(const LossOptions& options) {
   switch (options.loss) {
-    case Loss::kJSD: return kMixturePhases;
-    case Loss::kBinaryKL: return pointwise_phases<Loss::kBinaryKL>();
-    case Loss::kBinaryKLNorm: return pointwise_phases<Loss::kBinaryKLNorm>();
-    default: return softmax_phases_for(options);
+    case Loss::kJSD: return &kMixturePhases;
+    case Loss::kBinaryKL: return &pointwise_phases<Loss::kBinaryKL>();
+    case Loss::kBinaryKLNorm: return &pointwise_phases<Loss::kBinaryKLNorm>();
+    case Loss::kSoftmax:
+    case Loss::kNKD:
+    case Loss::kTTM:
+    case Loss::kReverseKL: return softmax_phases_for(options);
   }
+  return nullptr;
 }
+
+static bool computes(const LossOptions& options) { return phases_of(options) != nullptr; }
 
 // What one thread keeps at most, between calls too: 32 MiB. Even out of the caches' reach a kept exponential is had
 // sooner than one computed again.
@@ -59,6 +66,7 @@ static bool start_row(RowJob& job, const Rows& rows, const LossOptions& options,
     }
   }
   job.row.classes = rows.classes;
+  if (smooths_label(options)) job.row.origin = first_logit(rows.student, index);
   slopes_of(options, job.row.student.slope, job.row.teacher.slope);
   return true;
 }
@@ -68,7 +76,7 @@ static bool runs_phase(const Phases& phases, int phase, const Rows& rows) {
 }
 
 static void row_loss(const Rows& rows, const LossOptions& options, int64_t begin, int64_t end) {
-  const Phases& phases = phases_of(options);
+  const Phases& phases = *phases_of(options);
   for (int64_t index = begin; index < end; index++) {
     RowJob job;
     if (!start_row(job, rows, options, index)) continue;
@@ -96,7 +104,7 @@ static void row_loss_in_parts(const Rows& rows, const LossOptions& options, int 
   RowJob* jobs = new RowJob[rows.count];
   bool* started = new bool[rows.count];
   RowPart* results = new RowPart[rows.count * parts];
-  Call call = {rows, options, phases_of(options), jobs, started, results, parts, 0};
+  Call call = {rows, options, *phases_of(options), jobs, started, results, parts, 0};
   for (int64_t index = 0; index < rows.count; index++) {
     started[index] = start_row(jobs[index], rows, options, index);
     jobs[index].kept = keep(rows, options, index, index, rows.count);
@@ -127,6 +135,7 @@ static void row_loss_in_parts(const Rows& rows, const LossOptions& options, int 
 
 }  // namespace FASTKD_ISA
 
-extern const Kernels FASTKD_JOIN(FASTKD_ISA, _kernels) = {FASTKD_QUOTE(FASTKD_ISA), FASTKD_ISA::row_loss,
-                                                          FASTKD_ISA::row_loss_in_parts, FASTKD_ISA::scale_rows};
+extern const Kernels FASTKD_JOIN(FASTKD_ISA, _kernels) = {FASTKD_QUOTE(FASTKD_ISA), FASTKD_ISA::computes,
+                                                          FASTKD_ISA::row_loss, FASTKD_ISA::row_loss_in_parts,
+                                                          FASTKD_ISA::scale_rows};
 }  // namespace fastkd

@@ -47,6 +47,8 @@ typedef void (*Parallel)(int64_t count, void (*body)(int64_t begin, int64_t end,
 
 struct Kernels {
   const char* name;
+  // Whether there is a loss of these options; the others must not be called for one that there is not.
+  bool (*computes)(const LossOptions&);
   void (*row_loss)(const Rows&, const LossOptions&, int64_t begin, int64_t end);
   // All rows, each in `parts` parts: for fewer rows than threads.
   void (*row_loss_in_parts)(const Rows&, const LossOptions&, int parts, Parallel);

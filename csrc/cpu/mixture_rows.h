@@ -7,11 +7,16 @@
 namespace fastkd {
 namespace FASTKD_ISA {
 
-// x log(x / m) for probabilities x <= m / weight; 0 at x = 0.
-FASTKD_INLINE vf times_log_ratio(vf x, vf m) {
-  const vf safe = select(x > 0.0f, m, broadcast(1.0f));
-  const vf ratio = select(x > 0.0f, x, broadcast(1.0f)) / safe;
-  return x * natural_log(ratio);
+// x log(x / m) for probabilities x <= m / weight; 0 at x = 0. `above` is x - m, from which comes the logarithm where the
+// two are close: their rounded ratio is 1 within more than all that the two differ by.
+FASTKD_INLINE vf times_log_ratio(vf x, vf m, vf above) {
+  const vf one = broadcast(1.0f);
+  const vf ratio = select(x > 0.0f, x, one) / select(x > 0.0f, m, one);
+  const Halves ratio_halves = halves_of(ratio);
+  const vi close = absolute(above) < 0.25f * m;
+  const vf numerator = select(close, above, ratio_halves.fraction - 1.0f);
+  const vf denominator = select(close, x + m, ratio_halves.fraction + 1.0f);
+  return x * (twice_atanh(numerator / denominator) + select(close, vf{}, ratio_halves.exponent * 0.693147181f));
 }
 
 struct MixtureSums {
@@ -29,9 +34,9 @@ FASTKD_INLINE MixtureSums mix_block(const float* exp_u, const float* exp_v, doub
     // m from the difference: at p = q it is q exactly, and both logarithms are 0.
     const vf difference = rounded(p) - rounded(q);
     const vf m = beta <= 0.5 ? q + weight_p * difference : p - weight_q * difference;
-    const vf q_log = times_log_ratio(q, m);
+    const vf q_log = times_log_ratio(q, m, weight_p * -difference);
     sum_q += q_log;
-    sum_p += times_log_ratio(p, m);
+    sum_p += times_log_ratio(p, m, weight_q * difference);
     store(to_q + i, q);
     store(to_q_log + i, q_log);
   }
@@ -80,6 +85,7 @@ static void combine_mixture(RowJob& job, const RowPart* parts, int count) {
   double teacher_kl = 0;
   job.student_kl = 0;
   for (int i = 0; i < count; i++) job.student_kl += parts[i].student_sum, teacher_kl += parts[i].teacher_sum;
+  job.student_kl += 0 * teacher_kl;  // a NaN of either makes the gradient NaN
   const double beta = job.options->values[1];
   write_loss(job, beta * teacher_kl + (1 - beta) * job.student_kl);
 }
@@ -105,7 +111,7 @@ static void sweep_mixture_gradient(const RowJob& job, int64_t begin, int64_t end
 
 constexpr Phases kMixturePhases = {3,
                                    {sweep_statistics<0>, sweep_mixture, sweep_mixture_gradient},
-                                   {combine_sums, combine_mixture, nothing_to_combine}};
+                                   {combine_sums<0>, combine_mixture, nothing_to_combine}};
 
 }  // namespace FASTKD_ISA
 }  // namespace fastkd

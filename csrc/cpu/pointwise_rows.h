@@ -43,6 +43,7 @@ FASTKD_INLINE ClassTerm log_cosh(vf x) {
 
 template <Loss kLoss>
 FASTKD_INLINE ClassTerm pointwise(vf s, vf t, float inverse) {
+  static_assert(kLoss == Loss::kBinaryKL || kLoss == Loss::kBinaryKLNorm, "no pointwise loss");
   if (kLoss == Loss::kBinaryKL) return binary_kl(s * inverse, t * inverse);
   return log_cosh((s - t) * (0.5f * inverse));
 }

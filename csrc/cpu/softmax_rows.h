@@ -25,22 +25,24 @@ static Moments moments_of(const Matrix& logits, int64_t row, int64_t begin, int6
   for (int64_t offset = begin; offset < end; offset += kBlock) {
     const int n = block_size(end, offset);
     const int padded = load_block(logits, row, offset, n, block);
-    const double mean = double(sum_of_block(block, n)) / n;
-    vf deviations = {};
-    for (int i = n; i < padded; i++) block[i] = float(mean);
+    // Near the mean, and how far from it the deviations say: far from 0 the sum itself loses the spread.
+    const float near_mean = sum_of_block(block, n) / float(n);
+    vf deviations = {}, squares = {};
+    for (int i = n; i < padded; i++) block[i] = near_mean;
     for (int i = 0; i < padded; i += kLanes) {
-      const vf centred = load(block + i) - broadcast(float(mean));
-      deviations += centred * centred;
+      const vf deviation = load(block + i) - broadcast(near_mean);
+      deviations += deviation;
+      squares += deviation * deviation;
     }
-    // float(mean) is off by less than a rounding, which adds its square a class: nothing.
-    total = joined(total, {double(n), mean, horizontal_sum(deviations)});
+    const double sum = horizontal_sum(deviations), around_mean = horizontal_sum(squares) - sum * sum / n;
+    total = joined(total, {double(n), near_mean + sum / n, around_mean < 0 ? 0 : around_mean});
   }
   return total;
 }
 
 static RowScale<double> standardizing_scale(const Moments& moments, double temperature) {
   const double deviation = __builtin_sqrt(moments.squares / (moments.count - 1));
-  return {1.0 / ((deviation + kStandardizeEpsilon) * temperature), moments.mean, deviation};
+  return {1.0 / ((deviation + kStandardizeEpsilon) * temperature), moments.mean, 0, deviation};
 }
 
 static void sweep_moments(const RowJob& job, int64_t begin, int64_t end, RowPart& part) {
@@ -71,10 +73,10 @@ FASTKD_INLINE vf student_exponential(const Exponents& e, vf s) { return exp_or_z
 FASTKD_INLINE vf teacher_exponential(const Exponents& e, vf t) { return exp_or_zero(t - e.base_t, e.teacher); }
 
 // Takes the label's logits out of a block, as masked classes; `top` is then the largest of what remains.
-FASTKD_INLINE void set_label_aside(float* z_s, float* z_t, int64_t at, int padded, RowLabel& label, vf& top_s,
-                                   vf& top_t) {
+FASTKD_INLINE void set_label_aside(float* z_s, float* z_t, int64_t at, int padded, float masked, RowLabel& label,
+                                   vf& top_s, vf& top_t) {
   label = {true, z_s[at], z_t[at]};
-  z_s[at] = z_t[at] = kMasked;
+  z_s[at] = z_t[at] = masked;
   for (int i = 0; i < padded; i += kLanes) {
     top_s = at_least(load(z_s + i), top_s);
     top_t = at_least(load(z_t + i), top_t);
@@ -83,7 +85,7 @@ FASTKD_INLINE void set_label_aside(float* z_s, float* z_t, int64_t at, int padde
 
 // What the classes of a block add to each sum; kNeeds asks for some of them.
 struct BlockSums {
-  vf sum_s, sum_t, dot_s, dot_t, moment_s, moment_t, entropy_t, plain_s, plain_t;
+  vf sum_s, sum_t, dot_s, dot_t, cross_t, moment_s, moment_t, plain_s, plain_t;
 };
 
 // Where a block's exponentials are kept.
@@ -102,40 +104,43 @@ FASTKD_INLINE BlockSums sum_block(const RowJob& job, int64_t offset, int padded,
                                   const Exponentials to, const Logits& logits) {
   const Rows& rows = *job.rows;
   const Row<double>& row = job.row;
+  const vf mean_s = broadcast(float(row.student.mean));
   const vf slope_s = broadcast(float(row.student.slope)), slope_t = broadcast(float(row.teacher.slope));
-  const vf mean_s = broadcast(float(row.student.mean)), mean_t = broadcast(float(row.teacher.mean));
   const Ahead next_s = ahead_of_block(rows.student, rows, job.index, offset);
   const Ahead next_t = ahead_of_block(rows.teacher, rows, job.index, offset);
   const Ahead gradient = ahead_at(rows.gradient, job.index, offset);
   const bool with_gradient = rows.gradient.data != nullptr;
   const vf base_s = exponents.base_s, base_t = exponents.base_t;
   const Exponent exponent_s = exponents.student, exponent_t = kNeeds & kOwnSlopes ? exponents.teacher : exponent_s;
-  vf sum_s = {}, sum_t = {}, dot_s = {}, dot_t = {}, moment_s = {}, moment_t = {}, entropy_t = {};
+  vf sum_s = {}, sum_t = {}, dot_s = {}, dot_t = {}, cross_t = {}, moment_s = {}, moment_t = {};
   vf plain_s = {}, plain_t = {};
   const auto add = [&](int i) __attribute__((always_inline)) {
     vf s, t;
     logits(i, s, t);
-    const vf exp_u = exp_or_zero(s - base_s, exponent_s), exp_v = exp_or_zero(t - base_t, exponent_t);
-    // Equal logits differ by exactly 0, and masked ones by a number. A common slope follows after the sum.
-    vf difference = t - s;
-    if (kNeeds & kOwnSlopes) {
-      const vf u = rounded((s - mean_s) * slope_s);
-      difference = rounded((t - mean_t) * slope_t) - u;
-      if (kNeeds & kStandardized) {
-        moment_s += exp_u * u;
-        moment_t += exp_v * u;
-      }
-    }
+    // The differences below are of the very numbers that the exponentials are taken of: what rounding does to them
+    // then moves the divergence only as a change of the logits would.
+    const vf x_s = s - base_s, x_t = t - base_t;
+    const vf exp_u = exp_or_zero(x_s, exponent_s), exp_v = exp_or_zero(x_t, exponent_t);
     sum_s += exp_u;
     sum_t += exp_v;
-    if (kNeeds & kTilt) dot_s += exp_u * difference;
-    else dot_t += exp_v * difference;
-    if (kNeeds & kTeacherEntropy) entropy_t += exp_v * (t - exponents.base_t);
-    if (kNeeds & kPlainTeacher) plain_t += exp_or_zero(t - exponents.base_t);
+    if (kNeeds & kCrossEntropy) {
+      cross_t += exp_v * x_s;
+    } else {
+      // Equal logits differ by exactly 0, and masked ones by a number. A common slope follows after the sum.
+      const vf difference = kNeeds & kOwnSlopes ? rounded(x_t * slope_t) - rounded(x_s * slope_s) : x_t - x_s;
+      if (kNeeds & kTilt) dot_s += exp_u * difference;
+      else dot_t += exp_v * difference;
+    }
+    if (kNeeds & kStandardized) {
+      const vf above_mean = s - mean_s;
+      moment_s += exp_u * above_mean;
+      moment_t += exp_v * above_mean;
+    }
+    if (kNeeds & kPlainTeacher) plain_t += exp_or_zero(x_t);
     store(to.student + i, exp_u);
     store(to.teacher + i, exp_v);
     if (kNeeds & kPlainStudent) {
-      const vf exp_z = exp_or_zero(s - exponents.base_s);
+      const vf exp_z = exp_or_zero(x_s);
       plain_s += exp_z;
       store(to.plain + i, exp_z);
     }
@@ -146,25 +151,23 @@ FASTKD_INLINE BlockSums sum_block(const RowJob& job, int64_t offset, int padded,
     if (with_gradient) fetch_to_write(gradient, line);
     for (int i = line; i < line + kLine; i += kLanes) add(i);
   }
-  return {sum_s, sum_t, dot_s, dot_t, moment_s, moment_t, entropy_t, plain_s, plain_t};
+  return {sum_s, sum_t, dot_s, dot_t, cross_t, moment_s, moment_t, plain_s, plain_t};
 }
 
-template <unsigned kNeeds>
-FASTKD_INLINE void add_block(const BlockSums& sums, const Row<double>& row, SoftmaxStatistics<double>& total) {
-  const double common_slope = kNeeds & kOwnSlopes ? 1.0 : row.teacher.slope;
+FASTKD_INLINE void add_block(const BlockSums& sums, SoftmaxStatistics<double>& total) {
   total.sum_s += horizontal_sum(sums.sum_s);
   total.sum_t += horizontal_sum(sums.sum_t);
-  total.dot_s += horizontal_sum(sums.dot_s) * common_slope;
-  total.dot_t += horizontal_sum(sums.dot_t) * common_slope;
+  total.dot_s += horizontal_sum(sums.dot_s);
+  total.dot_t += horizontal_sum(sums.dot_t);
+  total.cross_t += horizontal_sum(sums.cross_t);
   total.moment_s += horizontal_sum(sums.moment_s);
   total.moment_t += horizontal_sum(sums.moment_t);
-  total.entropy_t += horizontal_sum(sums.entropy_t) * row.teacher.slope;
   total.plain_s += horizontal_sum(sums.plain_s);
   total.plain_t += horizontal_sum(sums.plain_t);
 }
 
 FASTKD_INLINE bool all_finite(const BlockSums& b) {
-  const vf all = b.sum_s + b.sum_t + b.dot_s + b.dot_t + b.moment_s + b.moment_t + b.entropy_t + b.plain_s + b.plain_t;
+  const vf all = b.sum_s + b.sum_t + b.dot_s + b.dot_t + b.moment_s + b.moment_t + b.cross_t + b.plain_s + b.plain_t;
   return horizontal_sum(all - all) == 0;
 }
 
@@ -197,7 +200,7 @@ static __attribute__((noinline)) Once sum_at_once(const RowJob& job, int64_t off
   if (horizontal_max(top_s) > total.max_s + room_s || horizontal_max(top_t) > total.max_t + room_t)
     return Once::kAboveBase;
   if (!all_finite(sums)) return Once::kNotFinite;
-  add_block<kNeeds>(sums, row, total);
+  add_block(sums, total);
   return Once::kDone;
 }
 
@@ -216,8 +219,9 @@ static void sweep_statistics(const RowJob& job, int64_t begin, int64_t end, RowP
   const Kept& kept = job.kept;
   SoftmaxStatistics<double>& total = part.sums;
   const bool keeps = kept.student != nullptr;
-  const bool smooths = job.options->loss == Loss::kSoftmax && job.options->softmax.label_smoothing != 0;
+  const bool smooths = smooths_label(*job.options);
   bool at_once = rows.teacher.dtype == rows.student.dtype && !smooths;
+  const float masked = kNeeds & kOwnSlopes ? masked_value(row) : kMasked;
   total.max_s = total.max_t = kMasked;
 
   for (int64_t offset = begin; offset < end; offset += kBlock) {
@@ -231,24 +235,25 @@ static void sweep_statistics(const RowJob& job, int64_t begin, int64_t end, RowP
     if (came != Once::kDone) {
       const vf top_before_s = broadcast(total.max_s), top_before_t = broadcast(total.max_t);
       vf top_s = top_before_s, top_t = top_before_t;
-      const int padded = load_block(rows.student, job.index, offset, n, z_s, kMasked, top_s);
-      load_block(rows.teacher, job.index, offset, n, z_t, kMasked, top_t);
-      if (smooths) total.logit_sum += sum_of_block(z_s, n);
+      const int padded = load_block(rows.student, job.index, offset, n, z_s, masked, top_s);
+      load_block(rows.teacher, job.index, offset, n, z_t, masked, top_t);
+      if (smooths) total.logit_sum += sum_of_block(z_s, n, row.origin);
       if (has_label) {
         top_s = top_before_s, top_t = top_before_t;
-        set_label_aside(z_s, z_t, label_at, padded, part.label, top_s, top_t);
+        set_label_aside(z_s, z_t, label_at, padded, masked, part.label, top_s, top_t);
       }
-      rebase(total, horizontal_max(top_s), horizontal_max(top_t), row.student.slope, row.teacher.slope);
+      rebase<kNeeds>(total, horizontal_max(top_s), horizontal_max(top_t), row.student.slope, row.teacher.slope);
       const Exponents exponents = exponents_of(row, total.max_s, total.max_t);
       const BlockSums sums = sum_block<kNeeds>(job, offset, padded, exponents, to,
           [&](int i, vf& s, vf& t) __attribute__((always_inline)) { s = load(z_s + i), t = load(z_t + i); });
-      add_block<kNeeds>(sums, row, total);
+      add_block(sums, total);
     }
     if (keeps) kept.max_s[offset / kBlock] = total.max_s, kept.max_t[offset / kBlock] = total.max_t;
   }
 }
 
 // The statistics of the whole row, and its label's logits.
+template <unsigned kNeeds>
 static void combine_sums(RowJob& job, const RowPart* parts, int count) {
   SoftmaxStatistics<double>& total = job.row.sums;
   total = parts[0].sums;
@@ -257,20 +262,22 @@ static void combine_sums(RowJob& job, const RowPart* parts, int count) {
     SoftmaxStatistics<double> part = parts[i].sums;
     const float max_s = part.max_s > total.max_s ? part.max_s : total.max_s;
     const float max_t = part.max_t > total.max_t ? part.max_t : total.max_t;
-    rebase(total, max_s, max_t, job.row.student.slope, job.row.teacher.slope);
-    rebase(part, max_s, max_t, job.row.student.slope, job.row.teacher.slope);
+    rebase<kNeeds>(total, max_s, max_t, job.row.student.slope, job.row.teacher.slope);
+    rebase<kNeeds>(part, max_s, max_t, job.row.student.slope, job.row.teacher.slope);
     add_sums(total, part);
     if (parts[i].label.present) job.row.label = parts[i].label;
   }
+  if (!(kNeeds & kOwnSlopes)) total.dot_s *= job.row.teacher.slope, total.dot_t *= job.row.teacher.slope;
+  total.cross_t *= job.row.student.slope;
 }
 
-template <unsigned kNeeds>
+template <Loss kLoss, unsigned kNeeds>
 static void combine_statistics(RowJob& job, const RowPart* parts, int count) {
-  combine_sums(job, parts, count);
+  combine_sums<kNeeds>(job, parts, count);
   if (!(kNeeds & kPlainStudent)) job.row.sums.plain_s = job.row.sums.sum_s;  // read only where that is what they are
   if (!(kNeeds & kPlainTeacher)) job.row.sums.plain_t = job.row.sums.sum_t;
   const Rows& rows = *job.rows;
-  const SoftmaxResult<double> result = apply_formula(*job.options, job.row);
+  const SoftmaxResult<double> result = formula_of<kLoss>(*job.options, job.row);
   const double weight = weight_of(rows, job.index);
   write_loss(job, result.loss);
   for (int term = 0; term < 4 && rows.terms != nullptr; term++)
@@ -293,8 +300,13 @@ static void sweep_gradient(const RowJob& job, int64_t begin, int64_t end, RowPar
   const SoftmaxGradient<double>& g = job.gradient;
   const Kept& kept = job.kept;
   const bool keeps = kept.student != nullptr;
-  const vf mean = broadcast(float(row.student.mean)), affine = broadcast(float(g.affine));
-  const vf constant = broadcast(float(g.constant));
+  const float mean = float(row.student.mean), affine = float(g.affine);
+  const float constant = float(g.constant - g.affine * (row.student.mean - mean));
+  // The tilt's differences of logits: exact near equality where the bases are near each other, else relative to them.
+  const double bases = (double(row.sums.max_t) - row.sums.max_s) * row.student.slope;
+  const bool near = __builtin_fabs(bases) < 1;
+  const vf origin_s = broadcast(near ? 0.0f : row.sums.max_s), origin_t = broadcast(near ? 0.0f : row.sums.max_t);
+  const double untilted = g.student - (near ? g.tilt * bases : 0.0);
   const Exponents exponents = exponents_of(row, row.sums.max_s, row.sums.max_t);
   for (int64_t block = (end - 1) / kBlock; block >= begin / kBlock; block--) {
     const int64_t offset = block * kBlock;
@@ -320,14 +332,14 @@ static void sweep_gradient(const RowJob& job, int64_t begin, int64_t end, RowPar
     const double factor_s = below_s == 0 ? 1.0 : __builtin_exp(below_s * row.student.slope);
     const double factor_t = below_t == 0 ? 1.0 : __builtin_exp(below_t * row.teacher.slope);
     const double factor_1 = (kNeeds & kPlainStudent) && below_s != 0 ? __builtin_exp(below_s) : 1.0;
-    const vf a = broadcast(float(g.student * factor_s)), b = broadcast(float(g.teacher * factor_t));
+    const vf a = broadcast(float(untilted * factor_s)), b = broadcast(float(g.teacher * factor_t));
     const vf c = broadcast(float(g.plain * factor_1)), tilt = broadcast(float(g.tilt * factor_s * row.student.slope));
     store_block(rows.gradient, job.index, offset, n, [&](int i) __attribute__((always_inline)) {
       const vf exp_u = load(exponentials.student + i);
-      if (kNeeds & kTilt) return exp_u * (a + tilt * (load(z_t + i) - load(z_s + i)));
-      vf value = rounded(a * exp_u) - rounded(b * load(exponentials.teacher + i)) + constant;
+      if (kNeeds & kTilt) return exp_u * (a + tilt * ((load(z_t + i) - origin_t) - (load(z_s + i) - origin_s)));
+      vf value = rounded(a * exp_u) - rounded(b * load(exponentials.teacher + i)) + broadcast(constant);
       if (kNeeds & kPlainStudent) value += c * load(exponentials.plain + i);
-      if (kNeeds & kStandardized) value += affine * (load(z_s + i) - mean);
+      if (kNeeds & kStandardized) value += broadcast(affine) * (load(z_s + i) - broadcast(mean));
       return value;
     });
   }
@@ -335,31 +347,43 @@ static void sweep_gradient(const RowJob& job, int64_t begin, int64_t end, RowPar
     fill_row(rows.gradient, job.index, job.label_class, 1, float(g.label));
 }
 
-template <unsigned kNeeds>
+template <Loss kLoss, unsigned kNeeds>
 static const Phases& softmax_phases() {
   static constexpr Phases standardized = {3,
                                           {sweep_moments, sweep_statistics<kNeeds>, sweep_gradient<kNeeds>},
-                                          {combine_moments, combine_statistics<kNeeds>, nothing_to_combine}};
+                                          {combine_moments, combine_statistics<kLoss, kNeeds>, nothing_to_combine}};
   static constexpr Phases plain = {2,
                                    {sweep_statistics<kNeeds>, sweep_gradient<kNeeds>, nullptr},
-                                   {combine_statistics<kNeeds>, nothing_to_combine, nullptr}};
+                                   {combine_statistics<kLoss, kNeeds>, nothing_to_combine, nullptr}};
   return kNeeds & kStandardized ? standardized : plain;
 }
 
-// The skeleton as compiled for what a loss needs.
-static const Phases& softmax_phases_for(const LossOptions& options) {
-  switch (needs_of(options)) {
-    case kPlainStudent: return softmax_phases<kPlainStudent>();
-    case kOwnSlopes | kStandardized: return softmax_phases<kOwnSlopes | kStandardized>();
-    case kPlainStudent | kOwnSlopes | kStandardized:
-      return softmax_phases<kPlainStudent | kOwnSlopes | kStandardized>();
-    case kTeacherEntropy: return softmax_phases<kTeacherEntropy>();
-    case kTeacherEntropy | kPlainStudent | kPlainTeacher:
-      return softmax_phases<kTeacherEntropy | kPlainStudent | kPlainTeacher>();
-    case kOwnSlopes | kPlainTeacher: return softmax_phases<kOwnSlopes | kPlainTeacher>();
-    case kTilt: return softmax_phases<kTilt>();
-    default: return softmax_phases<0>();
+// The skeleton as compiled for what a loss needs; nullptr where it is compiled for no such loss.
+static const Phases* softmax_phases_for(const LossOptions& options) {
+  constexpr unsigned kLSKD = kOwnSlopes | kStandardized, kPlain = kPlainStudent | kPlainTeacher;
+  const unsigned needs = needs_of(options);
+  switch (options.loss) {
+    case Loss::kSoftmax:
+      if (needs == 0) return &softmax_phases<Loss::kSoftmax, 0>();
+      if (needs == kPlainStudent) return &softmax_phases<Loss::kSoftmax, kPlainStudent>();
+      if (needs == kLSKD) return &softmax_phases<Loss::kSoftmax, kLSKD>();
+      if (needs == (kLSKD | kPlainStudent)) return &softmax_phases<Loss::kSoftmax, kLSKD | kPlainStudent>();
+      break;
+    case Loss::kNKD:
+      if (needs == kCrossEntropy) return &softmax_phases<Loss::kNKD, kCrossEntropy>();
+      if (needs == (kCrossEntropy | kPlain)) return &softmax_phases<Loss::kNKD, kCrossEntropy | kPlain>();
+      break;
+    case Loss::kTTM:
+      if (needs == (kOwnSlopes | kPlainTeacher)) return &softmax_phases<Loss::kTTM, kOwnSlopes | kPlainTeacher>();
+      break;
+    case Loss::kReverseKL:
+      if (needs == kTilt) return &softmax_phases<Loss::kReverseKL, kTilt>();
+      break;
+    case Loss::kJSD:
+    case Loss::kBinaryKL:
+    case Loss::kBinaryKLNorm: break;
   }
+  return nullptr;
 }
 
 }  // namespace FASTKD_ISA

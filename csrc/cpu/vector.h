@@ -84,7 +84,7 @@ struct PowerOfTwo {
 FASTKD_INLINE PowerOfTwo power_of_two(vf y) {
   constexpr float kBias = kRounder + 127.0f;  // the exponent of 1
   const vf shifted = rounded(y + kBias);
-  const vf scale = as_float(as_int(shifted) << 23), f = y - (shifted - kBias);
+  const vf scale = as_float((vi)((vu)shifted << 23)), f = y - (shifted - kBias);
   // Least-maximum-error fit of (2^f - 1) / f, relative error 1e-8.
   const vf slope = 
       0.693147188f + f * (0.240226498f + f * (0.0555035722f +
@@ -108,7 +108,7 @@ FASTKD_INLINE vf step_power(vi n) {
   const vi step = (vi)_mm256_permutevar8x32_epi32((__m256i)table, (__m256i)n);
 #endif
 #undef FASTKD_STEPS
-  return as_float(step + (n << 20));
+  return as_float((vi)((vu)step + ((vu)n << 20)));  // of a NaN any bits come out: they may wrap
 }
 
 FASTKD_INLINE vf rest_slope(vf f) {  // error 2.7e-8
@@ -117,7 +117,7 @@ FASTKD_INLINE vf rest_slope(vf f) {  // error 2.7e-8
 #else
 constexpr int kSteps = 1;
 
-FASTKD_INLINE vf step_power(vi n) { return as_float((n << 23) + 0x3f800000); }
+FASTKD_INLINE vf step_power(vi n) { return as_float((vi)(((vu)n << 23) + 0x3f800000u)); }  // of a NaN any bits
 
 FASTKD_INLINE vf rest_slope(vf f) {  // error 1.1e-7
   return 0.693147004f + f * (0.240222424f + f * (0.0555073395f + f * (0.00967151113f + f * 0.00132646528f)));
@@ -152,13 +152,21 @@ FASTKD_INLINE vf twice_atanh(vf w) {
   return w * (2.0f + s * (0.666663094f + s * (0.400251554f + s * (0.279569799f + s * 0.281950615f))));
 }
 
+// x = 2^exponent * fraction with a fraction from sqrt(1/2) to sqrt(2), for x > 0 in the normal range.
+struct Halves {
+  vf exponent, fraction;
+};
+
+FASTKD_INLINE Halves halves_of(vf x) {
+  const vu bits = (vu)x, above = bits - 0x3f3504f3u;
+  return {__builtin_convertvector((vi)above >> 23, vf), (vf)(bits - (above & 0xff800000u))};
+}
+
 // log(x) for x > 0 in the normal range.
 FASTKD_INLINE vf natural_log(vf x) {
-  // x = 2^n y with y from sqrt(1/2) to sqrt(2), so that w = (y - 1) / (y + 1) is at most 0.172.
-  const vi bits = as_int(x), above = bits - 0x3f3504f3;
-  const vf n = __builtin_convertvector(above >> 23, vf);
-  const vf y = as_float(bits - (above & int32_t(0xff800000)));
-  return twice_atanh((y - 1.0f) / (y + 1.0f)) + n * 0.693147181f;
+  const Halves halves = halves_of(x);  // (y - 1) / (y + 1) is at most 0.172
+  const vf y = halves.fraction;
+  return twice_atanh((y - 1.0f) / (y + 1.0f)) + halves.exponent * 0.693147181f;
 }
 
 // ---- logits of any dtype ------------------------------------------------------------------------------------
@@ -264,8 +272,10 @@ FASTKD_INLINE auto with_element(DType dtype, const Visit& visit) {
   switch (dtype) {
     case DType::kFloat: return visit(Element<DType::kFloat>());
     case DType::kBFloat16: return visit(Element<DType::kBFloat16>());
-    default: return visit(Element<DType::kHalf>());
+    case DType::kHalf: return visit(Element<DType::kHalf>());
+    case DType::kLong: break;
   }
+  __builtin_trap();  // whoever made the Matrix has let this dtype in
 }
 
 template <class E>
@@ -328,12 +338,12 @@ FASTKD_INLINE int load_block_as(const typename E::type* from, int n, float* to, 
     typename E::type tail[kLanes] = {};
     std::memcpy(tail, from + i, (n - i) * sizeof(tail[0]));
     store(to + i, at_least(E::load(tail), bound));
-    for (int j = n - i; j < kLanes; j++) to[i + j] = kMasked;
+    for (int j = n - i; j < kLanes; j++) to[i + j] = lowest;
     top = at_least(load(to + i), top);
     i += kLanes;
   }
   largest = top;
-  for (; i < padded_to_line(n); i += kLanes) store(to + i, broadcast(kMasked));
+  for (; i < padded_to_line(n); i += kLanes) store(to + i, bound);
   return i;
 }
 
@@ -351,13 +361,19 @@ FASTKD_INLINE int load_block(const Matrix& matrix, int64_t row, int64_t offset, 
   return load_block(matrix, row, offset, n, to, lowest, unused);
 }
 
-// The sum of a loaded block's n entries, without the padding.
-FASTKD_INLINE float sum_of_block(const float* block, int n) {
+FASTKD_INLINE float first_logit(const Matrix& matrix, int64_t row) {
+  float logit[kLine];
+  load_block(matrix, row, 0, 1, logit);
+  return logit[0];
+}
+
+// The sum of a loaded block's n entries relative to `origin`, without the padding.
+FASTKD_INLINE float sum_of_block(const float* block, int n, float origin = 0) {
   vf sums = {};
   int i = 0;
-  for (; i + kLanes <= n; i += kLanes) sums += load(block + i);
+  for (; i + kLanes <= n; i += kLanes) sums += load(block + i) - broadcast(origin);
   float total = horizontal_sum(sums);
-  for (; i < n; i++) total += block[i];
+  for (; i < n; i++) total += block[i] - origin;
   return total;
 }
 

@@ -13,20 +13,25 @@ typedef void (*RowKernel)(RowLossArguments);
 
 // The kernel as compiled for what a loss needs; nullptr if there is no such loss.
 inline RowKernel row_kernel_for(const LossOptions& options) {
-  constexpr unsigned kLSKD = kOwnSlopes | kStandardized;
+  constexpr unsigned kLSKD = kOwnSlopes | kStandardized, kPlain = kPlainStudent | kPlainTeacher;
   const unsigned needs = needs_of(options);
   switch (options.loss) {
     case Loss::kSoftmax:
-      return needs == 0               ? softmax_rows<Loss::kSoftmax, 0>
-             : needs == kPlainStudent ? softmax_rows<Loss::kSoftmax, kPlainStudent>
-             : needs == kLSKD         ? softmax_rows<Loss::kSoftmax, kLSKD>
-                                      : softmax_rows<Loss::kSoftmax, kLSKD | kPlainStudent>;
+      if (needs == 0) return softmax_rows<Loss::kSoftmax, 0>;
+      if (needs == kPlainStudent) return softmax_rows<Loss::kSoftmax, kPlainStudent>;
+      if (needs == kLSKD) return softmax_rows<Loss::kSoftmax, kLSKD>;
+      if (needs == (kLSKD | kPlainStudent)) return softmax_rows<Loss::kSoftmax, kLSKD | kPlainStudent>;
+      break;
     case Loss::kNKD:
-      return needs == kTeacherEntropy
-                 ? softmax_rows<Loss::kNKD, kTeacherEntropy>
-                 : softmax_rows<Loss::kNKD, kTeacherEntropy | kPlainStudent | kPlainTeacher>;
-    case Loss::kTTM: return softmax_rows<Loss::kTTM, kOwnSlopes | kPlainTeacher>;
-    case Loss::kReverseKL: return softmax_rows<Loss::kReverseKL, kTilt>;
+      if (needs == kCrossEntropy) return softmax_rows<Loss::kNKD, kCrossEntropy>;
+      if (needs == (kCrossEntropy | kPlain)) return softmax_rows<Loss::kNKD, kCrossEntropy | kPlain>;
+      break;
+    case Loss::kTTM:
+      if (needs == (kOwnSlopes | kPlainTeacher)) return softmax_rows<Loss::kTTM, kOwnSlopes | kPlainTeacher>;
+      break;
+    case Loss::kReverseKL:
+      if (needs == kTilt) return softmax_rows<Loss::kReverseKL, kTilt>;
+      break;
     case Loss::kJSD: return jsd_rows;
     case Loss::kBinaryKL: return pointwise_rows<Loss::kBinaryKL>;
     case Loss::kBinaryKLNorm: return pointwise_rows<Loss::kBinaryKLNorm>;
@@ -51,8 +56,14 @@ inline const char* refusal(int64_t classes, const TeamPlan& plan) {
   return nullptr;
 }
 
+inline bool is_kernel_dtype(DType dtype) {
+  return dtype == DType::kFloat || dtype == DType::kBFloat16 || dtype == DType::kHalf;
+}
+
 inline const char* refusal(const Rows* pairs, int count, const TeamPlan& plan) {
   if (count < 1 || count > kMostPairs) return "a launch takes 1 to 8 pairs of logits";
+  for (const Matrix& matrix : {pairs[0].student, pairs[0].teacher, pairs[0].gradient})
+    if (!is_kernel_dtype(matrix.dtype)) return "logits and gradients must be float32, bfloat16 or float16";
   for (int i = 1; i < count; i++) {
     if (pairs[i].count != pairs[0].count || pairs[i].classes != pairs[0].classes)
       return "the pairs of a launch must have equal rows and classes";
@@ -68,7 +79,7 @@ inline RowLossArguments arguments_of(const Rows* pairs, int count, const LossOpt
   for (int i = 0; i < count; i++) arguments.pairs[i] = pairs[i];
   arguments.options = options;
   arguments.dynamic = dynamic;
-  arguments.reads_teacher = options.loss != Loss::kSoftmax || distils(options.softmax);
+  arguments.reads_teacher = reads_teacher(options);
   arguments.plan = plan;
   return arguments;
 }

@@ -2,13 +2,18 @@
 // sums of the softmax family come before, and a sweep of its own before the gradient's.
 #pragma once
 
+#include "scalar_math.h"
 #include "softmax_rows.h"
 
 namespace fastkd {
 namespace cuda {
 
-// x log(x / m) of probabilities; 0 at x = 0.
-FASTKD_DEVICE float times_log_ratio(float x, float m) { return x > 0 ? x * logf(x / m) : 0.0f; }
+// x log(x / m) of probabilities; 0 at x = 0. `above` is x - m, from which comes the logarithm where the two are close:
+// their rounded ratio is 1 within more than all that the two differ by.
+FASTKD_DEVICE float times_log_ratio(float x, float m, float above) {
+  if (fabsf(above) < 0.25f * m) return x * twice_atanh(quotient(above, x + m));
+  return x > 0 ? x * logf(x / m) : x * 0.0f;  // a NaN stays
+}
 
 struct MixtureValue {
   float q, q_log, p_log;  // q, q log(q / m) and p log(p / m)
@@ -16,8 +21,9 @@ struct MixtureValue {
 
 FASTKD_DEVICE MixtureValue mixture_of(float q, float p, float beta) {
   // m from the difference: at p = q it is q exactly, and both logarithms are 0.
-  const float m = beta <= 0.5f ? fused(beta, p - q, q) : fused(beta - 1.0f, p - q, p);
-  return {q, times_log_ratio(q, m), times_log_ratio(p, m)};
+  const float difference = p - q;
+  const float m = beta <= 0.5f ? fused(beta, difference, q) : fused(beta - 1.0f, difference, p);
+  return {q, times_log_ratio(q, m, -beta * difference), times_log_ratio(p, m, (1.0f - beta) * difference)};
 }
 
 FASTKD_KERNEL jsd_rows(FASTKD_PARAMETER RowLossArguments arguments) {
@@ -57,7 +63,8 @@ FASTKD_KERNEL jsd_rows(FASTKD_PARAMETER RowLossArguments arguments) {
   if (head.kind != RowKind::kComputed) {
     write_uncomputed(team, rows, index, head.kind);
   } else {
-    const float student_kl = divergences[0], weight = head.weight;
+    // A NaN of either model makes the gradient NaN.
+    const float student_kl = divergences[0] + 0.0f * divergences[1], weight = head.weight;
     write_losses(team, rows, index, weight * (beta * divergences[1] + (1.0f - beta) * student_kl), {});
     if (rows.gradient.data != nullptr) {
       const RowPointer gradient = gradient_row(rows, index, share);

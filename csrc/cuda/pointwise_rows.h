@@ -3,6 +3,7 @@
 #pragma once
 
 #include "row_ends.h"
+#include "scalar_math.h"
 
 namespace fastkd {
 namespace cuda {
@@ -10,26 +11,6 @@ namespace cuda {
 struct ValueAndSlope {
   float value, slope;
 };
-
-// 2 atanh(w) = log((1 + w) / (1 - w)) for |w| <= 1/3, relative error 4e-9.
-FASTKD_DEVICE float twice_atanh(float w) {
-  const float s = w * w;
-  const float tail = fused(s, fused(s, fused(s, 0.281950615f, 0.279569799f), 0.400251554f), 0.666663094f);
-  return w * fused(s, tail, 2.0f);
-}
-
-// e^x - 1 for x <= 0, without cancellation near 0.
-FASTKD_DEVICE float exp_minus_one(float x) {
-  const float y = x * 1.44269504f, n = rintf(y < -126.0f ? -126.0f : y), f = (y < -126.0f ? -126.0f : y) - n;
-  // Least-maximum-error fit of (2^f - 1) / f, relative error 1e-8.
-  float slope = fused(f, 0.000154035126f, 0.00133908498f);
-  slope = fused(f, slope, 0.00961823793f);
-  slope = fused(f, slope, 0.0555035722f);
-  slope = fused(f, slope, 0.240226498f);
-  slope = fused(f, slope, 0.693147188f);
-  const float scale = as_float(uint32_t(int(n) + 127) << 23);
-  return fused(scale, f * slope, scale - 1.0f);
-}
 
 // KL(Bern(sigmoid(v)) || Bern(sigmoid(u))) and its derivative in u, sigmoid(u) - sigmoid(v).
 FASTKD_DEVICE ValueAndSlope binary_kl(float u, float v) {
@@ -71,6 +52,7 @@ FASTKD_KERNEL pointwise_rows(FASTKD_PARAMETER RowLossArguments arguments) {
     float slopes[kVector], sum = 0;
 #pragma unroll
     for (int i = 0; i < kVector; i++) {
+      static_assert(kLoss == Loss::kBinaryKL || kLoss == Loss::kBinaryKLNorm, "no pointwise loss");
       const ValueAndSlope at = kLoss == Loss::kBinaryKL ? binary_kl(s[i] * inverse, t[i] * inverse)
                                                         : log_cosh((s[i] - t[i]) * (0.5f * inverse));
       sum += at.value;

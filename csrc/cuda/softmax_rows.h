@@ -13,17 +13,16 @@ template <unsigned kNeeds, class Visit>
 FASTKD_DEVICE void each_sum(SoftmaxStatistics<float>& sums, const Visit& visit) {
   visit(sums.sum_s);
   visit(sums.sum_t);
-  visit(kNeeds & kTilt ? sums.dot_s : sums.dot_t);
+  visit(kNeeds & kCrossEntropy ? sums.cross_t : kNeeds & kTilt ? sums.dot_s : sums.dot_t);
   visit(sums.logit_sum);
   if (kNeeds & kPlainStudent) visit(sums.plain_s);
   if (kNeeds & kPlainTeacher) visit(sums.plain_t);
-  if (kNeeds & kTeacherEntropy) visit(sums.entropy_t);
   if (kNeeds & kStandardized) visit(sums.moment_s), visit(sums.moment_t);
 }
 
 template <unsigned kNeeds>
 constexpr int kSumCount = 4 + (kNeeds & kPlainStudent ? 1 : 0) + (kNeeds & kPlainTeacher ? 1 : 0) +
-                          (kNeeds & kTeacherEntropy ? 1 : 0) + (kNeeds & kStandardized ? 2 : 0);
+                          (kNeeds & kStandardized ? 2 : 0);
 
 template <unsigned kNeeds>
 FASTKD_DEVICE void list_sums(SoftmaxStatistics<float>& sums, float (&values)[kSumCount<kNeeds>]) {
@@ -43,6 +42,7 @@ FASTKD_DEVICE void combine_statistics(Team& team, Row<float>& row) {
   int i = 0;
   each_sum<kNeeds>(row.sums, [&](float& sum) { sum = values[i++]; });
   if (!(kNeeds & kOwnSlopes)) row.sums.dot_s *= row.teacher.slope, row.sums.dot_t *= row.teacher.slope;
+  row.sums.cross_t *= row.student.slope;
   // Where these are not taken, T is 1.
   if (!(kNeeds & kPlainStudent)) row.sums.plain_s = row.sums.sum_s;
   if (!(kNeeds & kPlainTeacher)) row.sums.plain_t = row.sums.sum_t;
@@ -60,6 +60,7 @@ FASTKD_DEVICE void sum_share(const Sweep& sweep, int label, bool with_logit_sum,
   SoftmaxStatistics<float>& sums = row.sums;
   sums.max_s = sums.max_t = kMasked;
   const RowScale<float> student = row.student, teacher = row.teacher;
+  const float masked = kNeeds & kOwnSlopes ? masked_value(row) : kMasked;
   const float power_s = student.slope * kLog2E, power_t = teacher.slope * kLog2E;
   const float headroom_s = headroom(kNeeds & kPlainStudent, student.slope);
   const float headroom_t = headroom(kNeeds & kPlainTeacher, teacher.slope);
@@ -67,11 +68,20 @@ FASTKD_DEVICE void sum_share(const Sweep& sweep, int label, bool with_logit_sum,
 
   sweep([&](int column, float (&s)[kVector], float (&t)[kVector]) {
     if (with_logit_sum) {
-      for (int i = 0; i < kVector; i++) sums.logit_sum += is_inside(column + i, classes) ? s[i] : 0.0f;
+      float sum = 0;
+      for (int i = 0; i < kVector; i++) sum += is_inside(column + i, classes) ? s[i] - row.origin : 0.0f;
+      sums.logit_sum += sum;
     }
     if (is_inside(label - column, kVector)) {
       for (int i = 0; i < kVector; i++)
-        if (column + i == label) s[i] = t[i] = kMasked;
+        if (column + i == label) s[i] = t[i] = masked;
+    }
+    if (kNeeds & kOwnSlopes) {
+#pragma unroll
+      for (int i = 0; i < kVector; i++) {
+        s[i] = s[i] < masked ? masked : s[i];
+        t[i] = t[i] < masked ? masked : t[i];
+      }
     }
     const float top_s = largest_of(s, sums.max_s), top_t = largest_of(t, sums.max_t);
     if (top_s > sums.max_s + headroom_s || top_t > sums.max_t + headroom_t)
@@ -79,31 +89,38 @@ FASTKD_DEVICE void sum_share(const Sweep& sweep, int label, bool with_logit_sum,
     SoftmaxStatistics<float> part{};  // the vector's own sums: adding up eight first loses less in rounding
 #pragma unroll
     for (int i = 0; i < kVector; i++) {
-      const float above_s = s[i] - sums.max_s, above_t = t[i] - sums.max_t;
-      const float exp_u = power_of_two(above_s * power_s), exp_v = power_of_two(above_t * power_t);
-      // Equal logits differ by exactly 0, and masked ones by a number. A common slope follows after the sum.
-      float difference = t[i] - s[i];
-      if (kNeeds & kOwnSlopes) {
-        const float u = (s[i] - student.mean) * student.slope;
-        difference = (t[i] - teacher.mean) * teacher.slope - u;
-        if (kNeeds & kStandardized) {
-          part.moment_s = fused(exp_u, u, part.moment_s);
-          part.moment_t = fused(exp_v, u, part.moment_t);
-        }
-      }
+      // The differences below are of the very numbers that the exponentials are taken of: what rounding does to them
+      // then moves the divergence only as a change of the logits would.
+      const float x_s = s[i] - sums.max_s, x_t = t[i] - sums.max_t;
+      const float exp_u = power_of_two(x_s * power_s), exp_v = power_of_two(x_t * power_t);
       part.sum_s += exp_u;
       part.sum_t += exp_v;
-      if (kNeeds & kTilt) part.dot_s = fused(exp_u, difference, part.dot_s);
-      else part.dot_t = fused(exp_v, difference, part.dot_t);
-      if (kNeeds & kTeacherEntropy) part.entropy_t = fused(exp_v, above_t * teacher.slope, part.entropy_t);
-      if (kNeeds & kPlainStudent) part.plain_s += power_of_two(above_s * kLog2E);
-      if (kNeeds & kPlainTeacher) part.plain_t += power_of_two(above_t * kLog2E);
+      if (kNeeds & kCrossEntropy) {
+        part.cross_t = fused(exp_v, x_s, part.cross_t);
+      } else {
+        // Equal logits differ by exactly 0, and masked ones by a number. A common slope follows after the sum.
+        const float difference = kNeeds & kOwnSlopes ? x_t * teacher.slope - x_s * student.slope : x_t - x_s;
+        if (kNeeds & kTilt) part.dot_s = fused(exp_u, difference, part.dot_s);
+        else part.dot_t = fused(exp_v, difference, part.dot_t);
+      }
+      if (kNeeds & kStandardized) {
+        const float above_mean = s[i] - student.mean;
+        part.moment_s = fused(exp_u, above_mean, part.moment_s);
+        part.moment_t = fused(exp_v, above_mean, part.moment_t);
+      }
+      if (kNeeds & kPlainStudent) part.plain_s += power_of_two(x_s * kLog2E);
+      if (kNeeds & kPlainTeacher) part.plain_t += power_of_two(x_t * kLog2E);
     }
     float values[kSumCount<kNeeds>];
     list_sums<kNeeds>(part, values);
     int i = 0;
     each_sum<kNeeds>(sums, [&](float& sum) { sum += values[i++]; });
   });
+}
+
+// Rounding may leave the squares of a constant row below 0; a NaN stays.
+FASTKD_DEVICE float deviation_of(float squares, int classes) {
+  return squares < 0 ? 0.0f : sqrtf(squares / float(classes - 1));
 }
 
 // Brings both models' rows to (z - mean) / (deviation + epsilon) / T, the deviation with C - 1.
@@ -118,30 +135,27 @@ FASTKD_DEVICE void standardize(Team& team, const Share& share, Row<float>& row) 
     }
   });
   team.all(sums, Sum());
+  // Near the means, and how far from them the deviations say: far from 0 the sums themselves lose the spread.
   row.student.mean = sums[0] / float(classes);
   row.teacher.mean = sums[1] / float(classes);
-  float squares[] = {0.0f, 0.0f};
+  float deviations[] = {0.0f, 0.0f, 0.0f, 0.0f};  // sums, and sums of squares
   share.next_sweep([&](int column, float (&s)[kVector], float (&t)[kVector]) {
     for (int i = 0; i < kVector; i++) {
       if (!is_inside(column + i, classes)) continue;
       const float from_mean_s = s[i] - row.student.mean, from_mean_t = t[i] - row.teacher.mean;
-      squares[0] = fused(from_mean_s, from_mean_s, squares[0]);
-      squares[1] = fused(from_mean_t, from_mean_t, squares[1]);
+      deviations[0] += from_mean_s;
+      deviations[1] += from_mean_t;
+      deviations[2] = fused(from_mean_s, from_mean_s, deviations[2]);
+      deviations[3] = fused(from_mean_t, from_mean_t, deviations[3]);
     }
   });
-  team.all(squares, Sum());
-  row.student.deviation = sqrtf(squares[0] / float(classes - 1));
-  row.teacher.deviation = sqrtf(squares[1] / float(classes - 1));
+  team.all(deviations, Sum());
+  row.student.mean_rest = deviations[0] / float(classes);
+  row.teacher.mean_rest = deviations[1] / float(classes);
+  row.student.deviation = deviation_of(deviations[2] - deviations[0] * row.student.mean_rest, classes);
+  row.teacher.deviation = deviation_of(deviations[3] - deviations[1] * row.teacher.mean_rest, classes);
   row.student.slope /= row.student.deviation + kStandardizeEpsilon;
   row.teacher.slope /= row.teacher.deviation + kStandardizeEpsilon;
-}
-
-template <Loss kLoss>
-FASTKD_DEVICE SoftmaxResult<float> formula_of(const LossOptions& options, const Row<float>& row) {
-  if (kLoss == Loss::kNKD) return nkd_formula(options.nkd, row);
-  if (kLoss == Loss::kTTM) return ttm_formula(options.ttm, row);
-  if (kLoss == Loss::kReverseKL) return reverse_kl_formula(row);
-  return softmax_formula(options.softmax, row);
 }
 
 template <unsigned kNeeds>
@@ -150,6 +164,11 @@ FASTKD_DEVICE void write_gradient(const Share& share, const RowPointer& gradient
   const float power_s = row.student.slope * kLog2E, power_t = row.teacher.slope * kLog2E;
   const float max_s = row.sums.max_s, max_t = row.sums.max_t, tilt = g.tilt * row.student.slope;
   const int classes = int(row.classes);
+  // The tilt's differences of logits: exact near equality where the bases are near each other, else relative to them.
+  const float bases = (max_t - max_s) * row.student.slope;
+  const bool near = fabsf(bases) < 1.0f;
+  const float origin_s = near ? 0.0f : max_s, origin_t = near ? 0.0f : max_t;
+  const float untilted = near ? g.student - g.tilt * bases : g.student;
   share.next_sweep([&](int column, float (&s)[kVector], float (&t)[kVector]) {
     float values[kVector];
 #pragma unroll
@@ -157,13 +176,13 @@ FASTKD_DEVICE void write_gradient(const Share& share, const RowPointer& gradient
       const float above_s = s[i] - max_s;
       const float exp_u = power_of_two(above_s * power_s);
       if (kNeeds & kTilt) {
-        values[i] = exp_u * fused(tilt, t[i] - s[i], g.student);
+        values[i] = exp_u * fused(tilt, (t[i] - origin_t) - (s[i] - origin_s), untilted);
         continue;
       }
       const float exp_v = power_of_two((t[i] - max_t) * power_t);
       values[i] = g.student * exp_u - g.teacher * exp_v + g.constant;  // equal products cancel: no multiply-add
       if (kNeeds & kPlainStudent) values[i] = fused(g.plain, power_of_two(above_s * kLog2E), values[i]);
-      if (kNeeds & kStandardized) values[i] = fused(g.affine, s[i] - row.student.mean, values[i]);
+      if (kNeeds & kStandardized) values[i] = fused(g.affine, above_mean(s[i], row.student), values[i]);
     }
     if (is_inside(label - column, kVector)) {
       for (int i = 0; i < kVector; i++)
@@ -182,8 +201,10 @@ FASTKD_KERNEL softmax_rows(FASTKD_PARAMETER RowLossArguments arguments) {
   const RowHead head = head_of(rows, index, labelled);
   const int label = head.label;
   const Share share = share_of(team, arguments, rows, index, head.kind);
-  LoadedLogit label_s{}, label_t{};
+  const bool with_logit_sum = kLoss == Loss::kSoftmax && smooths_label(arguments.options);
+  LoadedLogit label_s{}, label_t{}, origin{};
   if (label >= 0) {
+    if (with_logit_sum) origin = load_logit(share.student(), 0);
     label_s = load_logit(share.student(), label);
     if (arguments.reads_teacher) label_t = load_logit(share.teacher(), label);
   }
@@ -191,7 +212,7 @@ FASTKD_KERNEL softmax_rows(FASTKD_PARAMETER RowLossArguments arguments) {
   Row<float> row{};
   row.classes = rows.classes;
   slopes_of(options_of(arguments), row.student.slope, row.teacher.slope);
-  const bool with_logit_sum = kLoss == Loss::kSoftmax && arguments.options.softmax.label_smoothing != 0;
+  row.origin = value_of(origin);
   if (kNeeds & kStandardized) {
     standardize(team, share, row);
     sum_share<kNeeds>([&](const auto& visit) { share.next_sweep(visit); }, label, with_logit_sum, row);

@@ -1,0 +1,70 @@
+"""Runs the native CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer; ``--quick`` is for CI.
+
+The sources of ``csrc/cpu`` are compiled with ``benchmarks/sanitize.cpp``, which calls each instruction set's
+kernels on buffers of exactly the size that the arguments name: one element beyond a row, a weight or a
+label is an error of the run. ``--fault`` plants a fault in the driver (a weight's stride, a row's length or a
+shift out of range) and expects it to be found: that the run can fail.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+FLAGS = [
+    "-std=c++17", "-O1", "-g", "-ffp-contract=fast", "-fno-math-errno", "-fno-omit-frame-pointer", "-w",
+    # The rest of `undefined` (null, alignment, object-size) takes minutes to compile.
+    "-fsanitize=address,bounds,shift,signed-integer-overflow,integer-divide-by-zero,float-cast-overflow,return,"
+    "unreachable", "-fno-sanitize-recover=all",
+]  # fmt: skip
+FAULTS = ("weight", "row", "arithmetic")
+
+
+def build(folder: Path) -> Path:
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        sys.exit("sanitize: no C++ compiler was found")
+    program = folder / "sanitize"
+    sources = [ROOT / "benchmarks/sanitize.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
+    objects = [folder / f"{source.stem}.o" for source in sources]
+    compilations = [
+        subprocess.Popen([compiler, *FLAGS, f"-I{ROOT / 'csrc'}", "-c", str(source), "-o", str(target)])
+        for source, target in zip(sources, objects, strict=True)
+    ]
+    statuses = [compilation.wait() for compilation in compilations]
+    if any(statuses):
+        sys.exit("sanitize: the sources do not compile")
+    subprocess.run([compiler, *FLAGS, *map(str, objects), "-o", str(program)], check=True)
+    return program
+
+
+def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "UBSAN_OPTIONS": "print_stacktrace=1", "ASAN_OPTIONS": "detect_leaks=1"}
+    return subprocess.run([str(program), *arguments], capture_output=True, text=True, env=environment)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer sizes, for CI")
+    parser.add_argument("--fault", choices=FAULTS, help="plant this fault and expect it to be found")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        program = build(Path(folder))
+        if arguments.fault:
+            done = run(program, "quick", arguments.fault)
+            found = done.returncode != 0 and ("Sanitizer" in done.stderr or "runtime error" in done.stderr)
+            print(
+                f"sanitize: the planted fault ({arguments.fault}) {'was found' if found else 'WENT UNSEEN'}"
+            )
+            sys.exit(not found)
+        done = run(program, "quick" if arguments.quick else "full")
+        print(done.stdout + done.stderr[-8000:], end="")
+        sys.exit(done.returncode != 0)
+
+
+if __name__ == "__main__":
+    main()
