@@ -110,7 +110,6 @@ class BuildNative(build_ext):
     """Compiles the extension, with as many processes as there are cores, and survives a failure."""
 
     def run(self) -> None:
-        check_environment()
         try:
             super().run()
         except Exception as error:  # no compiler, an old one, an unknown platform: the install must go on

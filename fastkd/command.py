@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 
 from fastkd import backend
+from fastkd.environment import EnvironmentValueError
 
 BROKEN_PIPE_STATUS = 141  # of a process that SIGPIPE ended, as the shell reports it
 
@@ -20,11 +21,10 @@ def run_command(work: Callable[[], int]) -> int:
     try:
         try:
             backend.get_backend()
-        except ValueError as error:
+            return work()
+        except EnvironmentValueError as error:
             print(f"fastkd: error: {error}", file=sys.stderr)
             return 2
-        try:
-            return work()
         finally:
             sys.stdout.flush()
     except BrokenPipeError:

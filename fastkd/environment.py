@@ -6,21 +6,25 @@ import os
 from collections.abc import Sequence
 
 
+class EnvironmentValueError(ValueError):
+    """An environment variable holds a value that fastkd does not know."""
+
+
 def check_choice(variable: str, value: str, allowed: Sequence[str]) -> None:
     """Refuse the variable's ``value`` unless it is one of ``allowed``."""
     if value not in allowed:
-        raise ValueError(
+        raise EnvironmentValueError(
             f"the environment's {variable} is {value!r}; expected one of {', '.join(allowed)}, or nothing"
         )
 
 
 def count(variable: str, default: int, least: int = 0) -> int:
     """The variable's value, an integer of at least ``least``; ``default`` where it is unset or empty."""
-    value = os.environ.get(variable, "").strip()
-    if not value:
+    value = os.environ.get(variable, "")
+    if not value.strip():
         return default
     if not value.isascii() or not value.isdecimal() or int(value) < least:
-        raise ValueError(
+        raise EnvironmentValueError(
             f"the environment's {variable} is {value!r}; expected an integer from {least} on, or nothing"
         )
     return int(value)

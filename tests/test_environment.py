@@ -48,6 +48,13 @@ def test_a_backend_that_is_none_is_an_error_at_the_first_loss(monkeypatch):
         fastkd.get_backend()
 
 
+def test_an_instruction_set_that_is_none_is_one_line():
+    done = run("-m", "fastkd", "doctor", FASTKD_ISA="AVX2")
+    assert done.returncode == 2
+    assert done.stderr.startswith("fastkd: error: the environment's FASTKD_ISA is 'AVX2'; expected portable")
+    assert done.stderr.count("\n") == 1
+
+
 def test_an_empty_variable_counts_as_unset():
     done = run("-c", "import fastkd; print(fastkd.get_backend())", FASTKD_BACKEND="")
     assert done.stdout.strip() == "auto"
@@ -76,16 +83,6 @@ def test_the_other_numbers_of_torchrun(variable, monkeypatch, capsys):
         monkeypatch.setenv(name, value)
     assert main(["train", "glyphs/kd"]) == 2
     assert f"the environment's {variable} is 'first'; expected an integer" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("variable", "value"),
-    [("FASTKD_WITHOUT_CUDA", "yes"), ("FASTKD_CUDA_ARCHS", "sm_90"), ("FASTKD_CUDA_ARCHS", "70")],
-)
-def test_the_build_stops_at_a_value_that_is_none(variable, value):
-    done = run("setup.py", "--version", **{variable: value})
-    assert done.returncode == 1
-    assert f"the environment's {variable} is {value!r}; expected" in done.stderr
 
 
 @pytest.mark.parametrize("command", [["recipes"], ["--help"], ["doctor"], ["bench", "--help"]])

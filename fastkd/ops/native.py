@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastkd.environment import EnvironmentValueError
 from fastkd.ops.plan import device_of
 from fastkd.ops.team_plan import plan_team
 
@@ -42,7 +43,7 @@ def _loaded() -> ctypes.CDLL | str:
     for function in ("register", "instruction_set", "instruction_set_refusal", "cuda_absent", "cuda_missing"):
         getattr(library, f"fastkd_{function}").restype = ctypes.c_char_p
     if refusal := library.fastkd_instruction_set_refusal():
-        raise ValueError(refusal.decode())
+        raise EnvironmentValueError(refusal.decode())
     library.fastkd_labels_all_count.argtypes = [ctypes.c_void_p] + [ctypes.c_int64] * 3
     library.fastkd_labels_all_count.restype = ctypes.c_bool
     refusal = library.fastkd_register(*torch_libraries)

@@ -139,6 +139,13 @@ def explain(
     kind = backend.checked_device(device, "device").type
     chosen = backend.resolve(backend.get_backend(), kind, dtype)
     path = _path(chosen, loss, rows, classes, dtype, torch.device(device))
+    if dtype == torch.float16 and chosen != "eager":
+        # The rows are computed once for the losses, which writes nothing, and once more for the gradient.
+        again = max(2.0, path.accesses - 3)
+        path = path._replace(
+            words=f"{path.words}; in float16 once more in backward, for the gradient",
+            accesses=path.accesses + again,
+        )
     moved = round(path.accesses * rows * classes * ELEMENT_BYTES[dtype])
     return Explanation(loss, rows, classes, dtype, device, chosen, *path, moved, copy_bandwidth(device))
 
