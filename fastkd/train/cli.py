@@ -48,6 +48,8 @@ def _main(argv: Sequence[str] | None) -> int:
 
         print(f"fastkd{process}: {stop}", file=sys.stderr)
         return REQUEUE_STATUS
+    except BrokenPipeError:
+        raise  # the reader has seen enough: see run_command
     except (OSError, RuntimeError, MemoryError) as error:
         if (text := _of_the_machine(error)) is None:
             raise
