@@ -2,6 +2,11 @@
 
 import os
 
+# Beside another worker a second thread of torch waits for time slices; set before torch is imported, and
+# inherited by the processes that tests start.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
