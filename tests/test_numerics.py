@@ -28,10 +28,11 @@ def errors(case, student, teacher, target, grad_output):
     return ours, eager, (true_loss.abs(), true_gradient.norm(dim=-1))
 
 
-def assert_not_worse(case, student, teacher, target=None, slack=1.0):
+def assert_not_worse(case, student, teacher, target=None):
     """Over the rows of a regime neither the worst row nor the rows together are worse than eager's.
 
-    Beside it a rounding of the result is allowed: eager is at times exact by luck.
+    Over a few rows two equally exact ways differ by as much as the factors here. Eager is at times exact by
+    luck, so a rounding of the result is allowed besides.
     """
     rows = len(student)
     grad_output = torch.rand(rows, device=student.device) + 0.5
@@ -40,8 +41,8 @@ def assert_not_worse(case, student, teacher, target=None, slack=1.0):
     ours, eager, truth = errors(case, student, teacher, target, grad_output)
     for what, mine, theirs, size in zip(("loss", "gradient"), ours, eager, truth, strict=True):
         assert mine.isfinite().all(), what
-        assert mine.max() <= slack * 2 * theirs.max() + 2e-7 * size.max(), what
-        assert mine.norm() <= slack * 1.5 * theirs.norm() + 2e-7 * size.norm(), what
+        assert mine.max() <= 3 * theirs.max() + 2e-7 * size.max(), what
+        assert mine.norm() <= 2 * theirs.norm() + 2e-7 * size.norm(), what
 
 
 REGIMES = {

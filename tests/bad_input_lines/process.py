@@ -15,6 +15,7 @@ import torch
 
 import fastkd
 from fastkd import backend
+from fastkd.environment import EnvironmentValueError
 from fastkd.integrations.liger import JSD, KLDivLoss
 from fastkd.integrations.mdistiller import from_mdistiller
 from fastkd.integrations.modelopt import LogitsDistillationLoss
@@ -143,7 +144,7 @@ ONCE = ("eager",)
 add(
     "FASTKD_BACKEND=nativ, first loss",
     lambda: first_loss("nativ"),
-    Refused(ValueError, "FASTKD_BACKEND is 'nativ'"),
+    Refused(EnvironmentValueError, "FASTKD_BACKEND is 'nativ'"),  # a ValueError
     ONCE,
 )
 add("FASTKD_BACKEND= (empty)", lambda: first_loss(""), same_as(lambda: fastkd.kd_loss(S, T)), ONCE)
