@@ -140,8 +140,11 @@ def test_a_mean_far_above_the_spread(fused, case, mean):
 
 
 @each_case
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("classes", [5, 1000, 9001])
+@pytest.mark.parametrize(
+    ("dtype", "classes"),
+    [(torch.float32, 5), (torch.float32, 9001), (torch.bfloat16, 1000), (torch.float16, 1000)],
+    ids=str,
+)
 def test_nan_in_is_nan_out_in_that_row_alone(fused, case, dtype, classes):
     places = [0, classes // 2, classes - 1]
     clean_s, clean_t, target = make_logits(8, classes, dtype, fused)
