@@ -306,7 +306,9 @@ static void sweep_gradient(const RowJob& job, int64_t begin, int64_t end, RowPar
   const double bases = (double(row.sums.max_t) - row.sums.max_s) * row.student.slope;
   const bool near = __builtin_fabs(bases) < 1;
   const vf origin_s = broadcast(near ? 0.0f : row.sums.max_s), origin_t = broadcast(near ? 0.0f : row.sums.max_t);
-  const double untilted = g.student - (near ? g.tilt * bases : 0.0);
+  // Their mean is taken out before they are multiplied: of a student with one probability it is its difference exactly.
+  const double untilted = kNeeds & kTilt ? g.student / g.tilt - (near ? bases : 0.0) : 0.0;
+  const vf mean_difference = broadcast(float(untilted / row.student.slope));
   const Exponents exponents = exponents_of(row, row.sums.max_s, row.sums.max_t);
   for (int64_t block = (end - 1) / kBlock; block >= begin / kBlock; block--) {
     const int64_t offset = block * kBlock;
@@ -332,11 +334,12 @@ static void sweep_gradient(const RowJob& job, int64_t begin, int64_t end, RowPar
     const double factor_s = below_s == 0 ? 1.0 : __builtin_exp(below_s * row.student.slope);
     const double factor_t = below_t == 0 ? 1.0 : __builtin_exp(below_t * row.teacher.slope);
     const double factor_1 = (kNeeds & kPlainStudent) && below_s != 0 ? __builtin_exp(below_s) : 1.0;
-    const vf a = broadcast(float(untilted * factor_s)), b = broadcast(float(g.teacher * factor_t));
+    const vf a = broadcast(float(g.student * factor_s)), b = broadcast(float(g.teacher * factor_t));
     const vf c = broadcast(float(g.plain * factor_1)), tilt = broadcast(float(g.tilt * factor_s * row.student.slope));
     store_block(rows.gradient, job.index, offset, n, [&](int i) __attribute__((always_inline)) {
       const vf exp_u = load(exponentials.student + i);
-      if (kNeeds & kTilt) return exp_u * (a + tilt * ((load(z_t + i) - origin_t) - (load(z_s + i) - origin_s)));
+      if (kNeeds & kTilt)
+        return exp_u * (tilt * (((load(z_t + i) - origin_t) - (load(z_s + i) - origin_s)) + mean_difference));
       vf value = rounded(a * exp_u) - rounded(b * load(exponentials.teacher + i)) + broadcast(constant);
       if (kNeeds & kPlainStudent) value += c * load(exponentials.plain + i);
       if (kNeeds & kStandardized) value += broadcast(affine) * (load(z_s + i) - broadcast(mean));
