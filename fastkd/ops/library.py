@@ -57,7 +57,8 @@ def row_loss(
     are not asked for, or that the loss has not, are None or an empty tensor.
     """
     differentiates = torch.is_grad_enabled() and any(logits.requires_grad for logits in student_logits)
-    call = call._replace(with_gradient=differentiates and student_logits[0].dtype != torch.float16)
+    if differentiates and student_logits[0].dtype != torch.float16:
+        call = Call(*call[:-1], True)  # a third of the time of _replace
     if is_traced((*student_logits, *teacher_logits)):
         rows, terms, _ = torch.ops.fastkd.row_loss(student_logits, teacher_logits, *call)
     elif differentiates:
@@ -95,8 +96,7 @@ def _row_loss(
     if count:
         _launcher(call.backend).row_loss(
             *as_rows(students, teachers), call.target, call.row_weight, 1.0 / call.divisor, call.loss,
-            call.options, rows, terms, gradient, *sums, **({} if call.dynamic is None else {"dynamic":
-            call.dynamic}),
+            call.options, rows, terms, gradient, *sums, dynamic=call.dynamic,
         )  # fmt: skip
     if call.reduced:
         rows = sums[0] if sums else _sum_rows(rows, pairs)
@@ -149,15 +149,15 @@ def _save(
     """For backward: the gradient, or what it is computed from."""
     ctx.set_materialize_grads(False)
     ctx.pairs, ctx.shape = len(students), students[0].shape
+    ctx.backend, ctx.again = call.backend, None
     if call.with_gradient:
         ctx.save_for_backward(gradient)
     else:
+        ctx.again = call._replace(target=None, row_weight=None, dynamic=None)
         tensors = (call.target, call.row_weight, call.dynamic, *students, *teachers)
-        # Autograd saves no tensor of inference mode, as a teacher's logits may be: constants, kept as they
-        # are.
+        # Autograd saves no tensor of inference mode, as a teacher's logits may be: constants, kept beside.
         ctx.constants = {i: x for i, x in enumerate(tensors) if x is not None and x.is_inference()}
         ctx.save_for_backward(*(None if i in ctx.constants else x for i, x in enumerate(tensors)))
-    ctx.call = call._replace(target=None, row_weight=None, dynamic=None)
 
 
 def _gradients(ctx: Any, grad_output: Tensor | None) -> Sequence[Tensor | None]:
@@ -172,8 +172,8 @@ def _gradients(ctx: Any, grad_output: Tensor | None) -> Sequence[Tensor | None]:
             "fastkd computes the gradient with the loss and does not differentiate it again "
             "(create_graph=True); use fastkd.set_backend('eager') for second derivatives"
         )
-    if ctx.call.with_gradient:
-        gradient = _scaled(saved[0], grad_output, ctx.pairs, ctx.call.backend, traced)
+    if ctx.again is None:
+        gradient = _scaled(saved[0], grad_output, ctx.pairs, ctx.backend, traced)
     else:
         if batched:
             raise RuntimeError(
@@ -181,7 +181,7 @@ def _gradients(ctx: Any, grad_output: Tensor | None) -> Sequence[Tensor | None]:
                 "(is_grads_batched=True); use fastkd.set_backend('eager')"
             )
         target, row_weight, dynamic, *logits = (ctx.constants.get(i, x) for i, x in enumerate(saved))
-        call = ctx.call._replace(
+        call = ctx.again._replace(
             target=target, row_weight=_row_factors(row_weight, grad_output, ctx.pairs, ctx.shape),
             dynamic=dynamic, reduced=False, with_terms=False, with_gradient=True,
         )  # fmt: skip
