@@ -147,7 +147,7 @@ def test_red_on_a_broken_kernel(breakage, monkeypatch, capsys):
 
 
 def test_red_on_a_kernel_that_does_not_run(monkeypatch):
-    def row_loss(*_):
+    def row_loss(*_, **__):
         raise RuntimeError("no kernel image")
 
     monkeypatch.setattr(native, "row_loss", row_loss)
