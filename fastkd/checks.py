@@ -132,7 +132,7 @@ def check_labels(target: Tensor, classes: int, ignore_index: int = -100) -> bool
             f"target has the label {value}; expected 0 to {classes - 1}, or ignore_index ({ignore_index}) "
             "for a row to leave out"
         )
-    return False
+    return not bool((target == ignore_index).any())
 
 
 def check_row_weight(weight: Tensor, student_logits: Tensor) -> None:
