@@ -1,41 +1,76 @@
-"""A digest at the end of a file of ``torch.save``, and what torch's reader does not notice without one."""
+"""SHA-256 of contents, at the end of files; and what torch's reader does not notice in a file without one."""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import struct
 import zipfile
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 _MARK = b"fastkd-sha256:"
-_COMMENT = len(_MARK) + 64  # bytes at the end of the file
+_TRAILER = len(_MARK) + 64  # bytes at the end of the file
 
 
 class Damage(Exception):
     """A file that is not what was written; the message says by what."""
 
 
+def digest_of(content: Any) -> str:
+    """Of what JSON can hold."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def append_digest(file: BinaryIO) -> None:
+    digest = _digest_before(file, 0)
+    file.seek(0, os.SEEK_END)
+    file.write(_MARK + digest)
+
+
+def has_digest(file: BinaryIO) -> bool:
+    """Cheap: the digest is not compared."""
+    return _trailer(file).startswith(_MARK)
+
+
+def is_whole(file: BinaryIO) -> bool:
+    """Whether the file ends with the digest of what is before."""
+    return _trailer(file) == _MARK + _digest_before(file, _TRAILER)
+
+
+def _trailer(file: BinaryIO) -> bytes:
+    file.seek(-min(_TRAILER, file.seek(0, os.SEEK_END)), os.SEEK_END)
+    return file.read()
+
+
+def _digest_before(file: BinaryIO, end: int) -> bytes:
+    """In hexadecimal digits, of a file without its last ``end`` bytes."""
+    left = file.seek(0, os.SEEK_END) - end
+    file.seek(0)
+    digest = hashlib.sha256()
+    while left > 0 and (block := file.read(min(left, 2**20))):
+        digest.update(block)
+        left -= len(block)
+    return digest.hexdigest().encode()
+
+
+# ---- files of torch.save: zip archives -----------------------------------------------------------------
+
+
 def seal(buffer: io.BytesIO) -> None:
     """Append the digest of a zip archive without a comment, as its comment."""
-    view = buffer.getbuffer()
-    view[-2:] = struct.pack("<H", _COMMENT)  # the comment's length ends the archive's last record
-    digest = hashlib.sha256(view).hexdigest().encode()
-    view.release()
-    buffer.seek(0, io.SEEK_END)
-    buffer.write(_MARK + digest)
+    with buffer.getbuffer() as view:
+        view[-2:] = struct.pack("<H", _TRAILER)  # the comment's length ends the archive's last record
+    append_digest(buffer)
 
 
 def check_sealed(file: BinaryIO) -> bool:
     """Whether the content has a digest, which is right. Raises ``Damage``."""
-    if file.seek(0, io.SEEK_END) > _COMMENT:
-        file.seek(-_COMMENT, io.SEEK_END)
-        comment = file.read()
-        if comment.startswith(_MARK):
-            if comment[len(_MARK) :] != digest_before(file, _COMMENT):
-                raise Damage("it is not what was written, by its SHA-256")
-            return True
+    if has_digest(file):
+        if not is_whole(file):
+            raise Damage("it is not what was written, by its SHA-256")
+        return True
     file.seek(0)
     if zipfile.is_zipfile(file):  # else an older format of torch's, or no checkpoint: torch will tell
         _check_archive(file)
@@ -66,14 +101,3 @@ def _check_archive(file: BinaryIO) -> None:
         raise Damage(str(error) or type(error).__name__) from None
     if wrong is not None:
         raise Damage(f"the checksum of {wrong} does not match")
-
-
-def digest_before(file: BinaryIO, end: int) -> bytes:
-    """SHA-256, in hexadecimal digits, of a file without its last ``end`` bytes."""
-    left = file.seek(0, os.SEEK_END) - end
-    file.seek(0)
-    digest = hashlib.sha256()
-    while left > 0 and (block := file.read(min(left, 2**20))):
-        digest.update(block)
-        left -= len(block)
-    return digest.hexdigest().encode()

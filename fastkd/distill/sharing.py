@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from fastkd.messages import some
+
 from .taps import unwrapped
 
 # Layers without parameters or buffers that train mode and eval mode tell apart.
@@ -28,8 +30,7 @@ def check_apart(student: nn.Module, teacher: nn.Module | None) -> None:
         if module in modules and (isinstance(module, _BY_MODE) or any(True for _ in module.buffers(False)))
     ]
     if shared:
-        more = f" and {len(shared) - 4} more" if len(shared) > 4 else ""
         raise ValueError(
-            f"student and teacher share {', '.join(shared[:4])}{more} (of the student): the teacher is "
+            f"student and teacher share {some(shared, 4)} (of the student): the teacher is "
             "frozen and in eval mode, the student trains; give the teacher a copy of its own (copy.deepcopy)"
         )

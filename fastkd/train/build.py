@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastkd.distill import CrossEntropy, Method, find_method
+from fastkd.messages import kind_and_text
 from fastkd.models import build_model
 
 from . import distributed
@@ -17,7 +18,7 @@ from .data import Data
 from .errors import RecipeError, TrainError
 from .random_state import get_random_state, set_random_state
 from .recipe import Model, Optimization, Recipe
-from .trial import left_out, reason_of, repeated, try_step
+from .trial import left_out, repeated, try_step
 
 
 def resolve_device(name: str) -> torch.device:
@@ -123,10 +124,10 @@ def _try_steps(
             try_step(method, batch, precision, accumulate)
         except Exception as error:  # of any layer
             if number:
-                notes.append(f"{what}: {left_out(size, reason_of(error))}")
+                notes.append(f"{what}: {left_out(size, kind_and_text(error))}")
                 continue
             raise RecipeError(
-                f"{what}: a training step on images {list(batch[0].shape)} fails: {reason_of(error)}"
+                f"{what}: a training step on images {list(batch[0].shape)} fails: {kind_and_text(error)}"
             ) from error
     return notes
 
@@ -140,4 +141,4 @@ def tried(what: str, do: Callable[..., Any], *arguments: Any, **options: Any) ->
     except ValueError as error:
         raise RecipeError(f"{what}: {error}") from error
     except Exception as error:  # of any layer, and of networks of the user's own
-        raise RecipeError(f"{what}: {reason_of(error)}") from error
+        raise RecipeError(f"{what}: {kind_and_text(error)}") from error

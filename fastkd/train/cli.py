@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastkd.command import run_command
+from fastkd.messages import one_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,7 +77,7 @@ def _of_the_machine(error: Exception) -> str | None:
     """What the machine refused, in one line; None for an error of another kind."""
     from .file_data import of_workers
 
-    text = " ".join(str(error).split())
+    text = one_line(error)
     if isinstance(error, OSError):
         return text if error.errno is not None else None
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fastkd.messages import one_line
+
 from .epoch_order import Chosen, EpochOrder, OrderedLoader
 from .errors import DataError
 from .image_sources import FolderSource, ShardSource, Source
@@ -191,7 +193,7 @@ class FileLoader(OrderedLoader):
 
 def of_workers(error: RuntimeError) -> str | None:
     """Of an error that a ``DataLoader`` raises, at any place, when a worker was killed; None of another."""
-    text = " ".join(str(error).split())
+    text = one_line(error)
     if re.search(r"DataLoader worker \(pid", text):
         reason = re.search(r"(is killed by signal: [\w ]+|exited unexpectedly)", text)
         return (

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fastkd.messages import some
+
 from .canvas import font_folder
 from .errors import DataError
 
@@ -208,8 +210,3 @@ def _check_names(names: Sequence[str], wanted: Sequence[str], option: str) -> No
     unknown = [name for name in wanted if name not in names]
     if unknown:
         raise DataError(f"{option}: no face {unknown[0]!r}; there are {some(names, 20)}")
-
-
-def some(items: Sequence[str], count: int = 5) -> str:
-    more = f" and {len(items) - count} more" if len(items) > count else ""
-    return ", ".join(items[:count]) + more

@@ -14,12 +14,13 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastkd.messages import some
 from fastkd.regular_files import read_regular
+from fastkd.sealed_files import digest_of
 
 from .errors import DataError
 from .glyph_fonts import (
@@ -30,7 +31,6 @@ from .glyph_fonts import (
     font_files,
     parse_characters,
     read_faces,
-    some,
 )
 from .storage import is_abandoned, owner, take_room
 
@@ -125,7 +125,7 @@ def _read_cache(folder: Path) -> tuple[GlyphSet, NDArray[np.uint8]] | None:
     """None if there is no cache there, or a damaged one."""
     try:
         content = json.loads(read_regular(folder / "glyphs.json"))
-        if content.pop("sha256", None) not in (None, _digest_of(content)):  # None: an older fastkd's
+        if content.pop("sha256", None) not in (None, digest_of(content)):  # None: an older fastkd's
             return None
         glyphs = GlyphSet(**content)
         images = np.load(folder / "images.npy", mmap_mode="r")
@@ -134,10 +134,6 @@ def _read_cache(folder: Path) -> tuple[GlyphSet, NDArray[np.uint8]] | None:
     if images.shape != (len(glyphs.faces), len(glyphs.classes), SIDE, SIDE) or images.dtype != np.uint8:
         return None
     return (glyphs, images) if _digest(images) == glyphs.digest else None
-
-
-def _digest_of(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(images: NDArray[np.uint8]) -> str:
@@ -214,7 +210,7 @@ def _render_into(
         digest=_digest(images),
     )
     content = asdict(glyphs)
-    content["sha256"] = _digest_of(content)
+    content["sha256"] = digest_of(content)
     (done / "glyphs.json").write_text(json.dumps(content), encoding="utf-8")
 
 

@@ -12,6 +12,7 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 
 from fastkd.distill.method import Method
+from fastkd.messages import kind_and_text, some
 
 from .errors import TrainError
 from .random_state import get_random_state, set_random_state
@@ -47,9 +48,9 @@ def check_optimizer(method: Method, optimizer: Any) -> None:
     missing = [name for parameter, name in wanted.items() if parameter not in held]
     faults = []
     if missing:
-        faults.append(f"lacks {_some(missing)}, which would never change")
+        faults.append(f"lacks {some(missing, _LISTED)}, which would never change")
     if strangers:
-        faults.append(f"has {_some(strangers)}, which this method does not train")
+        faults.append(f"has {some(strangers, _LISTED)}, which this method does not train")
     if faults:
         raise ValueError(
             f"optimizer: it {' and '.join(faults)}; give it method.parameters() (with fit: those of the "
@@ -102,11 +103,11 @@ def cannot_be_averaged(student: nn.Module, error: Exception) -> ValueError:
     ]
     if old:
         remedy = (
-            f"torch.nn.utils.weight_norm of {_some(old)} makes the weight anew in each pass; "
+            f"torch.nn.utils.weight_norm of {some(old, _LISTED)} makes the weight anew in each pass; "
             "torch.nn.utils.parametrizations.weight_norm can be copied"
         )
     else:
-        remedy = f"copy.deepcopy raises {type(error).__name__}: {' '.join(str(error).split())}"
+        remedy = f"copy.deepcopy raises {kind_and_text(error)}"
     return ValueError(f"ema: the student cannot be copied, and an average begins as its copy: {remedy}")
 
 
@@ -186,8 +187,3 @@ def checked_batch(batch: Any, name: str) -> Sequence[Any]:
 
 def _kind(value: Any) -> str:
     return "None" if value is None else f"a {type(value).__name__}"
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more

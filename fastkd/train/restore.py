@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastkd.distill.method import Method
+from fastkd.messages import one_line
 
 from .errors import CheckpointError
 from .weights import fill
@@ -57,8 +58,7 @@ def restore(
     except CheckpointError:
         raise
     except Exception as error:  # whatever a state that is none of ours leads to
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise _unfit(f"{type(error).__name__}: {reason[:300]}") from None
+        raise _unfit(f"{type(error).__name__}: {one_line(error)[:300]}") from None
 
 
 _PARTS = {

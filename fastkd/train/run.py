@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from rich.console import Console
 from torch import nn
 
 from fastkd.distill import CrossEntropy, Method
+from fastkd.sealed_files import digest_of
 
 from . import distributed
 from .build import build_method, build_network, resolve_device, tried, try_method
@@ -435,7 +434,7 @@ def _shown(folder: Path, role: str, console: Console, *, tensorboard: bool) -> W
 
 
 def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+    return digest_of(content)[:12]
 
 
 def _versions(device: torch.device) -> dict[str, str]:

@@ -15,16 +15,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastkd.messages import one_line
 from fastkd.regular_files import open_regular, read_regular
-from fastkd.sealed_files import digest_before
+from fastkd.sealed_files import append_digest, digest_of, has_digest, is_whole
 
 from .data import CacheableData, Data, IndexedLoader
 from .errors import CheckpointError, TrainError
@@ -34,8 +35,6 @@ from .storage import make_folder, take_room, write_atomically
 FORMAT = "fastkd-teacher-cache-2"
 _WITHOUT_DIGESTS = "fastkd-teacher-cache-1"  # what fastkd wrote before
 _FACTS = "cache.json"
-_MARK = b"fastkd-sha256:"
-_TRAILER = len(_MARK) + 64  # bytes behind the array: the SHA-256 of those before
 _LEAST = -6e4  # float16 ends at -65504
 
 
@@ -120,7 +119,7 @@ def _teacher_facts(teacher: Teacher) -> dict[str, Any]:
 
 
 def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+    return digest_of(content)[:12]
 
 
 class CachedTeacher(nn.Module):
@@ -150,14 +149,14 @@ class TeacherCache:
                 for epoch in range(self._epochs)
             ]
         except Exception as error:  # NumPy raises what a damaged header leads to
-            reason = " ".join(str(error).split()) or type(error).__name__
             raise CacheError(
-                f"teacher.cache: {folder} is no whole cache of teacher logits: {reason}"
+                f"teacher.cache: {folder} is no whole cache of teacher logits: {one_line(error)}"
             ) from None
         for epoch, shard in enumerate(self._shards):
             if shard.dtype != expected or shard.shape != (self._samples,):
                 raise CacheError(f"teacher.cache: {folder / shard_name(epoch)} is not what {_FACTS} says")
-            if self.facts["format"] == FORMAT and not _ends_with_digest(folder / shard_name(epoch)):
+            # So that a truncated file is found at once, not in its epoch.
+            if self.facts["format"] == FORMAT and not _shard_has(has_digest, folder / shard_name(epoch)):
                 raise CacheError(
                     f"teacher.cache: {folder} is no whole cache of teacher logits: {shard_name(epoch)} is "
                     "truncated"
@@ -167,7 +166,7 @@ class TeacherCache:
     def _check(self, epoch: int) -> None:
         """Raise ``CacheError`` if an epoch's file is not what was written; read once, as it is needed."""
         path = self.folder / shard_name(epoch)
-        if self.facts["format"] != _WITHOUT_DIGESTS and not _is_whole(path):
+        if self.facts["format"] != _WITHOUT_DIGESTS and not _shard_has(is_whole, path):
             raise CacheError(
                 f"teacher.cache: {path} is damaged: it is not what was written, by its SHA-256. To have it "
                 f"made again: delete it, name the folder {self.folder.name}.partial, and run the same "
@@ -265,7 +264,7 @@ class CacheWriter:
             if begun != json.loads(json.dumps(self._facts)):
                 raise CacheError(f"{self.partial} was begun for another recipe; name another folder")
         else:
-            sealed = {**self._facts, "sha256": _digest_of(self._facts)}
+            sealed = {**self._facts, "sha256": digest_of(self._facts)}
             text = json.dumps(sealed, indent=2) + "\n"
             write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
@@ -291,7 +290,8 @@ class CacheWriter:
                     raise CacheError(f"the teacher's logits are not finite in epoch {epoch + 1}")
                 shard[indices.numpy()] = pack(logits, self._facts["top_k"])
             shard.flush()
-            _seal(temporary)
+            with temporary.open("r+b") as file:
+                append_digest(file)
 
         write_atomically(self.partial / shard_name(epoch), write)
 
@@ -310,33 +310,14 @@ def read_facts(path: Path) -> dict[str, Any]:
     facts: dict[str, Any] = json.loads(read_regular(path))
     if facts["format"] not in (FORMAT, _WITHOUT_DIGESTS):
         raise ValueError(f"its format is {facts['format']!r}, expected {FORMAT!r}")
-    if facts["format"] == FORMAT and facts.pop("sha256", None) != _digest_of(facts):
+    if facts["format"] == FORMAT and facts.pop("sha256", None) != digest_of(facts):
         raise ValueError(f"{_FACTS} is damaged: it is not what was written, by its SHA-256")
     return facts
 
 
-def _digest_of(facts: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _seal(path: Path) -> None:
-    with path.open("r+b") as file:
-        digest = digest_before(file, 0)
-        file.seek(0, os.SEEK_END)
-        file.write(_MARK + digest)
-
-
-def _ends_with_digest(path: Path) -> bool:
-    """Cheap, so that a truncated file is found at once, not in its epoch."""
+def _shard_has(look: Callable[[BinaryIO], bool], path: Path) -> bool:
     with path.open("rb") as file:
-        file.seek(-min(_TRAILER, file.seek(0, os.SEEK_END)), os.SEEK_END)
-        return file.read().startswith(_MARK)
-
-
-def _is_whole(path: Path) -> bool:
-    with path.open("rb") as file:
-        file.seek(-min(_TRAILER, file.seek(0, os.SEEK_END)), os.SEEK_END)
-        return file.read() == _MARK + digest_before(file, _TRAILER)
+        return look(file)
 
 
 def shard_name(epoch: int) -> str:

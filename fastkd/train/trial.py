@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.distill.method import Method, total_of
+from fastkd.messages import kind_and_text
 
 from . import distributed
 from .batches import Batch, micro_batches
@@ -91,7 +92,7 @@ class Sizes:
         try:
             self._try(batch)
         except Exception as error:  # of any layer
-            return reason_of(error)
+            return kind_and_text(error)
         return None
 
 
@@ -99,11 +100,6 @@ def left_out(rows: int, reason: str) -> str:
     """What is said of a last batch that cannot be trained on."""
     images = "1 image" if rows == 1 else f"{rows} images"
     return f"a batch of {images} cannot be trained on and is left out in each epoch: {reason}"
-
-
-def reason_of(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _lazy(value: Any) -> bool:
