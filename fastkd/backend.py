@@ -31,8 +31,8 @@ def get_backend() -> str:
     Raises ``ValueError`` if the environment's ``FASTKD_BACKEND`` is none of them: here, on first use, rather
     than when fastkd is imported, so that the command line can say it in one line.
     """
-    if _chosen not in BACKENDS:  # set_backend refuses such a name, so it is the environment's
-        environment.check_choice("FASTKD_BACKEND", _chosen, BACKENDS)
+    # set_backend refuses a name that is none, so one that is here is the environment's.
+    environment.check_choice("FASTKD_BACKEND", _chosen, BACKENDS)
     return _chosen
 
 

@@ -151,13 +151,11 @@ def check_row_weight(weight: Tensor, student_logits: Tensor) -> None:
 
 
 def check_number(name: str, value: float) -> None:
-    """A number that is finite in float32, in which losses are computed. It may be one that torch.compile
-    traces."""
-    if not isinstance(value, float | int) or isinstance(value, bool):
-        if isinstance(value, Tensor):
-            raise TypeError(f"{name} is a tensor, which would have to be read back; expected a number")
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise TypeError(f"{name} is {value!r}; expected a number")
+    """A number that is finite in float32, in which losses are computed; torch.compile may be tracing it."""
+    if isinstance(value, Tensor):
+        raise TypeError(f"{name} is a tensor, which would have to be read back; expected a number")
+    if isinstance(value, bool) or not isinstance(value, float | int | Real):
+        raise TypeError(f"{name} is {value!r}; expected a number")
     # Comparisons, which are traced where math.isfinite is not; a NaN fails them.
     if not -LARGEST <= value <= LARGEST:
         raise ValueError(f"{name} is {value!r}; expected a finite number, at most {LARGEST:.1e} in size")

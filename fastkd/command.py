@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from typing import TextIO
 
 from fastkd import backend
 from fastkd.environment import EnvironmentValueError
@@ -28,7 +29,13 @@ def run_command(work: Callable[[], int]) -> int:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in (sys.stdout, sys.stderr):  # what is left in their buffers has no reader
-            os.dup2(nowhere, stream.fileno())
+        discard(sys.stdout, sys.stderr)
         return BROKEN_PIPE_STATUS
+
+
+def discard(*streams: TextIO) -> None:
+    """What is left in their buffers has no reader: Python would end with an error of its own at exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in streams:
+        os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)

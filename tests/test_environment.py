@@ -38,7 +38,7 @@ def test_every_command_looks_at_the_backend_first(command, monkeypatch, capsys):
 
 
 def test_a_backend_that_is_none_is_an_error_at_the_first_loss(monkeypatch):
-    """Not at the import, so that the command line can say it; and a choice made in the program prevails."""
+    """Not at import, so that the command line can report it; a choice made in the program overrides it."""
     monkeypatch.setattr(backend, "_chosen", "nativ")
     with pytest.raises(ValueError, match="FASTKD_BACKEND is 'nativ'; expected one of auto"):
         fastkd.get_backend()

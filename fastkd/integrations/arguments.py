@@ -11,6 +11,7 @@ from torch import Tensor
 
 import fastkd
 from fastkd import checks
+from fastkd.tensors import is_readable
 
 Result = TypeVar("Result")
 NO_LABEL = torch.iinfo(torch.int64).min  # as ignore_index: nothing is ignored
@@ -35,11 +36,6 @@ def check_tensors(**tensors: Tensor) -> None:
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} is a {type(value).__name__}; expected a tensor of logits")
-
-
-def check_integer(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} is {value!r}; expected an integer")
 
 
 def counted_rows(name: str, labels: Tensor, ignore_index: int, student_logits: Tensor) -> Tensor:
@@ -77,8 +73,8 @@ def cross_entropy_and_kd(
     rows_a_sample = student_logits.shape[1:-1].numel() if reduction == "batchmean" else 1
     none_ignored = ignore_index is None
     ignored = NO_LABEL if ignore_index is None else ignore_index
-    readable = target.is_cpu and type(target) is Tensor and not torch.compiler.is_compiling()
-    if readable and target.shape == student_logits.shape[:-1] and target.dtype == torch.int64:
+    labels = target.shape == student_logits.shape[:-1] and target.dtype == torch.int64
+    if labels and is_readable(target):
         none_ignored = checks.check_labels(target, student_logits.shape[-1], ignored)
     soft: dict[str, Any] = {"temperature": temperature, "standardize": standardize}
     hard: dict[str, Any] = {

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import fastkd
 from fastkd import checks
-from fastkd.integrations.arguments import check_integer, check_tensors, counted_rows, named
+from fastkd.integrations.arguments import check_tensors, counted_rows, named
 
 REDUCTIONS = ("batchmean", "sum", "mean")
 
@@ -65,7 +65,7 @@ class JSD(nn.Module):
         checks.check_number("beta", beta)
         if not 0.0 <= beta <= 1.0:
             raise ValueError(f"beta is {beta!r}; expected a number from 0 to 1")
-        check_integer("ignore_index", ignore_index)
+        checks.check_ignore_index(ignore_index)
         self.beta = float(beta)
         self.ignore_index = ignore_index
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import fastkd
 from fastkd import checks, losses
-from fastkd.integrations.arguments import check_integer, cross_entropy_and_kd, named
+from fastkd.integrations.arguments import cross_entropy_and_kd, named
 
 try:
     from torchdistill.losses.registry import register_mid_level_loss
@@ -122,7 +122,7 @@ class KDLoss(_OnLogits):
             if value is not None:
                 checks.check_number(name, value)
         checks.check_label_smoothing(label_smoothing)
-        check_integer("ignore_index", ignore_index)
+        checks.check_ignore_index(ignore_index)
         self.temperature = float(temperature)
         self.alpha = alpha
         self.beta = 1 - (alpha or 0) if beta is None else beta
@@ -185,12 +185,10 @@ class LogitStdKDLoss(KDLoss):
         teacher_module_io: str,
         temperature: float,
         eps: float = 1e-7,
-        alpha: float | None = None,
-        beta: float | None = None,
-        reduction: str = "batchmean",
-        ignore_index: int = -100,
-        label_smoothing: float = 0.0,
+        *arguments: Any,
+        **options: Any,
     ) -> None:
+        """Those of ``KDLoss``, with ``eps`` after the temperature as in torchdistill."""
         if eps != 1e-7:
             raise ValueError(f"eps is {eps!r}; fastkd standardises with 1e-7")
         super().__init__(
@@ -199,11 +197,8 @@ class LogitStdKDLoss(KDLoss):
             teacher_module_path,
             teacher_module_io,
             temperature,
-            alpha=alpha,
-            beta=beta,
-            reduction=reduction,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
+            *arguments,
+            **options,
         )
 
     def check_shape(self, logits: Tensor) -> None:

@@ -29,8 +29,7 @@ def _are_rows(logits: Tensor) -> bool:
 
 def _alike(logits: Sequence[Tensor]) -> Sequence[Tensor]:
     stride = logits[0].stride()
-    alike = stride[-1] == 1 and all(other.stride() == stride for other in logits[1:])
-    if alike and (logits[0].dim() == 2 or len(_levels(logits[0])) <= 2):
+    if stride[-1] == 1 and all(other.stride() == stride for other in logits[1:]):
         return logits
     return [one.contiguous() for one in logits]
 
@@ -49,9 +48,7 @@ def _levels(logits: Tensor) -> list[tuple[int, int]]:
 
 
 def _outer(logits: Tensor) -> int:
-    """M of the view [M, K, C]; 1 where rows have one stride."""
-    if logits.dim() <= 2:
-        return 1
+    """M of the view [M, K, C]; 1 where rows have one stride, or more than there is a view for."""
     levels = _levels(logits)
     return levels[1][0] if len(levels) == 2 else 1
 
@@ -61,5 +58,5 @@ def _viewed(logits: Sequence[Tensor], shape: tuple[int, ...]) -> Sequence[Tensor
         return logits
     try:
         return [one.view(shape) for one in logits]
-    except RuntimeError:  # student and teacher split their rows at different places
+    except RuntimeError:  # three strides, or student and teacher split their rows at different places
         return [one.contiguous().view(shape) for one in logits]

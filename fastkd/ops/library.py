@@ -7,9 +7,10 @@ applied. There ``backward`` computes the rows again, with grad_output multiplied
 rounds once.
 """
 
+import math
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -185,28 +186,20 @@ def _gradients(ctx: Any, grad_output: Tensor | None) -> Sequence[Tensor | None]:
             target=target, row_weight=_row_factors(row_weight, grad_output, ctx.pairs, ctx.shape),
             dynamic=dynamic, reduced=False, with_terms=False, with_gradient=True,
         )  # fmt: skip
-        compute = _traced_row_loss if traced else _row_loss
-        computed = compute(logits[: ctx.pairs], logits[ctx.pairs :], call)[2]
-        assert computed is not None
-        gradient = computed
+        students, teachers = logits[: ctx.pairs], logits[ctx.pairs :]
+        if traced:
+            gradient = torch.ops.fastkd.row_loss(students, teachers, *call)[2]
+        else:
+            gradient = cast(Tensor, _row_loss(students, teachers, call)[2])
     if ctx.pairs == 1:
         return [gradient if gradient.shape == ctx.shape else gradient.view(ctx.shape)]
     return gradient.view(ctx.pairs, *ctx.shape).unbind()
 
 
-def _traced_row_loss(
-    students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.fastkd.row_loss(students, teachers, *call)
-
-
 def _row_factors(row_weight: Tensor | None, grad_output: Tensor, pairs: int, shape: Sequence[int]) -> Tensor:
     """grad_output, one number for each pair or each row, times the weights: [N], or [H, N] for several
     pairs."""
-    rows = 1
-    for size in shape[:-1]:
-        rows *= size
-    factors = grad_output.float().reshape(pairs, -1).expand(pairs, rows)
+    factors = grad_output.float().reshape(pairs, -1).expand(pairs, math.prod(shape[:-1]))
     if row_weight is not None:
         factors = factors * row_weight
     return (factors[0] if pairs == 1 else factors).contiguous()

@@ -60,7 +60,7 @@ def _name_also(path: Path, other: Path) -> None:
 
 
 def owner() -> str:
-    """Goes into names of temporary files, so that they can be told from those of the dead."""
+    """Goes into names of temporary files, to tell those of running processes from abandoned ones."""
     return f"{re.sub(r'[^A-Za-z0-9-]', '-', socket.gethostname())[:40]}-{os.getpid()}"
 
 
@@ -90,7 +90,7 @@ def remove_leftovers(folder: Path) -> None:
 def is_abandoned(path: Path, host: str | None, process: int) -> bool:
     """Whether the process that made ``path`` is gone."""
     if host is None or owner() == f"{host}-{os.getpid()}":
-        # In a container that is started again this process may have the number of the dead one.
+        # In a restarted container this process may have the number of the one that made the file.
         return process == os.getpid() or not _lives(process)
     with contextlib.suppress(OSError):
         return time.time() - path.lstat().st_mtime > _DAY
