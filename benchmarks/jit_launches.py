@@ -15,12 +15,14 @@ Import it before any kernel: kernels must not be defined for the interpreter.
 """
 
 import argparse
+import atexit
 import ctypes
 import itertools
 import math
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -97,6 +99,7 @@ def stub_libcuda() -> ctypes.CDLL:
 
     ``fastkd_launches`` counts the kernels that it was asked to launch."""
     folder = Path(tempfile.mkdtemp(prefix="fastkd-libcuda-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     texts = [(NVIDIA / name).read_text() for name in ("driver.c", "driver.py")]
     names = {name for text in texts for name in re.findall(r"\bcu[A-Z]\w+", text)}
     own = {

@@ -8,7 +8,6 @@ must happen, function that makes it happen in an empty working directory and ret
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import inspect
 import io
 import json
@@ -22,7 +21,6 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -33,6 +31,7 @@ if __name__ == "__main__":  # as a script, from a checkout
 
 from fastkd.train.checkpoint import load_checkpoint
 from fastkd.train.cli import main
+from tests.train.bad_inputs_models import ROWS as OF_MODELS
 
 Row = tuple[str, str, Callable[..., str]]
 
@@ -734,25 +733,7 @@ DISK: list[Row] = [
     ),
 ]
 
-ROWS: list[Row] = [*RECIPES, *IMAGES, *RESUME, *OTHER_FILES, *DISK]
-
-
-def models() -> ModuleType | None:
-    """The rows of bad models and batches, where there is that file."""
-    path = Path(__file__).with_name("bad_inputs_models.py")
-    if not path.exists():
-        return None
-    spec = importlib.util.spec_from_file_location("tests.train.bad_inputs_models", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def all_rows() -> list[Row]:
-    found = models()
-    return [*ROWS, *(found.ROWS if found is not None else [])]
+ROWS: list[Row] = [*RECIPES, *IMAGES, *RESUME, *OTHER_FILES, *DISK, *OF_MODELS]
 
 
 def happened(act: Callable[..., str], folder: Path) -> str:
@@ -787,7 +768,7 @@ def write_table() -> int:
     print(HEAD)
     failed = 0
     os.environ["FASTKD_CACHE"] = tempfile.mkdtemp()
-    for what, must, act in all_rows():
+    for what, must, act in ROWS:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 seen = happened(act, Path(folder)).replace(f"{folder}/", "")
