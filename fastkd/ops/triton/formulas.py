@@ -1,6 +1,6 @@
 """Row formulas and scalar functions: statistics of a row -> loss, terms and the numbers of its gradient.
 
-The same as ``csrc/row_math.h``; docs/formulas.md derives them.
+Those of ``csrc/row_formulas.h``, in float32 throughout; docs/formulas.md derives them.
 """
 
 import triton

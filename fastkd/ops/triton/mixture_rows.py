@@ -15,6 +15,7 @@ from fastkd.ops.triton.statistics import (
     take_statistics,
 )
 from fastkd.ops.triton.tiles import (
+    NOT_SPECIALIZED,
     load_logits,
     multiple,
     numbers_of,
@@ -148,26 +149,7 @@ def jsd_block(
                     store_tile(gradient_rows, columns, classes, exists, value, weight, False)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "weight_pointer",
-        "loss_pointer",
-        "kl_pointer",
-        "sums_pointer",
-        "dynamic_pointer",
-        "count",
-        "inner_rows",
-        "blocks",
-        "parts",
-        "classes",
-        "student_outer_stride",
-        "student_inner_stride",
-        "teacher_outer_stride",
-        "teacher_inner_stride",
-        "weight_stride",
-        "gradient_stride",
-    ]
-)
+@triton.jit(do_not_specialize=[*NOT_SPECIALIZED, "kl_pointer", "sums_pointer", "blocks"])
 def jsd_rows(
     student_pointers,
     teacher_pointers,

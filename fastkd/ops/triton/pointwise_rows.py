@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from fastkd.ops.triton.tiles import (
+    NOT_SPECIALIZED,
     load_logits,
     multiple,
     numbers_of,
@@ -16,23 +17,7 @@ from fastkd.ops.triton.tiles import (
 )
 
 
-@triton.jit(
-    do_not_specialize=[
-        "weight_pointer",
-        "loss_pointer",
-        "dynamic_pointer",
-        "count",
-        "inner_rows",
-        "parts",
-        "classes",
-        "student_outer_stride",
-        "student_inner_stride",
-        "teacher_outer_stride",
-        "teacher_inner_stride",
-        "weight_stride",
-        "gradient_stride",
-    ]
-)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def pointwise_rows(
     student_pointers,
     teacher_pointers,

@@ -28,6 +28,7 @@ from fastkd.ops.triton.statistics import (
     take_statistics,
 )
 from fastkd.ops.triton.tiles import (
+    NOT_SPECIALIZED,
     load_label_logit,
     load_logits,
     multiple,
@@ -257,27 +258,10 @@ def softmax_block(
 
 @triton.jit(
     do_not_specialize=[
-        "target_pointer",
-        "weight_pointer",
-        "loss_pointer",
-        "terms_pointer",
-        "moments_pointer",
-        "sums_pointer",
-        "dynamic_pointer",
-        "count",
-        "inner_rows",
-        "blocks",
-        "parts",
-        "classes",
-        "student_outer_stride",
-        "student_inner_stride",
-        "teacher_outer_stride",
-        "teacher_inner_stride",
+        *NOT_SPECIALIZED, "target_pointer", "terms_pointer", "moments_pointer", "sums_pointer", "blocks",
         "target_stride",
-        "weight_stride",
-        "gradient_stride",
     ]
-)
+)  # fmt: skip
 def softmax_rows(
     student_pointers,
     teacher_pointers,
