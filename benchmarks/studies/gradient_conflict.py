@@ -34,7 +34,7 @@ from fastkd.train.data import Data, load_data
 from fastkd.train.loop import evaluate
 from fastkd.train.optimization import build_optimizer, build_scheduler
 from fastkd.train.recipe import Recipe, load_recipe
-from fastkd.train.run import own_teacher
+from fastkd.train.teachers import own_teacher
 
 # One head and two, at one weight of the logit loss.
 HEADS = {

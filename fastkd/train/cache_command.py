@@ -23,10 +23,10 @@ from .environment import number
 from .errors import RecipeError
 from .optimization import build_optimizer
 from .recipe import Recipe, load_recipe
-from .run import find_teacher
 from .run_folder import write_json
 from .run_lock import locked
 from .teacher_cache import CachedLoader, CacheWriter, TeacherCache, wanted_facts
+from .teachers import find_teacher
 
 _STEPS = 10  # of each kind that the report times
 

@@ -16,8 +16,8 @@ from .data import load_data
 from .errors import CheckpointError, RecipeError
 from .evaluation import evaluate_rows
 from .recipe import Recipe
-from .run import load_given_teacher
 from .run_folder import averaged_weights
+from .teachers import load_given_teacher
 from .weights import fill, load_weights, state_dict_in
 
 

@@ -22,7 +22,13 @@ from .evaluation import evaluate, try_validation, validate
 from .freezing import frozen
 from .meters import LossMeter, PassTimer, Stopwatch
 from .precision import autocast, compile_networks, dtype_of, make_scaler
-from .preflight import check_channels_last, check_loaders, check_optimizer, check_scheduler
+from .preflight import (
+    check_channels_last,
+    check_loaders,
+    check_optimizer,
+    check_options,
+    check_scheduler,
+)
 from .random_state import get_random_state, set_random_state
 from .restore import restore
 from .signals import Control
@@ -182,7 +188,7 @@ def fit_method(
         CheckpointError: ``resume`` is the state of another training.
         TrainError: a loader yields nothing or something else, or the loss does not depend on the student.
     """
-    _check_options(epochs, scheduler_interval, accumulate, ema, nonfinite)
+    check_options(epochs, scheduler_interval, accumulate, ema, nonfinite)
     student = method.student
     check_loaders(train_loader, val_loader, epochs)
     device = torch.device(device) if device is not None else _device_of(student)
@@ -342,20 +348,6 @@ def fit_method(
             )
             watcher.epoch_done(history[-1], state())
     return FitResult(history)
-
-
-def _check_options(
-    epochs: int, scheduler_interval: str, accumulate: int, ema: float | None, nonfinite: str
-) -> None:
-    for name, count in (("epochs", epochs), ("accumulate", accumulate)):
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
-    if scheduler_interval not in ("step", "epoch"):
-        raise ValueError(f"scheduler_interval must be 'step' or 'epoch', got {scheduler_interval!r}")
-    if nonfinite not in ("stop", "skip"):
-        raise ValueError(f"nonfinite must be 'stop' or 'skip', got {nonfinite!r}")
-    if ema is not None and not 0 < ema < 1:
-        raise ValueError(f"ema must be a decay between 0 and 1, got {ema}")
 
 
 def _default_watcher(progress: bool) -> Watcher:

@@ -23,6 +23,21 @@ _ONCE = (types.GeneratorType, zip, map, filter, enumerate)
 _ENTRIES = "expected (images, target), or (images, target, teacher_logits) to train"
 
 
+def check_options(
+    epochs: int, scheduler_interval: str, accumulate: int, ema: float | None, nonfinite: str
+) -> None:
+    """Raise ``ValueError`` for a number or a name that is none of those that there are."""
+    for name, count in (("epochs", epochs), ("accumulate", accumulate)):
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
+    if scheduler_interval not in ("step", "epoch"):
+        raise ValueError(f"scheduler_interval must be 'step' or 'epoch', got {scheduler_interval!r}")
+    if nonfinite not in ("stop", "skip"):
+        raise ValueError(f"nonfinite must be 'stop' or 'skip', got {nonfinite!r}")
+    if ema is not None and not 0 < ema < 1:
+        raise ValueError(f"ema must be a decay between 0 and 1, got {ema}")
+
+
 def check_optimizer(method: Method, optimizer: Any) -> None:
     """All that the method trains must be in ``optimizer``, and nothing else. Raises ``ValueError``.
 

@@ -4,39 +4,35 @@ from __future__ import annotations
 
 import contextlib
 import platform
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
 
-from fastkd.distill import CrossEntropy, Method
-from fastkd.sealed_files import digest_of
+from fastkd.sealed_files import short_digest_of
 
 from . import distributed
-from .build import build_method, build_network, resolve_device, tried, try_method
-from .checkpoint import save_checkpoint
-from .console import ConsoleProgress
+from .build import build_method, build_network, resolve_device, try_method
 from .data import Data, load_data
-from .errors import DataError, NonFiniteLossError, Preempted, RecipeError, StorageError, TrainError
-from .evaluation import evaluate
-from .forwarding import Shielded
-from .loop import FitResult, Watcher, fit_method
-from .optimization import build_optimizer, build_scheduler
-from .recipe import Optimization, Recipe, Teacher, Train
-from .resume import check_recipe, fingerprint, identity
-from .run_folder import RunRecorder, create_run_folder, read_resume_state, write_json, write_recipe
-from .run_lock import locked
+from .errors import DataError, NonFiniteLossError, Preempted, RecipeError, StorageError
+from .fitting import fit_in_folder, owned, read_state
+from .recipe import Recipe
+from .resume import check_recipe, identity
+from .run_folder import create_run_folder, write_json, write_recipe
 from .signals import StopSignals
-from .storage import make_folder
 from .sync_batchnorm import synchronised
-from .teacher_cache import CachedLoader, CachedTeacher, TeacherCache, wanted_facts
-from .tensorboard import TensorBoard, require_tensorboard
-from .torchvision_weights import torchvision_network
-from .weights import load_weights
+from .teacher_cache import TeacherCache
+from .teachers import (
+    TeacherInUse,
+    cached_teacher,
+    load_given_teacher,
+    open_cache,
+    own_teacher,
+    teacher_hash,
+    what_matters,
+)
+from .tensorboard import require_tensorboard
 
 
 class Stopped(KeyboardInterrupt):
@@ -45,14 +41,6 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self.folder = folder
-
-
-@dataclass(frozen=True)
-class TeacherInUse:
-    """A trained teacher and what is known of it."""
-
-    model: nn.Module
-    summary: dict[str, Any]  # checkpoint, val_accuracy (last epoch), best_val_accuracy where known
 
 
 def run_recipe(
@@ -78,10 +66,10 @@ def run_recipe(
         for note in data.notes:
             console.print(f"  {note}", markup=False)
         # An unusable checkpoint or layer must be found before anything is trained or written.
-        cache = _open_cache(recipe, data)
+        cache = open_cache(recipe, data)
         teacher = None
         if cache is not None:
-            teacher = TeacherInUse(CachedTeacher(), _cached_summary(cache))
+            teacher = cached_teacher(cache)
         elif recipe.teacher is not None:
             teacher = load_given_teacher(recipe.teacher, data, device, console)
         ready = None if cache is not None or teacher is None else teacher.model
@@ -89,9 +77,10 @@ def run_recipe(
             console.print(note, markup=False)
         if folder is None:
             folder = distributed.from_first(create_run_folder(runs, name) if distributed.is_first() else None)
-        with StopSignals(), _owned(folder):
-            known_as = identity(recipe, _hash(data.fingerprint), _teacher_hash(recipe, data, teacher, cache))
-            resume = _read_state(folder, "student", console)
+        with StopSignals(), owned(folder):
+            made_by = teacher_hash(recipe, data, teacher, cache)
+            known_as = identity(recipe, short_digest_of(data.fingerprint), made_by)
+            resume = read_state(folder, "student", console)
             for note in check_recipe(resume, known_as, recipe, folder) if resume else ():
                 console.print(note, markup=False)
             if distributed.is_first():
@@ -120,13 +109,6 @@ def run_recipe(
             raise
         raise StorageError(f"{error}; then go on with --resume {folder}") from None
     return {**summary, "folder": str(folder)}
-
-
-@contextlib.contextmanager
-def _owned(folder: Path) -> Iterator[None]:
-    """The folder is this training's; its first rank holds the lock."""
-    with locked(folder) if distributed.is_first() else contextlib.nullcontext():
-        yield
 
 
 def check_shares(recipe: Recipe) -> None:
@@ -165,7 +147,7 @@ def _distil(
         for part, module in method.named_children():
             if part != "student":
                 setattr(method, part, synchronised(module, device))
-    result = _fit_in_folder(
+    result = fit_in_folder(
         folder,
         "student",
         method,
@@ -199,8 +181,8 @@ def _distil(
 
 def comparison_key(recipe: Recipe, data: Data) -> str:
     """Equal for runs that differ in method, teacher or seed only, so that their results can be compared."""
-    train = _what_matters(recipe.train, _NO_MATTER)
-    return _hash([data.fingerprint, recipe.student.model_dump(), train])
+    train = what_matters(recipe.train, _NO_MATTER)
+    return short_digest_of([data.fingerprint, recipe.student.model_dump(), train])
 
 
 # Of a run's results: where and how it is computed, and what is written.
@@ -208,233 +190,6 @@ _NO_MATTER = {
     "seed", "device", "threads", "teacher_precision", "channels_last", "compile", "accumulate",
     "nonfinite", "log_every", "checkpoint_every", "keep_every", "tensorboard", "val_batch_size",
 }  # fmt: skip
-# Left out where they are at their defaults: runs made before there were such settings are still the same.
-_LATER = {"warmup_epochs": 0.0, "sync_batchnorm": False, "ema": None}
-
-
-def _what_matters(config: Optimization, leave_out: set[str]) -> dict[str, Any]:
-    values = config.model_dump(exclude=leave_out)
-    return {key: value for key, value in values.items() if key not in _LATER or value != _LATER[key]}
-
-
-def load_given_teacher(
-    config: Teacher, data: Data, device: torch.device, console: Console
-) -> TeacherInUse | None:
-    if config.checkpoint is None and config.weights is None:
-        return None
-    if config.weights is not None:
-        model, notes = torchvision_network(
-            config.name,
-            config.weights,
-            num_classes=data.num_classes,
-            size=data.example()[0].shape[-1],
-        )
-        for note in notes:
-            console.print(f"teacher: {note}", markup=False)
-        measured = _accuracy(config, model, data, device)
-        return TeacherInUse(model, {"checkpoint": config.weights, "val_accuracy": measured})
-    model = build_network(config, data)
-    assert config.checkpoint is not None
-    path = Path(config.checkpoint)
-    facts = load_weights(
-        model,
-        path,
-        num_classes=data.num_classes,
-        remedy="teacher.checkpoint must be of this architecture and data; leave it out to train a teacher",
-    )
-    accuracy = facts.get("val_accuracy")
-    if facts.get("data") != _hash(data.fingerprint) or accuracy is None:
-        accuracy = _accuracy(config, model, data, device)
-    return TeacherInUse(model, {"checkpoint": str(path), "val_accuracy": accuracy})
-
-
-def _accuracy(config: Teacher, model: nn.Module, data: Data, device: torch.device) -> float:
-    what, loader = (
-        f"teacher {config.name} on the validation images",
-        data.val_loader(device, config.batch_size),
-    )
-    accuracy: float = tried(what, evaluate, model.to(device), loader, device=device)[0]
-    return accuracy
-
-
-def find_teacher(
-    config: Teacher, data: Data, runs: Path, device: torch.device, console: Console
-) -> TeacherInUse:
-    """The teacher of a recipe, trained if it must be. Raises ``TrainError``."""
-    return load_given_teacher(config, data, device, console) or own_teacher(
-        config, data, runs, device, console
-    )
-
-
-def _open_cache(recipe: Recipe, data: Data) -> TeacherCache | None:
-    if recipe.teacher is None or recipe.teacher.cache is None:
-        return None
-    cache = TeacherCache(Path(recipe.teacher.cache))
-    cache.check_fits(wanted_facts(recipe, data))
-    return cache
-
-
-def _cached_summary(cache: TeacherCache) -> dict[str, Any]:
-    return {"checkpoint": f"cache {cache.folder}", "val_accuracy": cache.facts["val_accuracy"]}
-
-
-def _settings_of(config: Teacher) -> dict[str, Any]:
-    return _what_matters(config, {"checkpoint", "weights", "cache"})
-
-
-def _key_of(config: Teacher, data: Data) -> str:
-    return _hash([data.fingerprint, _settings_of(config)])
-
-
-def _teacher_hash(
-    recipe: Recipe, data: Data, teacher: TeacherInUse | None, cache: TeacherCache | None
-) -> str | None:
-    """Tells one teacher from another, one that is yet to be trained too."""
-    if cache is not None:
-        return _hash(cache.facts)
-    if teacher is not None:
-        return fingerprint(teacher.model)
-    return None if recipe.teacher is None else _key_of(recipe.teacher, data)
-
-
-def _read_state(folder: Path, role: str, console: Console) -> dict[str, Any] | None:
-    return read_resume_state(
-        folder, lambda text: console.print(f"{role}: {text}", markup=False, soft_wrap=True)
-    )
-
-
-def own_teacher(
-    config: Teacher, data: Data, runs: Path, device: torch.device, console: Console
-) -> TeacherInUse:
-    """The teacher of this data and configuration: read, gone on with, or trained."""
-    # The hash holds all that determines the weights: other data never meet this teacher.
-    settings, key = _settings_of(config), _key_of(config, data)
-    label = config.name.replace("/", "-") + (f"-{config.width}" if config.width else "")
-    folder = runs / "teachers" / f"{label}-{key}"
-    path = folder / "teacher.pt"
-    torch.manual_seed(config.seed)
-    model = build_network(config, data)
-    if not distributed.from_first(path.exists()):
-        make_folder(folder)
-        facts = {"name": "teacher", "settings": settings, "data": data.describe()}
-        with _owned(folder):
-            if distributed.is_first():
-                write_json(folder / "run.json", facts)
-            result = _fit_in_folder(
-                folder,
-                "teacher",
-                CrossEntropy(model.to(device)),
-                config,
-                data,
-                device,
-                console,
-                title=f"teacher {label}",
-                resume=_read_state(folder, "teacher", console),
-            )
-            # The last epoch, not the best: picking by validation accuracy would flatter the teacher.
-            content = {
-                "model": model.state_dict(),
-                "num_classes": data.num_classes,
-                "data": _hash(data.fingerprint),
-                "val_accuracy": result.last["val_accuracy"],
-                "best_val_accuracy": result.best["val_accuracy"],
-            }
-            if distributed.is_first():
-                save_checkpoint(path, content)
-        distributed.barrier()
-    facts = load_weights(
-        model, path, num_classes=data.num_classes, remedy="delete it to have the teacher trained again"
-    )
-    known: dict[str, Any] = {
-        name: facts[name] for name in ("val_accuracy", "best_val_accuracy") if name in facts
-    }
-    if "val_accuracy" not in known:
-        raise TrainError(f"checkpoint {path} lacks its accuracy; delete it to have the teacher trained again")
-    return TeacherInUse(model, {"checkpoint": str(path), **known})
-
-
-def _fit_in_folder(
-    folder: Path,
-    role: str,
-    method: Method,
-    optimization: Optimization,
-    data: Data,
-    device: torch.device,
-    console: Console,
-    *,
-    title: str,
-    resume: dict[str, Any] | None,
-    known_as: dict[str, Any] | None = None,
-    teacher_accuracy: float | None = None,
-    cache: TeacherCache | None = None,
-) -> FitResult:
-    """Train with one method, from ``resume`` if there is such a state; ``known_as`` goes into the next ones.
-
-    A teacher's section says nothing of how to compute: it is trained in float32, saved after every epoch.
-    """
-    train = optimization if isinstance(optimization, Train) else Train(epochs=optimization.epochs)
-    train_loader: Any = data.train_loader(optimization.batch_size, optimization.seed, device)
-    if cache is not None:
-        train_loader = CachedLoader(train_loader, cache)
-    optimizer = build_optimizer(method, optimization)
-    if resume is not None:
-        console.print(f"{role}: going on after {_reached(resume)} of {optimization.epochs}")
-    watcher = Watcher()
-    if distributed.is_first():
-        watcher = RunRecorder(
-            folder,
-            _shown(folder, role, console, tensorboard=train.tensorboard),
-            facts={
-                "num_classes": data.num_classes,
-                "data": _hash(data.fingerprint),
-                "input": list(data.example()[0].shape[1:]),
-            },
-            title=title,
-            teacher_accuracy=teacher_accuracy,
-            keep_every=train.keep_every,
-            known_as=known_as or {},
-            history=resume["history"] if resume else (),
-        )
-    # The same weights on every rank, but other dropout.
-    if distributed.rank():
-        torch.manual_seed(optimization.seed + 2**32 * distributed.rank())
-    with StopSignals() as stop:
-        return fit_method(
-            method,
-            train_loader,
-            data.val_loader(device, train.val_batch_size or optimization.batch_size),
-            epochs=optimization.epochs,
-            optimizer=optimizer,
-            scheduler=build_scheduler(optimizer, optimization, len(train_loader)),
-            device=device,
-            watcher=watcher,
-            resume=resume,
-            stop=stop,
-            **{name: getattr(train, name) for name in _OF_THE_LOOP},
-        )
-
-
-# Settings of a recipe that are arguments of ``fit_method`` by the same names.
-_OF_THE_LOOP = (
-    "clip_norm", "precision", "teacher_precision", "channels_last", "compile", "accumulate", "ema",
-    "nonfinite", "log_every", "checkpoint_every",
-)  # fmt: skip
-
-
-def _reached(state: dict[str, Any]) -> str:
-    position = state.get("position")
-    step = f"step {position['meter']['steps']} of epoch {len(state['history']) + 1}" if position else None
-    return step or f"epoch {len(state['history'])}"
-
-
-def _shown(folder: Path, role: str, console: Console, *, tensorboard: bool) -> Watcher:
-    shown = ConsoleProgress(role, console)
-    # Each by itself: without TensorBoard the console goes on.
-    return TensorBoard(folder / "tensorboard", Shielded(shown)) if tensorboard else Shielded(shown)
-
-
-def _hash(content: Any) -> str:
-    return digest_of(content)[:12]
 
 
 def _versions(device: torch.device) -> dict[str, str]:

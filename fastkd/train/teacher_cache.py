@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from fastkd.messages import one_line
 from fastkd.regular_files import open_regular, read_regular
-from fastkd.sealed_files import append_digest, digest_of, has_digest, is_whole
+from fastkd.sealed_files import append_digest, digest_of, has_digest, is_whole, short_digest_of
 
 from .data import CacheableData, Data, IndexedLoader
 from .errors import CheckpointError, TrainError
@@ -94,7 +94,7 @@ def wanted_facts(recipe: Recipe, data: Data) -> dict[str, Any]:
         raise CacheError(f"teacher logits cannot be cached for this recipe: {lacks}")
     mixed = bool(data.augmentation["mixup"] or data.augmentation["cutmix"])
     return {
-        "data": _hash(data.content),
+        "data": short_digest_of(data.content),
         "samples": data.samples,
         "classes": data.num_classes,
         "augmentation": dict(data.augmentation),
@@ -110,16 +110,14 @@ def _teacher_facts(teacher: Teacher) -> dict[str, Any]:
     if teacher.weights is not None:
         return facts | {"weights": teacher.weights.rpartition(".")[2]}
     if teacher.checkpoint is None:
-        return facts | {"trained": _hash(teacher.model_dump(exclude={"checkpoint", "weights", "cache"}))}
+        return facts | {
+            "trained": short_digest_of(teacher.model_dump(exclude={"checkpoint", "weights", "cache"}))
+        }
     try:
         content = read_regular(Path(teacher.checkpoint))
         return facts | {"sha256": hashlib.sha256(content).hexdigest()}
     except OSError as error:
         raise CheckpointError(f"teacher.checkpoint = {teacher.checkpoint} cannot be read: {error}") from None
-
-
-def _hash(content: Any) -> str:
-    return digest_of(content)[:12]
 
 
 class CachedTeacher(nn.Module):

@@ -7,8 +7,8 @@ row may be shared by ``parts`` programs, each of which walks along its own tiles
 import triton
 import triton.language as tl
 
-# Arguments of the row kernels that must not trigger a recompilation: Triton specialises on integers that are 1
-# or multiples of 16 and on aligned pointers. What kernels use of strides and class counts is in VECTOR.
+# Arguments of the row kernels that must not trigger a recompilation: Triton specialises on integers that are
+# 1 or multiples of 16 and on aligned pointers. What kernels use of strides and class counts is in VECTOR.
 NOT_SPECIALIZED = [
     "weight_pointer", "loss_pointer", "dynamic_pointer", "count", "inner_rows", "parts", "classes",
     "student_outer_stride", "student_inner_stride", "teacher_outer_stride", "teacher_inner_stride",
