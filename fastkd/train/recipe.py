@@ -235,7 +235,7 @@ def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> tuple[str, 
     recipe = make_recipe(_overridden(values, given), found.origin)
     changed = {key: value for key, value in given.items() if values.get(key) != value}
     if "description" not in given:
-        text = description_of(found.name, recipe, changed)
+        text = description_of(found.name, recipe.description, recipe.method, changed)
         recipe = recipe.model_copy(update={"description": text})
     return name_of(found.name, changed), recipe
 

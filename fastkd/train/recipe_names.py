@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastkd.distill.method import find_method
 
 from .recipe_files import dump_scalar
-
-if TYPE_CHECKING:
-    from .recipe import Recipe
 
 # What a recipe is named after.
 _NAMING = ("method", "student.name", "teacher.name")
@@ -33,13 +30,13 @@ def name_of(name: str, changed: Mapping[str, Any]) -> str:
     return " ".join([*kept, *(f"{key}={value}" for key, value in parts.items())])
 
 
-def description_of(name: str, recipe: Recipe, changed: Mapping[str, Any]) -> str:
-    """The recipe's description, or the method's own for another method, and what was changed."""
+def description_of(name: str, description: str, method: str, changed: Mapping[str, Any]) -> str:
+    """The recipe's ``description``, or that of ``method`` where it is another, and what was changed."""
     told = {key: value for key, value in changed.items() if key not in _ASIDE}
     if not told:
-        return recipe.description
+        return description
     listed = ", ".join(f"{key}={dump_scalar(value)}" for key, value in told.items())
     if "method" not in told:
-        return f"{recipe.description}; with {listed}"
-    document = (find_method(recipe.method).__doc__ or "").strip().partition("\n")[0].rstrip(".")
-    return f"{document or recipe.method}; {name.partition(' ')[0]} with {listed}"
+        return f"{description}; with {listed}"
+    document = (find_method(method).__doc__ or "").strip().partition("\n")[0].rstrip(".")
+    return f"{document or method}; {name.partition(' ')[0]} with {listed}"
