@@ -1,8 +1,8 @@
 // Losses that are a sum over classes of a function of two logits: one sweep, no row statistics.
 #pragma once
 
+#include "blocks.h"
 #include "row_phases.h"
-#include "vector.h"
 
 namespace fastkd {
 namespace FASTKD_ISA {

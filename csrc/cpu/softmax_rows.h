@@ -4,8 +4,8 @@
 // seen so far or one not far below; the second turns them into the gradient without reading the logits again.
 #pragma once
 
+#include "blocks.h"
 #include "row_phases.h"
-#include "vector.h"
 
 namespace fastkd {
 namespace FASTKD_ISA {
