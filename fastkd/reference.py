@@ -8,7 +8,6 @@ over the classes that are not y. T^2 is included, so that a weight means the sam
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +25,7 @@ def as_float(logits: Tensor) -> Tensor:
     return wide.masked_fill(wide < MASKED, MASKED)  # a NaN stays, in the gradient too; clamp_min's would be 0
 
 
-def standardize(logits: Tensor) -> Tensor:
+def standardized(logits: Tensor) -> Tensor:
     """(z - mean) / (std + 1e-7) of each row, std with C - 1 (logit standardisation, Sun et al. 2024)."""
     centred = logits - logits.mean(-1, keepdim=True)
     return centred / (logits.std(-1, keepdim=True) + STANDARDIZE_EPSILON)
@@ -67,17 +66,18 @@ def softmax_rows(
     tckd_weight: float,
     nckd_weight: float,
     label_smoothing: float,
-    standardized: float,
-    one_sided: float = 0.0,
+    standardize: float,
+    fix_acquired: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """w_ce CE + T^2 (w_kd KD + w_t TCKD + w_n NCKD): the row loss [N] and its four terms [4, N].
 
     Terms are unweighted (T^2 included), a term of weight 0 is 0. CE is of the raw student logits at
-    T = 1, even where the distillation terms are standardised. With ``one_sided`` TCKD is 0 where the
-    student is at least as sure of the label as the teacher. Hinton et al. 2015; Zhao et al. 2022.
+    T = 1, even where the distillation terms are standardised. With ``fix_acquired`` TCKD is 0 where the
+    student is at least as confident in the target class as the teacher.
+    Hinton et al. 2015; Zhao et al. 2022.
     """
     z_s, z_t = as_float(student_logits), as_float(teacher_logits)
-    u, v = (standardize(z_s), standardize(z_t)) if standardized else (z_s, z_t)
+    u, v = (standardized(z_s), standardized(z_t)) if standardize else (z_s, z_t)
     u, v = u / temperature, v / temperature
     square = temperature * temperature
     zero = z_s[:, :0].sum(-1)  # with a gradient, which is 0, where no term is asked for
@@ -92,9 +92,9 @@ def softmax_rows(
                 ce = (1 - label_smoothing) * ce - label_smoothing * log_q.mean(-1)
         if tckd_weight:
             tckd = square * target_kl(u, v, target)
-            if one_sided:
-                surer = label_log_odds(v, target) > label_log_odds(u, target)
-                tckd = tckd.masked_fill(~surer, 0.0)
+            if fix_acquired:
+                teacher_leads = label_log_odds(v, target) > label_log_odds(u, target)
+                tckd = tckd.masked_fill(~teacher_leads, 0.0)
         if nckd_weight:
             nckd = square * nontarget_kl(u, v, target)
     terms = torch.stack([ce, kd, tckd, nckd])
@@ -187,14 +187,3 @@ def log_cosh(x: Tensor) -> Tensor:
     series = square * (0.5 - square * (1 / 12 - square / 45))
     outer = x.masked_fill(small, 1.0).abs()
     return torch.where(small, series, outer + softplus(-2 * outer) - math.log(2))
-
-
-ROW_LOSSES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
-    "softmax": softmax_rows,
-    "nkd": nkd_rows,
-    "ttm": ttm_rows,
-    "reverse_kl": reverse_kl_rows,
-    "jsd": jsd_rows,
-    "binary_kl": binary_kl_rows,
-    "binary_kl_norm": binary_kl_norm_rows,
-}

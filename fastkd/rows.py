@@ -7,14 +7,12 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from fastkd import backend, checks, reference
+from fastkd import backend, checks
 from fastkd.ops import library
+from fastkd.ops.spec import LOSSES
 from fastkd.tensors import as_ordinary, is_readable, transform_of
 
 Logits: TypeAlias = Tensor | Sequence[Tensor]
-# The values of a loss's first options that choose code: a softmax at T = 1 serves the cross-entropy too, a
-# term of weight 0 is not computed.
-_CHOICES = {"softmax": (1.0, 0.0, 0.0, 0.0, 0.0, 0.0), "nkd": (1.0,)}
 
 
 def reduced_loss(
@@ -104,7 +102,7 @@ def _numbers(
         return tuple(map(float, options)), None
     one = student.new_ones((), dtype=torch.float32)
     dynamic = torch.stack([one * value for value in options])
-    choices = _CHOICES.get(loss, ())
+    choices = LOSSES[loss].code_values
     known = [
         float(value)
         if isinstance(value, bool) or (index < len(choices) and value == choices[index])
@@ -153,7 +151,7 @@ def _eager(
         )
         if label is not None and counted is not None:
             label = label.masked_fill(~counted, 0)
-    row_loss = reference.ROW_LOSSES[loss]
+    row_loss = LOSSES[loss].rows
     pairs = [row_loss(s, t, label, *options) for s, t in zip(students, teachers, strict=True)]
     rows, terms = torch.stack([rows for rows, _ in pairs]), torch.stack([terms for _, terms in pairs], 1)
     rows, terms = (

@@ -1,0 +1,265 @@
+"""The one list of losses. Whatever enumerates them reads it: kernels, plans, `fastkd check`, bench and tests.
+
+A loss is a row of ``LOSSES``. Its name is also that of its formula in fastkd/ops/triton/formulas.py and in
+csrc/row_formulas.h. Names, options and needs must agree there: the native library refuses to load otherwise.
+CONTRIBUTING.md says what a new loss consists of.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import IntFlag, auto
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor
+
+from fastkd import reference
+
+# softmax: sums over both rows, a formula of the sums, one pass that writes the gradient.
+# mixture: the same sums, a pass over a function of q and p of each class, one more for the gradient.
+# pointwise: a sum over classes of a function of two logits; a single pass.
+Family = Literal["softmax", "mixture", "pointwise"]
+
+
+class Needs(IntFlag):
+    """What a call needs of the row kernels. Each bit costs work per class."""
+
+    DISTILLS = auto()  # the teacher is read: sums of both models at the temperature
+    CROSS_ENTROPY = auto()  # that of the student at T = 1
+    STUDENT_AT_T1 = auto()  # the student's sum at T = 1, where it is not the one at the temperature
+    TEACHER_AT_T1 = auto()
+    CROSS_TERM = auto()  # the cross-entropy of both models, in place of their divergence
+    LOG_RATIO = auto()  # a gradient with the term q log(p / q), and the sum of it
+    OWN_SLOPES = auto()  # logits of the two models are scaled differently
+    STANDARDIZED = auto()  # by mean and deviation of the row; the gradient gains an affine term
+    LABEL_SMOOTHING = auto()  # the mean of the student's logits
+    SUMS_ONLY = auto()  # no divergence beside the sums
+    LABELLED = auto()  # the target class is excluded from every sum
+
+
+# Options of the losses, in the order in which kernels receive them. A field of type float is dynamic: its
+# value may change between calls without compiling anything again. One of type bool is static: it selects
+# code. Dynamic fields come first.
+
+
+class SoftmaxOptions(NamedTuple):
+    temperature: float
+    ce_weight: float = 0.0
+    kd_weight: float = 0.0
+    tckd_weight: float = 0.0
+    nckd_weight: float = 0.0
+    label_smoothing: float = 0.0
+    standardize: bool = False
+    fix_acquired: bool = False
+
+
+class NKDOptions(NamedTuple):
+    temperature: float
+    gamma: float
+
+
+class TTMOptions(NamedTuple):
+    gamma: float
+    weighted: bool = False
+
+
+class TemperatureOptions(NamedTuple):
+    temperature: float
+
+
+class JSDOptions(NamedTuple):
+    temperature: float
+    beta: float
+
+
+class Case(NamedTuple):
+    """A loss as users call it, and what it asks of the kernels. The cases together reach all kernel code."""
+
+    name: str
+    function: str  # of the package fastkd
+    arguments: Mapping[str, Any]
+    options: Any  # what the function makes of the arguments
+    vanishes: bool = True  # no gradient at equal logits
+    benchmarked: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Loss:
+    name: str
+    family: Family
+    rows: Callable[..., tuple[Tensor, Tensor]]  # the specification, of fastkd.reference
+    options: type[Any]
+    needs: Callable[[Any], Needs]
+    cases: tuple[Case, ...]
+    takes_label: bool = False
+    terms: tuple[str, ...] = ()
+    # Values of its first options that select code; any other value is one of many.
+    code_values: tuple[float, ...] = ()
+
+    @property
+    def dynamic(self) -> int:
+        """How many of its options are dynamic: the first ones."""
+        return sum(kind is float for kind in self.options.__annotations__.values())
+
+
+def _softmax_needs(options: SoftmaxOptions) -> Needs:
+    needs = Needs(0)
+    distills = options.kd_weight != 0 or options.tckd_weight != 0 or options.nckd_weight != 0
+    standardizes = bool(options.standardize) and distills
+    if distills:
+        needs |= Needs.DISTILLS
+    if options.ce_weight != 0:
+        needs |= Needs.CROSS_ENTROPY
+        # At T = 1 the exponentials of the cross-entropy are the student's own.
+        if options.temperature != 1 or standardizes:
+            needs |= Needs.STUDENT_AT_T1
+    if options.label_smoothing != 0:
+        needs |= Needs.LABEL_SMOOTHING
+    if standardizes:
+        needs |= Needs.OWN_SLOPES | Needs.STANDARDIZED
+    return needs
+
+
+def _nkd_needs(options: NKDOptions) -> Needs:
+    needs = Needs.DISTILLS | Needs.CROSS_TERM
+    return needs if options.temperature == 1 else needs | Needs.STUDENT_AT_T1 | Needs.TEACHER_AT_T1
+
+
+def _constant(needs: Needs) -> Callable[[Any], Needs]:
+    return lambda options: needs
+
+
+_MIXTURE = _constant(Needs.DISTILLS | Needs.SUMS_ONLY)
+_POINTWISE = _constant(Needs.DISTILLS)
+
+
+def _case(
+    name: str,
+    function: str,
+    options: Any,
+    *,
+    vanishes: bool = True,
+    benchmarked: bool = False,
+    **arguments: Any,
+) -> Case:
+    return Case(name, function, arguments, options, vanishes, benchmarked)
+
+
+def _distill(name: str, *, benchmarked: bool = False, **arguments: Any) -> Case:
+    """A case with a cross-entropy, whose minimum is not at the teacher's logits."""
+    options = SoftmaxOptions(**{"temperature": 4.0, **arguments})
+    return Case(name, "distill_loss", arguments, options, vanishes=False, benchmarked=benchmarked)
+
+
+_DKD = SoftmaxOptions(4.0, tckd_weight=1.0, nckd_weight=8.0)
+_LSKD = SoftmaxOptions(2.0, kd_weight=1.0, standardize=True)
+_SOFTMAX_CASES = (
+    _case("kd", "kd_loss", SoftmaxOptions(4.0, kd_weight=1.0), benchmarked=True),
+    _case("kd-t1", "kd_loss", SoftmaxOptions(1.0, kd_weight=1.0), temperature=1.0),
+    _case("lskd", "kd_loss", _LSKD, benchmarked=True, temperature=2.0, standardize=True),
+    _case("dkd", "dkd_loss", _DKD, benchmarked=True),
+    _case("ls-dkd", "dkd_loss", _DKD._replace(standardize=True), standardize=True),
+    _case("tckd", "dkd_loss", SoftmaxOptions(4.0, tckd_weight=1.0), beta=0.0),
+    _case("nckd", "dkd_loss", SoftmaxOptions(4.0, nckd_weight=1.0), alpha=0.0, beta=1.0),
+    _case("dckd", "dckd_loss", _DKD._replace(fix_acquired=True)),
+    _distill("ce", ce_weight=1.0),
+    _distill("ce-smoothed", ce_weight=1.0, temperature=1.0, label_smoothing=0.1),
+    _distill("ce-kd", ce_weight=0.1, kd_weight=0.9, benchmarked=True),
+    _distill("ce-kd-smoothed", ce_weight=0.1, kd_weight=0.9, label_smoothing=0.1),
+    _distill("ce-kd-t1", ce_weight=0.5, kd_weight=0.5, temperature=1.0),
+    _distill("ce-kd-t1-smoothed", ce_weight=0.5, kd_weight=0.5, temperature=1.0, label_smoothing=0.1),
+    _distill("ce-dkd", ce_weight=1.0, tckd_weight=1.0, nckd_weight=8.0, label_smoothing=0.1),
+    _distill("ce-dckd", ce_weight=1.0, tckd_weight=1.0, nckd_weight=2.0, fix_acquired=True),
+    _distill("ce-lskd", ce_weight=0.1, kd_weight=9.0, temperature=2.0, standardize=True),
+    _distill(
+        "ce-lskd-smoothed",
+        ce_weight=0.1,
+        kd_weight=9.0,
+        temperature=2.0,
+        standardize=True,
+        label_smoothing=0.1,
+    ),
+)
+
+_ROWS = (
+    Loss(
+        "softmax",
+        "softmax",
+        reference.softmax_rows,
+        SoftmaxOptions,
+        _softmax_needs,
+        _SOFTMAX_CASES,
+        takes_label=True,
+        terms=("ce", "kd", "tckd", "nckd"),
+        code_values=(1.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+    ),
+    Loss(
+        "nkd",
+        "softmax",
+        reference.nkd_rows,
+        NKDOptions,
+        _nkd_needs,
+        (
+            _case("nkd", "nkd_loss", NKDOptions(1.0, 1.5), vanishes=False),
+            _case("nkd-t3", "nkd_loss", NKDOptions(3.0, 3.5), vanishes=False, gamma=3.5, temperature=3.0),
+        ),
+        takes_label=True,
+        code_values=(1.0,),
+    ),
+    Loss(
+        "ttm",
+        "softmax",
+        reference.ttm_rows,
+        TTMOptions,
+        _constant(Needs.DISTILLS | Needs.OWN_SLOPES | Needs.TEACHER_AT_T1),
+        (
+            _case("ttm", "ttm_loss", TTMOptions(0.25), vanishes=False, gamma=0.25),
+            _case("wttm", "ttm_loss", TTMOptions(0.25, True), vanishes=False, gamma=0.25, weighted=True),
+        ),
+    ),
+    Loss(
+        "reverse_kl",
+        "softmax",
+        reference.reverse_kl_rows,
+        TemperatureOptions,
+        _constant(Needs.DISTILLS | Needs.LOG_RATIO),
+        (_case("reverse-kl", "reverse_kl_loss", TemperatureOptions(2.0), temperature=2.0),),
+    ),
+    Loss(
+        "jsd",
+        "mixture",
+        reference.jsd_rows,
+        JSDOptions,
+        _MIXTURE,
+        (
+            _case("jsd", "jsd_loss", JSDOptions(1.0, 0.5), benchmarked=True),
+            _case("jsd-0.1", "jsd_loss", JSDOptions(2.0, 0.1), beta=0.1, temperature=2.0),
+        ),
+    ),
+    Loss(
+        "binary_kl",
+        "pointwise",
+        reference.binary_kl_rows,
+        TemperatureOptions,
+        _POINTWISE,
+        (_case("binary-kl", "binary_kl_loss", TemperatureOptions(2.0)),),
+    ),
+    Loss(
+        "binary_kl_norm",
+        "pointwise",
+        reference.binary_kl_norm_rows,
+        TemperatureOptions,
+        _POINTWISE,
+        (_case("binary-kl-norm", "binary_kl_norm_loss", TemperatureOptions(2.0), benchmarked=True),),
+    ),
+)
+
+LOSSES: dict[str, Loss] = {loss.name: loss for loss in _ROWS}
+CASES: dict[str, tuple[Loss, Case]] = {case.name: (loss, case) for loss in _ROWS for case in loss.cases}
+
+
+@lru_cache(maxsize=1024)
+def needs_of(loss: Loss, options: tuple[float, ...], labelled: bool) -> int:
+    """Bits of ``Needs`` of a call with these values of ``loss.options``."""
+    needs = loss.needs(loss.options(*options))
+    return int(needs | Needs.LABELLED if labelled else needs)
