@@ -9,11 +9,11 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from fastkd.ops.spec import Needs
+
 ROOT = Path(__file__).parent.parent
 # Architectures, and what each is compiled from: devices with clusters, and without.
 ARCHITECTURES = {"sm_80": "compute_80", "sm_90": "compute_90", "sm_100": "compute_90"}
-LOSSES = ("softmax", "nkd", "ttm", "reverse kl", "jsd", "binary_kl", "binary_kl_norm")
-NEEDS = ("student at T 1", "teacher at T 1", "cross-entropy", "tilt", "own slopes", "standardized")
 
 
 def resources(binary: Path) -> dict[str, dict[str, int]]:
@@ -47,14 +47,15 @@ def compile_for(nvcc: str, architecture: str, folder: str) -> dict[str, dict[str
 
 
 def readable(function: str) -> str:
-    """``softmax, student at T 1`` for the kernel's mangled name."""
-    kernel = re.search(r"(softmax|jsd|pointwise|scale)_rows(?:ILN\w*?LossE(\d)E(?:Lj(\d+)E)?)?", function)
+    """``Softmax, student at t1`` for the kernel's mangled name."""
+    kernel = re.search(
+        r"(softmax|mixture|pointwise|scale)_rows(?:INS_\d+([A-Za-z]+?)E(?:Lj(\d+))?E)?", function
+    )
     if kernel is None:
         return function
     family, loss, needs = kernel.groups()
-    bits = int(needs or 0)
-    words = [name for bit, name in enumerate(NEEDS) if bits >> bit & 1]
-    return ", ".join([LOSSES[int(loss)] if loss else family, *words])
+    words = [need.name.replace("_", " ").lower() for need in Needs if int(needs or 0) & need]
+    return ", ".join([loss or family, *words])
 
 
 def check() -> tuple[int, int]:

@@ -40,6 +40,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from fastkd.ops import spec
+from fastkd.ops.call import Call as LossCall
+from fastkd.ops.call import Outputs
 from fastkd.ops.triton import launch as launcher
 
 TARGETS = {
@@ -173,29 +176,9 @@ def record(function: Callable[[], object]) -> list[Variant]:
 
 # ---- the launches --------------------------------------------------------------------------------------
 
-# Options of ops.library by name; those of the softmax family are all that the kernels tell apart.
-LOSSES: dict[str, tuple[str, tuple[float, ...], bool]] = {
-    "kd": ("softmax", (4.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0), False),
-    "lskd": ("softmax", (2.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0), False),
-    "dkd": ("softmax", (4.0, 0.0, 0.0, 1.0, 8.0, 0.0, 0.0, 0.0), True),
-    "ls-dkd": ("softmax", (4.0, 0.0, 0.0, 1.0, 8.0, 0.0, 1.0, 0.0), True),
-    "ce": ("softmax", (4.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0), True),
-    "ce, smoothed": ("softmax", (1.0, 1.0, 0.0, 0.0, 0.0, 0.1, 0.0, 0.0), True),
-    "ce + kd": ("softmax", (4.0, 0.1, 0.9, 0.0, 0.0, 0.0, 0.0, 0.0), True),
-    "ce + kd, smoothed": ("softmax", (4.0, 0.1, 0.9, 0.0, 0.0, 0.1, 0.0, 0.0), True),
-    "ce + kd, T 1": ("softmax", (1.0, 0.1, 0.9, 0.0, 0.0, 0.0, 0.0, 0.0), True),
-    "ce + kd, T 1, smoothed": ("softmax", (1.0, 0.1, 0.9, 0.0, 0.0, 0.1, 0.0, 0.0), True),
-    "ce + lskd": ("softmax", (2.0, 0.1, 9.0, 0.0, 0.0, 0.0, 1.0, 0.0), True),
-    "ce + lskd, smoothed": ("softmax", (2.0, 0.1, 9.0, 0.0, 0.0, 0.1, 1.0, 0.0), True),
-    "nkd": ("nkd", (3.0, 1.5), True),
-    "nkd, T 1": ("nkd", (1.0, 1.5), True),
-    "ttm": ("ttm", (0.25, 1.0), False),
-    "reverse kl": ("reverse_kl", (1.0,), False),
-    "jsd": ("jsd", (1.0, 0.5), False),
-    "binary_kl": ("binary_kl", (2.0,), False),
-    "binary_kl_norm": ("binary_kl_norm", (2.0,), False),
-    "scale": ("scale", (), False),
-}
+
+LOSSES = spec.distinct_cases()
+SCALE = "scale"  # the scaling of a gradient, beside the losses
 # (rows, classes): several rows to a program; one; streamed, all of a row or parts of it.
 PATHS = {
     "C 10": (300, 10),
@@ -236,25 +219,26 @@ class Call(NamedTuple):
 
     def __call__(self) -> None:
         rows, classes = PATHS[self.path]
-        loss, options, labelled = LOSSES[self.loss]
         student, teacher = (DTYPES[name] for name in (self.student, self.teacher))
-        if loss == "scale":
+        if self.loss == SCALE:
             launcher.scale_rows_(matrix(rows, classes, student, self.layout), torch.ones(rows))
             return
-        terms = torch.empty(4, rows * self.pairs) if self.terms else None
-        gradient = matrix(rows * self.pairs, classes, student, "dense") if self.gradient else None
-        dynamic = None
+        loss, case = LOSSES[self.loss]
+        options, dynamic = tuple(map(float, case.options)), None
         if self.dynamic:
             dynamic = torch.tensor(options)
             options = tuple(value if value in (0.0, 1.0) else math.nan for value in options)
         weights = {"none": None, "rows": torch.ones(rows), "pairs": torch.ones(self.pairs, rows)}
-        launcher.row_loss(
-            [matrix(rows, classes, student, self.layout)] * self.pairs,
-            [matrix(rows, classes, teacher, self.layout)] * self.pairs,
-            torch.zeros(rows, dtype=torch.int64) if labelled else None,
-            weights[self.weights], 1.0 / rows, loss, options, torch.empty(rows * self.pairs), terms, gradient,
-            dynamic=dynamic,
+        call = LossCall(
+            target=torch.zeros(rows, dtype=torch.int64) if case.labelled else None,
+            row_weight=weights[self.weights], divisor=rows, loss=loss.name, options=options, dynamic=dynamic,
+            backend="triton", reduced=False, with_terms=self.terms, with_gradient=self.gradient,
         )  # fmt: skip
+        terms = torch.empty(len(loss.terms), rows * self.pairs) if self.terms else None
+        gradient = matrix(rows * self.pairs, classes, student, "dense") if self.gradient else None
+        students, teachers = ([matrix(rows, classes, dtype, self.layout)] for dtype in (student, teacher))
+        outputs = Outputs(torch.empty(rows * self.pairs), terms, gradient)
+        launcher.row_loss(students * self.pairs, teachers * self.pairs, call, outputs)
 
 
 # [N, C] dense; starting one element in, rows an odd number apart; [M, K, C] with the last of K + 1 left out.
@@ -275,16 +259,16 @@ def matrix(rows: int, classes: int, dtype: torch.dtype, layout: str) -> torch.Te
 def calls() -> Iterator[Call]:
     """All of them: the product of the fields' values, without those that a loss has no use for."""
     flags = (False, True)
-    for loss, path in itertools.product(LOSSES, PATHS):
-        family, _, labelled = LOSSES[loss]
-        scale = family == "scale"
+    for loss, path in itertools.product([*LOSSES, SCALE], PATHS):
+        scale = loss == SCALE
+        with_terms = not scale and bool(LOSSES[loss][0].terms) and LOSSES[loss][1].labelled
         teachers = ("fp32",) if scale else tuple(DTYPES)
         others = itertools.product(
             DTYPES,
             teachers,
             ("dense",) if scale else LAYOUTS,
             ("none",) if scale else ("none", "rows", "pairs"),
-            flags if family == "softmax" and labelled else (False,),
+            flags if with_terms else (False,),
             (True,) if scale else flags,
             (False,) if scale else flags,
             (1,) if scale else (1, 2, 8),
@@ -319,7 +303,7 @@ def covering(all_calls: Iterable[Call], together: int) -> list[Call]:
 def differing(loss: str, *, aligned: bool) -> Iterator[Callable[[], None]]:
     """Calls that differ in what must not compile again: rows, M, K, strides, options, the target's and the
     weights' addresses and strides."""
-    family, options, labelled = LOSSES[loss]
+    spec_of_loss, case = LOSSES[loss]
     shapes = ((1, 1, 1000), (7, 1, 1008), (300, 1, 3200), (1, 12, 1000), (4, 3, 1016), (150, 2, 1000))
     for number, (outer, inner, stride) in enumerate(shapes):
         rows = outer * inner
@@ -327,16 +311,18 @@ def differing(loss: str, *, aligned: bool) -> Iterator[Callable[[], None]]:
         place = torch.empty((rows + outer) * stride)
         strides = (stride, 1) if inner == 1 else ((inner + 1) * stride, stride, 1)
         logits = place.as_strided((rows, 1000) if inner == 1 else (outer, inner, 1000), strides)
-        values = tuple(value if value in (0.0, 1.0) else value + number for value in options)
+        values = tuple(float(value) if value in (0.0, 1.0) else value + number for value in case.options)
         step = 1 + number % 3
-        target = torch.zeros(rows * step + number, dtype=torch.int64)[number::step] if labelled else None
+        target = torch.zeros(rows * step + number, dtype=torch.int64)[number::step] if case.labelled else None
         weight = torch.ones(rows + number)[number:]
 
-        def call(logits=logits, target=target, weight=weight, values=values, rows=rows) -> None:
-            launcher.row_loss(
-                [logits], [logits], target, weight, 1.0 / rows, family, values, torch.empty(rows), None,
-                torch.empty(rows, 1000),
-            )  # fmt: skip
+        record_of_call = LossCall(
+            target, weight, rows, spec_of_loss.name, values, None, "triton", False, False, True
+        )
+
+        def call(logits=logits, record_of_call=record_of_call, rows=rows) -> None:
+            outputs = Outputs(torch.empty(rows), None, torch.empty(rows, 1000))
+            launcher.row_loss([logits], [logits], record_of_call, outputs)
 
         yield call
 
@@ -354,7 +340,7 @@ def bind_all(target: str) -> list[str]:
                 keys |= {variant.key for variant in call.launches()}
             except Exception as error:  # whatever the binder raises is this call's result
                 failures.append(f"{target}: {call}: {type(error).__name__}: {error}")
-        for loss in (name for name in LOSSES if name != "scale"):
+        for loss in LOSSES:
             for aligned in (True, False):
                 kernels = [
                     {variant.key for variant in record(call)} for call in differing(loss, aligned=aligned)

@@ -13,19 +13,9 @@ namespace fastkd {
 namespace {
 
 struct Case {
-  Loss loss;
-  float values[kOptions];
+  LossOptions options;
 };
-
-const Case kCases[] = {
-    {Loss::kSoftmax, {4, 0, 1, 0, 0, 0, 0, 0}},      {Loss::kSoftmax, {1, 0.5f, 0.5f, 0, 0, 0.1f, 0, 0}},
-    {Loss::kSoftmax, {4, 0.5f, 0.9f, 1, 2, 0.1f, 0, 1}}, {Loss::kSoftmax, {2, 0, 9, 0, 0, 0, 1, 0}},
-    {Loss::kSoftmax, {0.01f, 0.1f, 0, 1, 8, 0, 1, 0}},   {Loss::kSoftmax, {1, 1, 0, 0, 0, 0, 0, 0}},
-    {Loss::kNKD, {1, 1.5f}},                         {Loss::kNKD, {3, 3.5f}},
-    {Loss::kTTM, {0.25f, 1}},                        {Loss::kReverseKL, {2}},
-    {Loss::kJSD, {1, 0.5f}},                         {Loss::kJSD, {2, 0.1f}},
-    {Loss::kBinaryKL, {2}},                          {Loss::kBinaryKLNorm, {2}},
-};
+#include "sanitize_cases.inc"  // kCases: those of fastkd/ops/spec.py
 const DType kDTypes[] = {DType::kFloat, DType::kBFloat16, DType::kHalf};
 
 int64_t width_of(DType dtype) { return dtype == DType::kFloat ? 4 : 2; }
@@ -133,9 +123,7 @@ void call(const Choice& choice, const std::string& fault) {
   if (choice.weighted) arguments.row_weight = reinterpret_cast<float*>(weights.data), arguments.row_weight_stride = 2;
   if (fault == "weight") arguments.row_weight_stride = 4;
   if (choice.labelled) arguments.target = reinterpret_cast<int64_t*>(labels.data), arguments.target_stride = 3;
-  LossOptions options;
-  options.loss = choice.loss->loss;
-  std::memcpy(options.values, choice.loss->values, sizeof options.values);
+  const LossOptions& options = choice.loss->options;
   if (!choice.kernels->computes(options)) std::abort();
   if (choice.parts > 1) choice.kernels->row_loss_in_parts(arguments, options, choice.parts, one_after_the_other);
   else choice.kernels->row_loss(arguments, options, 0, rows);
@@ -155,8 +143,7 @@ void run(const Kernels* kernels, bool quick, const std::string& fault) {
           for (Layout layout : {Layout::kDense, Layout::kGap, Layout::kShared, Layout::kTwo})
             for (int kind = 0; kind < 6; kind++) {
               if (quick && (student != teacher || kind == 5) && (turn++ & 7) != 0) continue;
-              const bool needs_label = loss.loss == Loss::kNKD || loss.values[1] != 0;
-              const bool labelled = loss.loss == Loss::kNKD || (loss.loss == Loss::kSoftmax && (needs_label || turn & 1));
+              const bool labelled = (loss.options.needs & kLabelled) != 0;
               // Every combination of the rest over the turns, at the least cost.
               for (int more = 0; more < (quick ? 2 : 4); more++, turn++) {
                 const int parts = classes > 1024 && turn % 3 == 0 ? 2 : 1;

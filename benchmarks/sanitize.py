@@ -14,6 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from fastkd.ops import spec
+
 ROOT = Path(__file__).parent.parent
 FLAGS = [
     "-std=c++17", "-O1", "-g", "-ffp-contract=fast", "-fno-math-errno", "-fno-omit-frame-pointer", "-w",
@@ -24,15 +26,34 @@ FLAGS = [
 FAULTS = ("weight", "row", "arithmetic")
 
 
+# A slope far above 1: exponents that overflow where they are not bounded.
+STEEP = spec.SoftmaxOptions(0.01, 0.1, tckd_weight=1.0, nckd_weight=8.0, standardize=True)
+
+
+def cases() -> str:
+    """The cases of fastkd/ops/spec.py as sanitize.cpp takes them."""
+    softmax = spec.LOSSES["softmax"]
+    found = [(loss, case.options, case.labelled) for loss, case in spec.distinct_cases().values()]
+    lines = []
+    for loss, options, labelled in [*found, (softmax, STEEP, True)]:
+        values = ", ".join(f"float({float(value)!r})" for value in options)
+        place, needs = list(spec.LOSSES).index(loss.name), spec.needs_of(loss, options, labelled)
+        lines.append(f"    {{{{{place}, {needs}u, {{{values}}}}}}},")
+    return "\n".join(["const Case kCases[] = {", *lines, "};", ""])
+
+
 def build(folder: Path) -> Path:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         sys.exit("sanitize: no C++ compiler was found")
     program = folder / "sanitize"
+    (folder / "sanitize_cases.inc").write_text(cases())
     sources = [ROOT / "benchmarks/sanitize.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
     objects = [folder / f"{source.stem}.o" for source in sources]
     compilations = [
-        subprocess.Popen([compiler, *FLAGS, f"-I{ROOT / 'csrc'}", "-c", str(source), "-o", str(target)])
+        subprocess.Popen(
+            [compiler, *FLAGS, f"-I{ROOT / 'csrc'}", f"-I{folder}", "-c", str(source), "-o", str(target)]
+        )
         for source, target in zip(sources, objects, strict=True)
     ]
     statuses = [compilation.wait() for compilation in compilations]

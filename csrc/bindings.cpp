@@ -37,7 +37,7 @@ void parallel_rows(int64_t count, int64_t classes, const Body& body) {
 
 #define FASTKD_ROW_LOSS_SCHEMA \
   "Tensor target, Tensor row_weight, float scale, Tensor(a!) rows, Tensor(b!) terms, Tensor(c!) gradient, " \
-  "Tensor(d!) sums, Tensor dynamic, int loss, float o0, float o1, float o2, float o3, float o4, float o5, " \
+  "Tensor(d!) sums, Tensor dynamic, int loss, int needs, float o0, float o1, float o2, float o3, float o4, float o5, " \
   "float o6, float o7, " FASTKD_PLAN_SCHEMA
 
 // A list costs a small loss more than its own arithmetic does, so one pair has an operator of its own.
@@ -45,13 +45,14 @@ constexpr const char* kRowLossSchema =
     "row_loss(Tensor student_logits, Tensor teacher_logits, " FASTKD_ROW_LOSS_SCHEMA;
 constexpr const char* kRowLossOfPairsSchema =
     "row_loss_of_pairs(Tensor[] student_logits, Tensor[] teacher_logits, " FASTKD_ROW_LOSS_SCHEMA;
-constexpr const char* kScaleRowsSchema = "scale_rows_(Tensor(a!) gradient, Tensor upstream, " FASTKD_PLAN_SCHEMA;
+constexpr const char* kScaleRowsSchema = "scale_rows_(Tensor(a!) gradient, Tensor grad_output, " FASTKD_PLAN_SCHEMA;
 
-constexpr int kFirstOption = 11;
+constexpr int kFirstOption = 12;
 
 LossOptions loss_options(const StableIValue* stack) {
   LossOptions options;
-  options.loss = Loss(int32_t(int64_t(stack[kFirstOption - 1])));
+  options.loss = int32_t(int64_t(stack[kFirstOption - 2]));
+  options.needs = uint32_t(int64_t(stack[kFirstOption - 1]));
   for (int i = 0; i < kOptions; i++) options.values[i] = float(as_double(stack[kFirstOption + i]));
   return options;
 }
@@ -64,10 +65,10 @@ void row_loss_on_cpu(const RowArguments& arguments, LossOptions options) {
   const int64_t known = arguments.dynamic.numel();
   const float* values = arguments.dynamic.dense_floats(known);
   for (int64_t i = 0; i < known; i++) options.values[i] = values[i];
-  check(kernels().computes(options), "there is no such loss");
+  check(kernels().computes(options), "there is no such loss, or no kernel for what it needs");
   float* sums = arguments.sums.given() ? arguments.sums.dense_floats(arguments.pairs()) : nullptr;
   for (Rows& rows : arguments.rows()) {
-    if (!reads_teacher(options)) rows.teacher = rows.student;
+    if (!(options.needs & kDistills)) rows.teacher = rows.student;
     const int parts = parts_a_row(rows);
     if (parts > 1) kernels().row_loss_in_parts(rows, options, parts, parallel_parts);
     else
@@ -106,7 +107,7 @@ void row_loss_cuda(StableIValue* stack, uint64_t, uint64_t) {
 struct ScaleArguments {
   Tensor gradient, factors;
 
-  explicit ScaleArguments(const StableIValue* stack) : gradient(stack[0], "gradient"), factors(stack[1], "upstream") {
+  explicit ScaleArguments(const StableIValue* stack) : gradient(stack[0], "gradient"), factors(stack[1], "grad_output") {
     factors.require(!gradient.given() || (factors.dimensions() == 1 && factors.numel() == gradient.rows()),
                     "must have one number for each row of the gradient");
   }
@@ -174,8 +175,22 @@ FASTKD_EXPORT const char* fastkd_register(const char* torch_library_path, const 
   return failed ? "torch refused the registration of the operators" : nullptr;
 }
 
-// Whether all labels are classes, and none of them the one to leave out.
-FASTKD_EXPORT bool fastkd_labels_all_count(const int64_t* labels, int64_t count, int64_t classes, int64_t ignore_index) {
+// Needs, losses and their options, as fastkd/ops/native.py writes them from fastkd/ops/spec.py: a line each.
+template <class... Loss>
+static std::string described(fastkd::LossList<Loss...>) {
+#define FASTKD_NEED_NAME(name) " " #name
+  std::string text = "needs" FASTKD_NEEDS(FASTKD_NEED_NAME);
+#undef FASTKD_NEED_NAME
+  ((text += std::string("\n") + Loss::kName + ": " + Loss::kOptionNames), ...);
+  return text;
+}
+FASTKD_EXPORT const char* fastkd_losses() {
+  static const std::string text = described(fastkd::Losses());
+  return text.c_str();
+}
+
+// Whether all labels are classes, and none of them the one to ignore.
+FASTKD_EXPORT bool fastkd_labels_all_valid(const int64_t* labels, int64_t count, int64_t classes, int64_t ignore_index) {
   bool all = true;
   for (int64_t i = 0; i < count; i++)
     all = all && labels[i] >= 0 && labels[i] < classes && labels[i] != ignore_index;

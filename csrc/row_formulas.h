@@ -1,48 +1,69 @@
-// The row formulas: from the statistics of a row to its loss and the few numbers of its gradient. Scalar code, once
-// a row; docs/formulas.md derives it. A new loss of the softmax family is a formula here and its needs.
+// The losses: name, options and formula of each. Scalar code per row, or code per class for both a vector of the CPU and
+// a thread of a GPU; docs/formulas.md derives it.
+//
+// A loss is a struct here, a place in the list `Losses`, and a row of fastkd/ops/spec.py. The skeletons of its family
+// (cpu/ and cuda/, softmax_rows.h, mixture_rows.h or pointwise_rows.h) do the rest.
 #pragma once
+
+#include <cstring>
 
 #include "row_math.h"
 
 namespace fastkd {
 
-enum class Loss : int32_t { kSoftmax, kNKD, kTTM, kReverseKL, kJSD, kBinaryKL, kBinaryKLNorm };
-
 constexpr int kOptions = 8;
 constexpr int kTerms = 4;
 
-// The options of a loss, in the order of fastkd/reference.py.
-struct SoftmaxOptions {
-  float temperature, ce_weight, kd_weight, tckd_weight, nckd_weight, label_smoothing, standardized, one_sided;
-};
-struct NKDOptions {
-  float temperature, gamma;
-};
-struct TTMOptions {
-  float gamma, weighted;
+// A loss by its place in `Losses`, the needs of its call, and its options in the order of its struct.
+struct LossOptions {
+  int32_t loss;
+  uint32_t needs;
+  float values[kOptions];
 };
 
-struct LossOptions {
-  Loss loss;
-  union {
-    float values[kOptions];
-    SoftmaxOptions softmax;
-    NKDOptions nkd;
-    TTMOptions ttm;
-  };
-};
+// The options of a loss, as a struct and as text for the comparison with fastkd/ops/spec.py.
+#define FASTKD_OPTIONS(...)     \
+  struct Options {              \
+    float __VA_ARGS__;          \
+  };                            \
+  static constexpr const char* kOptionNames = #__VA_ARGS__
+
+// Always inlined: as a function of its own, one compiled for a newer instruction set in one source file could be linked
+// into another.
+#ifdef __CUDACC__
+#define FASTKD_FORMULA static __host__ __device__ __forceinline__
+#else
+#define FASTKD_FORMULA static inline __attribute__((always_inline))
+#endif
+
+template <class Loss>
+FASTKD_ROW_FUNCTION typename Loss::Options options_as(const LossOptions& options) {
+  typename Loss::Options result;
+  memcpy(&result, options.values, sizeof result);
+  return result;
+}
+
+struct SoftmaxFamily {};
+struct MixtureFamily {};
+struct PointwiseFamily {};
+
+// The values of needs & kCompiledNeeds that a loss of the softmax family can have.
+template <unsigned... kNeeds>
+struct VariantList {};
+
+// ---- the softmax family: from the statistics of a row to its loss and the few numbers of its gradient ----------------
 
 template <class Real>
 struct SoftmaxGradient {
-  // g_i = (student + tilt (v_i - u_i)) e^{u_i} - teacher e^{v_i} + plain e^{z_i} + constant + affine (z_i - mean),
-  // u, v and z_i of the exponentials relative to the bases; and g_y = label.
-  Real student, teacher, plain, constant, affine, tilt, label;
+  // g_i = (student + log_ratio (v_i - u_i)) e^{u_i} - teacher e^{v_i} + student_t1 e^{z_i} + constant
+  //       + affine (z_i - mean), u, v and z_i of the exponentials relative to the bases; and g_y = label.
+  Real student, teacher, student_t1, constant, affine, log_ratio, label;
 };
 
 template <class Real>
 struct SoftmaxResult {
   Real loss;
-  Real terms[4];  // CE, KD, TCKD, NCKD
+  Real terms[kTerms];
   SoftmaxGradient<Real> gradient;
 };
 
@@ -55,48 +76,11 @@ struct Row {
   int64_t classes;
 };
 
-// Whether a softmax at temperature T is a part of the loss, beside the cross-entropy at T = 1.
-FASTKD_ROW_FUNCTION bool distils(const SoftmaxOptions& options) {
-  return options.kd_weight != 0 || options.tckd_weight != 0 || options.nckd_weight != 0;
-}
-
-FASTKD_ROW_FUNCTION unsigned needs_of(const LossOptions& options) {
-  switch (options.loss) {
-    case Loss::kSoftmax: {
-      const bool standardized = options.softmax.standardized != 0 && distils(options.softmax);
-      // At T = 1 the exponentials of the cross-entropy are the student's own.
-      const bool plain = options.softmax.ce_weight != 0 && (options.softmax.temperature != 1 || standardized);
-      return (plain ? kPlainStudent : 0u) | (standardized ? kOwnSlopes | kStandardized : 0u);
-    }
-    case Loss::kNKD:
-      return kCrossEntropy | (options.nkd.temperature != 1 ? kPlainStudent | kPlainTeacher : 0u);
-    case Loss::kTTM: return kOwnSlopes | kPlainTeacher;
-    case Loss::kReverseKL: return kTilt;
-    case Loss::kJSD:
-    case Loss::kBinaryKL:
-    case Loss::kBinaryKLNorm: return 0;
-  }
-  return ~0u;  // no loss; nothing is compiled for it
-}
-
-FASTKD_ROW_FUNCTION bool smooths_label(const LossOptions& options) {
-  return options.loss == Loss::kSoftmax && options.softmax.label_smoothing != 0;
-}
-
-// A cross-entropy alone does not: there a teacher's NaN is nobody's.
-FASTKD_ROW_FUNCTION bool reads_teacher(const LossOptions& options) {
-  return options.loss != Loss::kSoftmax || distils(options.softmax);
-}
-
-FASTKD_ROW_FUNCTION bool uses_label(const LossOptions& options) {
-  return options.loss == Loss::kSoftmax || options.loss == Loss::kNKD;
-}
-
-// 1 / T of student and teacher.
+// 1 / T of student and teacher. Where only the slopes differ, the first option is the teacher's and the student's is 1.
 template <class Real>
 FASTKD_ROW_FUNCTION void slopes_of(const LossOptions& options, Real& student, Real& teacher) {
   student = teacher = 1 / Real(options.values[0]);
-  if (options.loss == Loss::kTTM) student = 1, teacher = options.ttm.gamma;
+  if ((options.needs & kOwnSlopes) && !(options.needs & kStandardized)) student = 1, teacher = options.values[0];
 }
 
 // KL(p-hat || q-hat) over the classes of the sums: NCKD / T^2 with a label, KD / T^2 without.
@@ -105,7 +89,7 @@ FASTKD_ROW_FUNCTION Real forward_kl(const Row<Real>& row) {
   return row.sums.dot_t / row.sums.sum_t - log_ratio(row.sums.sum_t, row.sums.sum_s);
 }
 
-// What stands for a masked class: kMasked, or what a large slope does not bring out of range. Of a standardised row
+// The value of a masked class: kMasked, or what a large slope does not bring out of range. Of a standardised row
 // without spread the slope is 1e7 / T, and its padding would be -inf.
 template <class Real>
 FASTKD_ROW_FUNCTION float masked_value(const Row<Real>& row) {
@@ -123,114 +107,143 @@ FASTKD_ROW_FUNCTION Real above_mean(float z, const RowScale<Real>& scale) {
   return (Real(z) - scale.mean) - scale.mean_rest;
 }
 
-// w_ce CE + T^2 (w_kd KD + w_t TCKD + w_n NCKD); with one_sided, TCKD only where the teacher is the surer.
-template <class Real>
-FASTKD_ROW_FUNCTION SoftmaxResult<Real> softmax_formula(const SoftmaxOptions& options, const Row<Real>& row) {
-  const Real temperature = options.temperature, square = temperature * temperature;
-  const Real w_ce = options.ce_weight, w_kd = options.kd_weight, w_n = options.nckd_weight;
-  const SoftmaxStatistics<Real>& sums = row.sums;
-  SoftmaxResult<Real> result{};
-  SoftmaxGradient<Real>& gradient = result.gradient;
+// w_ce CE + T^2 (w_kd KD + w_t TCKD + w_n NCKD); with fix_acquired, TCKD only where the teacher is more confident in the
+// target class.
+struct Softmax {
+  static constexpr const char* kName = "softmax";
+  typedef SoftmaxFamily Family;
+  FASTKD_OPTIONS(temperature, ce_weight, kd_weight, tckd_weight, nckd_weight, label_smoothing, standardize, fix_acquired);
+  typedef VariantList<0, kStudentAtT1, kOwnSlopes | kStandardized, kOwnSlopes | kStandardized | kStudentAtT1> Variants;
 
-  if (distils(options)) {
-    const Real nckd = forward_kl(row);
-    // Without a label nothing is left out, and KD is NCKD over all classes.
-    Real q = 0, p = 0, q_rest = 1, p_rest = 1, tckd = 0, gate = 1;
-    if (row.label.present) {
-      const Real u = above_base<Real>(row.label.z_s, sums.max_s) * row.student.slope;
-      const Real v = above_base<Real>(row.label.z_t, sums.max_t) * row.teacher.slope;
-      const Real difference = (v - u) - log_ratio(sums.sum_t, sums.sum_s);
-      const Odds<Real> of_student = from_log_odds(u - std::log(sums.sum_s));
-      const Odds<Real> of_teacher = from_log_odds(v - std::log(sums.sum_t));
-      q = of_student.yes, q_rest = of_student.no;
-      p = of_teacher.yes, p_rest = of_teacher.no;
-      tckd = binary_divergence(of_teacher, of_student, difference);
-      gate = options.one_sided != 0 && !(difference > 0) ? 0 : 1;
+  template <class Real>
+  FASTKD_FORMULA SoftmaxResult<Real> formula(const Options& options, unsigned needs, const Row<Real>& row) {
+    const Real temperature = options.temperature, square = temperature * temperature;
+    const Real w_ce = options.ce_weight, w_kd = options.kd_weight, w_n = options.nckd_weight;
+    const SoftmaxStatistics<Real>& sums = row.sums;
+    SoftmaxResult<Real> result{};
+    SoftmaxGradient<Real>& gradient = result.gradient;
+
+    if (needs & kDistills) {
+      const Real nckd = forward_kl(row);
+      // Without a label nothing is left out, and KD is NCKD over all classes.
+      Real q = 0, p = 0, q_rest = 1, p_rest = 1, tckd = 0, gate = 1;
+      if (row.label.present) {
+        const Real u = above_base<Real>(row.label.z_s, sums.max_s) * row.student.slope;
+        const Real v = above_base<Real>(row.label.z_t, sums.max_t) * row.teacher.slope;
+        const Real difference = (v - u) - log_ratio(sums.sum_t, sums.sum_s);
+        const Odds<Real> of_student = from_log_odds(u - std::log(sums.sum_s));
+        const Odds<Real> of_teacher = from_log_odds(v - std::log(sums.sum_t));
+        q = of_student.yes, q_rest = of_student.no;
+        p = of_teacher.yes, p_rest = of_teacher.no;
+        tckd = binary_divergence(of_teacher, of_student, difference);
+        gate = options.fix_acquired != 0 && !(difference > 0) ? 0 : 1;
+      }
+      const Real w_t = options.tckd_weight * gate;
+      const Real kd = tckd + p_rest * nckd;
+      result.terms[1] = w_kd != 0 ? square * kd : 0;
+      result.terms[2] = options.tckd_weight != 0 ? square * gate * tckd : 0;
+      result.terms[3] = w_n != 0 ? square * nckd : 0;
+
+      gradient.student = temperature / sums.sum_s * (w_kd * q_rest + w_t * (p - q) + w_n);
+      gradient.teacher = temperature / sums.sum_t * (w_kd * p_rest + w_n);
+      gradient.label = temperature * (w_kd + w_t) * (q - p);
+      if (needs & kStandardized) {
+        // G = sum g_i x_i over the standardised logits x.
+        const Real inverse = row.student.slope * temperature;
+        const Real label_z = row.label.present ? above_mean(row.label.z_s, row.student) : Real(0);
+        const Real along = inverse * (gradient.student * sums.moment_s - gradient.teacher * sums.moment_t +
+                                      gradient.label * label_z);
+        gradient.affine = row.student.deviation > 0
+                              ? -along * inverse / (Real(row.classes - 1) * row.student.deviation)
+                              : Real(0);
+        gradient.student *= inverse;
+        gradient.teacher *= inverse;
+        gradient.label = gradient.label * inverse + gradient.affine * label_z;
+      }
     }
-    const Real w_t = options.tckd_weight * gate;
-    const Real kd = tckd + p_rest * nckd;
-    result.terms[1] = w_kd != 0 ? square * kd : 0;
-    result.terms[2] = options.tckd_weight != 0 ? square * gate * tckd : 0;
-    result.terms[3] = w_n != 0 ? square * nckd : 0;
 
-    gradient.student = temperature / sums.sum_s * (w_kd * q_rest + w_t * (p - q) + w_n);
-    gradient.teacher = temperature / sums.sum_t * (w_kd * p_rest + w_n);
-    gradient.label = temperature * (w_kd + w_t) * (q - p);
-    if (options.standardized != 0) {
-      // G = sum g_i x_i over the standardised logits x.
-      const Real inverse = row.student.slope * temperature;
-      const Real label_z = row.label.present ? above_mean(row.label.z_s, row.student) : Real(0);
-      const Real along = inverse * (gradient.student * sums.moment_s - gradient.teacher * sums.moment_t +
-                                    gradient.label * label_z);
-      gradient.affine = row.student.deviation > 0
-                            ? -along * inverse / (Real(row.classes - 1) * row.student.deviation)
-                            : Real(0);
-      gradient.student *= inverse;
-      gradient.teacher *= inverse;
-      gradient.label = gradient.label * inverse + gradient.affine * label_z;
+    if (needs & kCrossEntropy) {
+      const Real smoothing = options.label_smoothing;
+      const Odds<Real> of_rest =
+          from_log_odds(std::log(sums.t1_s) - above_base<Real>(row.label.z_s, sums.max_s));
+      const Real rest = of_rest.yes;
+      result.terms[0] = w_ce != 0 ? of_rest.softplus : 0;
+      if (smoothing != 0 && w_ce != 0)
+        result.terms[0] += smoothing * (above_base<Real>(row.label.z_s, row.origin) - sums.logit_sum / row.classes);
+      gradient.student_t1 = w_ce * rest / sums.t1_s;
+      gradient.constant = -w_ce * smoothing / row.classes;
+      gradient.label += w_ce * (smoothing - rest) + gradient.constant;
     }
+    result.loss = w_ce * result.terms[0] + w_kd * result.terms[1] + options.tckd_weight * result.terms[2] +
+                  w_n * result.terms[3];
+    return result;
   }
-
-  if (w_ce != 0) {
-    const Real smoothing = options.label_smoothing;
-    const Odds<Real> of_rest =
-        from_log_odds(std::log(sums.plain_s) - above_base<Real>(row.label.z_s, sums.max_s));
-    const Real rest = of_rest.yes;
-    result.terms[0] = of_rest.softplus;
-    if (smoothing != 0)
-      result.terms[0] += smoothing * (above_base<Real>(row.label.z_s, row.origin) - sums.logit_sum / row.classes);
-    gradient.plain = w_ce * rest / sums.plain_s;
-    gradient.constant = -w_ce * smoothing / row.classes;
-    gradient.label += w_ce * (smoothing - rest) + gradient.constant;
-  }
-  result.loss = w_ce * result.terms[0] + w_kd * result.terms[1] + options.tckd_weight * result.terms[2] +
-                w_n * result.terms[3];
-  return result;
-}
+};
 
 // -p_y log q_y at T = 1, minus gamma T^2 sum over i != y of p-hat_i log q-hat_i.
-template <class Real>
-FASTKD_ROW_FUNCTION SoftmaxResult<Real> nkd_formula(const NKDOptions& options, const Row<Real>& row) {
-  const SoftmaxStatistics<Real>& sums = row.sums;
-  const Real temperature = options.temperature, gamma = options.gamma;
-  const Odds<Real> of_rest = from_log_odds(std::log(sums.plain_s) - above_base<Real>(row.label.z_s, sums.max_s));
-  const Odds<Real> of_label = from_log_odds(above_base<Real>(row.label.z_t, sums.max_t) - std::log(sums.plain_t));
-  const Real p = of_label.yes, rest = of_rest.yes;
-  // Both terms are positive but for what lies above the base: nothing to cancel.
-  const Real cross = std::log(sums.sum_s) - sums.cross_t / sums.sum_t;
-  SoftmaxResult<Real> result{};
-  result.loss = p * of_rest.softplus + gamma * temperature * temperature * cross;
-  result.gradient.student = gamma * temperature / sums.sum_s;
-  result.gradient.teacher = gamma * temperature / sums.sum_t;
-  result.gradient.plain = p * rest / sums.plain_s;
-  result.gradient.label = -p * rest;
-  return result;
-}
+struct NKD {
+  static constexpr const char* kName = "nkd";
+  typedef SoftmaxFamily Family;
+  FASTKD_OPTIONS(temperature, gamma);
+  typedef VariantList<kCrossTerm, kCrossTerm | kStudentAtT1 | kTeacherAtT1> Variants;
+
+  template <class Real>
+  FASTKD_FORMULA SoftmaxResult<Real> formula(const Options& options, unsigned, const Row<Real>& row) {
+    const SoftmaxStatistics<Real>& sums = row.sums;
+    const Real temperature = options.temperature, gamma = options.gamma;
+    const Odds<Real> of_rest = from_log_odds(std::log(sums.t1_s) - above_base<Real>(row.label.z_s, sums.max_s));
+    const Odds<Real> of_label = from_log_odds(above_base<Real>(row.label.z_t, sums.max_t) - std::log(sums.t1_t));
+    const Real p = of_label.yes, rest = of_rest.yes;
+    // Both terms are positive but for what lies above the base: nothing to cancel.
+    const Real cross = std::log(sums.sum_s) - sums.cross_t / sums.sum_t;
+    SoftmaxResult<Real> result{};
+    result.loss = p * of_rest.softplus + gamma * temperature * temperature * cross;
+    result.gradient.student = gamma * temperature / sums.sum_s;
+    result.gradient.teacher = gamma * temperature / sums.sum_t;
+    result.gradient.student_t1 = p * rest / sums.t1_s;
+    result.gradient.label = -p * rest;
+    return result;
+  }
+};
 
 // KL(softmax(gamma z_t) || softmax(z_s)), weighted by w = sum_i softmax(z_t)_i^gamma.
-template <class Real>
-FASTKD_ROW_FUNCTION SoftmaxResult<Real> ttm_formula(const TTMOptions& options, const Row<Real>& row) {
-  const SoftmaxStatistics<Real>& sums = row.sums;
-  const Real weight =
-      options.weighted != 0 ? std::exp(std::log(sums.sum_t) - options.gamma * std::log(sums.plain_t)) : Real(1);
-  SoftmaxResult<Real> result{};
-  result.loss = weight * forward_kl(row);
-  result.gradient.student = weight / sums.sum_s;
-  result.gradient.teacher = weight / sums.sum_t;
-  return result;
-}
+struct TTM {
+  static constexpr const char* kName = "ttm";
+  typedef SoftmaxFamily Family;
+  FASTKD_OPTIONS(gamma, weighted);
+  typedef VariantList<kOwnSlopes | kTeacherAtT1> Variants;
+
+  template <class Real>
+  FASTKD_FORMULA SoftmaxResult<Real> formula(const Options& options, unsigned, const Row<Real>& row) {
+    const SoftmaxStatistics<Real>& sums = row.sums;
+    const Real weight =
+        options.weighted != 0 ? std::exp(std::log(sums.sum_t) - options.gamma * std::log(sums.t1_t)) : Real(1);
+    SoftmaxResult<Real> result{};
+    result.loss = weight * forward_kl(row);
+    result.gradient.student = weight / sums.sum_s;
+    result.gradient.teacher = weight / sums.sum_t;
+    return result;
+  }
+};
 
 // KL(q || p); its gradient is q_i (d_i - KL) / T with d = log q - log p.
-template <class Real>
-FASTKD_ROW_FUNCTION SoftmaxResult<Real> reverse_kl_formula(const Row<Real>& row) {
-  const SoftmaxStatistics<Real>& sums = row.sums;
-  const Real scale = row.student.slope / sums.sum_s;
-  SoftmaxResult<Real> result{};
-  result.loss = log_ratio(sums.sum_t, sums.sum_s) - sums.dot_s / sums.sum_s;
-  result.gradient.student = scale * (sums.dot_s / sums.sum_s);
-  result.gradient.tilt = -scale;
-  return result;
-}
+struct ReverseKL {
+  static constexpr const char* kName = "reverse_kl";
+  typedef SoftmaxFamily Family;
+  FASTKD_OPTIONS(temperature);
+  typedef VariantList<kLogRatio> Variants;
+
+  template <class Real>
+  FASTKD_FORMULA SoftmaxResult<Real> formula(const Options&, unsigned, const Row<Real>& row) {
+    const SoftmaxStatistics<Real>& sums = row.sums;
+    const Real scale = row.student.slope / sums.sum_s;
+    SoftmaxResult<Real> result{};
+    result.loss = log_ratio(sums.sum_t, sums.sum_s) - sums.dot_s / sums.sum_s;
+    result.gradient.student = scale * (sums.dot_s / sums.sum_s);
+    result.gradient.log_ratio = -scale;
+    return result;
+  }
+};
 
 // The result of a row that cannot be computed.
 template <class Real>
@@ -242,17 +255,108 @@ FASTKD_ROW_FUNCTION SoftmaxResult<Real> undefined_result() {
   return result;
 }
 
-template <Loss kLoss, class Real>
+template <class Loss, class Real>
 FASTKD_ROW_FUNCTION SoftmaxResult<Real> formula_of(const LossOptions& options, const Row<Real>& row) {
-  static_assert(kLoss == Loss::kSoftmax || kLoss == Loss::kNKD || kLoss == Loss::kTTM || kLoss == Loss::kReverseKL,
-                "no loss of the softmax family");
   // A label's NaN or +inf is in no sum, and not in every term.
   const bool finite = row.label.z_s - row.label.z_s == 0 && row.label.z_t - row.label.z_t == 0;
   if (row.label.present && !finite) return undefined_result<Real>();
-  if (kLoss == Loss::kNKD) return nkd_formula(options.nkd, row);
-  if (kLoss == Loss::kTTM) return ttm_formula(options.ttm, row);
-  if (kLoss == Loss::kReverseKL) return reverse_kl_formula(row);
-  return softmax_formula(options.softmax, row);
+  return Loss::formula(options_as<Loss>(options), options.needs, row);
+}
+
+// ---- the mixture family: a sum over classes of a function of q and p ---------------------------------------------------
+
+// Code per class is written for a type of number V, a vector on the CPU, and its functions M: VectorMath of cpu/vector.h
+// and ScalarMath of cuda/scalar_math.h.
+
+// What a class adds to its row's loss, and q times the derivative of the loss in q: from that, h_i, the gradient is
+// (q h_i - q sum of q h) / T. A constant may be added to h; without what is common to all classes nothing cancels.
+template <class V>
+struct MixtureTerm {
+  V value, weighted_slope;
+};
+
+// beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q; h = (1 - beta) log(q / m).
+struct JSD {
+  static constexpr const char* kName = "jsd";
+  typedef MixtureFamily Family;
+  FASTKD_OPTIONS(temperature, beta);
+
+  // `difference` is p - q.
+  template <class M, class V>
+  FASTKD_FORMULA MixtureTerm<V> formula(const Options& options, V q, V p, V difference) {
+    const float beta = options.beta, rest = 1.0f - beta;
+    // m from the difference: at p = q it is q exactly, and both logarithms are 0.
+    const V m = beta <= 0.5f ? M::fused(difference, M::number(beta), q) : M::fused(difference, M::number(-rest), p);
+    const V q_log = M::times_log_ratio(q, m, -beta * difference);
+    const V p_log = M::times_log_ratio(p, m, rest * difference);
+    return {beta * p_log + rest * q_log, rest * q_log};
+  }
+};
+
+// ---- the pointwise family: a sum over classes of a function of u and v, times T^2 --------------------------------------
+
+// What a class adds to its row's loss, value + log(factor), and the derivative in u. Factors are from 1/2 to 1: a product
+// of them takes one logarithm for many classes.
+template <class V>
+struct ClassTerm {
+  V value, factor, slope;
+};
+
+// KL(Bern(sigmoid(v)) || Bern(sigmoid(u))) and its derivative in u, sigmoid(u) - sigmoid(v).
+struct BinaryKL {
+  static constexpr const char* kName = "binary_kl";
+  typedef PointwiseFamily Family;
+  static constexpr bool kHasFactor = false;
+  FASTKD_OPTIONS(temperature);
+
+  template <class M, class V>
+  FASTKD_FORMULA ClassTerm<V> formula(V z_s, V z_t, float inverse_temperature) {
+    const V u = z_s * inverse_temperature, v = z_t * inverse_temperature, one = M::number(1.0f), none = M::number(0.0f);
+    const V e_u = M::exp(-M::absolute(u)), e_v = M::exp(-M::absolute(v));
+    const V sigmoid_u = M::quotient(M::select(u > 0.0f, one, e_u), 1.0f + e_u);
+    const V sigmoid_v = M::quotient(M::select(v > 0.0f, one, e_v), 1.0f + e_v);
+    // softplus(u) - softplus(v) = max(u, 0) - max(v, 0) + log((1 + e_u) / (1 + e_v)).
+    const V log_of_ratio = M::twice_atanh(M::quotient(e_u - e_v, 2.0f + e_u + e_v));
+    const V hinges = M::select(u > 0.0f, u, none) - M::select(v > 0.0f, v, none);
+    return {M::fused(sigmoid_v, v - u, hinges + log_of_ratio), one, sigmoid_u - sigmoid_v};
+  }
+};
+
+// log cosh(x) at x = (u - v) / 2, and its derivative in u, tanh(x) / 2.
+struct BinaryKLNorm {
+  static constexpr const char* kName = "binary_kl_norm";
+  typedef PointwiseFamily Family;
+  static constexpr bool kHasFactor = true;
+  FASTKD_OPTIONS(temperature);
+
+  template <class M, class V>
+  FASTKD_FORMULA ClassTerm<V> formula(V z_s, V z_t, float inverse_temperature) {
+    const V x = (z_s - z_t) * (0.5f * inverse_temperature), magnitude = M::absolute(x);
+    const V e_minus_one = M::exp_minus_one(-2.0f * magnitude);  // E = e^{-2|x|} - 1, exact near 0
+    const V half_tanh = M::with_sign_of(M::quotient(0.5f * e_minus_one, -2.0f - e_minus_one), x);
+    // |x| + log((1 + e^{-2|x|}) / 2), or a series where these would cancel.
+    const V s = x * x;
+    const V series = s * (0.5f - s * (1.0f / 12 - s * (1.0f / 45 - s * (17.0f / 2520))));
+    const auto small = magnitude < 0.2f;
+    return {M::select(small, series, magnitude), M::select(small, M::number(1.0f), 1.0f + 0.5f * e_minus_one),
+            half_tanh};
+  }
+};
+
+// ---- the list --------------------------------------------------------------------------------------------------------
+
+template <class... Loss>
+struct LossList {};
+// In the order of LOSSES in fastkd/ops/spec.py.
+typedef LossList<Softmax, NKD, TTM, ReverseKL, JSD, BinaryKL, BinaryKLNorm> Losses;
+
+// visit(Loss()) for the loss with this place in the list; Result() where there is none.
+template <class Result, class Visit, class... Loss>
+inline __attribute__((always_inline)) Result with_loss(int32_t place, const Visit& visit, LossList<Loss...>) {
+  Result result{};
+  int32_t at = 0;
+  (void)((at++ == place && (result = visit(Loss()), true)) || ...);
+  return result;
 }
 
 }  // namespace fastkd

@@ -23,14 +23,24 @@ namespace fastkd {
 constexpr float kMasked = -1e30f;
 constexpr float kStandardizeEpsilon = 1e-7f;
 
-// What a formula needs of the sweeps beyond the sums at its temperature. Each costs its own work a class.
+// What a call needs of the row kernels; each costs work per class. fastkd/ops/spec.py says what each is for, computes
+// them, and is compared with this list when the library is loaded.
+#define FASTKD_NEEDS(need)                                                                                \
+  need(Distills) need(CrossEntropy) need(StudentAtT1) need(TeacherAtT1) need(CrossTerm) need(LogRatio)    \
+  need(OwnSlopes) need(Standardized) need(LabelSmoothing) need(SumsOnly) need(Labelled)
+
+enum NeedBit : unsigned {
+#define FASTKD_NEED_BIT(name) kBitOf##name,
+  FASTKD_NEEDS(FASTKD_NEED_BIT)
+#undef FASTKD_NEED_BIT
+};
+
 enum Needs : unsigned {
-  kPlainStudent = 1,   // the student's exponentials at T = 1
-  kPlainTeacher = 2,   // the teacher's sum at T = 1
-  kCrossEntropy = 4,   // the cross-entropy of both models, in place of their divergence
-  kTilt = 8,           // gradient with a term exp(u) (v - u), and the sum of it
-  kOwnSlopes = 16,     // u and v of different slope
-  kStandardized = 32,  // slopes from the row itself; the gradient gains an affine term
+#define FASTKD_NEED(name) k##name = 1u << kBitOf##name,
+  FASTKD_NEEDS(FASTKD_NEED)
+#undef FASTKD_NEED
+  // What the row skeletons are compiled for; the rest is decided per row or per call.
+  kCompiledNeeds = kStudentAtT1 | kTeacherAtT1 | kCrossTerm | kLogRatio | kOwnSlopes | kStandardized | kSumsOnly
 };
 
 // How one model's logits enter the softmax: u = z * slope up to a constant, which cancels in it. Of standardised
@@ -50,7 +60,7 @@ struct SoftmaxStatistics {
   Real dot_s, dot_t;        // the same sums times the difference x_t - x_s; with kOwnSlopes, each x times its slope
   Real cross_t;             // sum exp(v - max v) x_s
   Real moment_s, moment_t;  // sum exp(u - max u) (z_s - mean), sum exp(v - max v) (z_s - mean)
-  Real plain_s, plain_t;    // sum exp(z - max z), at T = 1
+  Real t1_s, t1_t;          // sum exp(z - max z), at T = 1
   Real logit_sum;           // sum z_s relative to Row::origin, the label included: label smoothing
 };
 
@@ -60,11 +70,11 @@ struct RowLabel {
 };
 
 // Sums are taken relative to a logit near the largest one seen: rebasing them is worth it only when a logit exceeds
-// that base by so much. e^8 times a million classes is far from overflow, and as exact. `plain`: exponentials at
-// T = 1 are taken too.
+// that base by so much. e^8 times a million classes is far from overflow, and as exact. `at_t1`: exponentials at T = 1
+// are taken too.
 template <class Real>
-FASTKD_ROW_FUNCTION Real headroom(bool plain, Real slope) {
-  return 8 / (plain && slope < 1 ? Real(1) : slope);
+FASTKD_ROW_FUNCTION Real headroom(bool at_t1, Real slope) {
+  return 8 / (at_t1 && slope < 1 ? Real(1) : slope);
 }
 
 // Brings sums that are relative to smaller bases to larger ones. Sums that kNeeds does not ask for may be left as they
@@ -78,17 +88,17 @@ FASTKD_ROW_FUNCTION void rebase(SoftmaxStatistics<Real>& row, float max_s, float
   // What a factor of 0 wipes out must not meet a step that overflowed.
   if (row.sum_s != 0 && (below_s != 0 || below_t != 0)) {
     const Real factor = std::exp(below_s * slope_s);
-    if (kNeeds & kTilt) row.dot_s = factor != 0 ? factor * (row.dot_s + step * row.sum_s) : 0;
+    if (kNeeds & kLogRatio) row.dot_s = factor != 0 ? factor * (row.dot_s + step * row.sum_s) : 0;
     if (kNeeds & kStandardized) row.moment_s *= factor;
-    if (kNeeds & kPlainStudent) row.plain_s *= std::exp(below_s);
+    if (kNeeds & kStudentAtT1) row.t1_s *= std::exp(below_s);
     row.sum_s *= factor;
   }
   if (row.sum_t != 0 && (below_s != 0 || below_t != 0)) {
     const Real factor = std::exp(below_t * slope_t);
     row.dot_t = factor != 0 ? factor * (row.dot_t + step * row.sum_t) : 0;
-    if (kNeeds & kCrossEntropy) row.cross_t = factor != 0 ? factor * (row.cross_t + below_s * row.sum_t) : 0;
+    if (kNeeds & kCrossTerm) row.cross_t = factor != 0 ? factor * (row.cross_t + below_s * row.sum_t) : 0;
     if (kNeeds & kStandardized) row.moment_t *= factor;
-    if (kNeeds & kPlainTeacher) row.plain_t *= std::exp(below_t);
+    if (kNeeds & kTeacherAtT1) row.t1_t *= std::exp(below_t);
     row.sum_t *= factor;
   }
 }
@@ -100,7 +110,7 @@ FASTKD_ROW_FUNCTION void add_sums(SoftmaxStatistics<Real>& row, const SoftmaxSta
   row.dot_s += part.dot_s, row.dot_t += part.dot_t;
   row.moment_s += part.moment_s, row.moment_t += part.moment_t;
   row.cross_t += part.cross_t;
-  row.plain_s += part.plain_s, row.plain_t += part.plain_t;
+  row.t1_s += part.t1_s, row.t1_t += part.t1_t;
   row.logit_sum += part.logit_sum;
 }
 
@@ -112,8 +122,8 @@ struct Odds {
 
 template <class Real>
 FASTKD_ROW_FUNCTION Odds<Real> from_log_odds(Real x) {
-  const Real e = std::exp(x > 0 ? -x : x), surer = 1 / (1 + e), other = e * surer;
-  return x > 0 ? Odds<Real>{surer, other, x + std::log1p(e)} : Odds<Real>{other, surer, std::log1p(e)};
+  const Real e = std::exp(x > 0 ? -x : x), larger = 1 / (1 + e), smaller = e * larger;
+  return x > 0 ? Odds<Real>{larger, smaller, x + std::log1p(e)} : Odds<Real>{smaller, larger, std::log1p(e)};
 }
 
 // log(a / b). In float exact to rounding also where the two are close; in double that is beyond what the sums hold.

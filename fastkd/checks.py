@@ -120,7 +120,7 @@ def check_labels(target: Tensor, classes: int, ignore_index: int = -100) -> bool
     give a row with such a label a NaN loss, and this function is for those who want the check.
     """
     # The operators of torch below take longer to start than a small loss takes.
-    if target.numel() == 0 or (target.is_cpu and native.labels_all_count(target, classes, ignore_index)):
+    if target.numel() == 0 or (target.is_cpu and native.labels_all_valid(target, classes, ignore_index)):
         return True
     lowest, highest = (int(bound) for bound in target.aminmax())
     if lowest >= 0 and highest < classes and not lowest <= ignore_index <= highest:

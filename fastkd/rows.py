@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fastkd import backend, checks
-from fastkd.ops import library
+from fastkd.ops import operators
+from fastkd.ops.call import Call
 from fastkd.ops.spec import LOSSES
 from fastkd.tensors import as_ordinary, is_readable, transform_of
 
@@ -63,8 +64,8 @@ def reduced_loss(
         rows, terms = _eager(loss, options, students, teachers, label, counted, row_weight, divisor, reduced)
     else:
         numbers, dynamic = _numbers(loss, options, student)
-        call = library.Call(label, row_weight, divisor, loss, numbers, dynamic, chosen, reduced, with_terms)
-        rows, terms = library.row_loss(students, teachers, call)
+        call = Call(label, row_weight, divisor, loss, numbers, dynamic, chosen, reduced, with_terms)
+        rows, terms = operators.row_loss(students, teachers, call)
     of_pairs = () if isinstance(student_logits, Tensor) else (len(students),)
     shape = of_pairs if reduced else of_pairs + leading
     if rows.shape != shape:
@@ -140,7 +141,7 @@ def _eager(
     divisor: int,
     reduced: bool,
 ) -> tuple[Tensor, Tensor]:
-    """``library.row_loss`` in plain torch: rows [H, N] and terms [K, H, N], or their sums over N."""
+    """``operators.row_loss`` in plain torch: rows [H, N] and terms [K, H, N], or their sums over N."""
     classes = students[0].shape[-1]
     students, teachers = ([one.reshape(-1, classes) for one in logits] for logits in (students, teachers))
     if row_weight is not None:

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 import fastkd
 from fastkd import backend
 from fastkd.ops import native, team_plan
+from fastkd.ops.call import Call, Outputs
+from fastkd.ops.spec import SoftmaxOptions
 from fastkd.ops.team_plan import TeamPlan, plan_team
 from tests.cases import BY_NAME, CASES, assert_matches, error, exact, loss_and_gradient, make_logits
 from tests.cuda_emulation import CODES, Emulation, Plan
@@ -93,13 +95,13 @@ def test_rows_longer_than_shared_memory(emulated, name, capability):
         4096, classes, element_bytes, capability, 132
     )
     student, teacher, target = make_logits(1, classes)
-    assert emulated.plan(1, classes, 8).kept(classes) < 1
+    assert emulated.plan(1, classes, 8).cached(classes) < 1
     assert_matches(BY_NAME[name], student, teacher, target, reduction="none")
 
 
 def test_the_cluster_keeps_what_one_block_cannot():
     for classes, element_bytes in ((131_072, 4), (131_072, 8), (32_768, 4)):
-        assert plan_team(4096, classes, element_bytes, (9, 0), 132).kept(classes) == 1
+        assert plan_team(4096, classes, element_bytes, (9, 0), 132).cached(classes) == 1
         assert plan_team(4096, classes, element_bytes, (8, 0), 108).blocks_a_row == 1
 
 
@@ -230,8 +232,12 @@ def outputs(rows, classes, dtype=torch.float32):
     )
 
 
-KD = ("softmax", (4.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0))
-EVERYTHING = ("softmax", (4.0, 0.5, 0.9, 1.1, 2.0, 0.1, 0.0, 1.0))
+KD = SoftmaxOptions(4.0, kd_weight=1.0)
+EVERYTHING = SoftmaxOptions(4.0, 0.5, 0.9, 1.1, 2.0, 0.1, fix_acquired=True)
+
+
+def call_of(options, target=None, weight=None, divisor=1):
+    return Call(target, weight, divisor, "softmax", options, None, "native", False, True, True)
 
 
 @pytest.mark.parametrize("team", [(16, 4, 1, 4), (64, 1, 1, 4), (32, 1, 2, 4)], ids=str)
@@ -240,7 +246,7 @@ def test_a_label_out_of_range_poisons_its_row(emulated, team):
     student, teacher, target = make_logits(3, 300)
     target[1] = 300
     out = outputs(3, 300)
-    emulated.row_loss([student], [teacher], target, None, 1.0, *EVERYTHING, *out)
+    emulated.row_loss([student], [teacher], call_of(EVERYTHING, target), Outputs(*out))
     for values in (out[0], out[1].t(), out[2]):
         assert torch.isnan(values[1]).all()
         assert torch.isfinite(values[[0, 2]]).all()
@@ -250,8 +256,8 @@ def test_weights_and_terms(emulated):
     student, teacher, target = make_logits(5, 200)
     weight = torch.tensor([0.5, 2.0, 0.0, -1.0, 1.0])
     plain, weighted = outputs(5, 200), outputs(5, 200)
-    emulated.row_loss([student], [teacher], target, None, 1.0, *EVERYTHING, *plain)
-    emulated.row_loss([student], [teacher], target, weight, 0.25, *EVERYTHING, *weighted)
+    emulated.row_loss([student], [teacher], call_of(EVERYTHING, target), Outputs(*plain))
+    emulated.row_loss([student], [teacher], call_of(EVERYTHING, target, weight, 4), Outputs(*weighted))
     for once, scaled in zip(
         (plain[0], plain[1].t(), plain[2]), (weighted[0], weighted[1].t(), weighted[2]), strict=True
     ):
@@ -267,14 +273,14 @@ def test_several_pairs_in_one_launch_are_each_the_same_bits_as_alone(emulated, t
     forced(emulated, *team)
     for student, teacher, target in heads:
         alone.append(outputs(5, 700, torch.bfloat16))
-        emulated.row_loss([student], [teacher], target, None, 1.0, *EVERYTHING, *alone[-1])
+        emulated.row_loss([student], [teacher], call_of(EVERYTHING, target), Outputs(*alone[-1]))
         together.append(outputs(5, 700, torch.bfloat16))
         pairs.append(emulated.rows(student, teacher, target, None, 1.0, *together[-1]))
-    emulated.launch(pairs, *EVERYTHING, team)
+    emulated.launch(pairs, call_of(EVERYTHING, target), team)
     for one, other in zip(alone, together, strict=True):
         assert all(map(torch.equal, one, other))
     with pytest.raises(RuntimeError, match="1 to 8 pairs"):
-        emulated.launch([*pairs, pairs[0]], *EVERYTHING, team)
+        emulated.launch([*pairs, pairs[0]], call_of(EVERYTHING, target), team)
 
 
 @each_case
@@ -290,7 +296,7 @@ def test_nothing_but_the_rows_is_written(emulated):
         around = torch.full((4, classes + 17), 5.0)
         out = [torch.empty(4), torch.empty(0, 4), around[:, 3 : 3 + classes]]
         student, teacher, _ = make_logits(4, classes)
-        emulated.row_loss([student], [teacher], None, None, 1.0, *KD, *out)
+        emulated.row_loss([student], [teacher], call_of(KD), Outputs(*out))
         assert (around[:, :3] == 5).all()
         assert (around[:, 3 + classes :] == 5).all()
         assert (out[2] != 5).all()
@@ -337,8 +343,9 @@ def test_scaled_rows(emulated):
 )
 def test_plans_that_cannot_be_right_are_refused(emulated, plan, why):
     student, teacher, _ = make_logits(2, 2000)
+    rows = emulated.rows(student, teacher, None, None, 1.0, *outputs(2, 2000))
     with pytest.raises(RuntimeError, match=why):
-        emulated.launch([emulated.rows(student, teacher, None, None, 1.0, *outputs(2, 2000))], *KD, plan)
+        emulated.launch([rows], call_of(KD), plan)
 
 
 @given(
@@ -356,7 +363,7 @@ def test_plans_fit_the_machine(rows, classes, element_bytes, capability, multipr
     assert plan.blocks_a_row == 1 or capability >= (9, 0)
     needed = -(-team_plan.vectors_of(classes) // (plan.threads_a_row * plan.blocks_a_row))
     assert plan.slots >= min(needed, team_plan.AHEAD)
-    assert 0 <= plan.kept(classes) <= 1
+    assert 0 <= plan.cached(classes) <= 1
     assert str(plan.threads_a_row) in plan.describe(classes)
 
 

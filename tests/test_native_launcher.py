@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastkd.ops import native
+from fastkd.ops.call import Call, Outputs
 from tests.cuda_emulation import Emulation
 from tests.test_native_build import ROOT
 
@@ -41,14 +42,15 @@ def launch(request):
 
 
 def outputs(
-    launch, students, teachers, target=None, weight=None, *, loss=("softmax", ALL), scale=1.0, **more
+    launch, students, teachers, target=None, weight=None, *, loss=("softmax", ALL), dynamic=None, sums=None
 ):
     """Rows, terms and gradient as a launcher fills them; full of what no kernel writes before."""
     classes = students[0].shape[-1]
     rows = torch.full((sum(one.numel() for one in students) // classes,), 77.0)
     terms = torch.full((4, len(rows)), 77.0)
     gradient = torch.full((len(rows), classes), 77.0, dtype=students[0].dtype)
-    launch(students, teachers, target, weight, scale, *loss, rows, terms, gradient, **more)
+    call = Call(target, weight, 1, *loss, dynamic, "native", False, True, True)
+    launch(students, teachers, call, Outputs(rows, terms, gradient, sums))
     return rows, terms, gradient
 
 
@@ -167,10 +169,9 @@ def test_a_tensor_whose_storage_does_not_hold_it_is_refused_by_name(name, spoil)
     }
     spoil(arguments[name])
     student, teacher, target, weight, rows, terms, gradient, sums, dynamic = arguments.values()
+    call = Call(target, weight, 1, "softmax", ALL, dynamic, "native", True, True, True)
     with pytest.raises(RuntimeError, match=f"{name} has elements, but its storage does not hold them"):
-        native.row_loss(
-            [student], [teacher], target, weight, 1.0, "softmax", ALL, rows, terms, gradient, sums, dynamic
-        )
+        native.row_loss([student], [teacher], call, Outputs(rows, terms, gradient, sums))
 
 
 def test_one_of_several_pairs_is_named():
@@ -230,17 +231,17 @@ class Wrapped(Tensor):
 
 def test_labels_are_read_only_of_plain_tensors_with_storage():
     labels = torch.tensor([1, 2])
-    assert native.labels_all_count(labels, 3, -100)
-    assert native.labels_all_count(torch.nn.Parameter(labels, requires_grad=False), 3, -100)
-    assert not native.labels_all_count(labels.as_subclass(Wrapped), 3, -100)
-    assert not native.labels_all_count(freed(labels.clone()), 3, -100)
-    assert not native.labels_all_count(cut_short(labels.clone()), 3, -100)
-    assert not native.labels_all_count(torch._to_functional_tensor(labels), 3, -100)
-    assert not native.labels_all_count(labels.to("meta"), 3, -100)
+    assert native.labels_all_valid(labels, 3, -100)
+    assert native.labels_all_valid(torch.nn.Parameter(labels, requires_grad=False), 3, -100)
+    assert not native.labels_all_valid(labels.as_subclass(Wrapped), 3, -100)
+    assert not native.labels_all_valid(freed(labels.clone()), 3, -100)
+    assert not native.labels_all_valid(cut_short(labels.clone()), 3, -100)
+    assert not native.labels_all_valid(torch._to_functional_tensor(labels), 3, -100)
+    assert not native.labels_all_valid(labels.to("meta"), 3, -100)
     seen = []
 
     def look(one):
-        seen.append(native.labels_all_count(one, 3, -100))
+        seen.append(native.labels_all_valid(one, 3, -100))
         return one
 
     torch.func.vmap(look)(labels)

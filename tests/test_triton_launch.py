@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from fastkd import reference
+from fastkd.ops.call import Call, Outputs
+from fastkd.ops.spec import CASES
 from fastkd.ops.spec import LOSSES as SPEC
 
 launch = pytest.importorskip("fastkd.ops.triton.launch")
@@ -16,33 +18,21 @@ launch = pytest.importorskip("fastkd.ops.triton.launch")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # By name: the loss and its options, and whether it takes a label.
 LOSSES = {
-    "kd": ("softmax", (4.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0), False),
-    "kd-t1": ("softmax", (1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0), False),
-    "lskd": ("softmax", (2.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0), False),
-    "dkd": ("softmax", (4.0, 0.0, 0.0, 1.0, 8.0, 0.0, 0.0, 0.0), True),
-    "tckd": ("softmax", (4.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0), True),
-    "nckd": ("softmax", (4.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0), True),
-    "ls-dkd": ("softmax", (4.0, 0.0, 0.0, 1.0, 8.0, 0.0, 1.0, 0.0), True),
-    "dckd": ("softmax", (4.0, 0.0, 0.0, 1.0, 2.0, 0.0, 0.0, 1.0), True),
-    "ce-smoothed": ("softmax", (1.0, 1.0, 0.0, 0.0, 0.0, 0.1, 0.0, 0.0), True),
-    "ce-kd": ("softmax", (4.0, 0.1, 0.9, 0.0, 0.0, 0.1, 0.0, 0.0), True),
-    "ce-lskd": ("softmax", (2.0, 0.1, 9.0, 0.0, 0.0, 0.0, 1.0, 0.0), True),
-    "nkd": ("nkd", (1.0, 1.5), True),
-    "nkd-t3": ("nkd", (3.0, 3.5), True),
-    "ttm": ("ttm", (0.25, 0.0), False),
-    "wttm": ("ttm", (0.25, 1.0), False),
-    "reverse-kl": ("reverse_kl", (2.0,), False),
-    "jsd": ("jsd", (1.0, 0.5), False),
-    "jsd-0.1": ("jsd", (2.0, 0.1), False),
-    "binary-kl": ("binary_kl", (2.0,), False),
-    "binary-kl-norm": ("binary_kl_norm", (2.0,), False),
+    name: (loss.name, tuple(map(float, case.options)), case.labelled) for name, (loss, case) in CASES.items()
 }
-POINTWISE = ("binary-kl", "binary-kl-norm")
+POINTWISE = tuple(name for name, (loss, _) in CASES.items() if loss.family == "pointwise")
 SOFTMAX = [name for name in LOSSES if name not in POINTWISE]
 each_loss = pytest.mark.parametrize("name", LOSSES)
 each_softmax = pytest.mark.parametrize("name", SOFTMAX)
 # Row lengths: several rows to a program, one tile, and shared by programs (a launch per phase).
 PATHS = [(6, 10), (3, 700), (2, 9000)]
+
+
+def run(students, teachers, target, weight, scale, loss, options, rows, gradient, dynamic=None):
+    call = Call(
+        target, weight, 1 / scale, loss, options, dynamic, "triton", False, False, gradient is not None
+    )
+    launch.row_loss(students, teachers, call, Outputs(rows, None, gradient))
 
 
 def kernel(name, student, teacher, target, weight=None, scale=1.0, dynamic=False):
@@ -57,7 +47,7 @@ def kernel(name, student, teacher, target, weight=None, scale=1.0, dynamic=False
     rows = torch.full((count,), math.nan, device=DEVICE)
     gradient = torch.full((count, classes), math.nan, device=DEVICE, dtype=student.dtype)
     label = target if labelled else None
-    launch.row_loss([student], [teacher], label, weight, scale, loss, options, rows, None, gradient, values)
+    run([student], [teacher], label, weight, scale, loss, options, rows, gradient, values)
     return rows, gradient
 
 
@@ -115,7 +105,7 @@ def test_weights_of_each_pair(name):
     weight = torch.rand(3, 4, device=DEVICE)
     rows, gradient = torch.empty(12, device=DEVICE), torch.empty(12, 30, device=DEVICE)
     label = target if labelled else None
-    launch.row_loss(students, teachers, label, weight, 0.5, loss, options, rows, None, gradient)
+    run(students, teachers, label, weight, 0.5, loss, options, rows, gradient)
     for pair in range(3):
         alone = kernel(name, students[pair], teachers[pair], target, weight[pair].contiguous(), 0.5)
         of_pair = slice(4 * pair, 4 * pair + 4)
@@ -285,7 +275,7 @@ def test_a_constant_student_of_lskd_at_temperature_4():
     rows = torch.empty(1, device=DEVICE)
     student, teacher = torch.full((1, 10), 7.3, device=DEVICE), logits(1, 10)
     options = (4.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
-    launch.row_loss([student], [teacher], None, None, 1.0, "softmax", options, rows, None, None)
+    run([student], [teacher], None, None, 1.0, "softmax", options, rows, None)
     true, _ = reference.softmax_rows(student.double(), teacher.double(), None, *options)
     torch.testing.assert_close(rows.double(), true, rtol=1e-5, atol=0)
 
@@ -305,7 +295,7 @@ def test_constant_rows_at_a_small_temperature_are_finite(name, temperature, monk
 @each_loss
 @pytest.mark.parametrize(("rows", "classes"), PATHS)
 def test_equal_logits_have_no_gradient(name, rows, classes):
-    if name in ("ce-smoothed", "ce-kd", "ce-lskd", "nkd", "nkd-t3", "ttm", "wttm"):
+    if not CASES[name][1].vanishes:
         pytest.skip("has a gradient at equal logits")
     student = logits(rows, classes)
     values, gradient = kernel(name, student, student.clone(), labels(rows, classes))

@@ -1,8 +1,11 @@
 #if defined(__x86_64__)
-// Included before the target is raised: what the headers define inline stays runnable everywhere.
+// Included before the target is raised: what these headers define inline stays runnable everywhere. The formulas come
+// after it, and are inlined wherever they are used.
 #include <immintrin.h>
 
-#include "kernels.h"
+#include <cstring>
+
+#include "../rows.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)

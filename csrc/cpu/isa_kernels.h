@@ -13,52 +13,49 @@
 namespace fastkd {
 namespace FASTKD_ISA {
 
-// nullptr where there is no such loss.
+// nullptr where there is no such loss, or no kernel for what it needs.
 static const Phases* phases_of(const LossOptions& options) {
-  switch (options.loss) {
-    case Loss::kJSD: return &kMixturePhases;
-    case Loss::kBinaryKL: return &pointwise_phases<Loss::kBinaryKL>();
-    case Loss::kBinaryKLNorm: return &pointwise_phases<Loss::kBinaryKLNorm>();
-    case Loss::kSoftmax:
-    case Loss::kNKD:
-    case Loss::kTTM:
-    case Loss::kReverseKL: return softmax_phases_for(options);
-  }
-  return nullptr;
+  return with_loss<const Phases*>(
+      options.loss,
+      [&](auto loss) {
+        typedef decltype(loss) Loss;
+        return phases_for<Loss>(options.needs, typename Loss::Family());
+      },
+      Losses());
 }
 
 static bool computes(const LossOptions& options) { return phases_of(options) != nullptr; }
 
-// What one thread keeps at most, between calls too: 32 MiB. Even out of the caches' reach a kept exponential is had
-// sooner than one computed again.
-constexpr int64_t kMostKept = 1 << 23;
+// What one thread caches at most, between calls too: 32 MiB. Reloading beats recomputing, even from DRAM.
+constexpr int64_t kMostCached = 1 << 23;
 
-// Room for what is kept of a row, one of `places` that are in work at once; nowhere if there is none, or no need.
-static Kept keep(const Rows& rows, const LossOptions& options, int64_t index, int64_t place, int64_t places) {
-  if (rows.gradient.data == nullptr && options.loss != Loss::kJSD) return {};
-  // A row's gradient, written last, is until then where its student's exponentials are kept: less memory to go
-  // through the cache.
+// Room for the exponentials of a row, one of `places` that are computed at once; none if there is none, or no need.
+static Cached cache_for(const Phases& phases, const Rows& rows, const LossOptions& options, int64_t index, int64_t place,
+                        int64_t places) {
+  if (rows.gradient.data == nullptr && !phases.always_caches) return {};
+  // Until a row's gradient is written, which is last, its memory holds the student's exponentials: less goes through the
+  // cache.
   const bool in_gradient = rows.gradient.data != nullptr && rows.gradient.dtype == DType::kFloat;
   const int64_t blocks = (rows.classes + kBlock - 1) / kBlock, floats = blocks * kBlock;
   const int64_t of_student = in_gradient ? kBlock : floats;
-  const int64_t of_plain = needs_of(options) & kPlainStudent ? floats : 0;
-  const int64_t size = of_student + floats + of_plain + 2 * blocks;
-  float* memory = size * places <= kMostKept ? scratch(size * places) : nullptr;
+  const int64_t at_t1 = options.needs & kStudentAtT1 ? floats : 0;
+  const int64_t size = of_student + floats + at_t1 + 2 * blocks;
+  float* memory = size * places <= kMostCached ? scratch(size * places) : nullptr;
   if (memory == nullptr) return {};
-  float *student = memory + place * size, *teacher = student + of_student, *plain = teacher + floats;
-  float *last_student = teacher - kBlock, *max_s = plain + of_plain;
+  float *student = memory + place * size, *teacher = student + of_student, *t1 = teacher + floats;
+  float *last_student = teacher - kBlock, *max_s = t1 + at_t1;
   if (in_gradient) student = element_at<Element<DType::kFloat>>(rows.gradient, index, 0);
-  return {student, teacher, plain, last_student, max_s, max_s + blocks};
+  return {student, teacher, t1, last_student, max_s, max_s + blocks};
 }
 
-// Starts on a row; false where it is finished with that: left out, or without a valid label.
+// Initialises a row; false where nothing is left to do: ignored, or without a valid label.
 static bool start_row(RowJob& job, const Rows& rows, const LossOptions& options, int64_t index) {
   job = {&rows, &options, index, -1, {}, {}, 0, {}};
   if (weight_of(rows, index) == 0) {
     write_whole_row(rows, index, 0.0f);  // and not read
     return false;
   }
-  if (uses_label(options) && rows.target != nullptr) {
+  if ((options.needs & kLabelled) && rows.target != nullptr) {
     job.label_class = rows.target[index * rows.target_stride];
     if (job.label_class < 0 || job.label_class >= rows.classes) {
       write_whole_row(rows, index, __builtin_nanf(""));
@@ -66,7 +63,7 @@ static bool start_row(RowJob& job, const Rows& rows, const LossOptions& options,
     }
   }
   job.row.classes = rows.classes;
-  if (smooths_label(options)) job.row.origin = first_logit(rows.student, index);
+  if (options.needs & kLabelSmoothing) job.row.origin = first_logit(rows.student, index);
   slopes_of(options, job.row.student.slope, job.row.teacher.slope);
   return true;
 }
@@ -80,7 +77,7 @@ static void row_loss(const Rows& rows, const LossOptions& options, int64_t begin
   for (int64_t index = begin; index < end; index++) {
     RowJob job;
     if (!start_row(job, rows, options, index)) continue;
-    job.kept = keep(rows, options, index, 0, 1);
+    job.cached = cache_for(phases, rows, options, index, 0, 1);
     for (int phase = 0; phase < phases.count && runs_phase(phases, phase, rows); phase++) {
       RowPart part{};
       phases.run[phase](job, 0, rows.classes, part);
@@ -107,7 +104,7 @@ static void row_loss_in_parts(const Rows& rows, const LossOptions& options, int 
   Call call = {rows, options, *phases_of(options), jobs, started, results, parts, 0};
   for (int64_t index = 0; index < rows.count; index++) {
     started[index] = start_row(jobs[index], rows, options, index);
-    jobs[index].kept = keep(rows, options, index, index, rows.count);
+    jobs[index].cached = cache_for(call.phases, rows, options, index, index, rows.count);
   }
   for (; call.phase < call.phases.count && runs_phase(call.phases, call.phase, rows); call.phase++) {
     parallel(

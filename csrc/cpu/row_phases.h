@@ -1,4 +1,4 @@
-// A row is computed in phases, each one sweep over its classes. A phase runs over parts of the row, whose results
+// A row is computed in phases, each of one pass over its classes. A phase runs over parts of the row, whose results
 // are combined before the next: one part where rows are shared out over threads, several where a row is.
 #pragma once
 
@@ -17,31 +17,32 @@ struct RowPart {
   Moments student, teacher;
   SoftmaxStatistics<double> sums;
   RowLabel label;
-  double student_sum, teacher_sum;
+  double value_sum, slope_sum;
 };
 
-// What a sweep keeps of a whole row for a later one, so that no exponential is computed twice. Null where that would be
-// too much memory: then the later sweep computes them again.
-struct Kept {
-  float *student, *teacher, *plain;  // one number a class, by block
-  float* last_student;               // the student's last block where it is ragged: `student` may end with the row
-  float *max_s, *max_t;              // what each block's exponentials are relative to
+// What a pass caches of a whole row for a later one, so that no exponential is computed twice. Null where that would take
+// too much memory: then the later pass computes them again.
+struct Cached {
+  float *student, *teacher, *t1;  // one number per class, by block
+  float* last_student;            // the student's last block where it is ragged: `student` may end with the row
+  float *max_s, *max_t;           // what each block's exponentials are relative to
 };
 
-// A row on its way: what the phases so far have found.
+// The state of a row between its phases.
 struct RowJob {
   const Rows* rows;
   const LossOptions* options;
   int64_t index, label_class;  // -1: no label
   Row<double> row;
   SoftmaxGradient<double> gradient;
-  double student_kl;
-  Kept kept;
+  double mean_slope;  // of a mixture loss: the sum of q h
+  Cached cached;
 };
 
-// The phases of a loss. `run` sweeps the classes from `begin` to `end` (`begin` a multiple of kBlock).
+// The phases of a loss. `run` passes over the classes from `begin` to `end` (`begin` a multiple of kBlock).
 struct Phases {
   int count;
+  bool always_caches;  // also where no gradient is asked for
   void (*run[3])(const RowJob&, int64_t begin, int64_t end, RowPart&);
   void (*combine[3])(RowJob&, const RowPart* parts, int count);
 };

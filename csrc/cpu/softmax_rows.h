@@ -1,6 +1,6 @@
-// The row skeleton of the softmax family: statistics in one sweep, the row formula, the gradient in a second.
+// The row skeleton of the softmax family: statistics in one pass, the row formula, the gradient in a second.
 //
-// The first sweep reads each logit once, block by block, and keeps its exponentials, relative to the largest logit
+// The first pass reads each logit once, block by block, and caches its exponentials, relative to the largest logit
 // seen so far or one not far below; the second turns them into the gradient without reading the logits again.
 #pragma once
 
@@ -45,7 +45,7 @@ static RowScale<double> standardizing_scale(const Moments& moments, double tempe
   return {1.0 / ((deviation + kStandardizeEpsilon) * temperature), moments.mean, 0, deviation};
 }
 
-static void sweep_moments(const RowJob& job, int64_t begin, int64_t end, RowPart& part) {
+static void moments_pass(const RowJob& job, int64_t begin, int64_t end, RowPart& part) {
   part.student = moments_of(job.rows->student, job.index, begin, end);
   part.teacher = moments_of(job.rows->teacher, job.index, begin, end);
 }
@@ -85,17 +85,17 @@ FASTKD_INLINE void set_label_aside(float* z_s, float* z_t, int64_t at, int padde
 
 // What the classes of a block add to each sum; kNeeds asks for some of them.
 struct BlockSums {
-  vf sum_s, sum_t, dot_s, dot_t, cross_t, moment_s, moment_t, plain_s, plain_t;
+  vf sum_s, sum_t, dot_s, dot_t, cross_t, moment_s, moment_t, t1_s, t1_t;
 };
 
-// Where a block's exponentials are kept.
+// Where a block's exponentials are cached.
 struct Exponentials {
-  float *student, *teacher, *plain;
+  float *student, *teacher, *t1;
 };
 
 // Of the block of n classes at `offset`.
-FASTKD_INLINE Exponentials kept_block(const Kept& kept, int64_t offset, int n) {
-  return {n == kBlock ? kept.student + offset : kept.last_student, kept.teacher + offset, kept.plain + offset};
+FASTKD_INLINE Exponentials cached_block(const Cached& cached, int64_t offset, int n) {
+  return {n == kBlock ? cached.student + offset : cached.last_student, cached.teacher + offset, cached.t1 + offset};
 }
 
 // `logits(i, s, t)` gives the block's vectors.
@@ -113,7 +113,7 @@ FASTKD_INLINE BlockSums sum_block(const RowJob& job, int64_t offset, int padded,
   const vf base_s = exponents.base_s, base_t = exponents.base_t;
   const Exponent exponent_s = exponents.student, exponent_t = kNeeds & kOwnSlopes ? exponents.teacher : exponent_s;
   vf sum_s = {}, sum_t = {}, dot_s = {}, dot_t = {}, cross_t = {}, moment_s = {}, moment_t = {};
-  vf plain_s = {}, plain_t = {};
+  vf t1_s = {}, t1_t = {};
   const auto add = [&](int i) __attribute__((always_inline)) {
     vf s, t;
     logits(i, s, t);
@@ -123,12 +123,12 @@ FASTKD_INLINE BlockSums sum_block(const RowJob& job, int64_t offset, int padded,
     const vf exp_u = exp_or_zero(x_s, exponent_s), exp_v = exp_or_zero(x_t, exponent_t);
     sum_s += exp_u;
     sum_t += exp_v;
-    if (kNeeds & kCrossEntropy) {
+    if (kNeeds & kCrossTerm) {
       cross_t += exp_v * x_s;
-    } else {
+    } else if (!(kNeeds & kSumsOnly)) {
       // Equal logits differ by exactly 0, and masked ones by a number. A common slope follows after the sum.
       const vf difference = kNeeds & kOwnSlopes ? rounded(x_t * slope_t) - rounded(x_s * slope_s) : x_t - x_s;
-      if (kNeeds & kTilt) dot_s += exp_u * difference;
+      if (kNeeds & kLogRatio) dot_s += exp_u * difference;
       else dot_t += exp_v * difference;
     }
     if (kNeeds & kStandardized) {
@@ -136,13 +136,13 @@ FASTKD_INLINE BlockSums sum_block(const RowJob& job, int64_t offset, int padded,
       moment_s += exp_u * above_mean;
       moment_t += exp_v * above_mean;
     }
-    if (kNeeds & kPlainTeacher) plain_t += exp_or_zero(x_t);
+    if (kNeeds & kTeacherAtT1) t1_t += exp_or_zero(x_t);
     store(to.student + i, exp_u);
     store(to.teacher + i, exp_v);
-    if (kNeeds & kPlainStudent) {
+    if (kNeeds & kStudentAtT1) {
       const vf exp_z = exp_or_zero(x_s);
-      plain_s += exp_z;
-      store(to.plain + i, exp_z);
+      t1_s += exp_z;
+      store(to.t1 + i, exp_z);
     }
   };
   for (int line = 0; line < padded; line += kLine) {
@@ -151,7 +151,7 @@ FASTKD_INLINE BlockSums sum_block(const RowJob& job, int64_t offset, int padded,
     if (with_gradient) fetch_to_write(gradient, line);
     for (int i = line; i < line + kLine; i += kLanes) add(i);
   }
-  return {sum_s, sum_t, dot_s, dot_t, cross_t, moment_s, moment_t, plain_s, plain_t};
+  return {sum_s, sum_t, dot_s, dot_t, cross_t, moment_s, moment_t, t1_s, t1_t};
 }
 
 FASTKD_INLINE void add_block(const BlockSums& sums, SoftmaxStatistics<double>& total) {
@@ -162,20 +162,20 @@ FASTKD_INLINE void add_block(const BlockSums& sums, SoftmaxStatistics<double>& t
   total.cross_t += horizontal_sum(sums.cross_t);
   total.moment_s += horizontal_sum(sums.moment_s);
   total.moment_t += horizontal_sum(sums.moment_t);
-  total.plain_s += horizontal_sum(sums.plain_s);
-  total.plain_t += horizontal_sum(sums.plain_t);
+  total.t1_s += horizontal_sum(sums.t1_s);
+  total.t1_t += horizontal_sum(sums.t1_t);
 }
 
 FASTKD_INLINE bool all_finite(const BlockSums& b) {
-  const vf all = b.sum_s + b.sum_t + b.dot_s + b.dot_t + b.moment_s + b.moment_t + b.cross_t + b.plain_s + b.plain_t;
+  const vf all = b.sum_s + b.sum_t + b.dot_s + b.dot_t + b.moment_s + b.moment_t + b.cross_t + b.t1_s + b.t1_t;
   return horizontal_sum(all - all) == 0;
 }
 
-// What came of a block that was swept once: converted, compared and summed relative to the bases so far, so that
+// What came of a block that was passed over once: converted, compared and summed relative to the bases so far, so that
 // its logits need not be stored before their largest is known.
 enum class Once { kDone, kAboveBase, kNotFinite };
 
-// Not inlined: with both forms of the loop in one function, its sums were kept on the stack.
+// Not inlined: with both forms of the loop in one function, its sums were spilled to the stack.
 template <unsigned kNeeds, class E>
 static __attribute__((noinline)) Once sum_at_once(const RowJob& job, int64_t offset, const Exponentials& to,
                                                   SoftmaxStatistics<double>& total) {
@@ -195,8 +195,8 @@ static __attribute__((noinline)) Once sum_at_once(const RowJob& job, int64_t off
     s = E::load(from_s + i), t = E::load(from_t + i);
     top_s = at_least(s, top_s), top_t = at_least(t, top_t);
   });
-  const float room_s = headroom(kNeeds & kPlainStudent, float(row.student.slope));
-  const float room_t = headroom(kNeeds & kPlainTeacher, float(row.teacher.slope));
+  const float room_s = headroom(kNeeds & kStudentAtT1, float(row.student.slope));
+  const float room_t = headroom(kNeeds & kTeacherAtT1, float(row.teacher.slope));
   if (horizontal_max(top_s) > total.max_s + room_s || horizontal_max(top_t) > total.max_t + room_t)
     return Once::kAboveBase;
   if (!all_finite(sums)) return Once::kNotFinite;
@@ -212,14 +212,14 @@ static Once sum_at_once(const RowJob& job, int64_t offset, const Exponentials& t
 }
 
 template <unsigned kNeeds>
-static void sweep_statistics(const RowJob& job, int64_t begin, int64_t end, RowPart& part) {
-  float z_s[kBlock], z_t[kBlock], unkept[3][kBlock];
+static void statistics_pass(const RowJob& job, int64_t begin, int64_t end, RowPart& part) {
+  float z_s[kBlock], z_t[kBlock], uncached[3][kBlock];
   const Rows& rows = *job.rows;
   const Row<double>& row = job.row;
-  const Kept& kept = job.kept;
+  const Cached& cached = job.cached;
   SoftmaxStatistics<double>& total = part.sums;
-  const bool keeps = kept.student != nullptr;
-  const bool smooths = smooths_label(*job.options);
+  const bool caches = cached.student != nullptr;
+  const bool smooths = (job.options->needs & kLabelSmoothing) != 0;
   bool at_once = rows.teacher.dtype == rows.student.dtype && !smooths;
   const float masked = kNeeds & kOwnSlopes ? masked_value(row) : kMasked;
   total.max_s = total.max_t = kMasked;
@@ -228,7 +228,7 @@ static void sweep_statistics(const RowJob& job, int64_t begin, int64_t end, RowP
     const int n = block_size(end, offset);
     const int64_t label_at = job.label_class - offset;
     const bool has_label = job.label_class >= 0 && label_at >= 0 && label_at < n;
-    const Exponentials to = keeps ? kept_block(kept, offset, n) : Exponentials{unkept[0], unkept[1], unkept[2]};
+    const Exponentials to = caches ? cached_block(cached, offset, n) : Exponentials{uncached[0], uncached[1], uncached[2]};
     Once came = Once::kAboveBase;
     if (at_once && n == kBlock && !has_label) came = sum_at_once<kNeeds>(job, offset, to, total);
     at_once = at_once && came != Once::kNotFinite;  // masked classes: likely there are more
@@ -248,7 +248,7 @@ static void sweep_statistics(const RowJob& job, int64_t begin, int64_t end, RowP
           [&](int i, vf& s, vf& t) __attribute__((always_inline)) { s = load(z_s + i), t = load(z_t + i); });
       add_block(sums, total);
     }
-    if (keeps) kept.max_s[offset / kBlock] = total.max_s, kept.max_t[offset / kBlock] = total.max_t;
+    if (caches) cached.max_s[offset / kBlock] = total.max_s, cached.max_t[offset / kBlock] = total.max_t;
   }
 }
 
@@ -271,55 +271,55 @@ static void combine_sums(RowJob& job, const RowPart* parts, int count) {
   total.cross_t *= job.row.student.slope;
 }
 
-template <Loss kLoss, unsigned kNeeds>
+template <class Loss, unsigned kNeeds>
 static void combine_statistics(RowJob& job, const RowPart* parts, int count) {
   combine_sums<kNeeds>(job, parts, count);
-  if (!(kNeeds & kPlainStudent)) job.row.sums.plain_s = job.row.sums.sum_s;  // read only where that is what they are
-  if (!(kNeeds & kPlainTeacher)) job.row.sums.plain_t = job.row.sums.sum_t;
+  if (!(kNeeds & kStudentAtT1)) job.row.sums.t1_s = job.row.sums.sum_s;  // read only where that is what they are
+  if (!(kNeeds & kTeacherAtT1)) job.row.sums.t1_t = job.row.sums.sum_t;
   const Rows& rows = *job.rows;
-  const SoftmaxResult<double> result = formula_of<kLoss>(*job.options, job.row);
+  const SoftmaxResult<double> result = formula_of<Loss>(*job.options, job.row);
   const double weight = weight_of(rows, job.index);
   write_loss(job, result.loss);
   for (int term = 0; term < 4 && rows.terms != nullptr; term++)
     rows.terms[term * rows.term_stride + job.index] = float(weight * result.terms[term]);
   SoftmaxGradient<double>& g = job.gradient;
   g = result.gradient;
-  if (!(kNeeds & kPlainStudent)) g.student += g.plain;
-  g.student *= weight, g.teacher *= weight, g.plain *= weight, g.constant *= weight;
-  g.affine *= weight, g.tilt *= weight, g.label *= weight;
+  if (!(kNeeds & kStudentAtT1)) g.student += g.student_t1;
+  g.student *= weight, g.teacher *= weight, g.student_t1 *= weight, g.constant *= weight;
+  g.affine *= weight, g.log_ratio *= weight, g.label *= weight;
 }
 
 // ---- gradient --------------------------------------------------------------------------------------------------
 
 // Last block first: it is the one still in cache.
 template <unsigned kNeeds>
-static void sweep_gradient(const RowJob& job, int64_t begin, int64_t end, RowPart&) {
-  float z_s[kBlock], z_t[kBlock], again_s[kBlock], again_t[kBlock], again_plain[kBlock];
+static void gradient_pass(const RowJob& job, int64_t begin, int64_t end, RowPart&) {
+  float z_s[kBlock], z_t[kBlock], again_s[kBlock], again_t[kBlock], again_t1[kBlock];
   const Rows& rows = *job.rows;
   const Row<double>& row = job.row;
   const SoftmaxGradient<double>& g = job.gradient;
-  const Kept& kept = job.kept;
-  const bool keeps = kept.student != nullptr;
+  const Cached& cached = job.cached;
+  const bool caches = cached.student != nullptr;
   const float mean = float(row.student.mean), affine = float(g.affine);
   const float constant = float(g.constant - g.affine * (row.student.mean - mean));
-  // The tilt's differences of logits: exact near equality where the bases are near each other, else relative to them.
+  // Differences of logits: exact near equality where the bases are near each other, else relative to them.
   const double bases = (double(row.sums.max_t) - row.sums.max_s) * row.student.slope;
   const bool near = __builtin_fabs(bases) < 1;
   const vf origin_s = broadcast(near ? 0.0f : row.sums.max_s), origin_t = broadcast(near ? 0.0f : row.sums.max_t);
   // Their mean is taken out before they are multiplied: of a student with one probability it is its difference exactly.
-  const double untilted = kNeeds & kTilt ? g.student / g.tilt - (near ? bases : 0.0) : 0.0;
-  const vf mean_difference = broadcast(float(untilted / row.student.slope));
+  const double without_ratio = kNeeds & kLogRatio ? g.student / g.log_ratio - (near ? bases : 0.0) : 0.0;
+  const vf mean_difference = broadcast(float(without_ratio / row.student.slope));
   const Exponents exponents = exponents_of(row, row.sums.max_s, row.sums.max_t);
   for (int64_t block = (end - 1) / kBlock; block >= begin / kBlock; block--) {
     const int64_t offset = block * kBlock;
     const int n = block_size(end, offset);
-    const Exponentials exponentials = keeps ? kept_block(kept, offset, n) : Exponentials{again_s, again_t, again_plain};
+    const Exponentials exponentials = caches ? cached_block(cached, offset, n) : Exponentials{again_s, again_t, again_t1};
     double below_s = 0, below_t = 0;
-    if (keeps) {
-      below_s = double(kept.max_s[block]) - row.sums.max_s;
-      below_t = double(kept.max_t[block]) - row.sums.max_t;
-      if (kNeeds & (kStandardized | kTilt)) load_block(rows.student, job.index, offset, n, z_s);
-      if (kNeeds & kTilt) load_block(rows.teacher, job.index, offset, n, z_t);
+    if (caches) {
+      below_s = double(cached.max_s[block]) - row.sums.max_s;
+      below_t = double(cached.max_t[block]) - row.sums.max_t;
+      if (kNeeds & (kStandardized | kLogRatio)) load_block(rows.student, job.index, offset, n, z_s);
+      if (kNeeds & kLogRatio) load_block(rows.teacher, job.index, offset, n, z_t);
     } else {
       // Whatever comes out at the label is replaced below.
       const int padded = load_block(rows.student, job.index, offset, n, z_s);
@@ -327,21 +327,21 @@ static void sweep_gradient(const RowJob& job, int64_t begin, int64_t end, RowPar
       for (int i = 0; i < padded; i += kLanes) {
         store(again_s + i, student_exponential(exponents, load(z_s + i)));
         store(again_t + i, teacher_exponential(exponents, load(z_t + i)));
-        if (kNeeds & kPlainStudent) store(again_plain + i, exp_or_zero(load(z_s + i) - exponents.base_s));
+        if (kNeeds & kStudentAtT1) store(again_t1 + i, exp_or_zero(load(z_s + i) - exponents.base_s));
       }
     }
     // Mostly the largest logit came early, and the factors are 1.
     const double factor_s = below_s == 0 ? 1.0 : __builtin_exp(below_s * row.student.slope);
     const double factor_t = below_t == 0 ? 1.0 : __builtin_exp(below_t * row.teacher.slope);
-    const double factor_1 = (kNeeds & kPlainStudent) && below_s != 0 ? __builtin_exp(below_s) : 1.0;
+    const double factor_1 = (kNeeds & kStudentAtT1) && below_s != 0 ? __builtin_exp(below_s) : 1.0;
     const vf a = broadcast(float(g.student * factor_s)), b = broadcast(float(g.teacher * factor_t));
-    const vf c = broadcast(float(g.plain * factor_1)), tilt = broadcast(float(g.tilt * factor_s * row.student.slope));
+    const vf c = broadcast(float(g.student_t1 * factor_1)), log_ratio = broadcast(float(g.log_ratio * factor_s * row.student.slope));
     store_block(rows.gradient, job.index, offset, n, [&](int i) __attribute__((always_inline)) {
       const vf exp_u = load(exponentials.student + i);
-      if (kNeeds & kTilt)
-        return exp_u * (tilt * (((load(z_t + i) - origin_t) - (load(z_s + i) - origin_s)) + mean_difference));
+      if (kNeeds & kLogRatio)
+        return exp_u * (log_ratio * (((load(z_t + i) - origin_t) - (load(z_s + i) - origin_s)) + mean_difference));
       vf value = rounded(a * exp_u) - rounded(b * load(exponentials.teacher + i)) + broadcast(constant);
-      if (kNeeds & kPlainStudent) value += c * load(exponentials.plain + i);
+      if (kNeeds & kStudentAtT1) value += c * load(exponentials.t1 + i);
       if (kNeeds & kStandardized) value += broadcast(affine) * (load(z_s + i) - broadcast(mean));
       return value;
     });
@@ -350,43 +350,30 @@ static void sweep_gradient(const RowJob& job, int64_t begin, int64_t end, RowPar
     fill_row(rows.gradient, job.index, job.label_class, 1, float(g.label));
 }
 
-template <Loss kLoss, unsigned kNeeds>
+template <class Loss, unsigned kNeeds>
 static const Phases& softmax_phases() {
   static constexpr Phases standardized = {3,
-                                          {sweep_moments, sweep_statistics<kNeeds>, sweep_gradient<kNeeds>},
-                                          {combine_moments, combine_statistics<kLoss, kNeeds>, nothing_to_combine}};
-  static constexpr Phases plain = {2,
-                                   {sweep_statistics<kNeeds>, sweep_gradient<kNeeds>, nullptr},
-                                   {combine_statistics<kLoss, kNeeds>, nothing_to_combine, nullptr}};
-  return kNeeds & kStandardized ? standardized : plain;
+                                          false,
+                                          {moments_pass, statistics_pass<kNeeds>, gradient_pass<kNeeds>},
+                                          {combine_moments, combine_statistics<Loss, kNeeds>, nothing_to_combine}};
+  static constexpr Phases two_passes = {2,
+                                        false,
+                                        {statistics_pass<kNeeds>, gradient_pass<kNeeds>, nullptr},
+                                        {combine_statistics<Loss, kNeeds>, nothing_to_combine, nullptr}};
+  return kNeeds & kStandardized ? standardized : two_passes;
 }
 
-// The skeleton as compiled for what a loss needs; nullptr where it is compiled for no such loss.
-static const Phases* softmax_phases_for(const LossOptions& options) {
-  constexpr unsigned kLSKD = kOwnSlopes | kStandardized, kPlain = kPlainStudent | kPlainTeacher;
-  const unsigned needs = needs_of(options);
-  switch (options.loss) {
-    case Loss::kSoftmax:
-      if (needs == 0) return &softmax_phases<Loss::kSoftmax, 0>();
-      if (needs == kPlainStudent) return &softmax_phases<Loss::kSoftmax, kPlainStudent>();
-      if (needs == kLSKD) return &softmax_phases<Loss::kSoftmax, kLSKD>();
-      if (needs == (kLSKD | kPlainStudent)) return &softmax_phases<Loss::kSoftmax, kLSKD | kPlainStudent>();
-      break;
-    case Loss::kNKD:
-      if (needs == kCrossEntropy) return &softmax_phases<Loss::kNKD, kCrossEntropy>();
-      if (needs == (kCrossEntropy | kPlain)) return &softmax_phases<Loss::kNKD, kCrossEntropy | kPlain>();
-      break;
-    case Loss::kTTM:
-      if (needs == (kOwnSlopes | kPlainTeacher)) return &softmax_phases<Loss::kTTM, kOwnSlopes | kPlainTeacher>();
-      break;
-    case Loss::kReverseKL:
-      if (needs == kTilt) return &softmax_phases<Loss::kReverseKL, kTilt>();
-      break;
-    case Loss::kJSD:
-    case Loss::kBinaryKL:
-    case Loss::kBinaryKLNorm: break;
-  }
-  return nullptr;
+// nullptr where the skeleton is not compiled for these needs.
+template <class Loss, unsigned... kNeeds>
+static const Phases* softmax_phases_for(unsigned needs, VariantList<kNeeds...>) {
+  const Phases* found = nullptr;
+  (void)(((needs & kCompiledNeeds) == kNeeds && (found = &softmax_phases<Loss, kNeeds>(), true)) || ...);
+  return found;
+}
+
+template <class Loss>
+static const Phases* phases_for(unsigned needs, SoftmaxFamily) {
+  return softmax_phases_for<Loss>(needs, typename Loss::Variants());
 }
 
 }  // namespace FASTKD_ISA

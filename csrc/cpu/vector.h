@@ -44,7 +44,7 @@ FASTKD_INLINE vf at_least(vf x, vf bound) {
 #endif
 }
 
-// The value as it is rounded: keeps the compiler from fusing the product into a later sum, which would leave
+// The value as it is rounded: caches the compiler from fusing the product into a later sum, which would leave
 // a rounding error where two equal products must cancel to 0.
 FASTKD_INLINE vf rounded(vf x) {
 #if defined(__x86_64__) && defined(FASTKD_USE_AVX512)
@@ -168,6 +168,37 @@ FASTKD_INLINE vf natural_log(vf x) {
   const vf y = halves.fraction;
   return twice_atanh((y - 1.0f) / (y + 1.0f)) + halves.exponent * 0.693147181f;
 }
+
+// x log(x / m) for probabilities x <= m / weight; 0 at x = 0. `above` is x - m, from which comes the logarithm where the
+// two are close: their rounded ratio is 1 within more than all that the two differ by.
+FASTKD_INLINE vf times_log_ratio(vf x, vf m, vf above) {
+  const vf one = broadcast(1.0f);
+  const vf ratio = select(x > 0.0f, x, one) / select(x > 0.0f, m, one);
+  const Halves ratio_halves = halves_of(ratio);
+  const vi close = absolute(above) < 0.25f * m;
+  const vf numerator = select(close, above, ratio_halves.fraction - 1.0f);
+  const vf denominator = select(close, x + m, ratio_halves.fraction + 1.0f);
+  return x * (twice_atanh(numerator / denominator) + select(close, vf{}, ratio_halves.exponent * 0.693147181f));
+}
+
+// The functions that the formulas of csrc/row_formulas.h are written in.
+struct VectorMath {
+  FASTKD_INLINE vf number(float x) { return broadcast(x); }
+  FASTKD_INLINE vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
+  FASTKD_INLINE vf absolute(vf x) { return FASTKD_ISA::absolute(x); }
+  FASTKD_INLINE vf fused(vf a, vf b, vf c) { return a * b + c; }
+  FASTKD_INLINE vf quotient(vf a, vf b) { return a / b; }
+  FASTKD_INLINE vf with_sign_of(vf magnitude, vf x) {
+    return as_float((as_int(magnitude) & 0x7fffffff) | (as_int(x) & int32_t(0x80000000)));
+  }
+  FASTKD_INLINE vf exp(vf x) { return exp_or_zero(x); }  // of x < 88
+  FASTKD_INLINE vf exp_minus_one(vf x) {  // of x <= 0
+    const PowerOfTwo e = power_of_two(at_least(x * float(kLog2E), broadcast(-126.0f)));
+    return e.scale * e.minus_one + (e.scale - 1.0f);
+  }
+  FASTKD_INLINE vf twice_atanh(vf w) { return FASTKD_ISA::twice_atanh(w); }
+  FASTKD_INLINE vf times_log_ratio(vf x, vf m, vf above) { return FASTKD_ISA::times_log_ratio(x, m, above); }
+};
 
 }  // namespace FASTKD_ISA
 }  // namespace fastkd

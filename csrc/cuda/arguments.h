@@ -1,7 +1,8 @@
 // What a launch passes to a kernel, by value.
 #pragma once
 
-#include "../cpu/kernels.h"
+#include "../row_formulas.h"
+#include "../rows.h"
 
 namespace fastkd {
 namespace cuda {
@@ -28,14 +29,13 @@ struct RowLossArguments {
   Rows pairs[kMostPairs];
   LossOptions options;     // they choose the kernel; NaN for what only `dynamic` holds
   DynamicOptions dynamic;
-  bool reads_teacher;      // a cross-entropy alone does not
   TeamPlan plan;
 };
 
 struct ScaleArguments {
   Matrix gradient;
-  const float* upstream;
-  int64_t upstream_stride, count, classes;
+  const float* grad_output;
+  int64_t grad_output_stride, count, classes;
   TeamPlan plan;
 };
 

@@ -95,7 +95,7 @@ FASTKD_DEVICE void read_vector(const Chunk* from, int stride, DType dtype, float
   for (int i = 0; i < kVector; i++) values[i] = values[i] < lowest ? lowest : values[i];
 }
 
-// One logit, loaded now and looked at later: the time that takes is spent on the first sweep.
+// One logit, loaded now and looked at later: the time that takes is spent on the first pass.
 struct LoadedLogit {
   uint32_t bits;
   DType dtype;

@@ -11,35 +11,39 @@ namespace cuda {
 
 typedef void (*RowKernel)(RowLossArguments);
 
-// The kernel as compiled for what a loss needs; nullptr if there is no such loss.
-inline RowKernel row_kernel_for(const LossOptions& options) {
-  constexpr unsigned kLSKD = kOwnSlopes | kStandardized, kPlain = kPlainStudent | kPlainTeacher;
-  const unsigned needs = needs_of(options);
-  switch (options.loss) {
-    case Loss::kSoftmax:
-      if (needs == 0) return softmax_rows<Loss::kSoftmax, 0>;
-      if (needs == kPlainStudent) return softmax_rows<Loss::kSoftmax, kPlainStudent>;
-      if (needs == kLSKD) return softmax_rows<Loss::kSoftmax, kLSKD>;
-      if (needs == (kLSKD | kPlainStudent)) return softmax_rows<Loss::kSoftmax, kLSKD | kPlainStudent>;
-      break;
-    case Loss::kNKD:
-      if (needs == kCrossEntropy) return softmax_rows<Loss::kNKD, kCrossEntropy>;
-      if (needs == (kCrossEntropy | kPlain)) return softmax_rows<Loss::kNKD, kCrossEntropy | kPlain>;
-      break;
-    case Loss::kTTM:
-      if (needs == (kOwnSlopes | kPlainTeacher)) return softmax_rows<Loss::kTTM, kOwnSlopes | kPlainTeacher>;
-      break;
-    case Loss::kReverseKL:
-      if (needs == kTilt) return softmax_rows<Loss::kReverseKL, kTilt>;
-      break;
-    case Loss::kJSD: return jsd_rows;
-    case Loss::kBinaryKL: return pointwise_rows<Loss::kBinaryKL>;
-    case Loss::kBinaryKLNorm: return pointwise_rows<Loss::kBinaryKLNorm>;
-  }
-  return nullptr;
+// nullptr where the skeleton is not compiled for these needs.
+template <class Loss, unsigned... kNeeds>
+RowKernel softmax_kernel_for(unsigned needs, VariantList<kNeeds...>) {
+  RowKernel found = nullptr;
+  (void)(((needs & kCompiledNeeds) == kNeeds && (found = softmax_rows<Loss, kNeeds>, true)) || ...);
+  return found;
 }
 
-// What a launch may not be asked: nullptr, or why the arguments cannot be right.
+template <class Loss>
+RowKernel kernel_for(unsigned needs, SoftmaxFamily) {
+  return softmax_kernel_for<Loss>(needs, typename Loss::Variants());
+}
+template <class Loss>
+RowKernel kernel_for(unsigned, MixtureFamily) {
+  return mixture_rows<Loss>;
+}
+template <class Loss>
+RowKernel kernel_for(unsigned, PointwiseFamily) {
+  return pointwise_rows<Loss>;
+}
+
+// nullptr where there is no such loss, or no kernel for what it needs.
+inline RowKernel row_kernel_for(const LossOptions& options) {
+  return with_loss<RowKernel>(
+      options.loss,
+      [&](auto loss) {
+        typedef decltype(loss) Loss;
+        return kernel_for<Loss>(options.needs, typename Loss::Family());
+      },
+      Losses());
+}
+
+// Why the arguments of a launch cannot be right; nullptr where nothing is wrong.
 inline const char* refusal(int64_t classes, const TeamPlan& plan) {
   const auto is_power_of_two = [](int n) { return n > 0 && (n & (n - 1)) == 0; };
   const int threads = plan.threads_a_row * plan.rows_a_block;
@@ -79,7 +83,6 @@ inline RowLossArguments arguments_of(const Rows* pairs, int count, const LossOpt
   for (int i = 0; i < count; i++) arguments.pairs[i] = pairs[i];
   arguments.options = options;
   arguments.dynamic = dynamic;
-  arguments.reads_teacher = reads_teacher(options);
   arguments.plan = plan;
   return arguments;
 }

@@ -77,15 +77,15 @@ void launch(void (*kernel)(Arguments), const Arguments& arguments, const Grid& g
 void launch_row_loss(const Rows* pairs, int count, const LossOptions& options, const DynamicOptions& dynamic,
                      const TeamPlan& plan, const Stream& stream) {
   const RowKernel kernel = row_kernel_for(options);
-  const char* reason = kernel == nullptr ? "there is no such loss" : refusal(pairs, count, plan);
+  const char* reason = kernel == nullptr ? "there is no such loss, or no kernel for what it needs" : refusal(pairs, count, plan);
   if (reason != nullptr) throw std::runtime_error(std::string("fastkd_native: ") + reason);
   launch(kernel, arguments_of(pairs, count, options, dynamic, plan), row_loss_grid(pairs, count, plan), stream);
 }
 
-void launch_scale_rows(const Matrix& gradient, const float* upstream, int64_t upstream_stride, int64_t count,
+void launch_scale_rows(const Matrix& gradient, const float* grad_output, int64_t grad_output_stride, int64_t count,
                        int64_t classes, const TeamPlan& plan, const Stream& stream) {
   if (const char* reason = refusal(classes, plan)) throw std::runtime_error(std::string("fastkd_native: ") + reason);
-  const ScaleArguments arguments{gradient, upstream, upstream_stride, count, classes, plan};
+  const ScaleArguments arguments{gradient, grad_output, grad_output_stride, count, classes, plan};
   launch(scale_rows, arguments, scale_grid(count, plan, gradient.dtype), stream);
 }
 

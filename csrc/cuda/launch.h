@@ -18,8 +18,8 @@ struct Stream {
 void launch_row_loss(const Rows* pairs, int count, const LossOptions& options, const DynamicOptions& dynamic,
                      const TeamPlan& plan, const Stream&);
 
-// gradient[row] *= upstream[row] in place.
-void launch_scale_rows(const Matrix& gradient, const float* upstream, int64_t upstream_stride, int64_t count,
+// gradient[row] *= grad_output[row] in place.
+void launch_scale_rows(const Matrix& gradient, const float* grad_output, int64_t grad_output_stride, int64_t count,
                        int64_t classes, const TeamPlan& plan, const Stream&);
 
 // Why no kernel can run on this device; nullptr where one can. Valid until the next call.

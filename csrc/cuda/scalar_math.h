@@ -6,6 +6,8 @@
 namespace fastkd {
 namespace cuda {
 
+constexpr float kLog2E = 1.44269504f;
+
 // 2 atanh(w) = log((1 + w) / (1 - w)) for |w| <= 1/3, relative error 4e-9.
 FASTKD_DEVICE float twice_atanh(float w) {
   const float s = w * w;
@@ -15,7 +17,7 @@ FASTKD_DEVICE float twice_atanh(float w) {
 
 // e^x - 1 for x <= 0, without cancellation near 0.
 FASTKD_DEVICE float exp_minus_one(float x) {
-  const float y = x * 1.44269504f, n = rintf(y < -126.0f ? -126.0f : y), f = (y < -126.0f ? -126.0f : y) - n;
+  const float y = x * kLog2E, n = rintf(y < -126.0f ? -126.0f : y), f = (y < -126.0f ? -126.0f : y) - n;
   // Least-maximum-error fit of (2^f - 1) / f, relative error 1e-8.
   float slope = fused(f, 0.000154035126f, 0.00133908498f);
   slope = fused(f, slope, 0.00961823793f);
@@ -25,6 +27,31 @@ FASTKD_DEVICE float exp_minus_one(float x) {
   const float scale = as_float(uint32_t(int(n) + 127) << 23);
   return fused(scale, f * slope, scale - 1.0f);
 }
+
+// x log(x / m) of probabilities; 0 at x = 0. `above` is x - m, from which comes the logarithm where the two are close:
+// their rounded ratio is 1 within more than all that the two differ by.
+FASTKD_DEVICE float times_log_ratio(float x, float m, float above) {
+  if (fabsf(above) < 0.25f * m) return x * twice_atanh(quotient(above, x + m));
+  return x > 0 ? x * logf(x / m) : x * 0.0f;  // a NaN stays
+}
+
+// The functions that the formulas of csrc/row_formulas.h are written in.
+struct ScalarMath {
+  static FASTKD_DEVICE float number(float x) { return x; }
+  static FASTKD_DEVICE float select(bool mask, float yes, float no) { return mask ? yes : no; }
+  static FASTKD_DEVICE float absolute(float x) { return fabsf(x); }
+  static FASTKD_DEVICE float fused(float a, float b, float c) { return cuda::fused(a, b, c); }
+  static FASTKD_DEVICE float quotient(float a, float b) { return cuda::quotient(a, b); }
+  static FASTKD_DEVICE float with_sign_of(float magnitude, float x) {
+    return as_float((as_bits(magnitude) & 0x7fffffffu) | (as_bits(x) & 0x80000000u));
+  }
+  static FASTKD_DEVICE float exp(float x) { return power_of_two(x * kLog2E); }
+  static FASTKD_DEVICE float exp_minus_one(float x) { return cuda::exp_minus_one(x); }
+  static FASTKD_DEVICE float twice_atanh(float w) { return cuda::twice_atanh(w); }
+  static FASTKD_DEVICE float times_log_ratio(float x, float m, float above) {
+    return cuda::times_log_ratio(x, m, above);
+  }
+};
 
 }  // namespace cuda
 }  // namespace fastkd

@@ -1,4 +1,4 @@
-// A thread's share of a row: every size()-th vector of both models, brought to shared memory ahead of its use and kept
+// A thread's share of a row: every size()-th vector of both models, brought to shared memory ahead of its use and cached
 // there as far as there is room. A thread reads back only what it fetched itself, so no barrier is needed.
 #pragma once
 
@@ -9,7 +9,7 @@ namespace fastkd {
 namespace cuda {
 
 // Vectors of each model that a thread has under way. With fewer slots than vectors, as many slots are a ring through
-// which pass the vectors that are not kept.
+// which pass the vectors that are not cached.
 constexpr int kAhead = 4;
 
 class Share {
@@ -25,7 +25,7 @@ class Share {
     count_ = vectors > member ? (vectors - 1 - member) / team.size() + 1 : 0;
     first_column_ = member * kVector - phase;
     step_ = team.size() * kVector;
-    kept_ = count_ <= plan.slots ? count_ : plan.slots - kAhead;
+    cached_ = count_ <= plan.slots ? count_ : plan.slots - kAhead;
     // Chunks of a slot lie a block's width apart: neighbouring threads use neighbouring chunks.
     stride_ = threads_of_block();
     teacher_chunks_ = reads_teacher ? chunks_of(teacher_.dtype) : 0;
@@ -39,7 +39,7 @@ class Share {
   // Calls visit(column, student logits, teacher logits) for each vector of the share. Columns outside of the row are
   // masked classes. A teacher that is not read is the student.
   template <class Visit>
-  FASTKD_DEVICE void first_sweep(const Visit& visit) const {
+  FASTKD_DEVICE void first_pass(const Visit& visit) const {
 #pragma unroll 1
     for (int k = -kAhead; k < count_; k++) {
       if (k >= 0) {
@@ -51,16 +51,16 @@ class Share {
     }
   }
 
-  // The same last vector first: of what was not kept, the last came last through the second-level cache.
+  // The same last vector first: of what was not cached, the last came last through the second-level cache.
   template <class Visit>
-  FASTKD_DEVICE void next_sweep(const Visit& visit) const {
+  FASTKD_DEVICE void next_pass(const Visit& visit) const {
 #pragma unroll 1
     for (int k = count_ - 1 + kAhead; k >= 0; k--) {
       if (k < count_) {
         wait_for_copies<kAhead - 1>();
         visit_vector(k, visit);
       }
-      if (k - kAhead >= kept_) fetch(k - kAhead);
+      if (k - kAhead >= cached_) fetch(k - kAhead);
       commit_copies();
     }
   }
@@ -68,7 +68,7 @@ class Share {
  private:
   FASTKD_DEVICE int column(int k) const { return first_column_ + k * step_; }
   FASTKD_DEVICE Chunk* slot(int k) const {
-    const int number = k < kept_ ? k : kept_ + (k - kept_) % kAhead;
+    const int number = k < cached_ ? k : cached_ + (k - cached_) % kAhead;
     return memory_ + number * (chunks_of(student_.dtype) + teacher_chunks_) * stride_;
   }
   FASTKD_DEVICE Chunk* teacher_part(Chunk* slot) const { return slot + chunks_of(student_.dtype) * stride_; }
@@ -94,7 +94,7 @@ class Share {
 
   RowPointer student_, teacher_;
   float lowest_;
-  int classes_, count_, kept_, first_column_, step_, stride_, teacher_chunks_;
+  int classes_, count_, cached_, first_column_, step_, stride_, teacher_chunks_;
   Chunk* memory_;
 };
 

@@ -1,27 +1,28 @@
-// The row skeleton of the softmax family: statistics in one sweep, the row formula, the gradient in a second.
+// The row skeleton of the softmax family: statistics in one pass, the row formula, the gradient in a second.
 #pragma once
 
-#include "row_ends.h"
+#include "prologue_epilogue.h"
+#include "scalar_math.h"
 
 namespace fastkd {
 namespace cuda {
-
-constexpr float kLog2E = 1.44269504f;
 
 // Calls visit on every sum that kNeeds asks for.
 template <unsigned kNeeds, class Visit>
 FASTKD_DEVICE void each_sum(SoftmaxStatistics<float>& sums, const Visit& visit) {
   visit(sums.sum_s);
   visit(sums.sum_t);
-  visit(kNeeds & kCrossEntropy ? sums.cross_t : kNeeds & kTilt ? sums.dot_s : sums.dot_t);
-  visit(sums.logit_sum);
-  if (kNeeds & kPlainStudent) visit(sums.plain_s);
-  if (kNeeds & kPlainTeacher) visit(sums.plain_t);
+  if (!(kNeeds & kSumsOnly)) {
+    visit(kNeeds & kCrossTerm ? sums.cross_t : kNeeds & kLogRatio ? sums.dot_s : sums.dot_t);
+    visit(sums.logit_sum);
+  }
+  if (kNeeds & kStudentAtT1) visit(sums.t1_s);
+  if (kNeeds & kTeacherAtT1) visit(sums.t1_t);
   if (kNeeds & kStandardized) visit(sums.moment_s), visit(sums.moment_t);
 }
 
 template <unsigned kNeeds>
-constexpr int kSumCount = 4 + (kNeeds & kPlainStudent ? 1 : 0) + (kNeeds & kPlainTeacher ? 1 : 0) +
+constexpr int kSumCount = (kNeeds & kSumsOnly ? 2 : 4) + (kNeeds & kStudentAtT1 ? 1 : 0) + (kNeeds & kTeacherAtT1 ? 1 : 0) +
                           (kNeeds & kStandardized ? 2 : 0);
 
 template <unsigned kNeeds>
@@ -44,8 +45,8 @@ FASTKD_DEVICE void combine_statistics(Team& team, Row<float>& row) {
   if (!(kNeeds & kOwnSlopes)) row.sums.dot_s *= row.teacher.slope, row.sums.dot_t *= row.teacher.slope;
   row.sums.cross_t *= row.student.slope;
   // Where these are not taken, T is 1.
-  if (!(kNeeds & kPlainStudent)) row.sums.plain_s = row.sums.sum_s;
-  if (!(kNeeds & kPlainTeacher)) row.sums.plain_t = row.sums.sum_t;
+  if (!(kNeeds & kStudentAtT1)) row.sums.t1_s = row.sums.sum_s;
+  if (!(kNeeds & kTeacherAtT1)) row.sums.t1_t = row.sums.sum_t;
 }
 
 FASTKD_DEVICE float largest_of(const float (&z)[kVector], float bound) {
@@ -54,19 +55,19 @@ FASTKD_DEVICE float largest_of(const float (&z)[kVector], float bound) {
   return larger(larger(low, high), bound);
 }
 
-// A member's sums over its share, which `sweep` walks; the label, -1 for none, is left out.
-template <unsigned kNeeds, class Sweep>
-FASTKD_DEVICE void sum_share(const Sweep& sweep, int label, bool with_logit_sum, Row<float>& row) {
+// A member's sums over its share, which `pass` walks; the label, -1 for none, is left out.
+template <unsigned kNeeds, class Pass>
+FASTKD_DEVICE void sum_share(const Pass& pass, int label, bool with_logit_sum, Row<float>& row) {
   SoftmaxStatistics<float>& sums = row.sums;
   sums.max_s = sums.max_t = kMasked;
   const RowScale<float> student = row.student, teacher = row.teacher;
   const float masked = kNeeds & kOwnSlopes ? masked_value(row) : kMasked;
   const float power_s = student.slope * kLog2E, power_t = teacher.slope * kLog2E;
-  const float headroom_s = headroom(kNeeds & kPlainStudent, student.slope);
-  const float headroom_t = headroom(kNeeds & kPlainTeacher, teacher.slope);
+  const float headroom_s = headroom(kNeeds & kStudentAtT1, student.slope);
+  const float headroom_t = headroom(kNeeds & kTeacherAtT1, teacher.slope);
   const int classes = int(row.classes);
 
-  sweep([&](int column, float (&s)[kVector], float (&t)[kVector]) {
+  pass([&](int column, float (&s)[kVector], float (&t)[kVector]) {
     if (with_logit_sum) {
       float sum = 0;
       for (int i = 0; i < kVector; i++) sum += is_inside(column + i, classes) ? s[i] - row.origin : 0.0f;
@@ -95,12 +96,12 @@ FASTKD_DEVICE void sum_share(const Sweep& sweep, int label, bool with_logit_sum,
       const float exp_u = power_of_two(x_s * power_s), exp_v = power_of_two(x_t * power_t);
       part.sum_s += exp_u;
       part.sum_t += exp_v;
-      if (kNeeds & kCrossEntropy) {
+      if (kNeeds & kCrossTerm) {
         part.cross_t = fused(exp_v, x_s, part.cross_t);
-      } else {
+      } else if (!(kNeeds & kSumsOnly)) {
         // Equal logits differ by exactly 0, and masked ones by a number. A common slope follows after the sum.
         const float difference = kNeeds & kOwnSlopes ? x_t * teacher.slope - x_s * student.slope : x_t - x_s;
-        if (kNeeds & kTilt) part.dot_s = fused(exp_u, difference, part.dot_s);
+        if (kNeeds & kLogRatio) part.dot_s = fused(exp_u, difference, part.dot_s);
         else part.dot_t = fused(exp_v, difference, part.dot_t);
       }
       if (kNeeds & kStandardized) {
@@ -108,8 +109,8 @@ FASTKD_DEVICE void sum_share(const Sweep& sweep, int label, bool with_logit_sum,
         part.moment_s = fused(exp_u, above_mean, part.moment_s);
         part.moment_t = fused(exp_v, above_mean, part.moment_t);
       }
-      if (kNeeds & kPlainStudent) part.plain_s += power_of_two(x_s * kLog2E);
-      if (kNeeds & kPlainTeacher) part.plain_t += power_of_two(x_t * kLog2E);
+      if (kNeeds & kStudentAtT1) part.t1_s += power_of_two(x_s * kLog2E);
+      if (kNeeds & kTeacherAtT1) part.t1_t += power_of_two(x_t * kLog2E);
     }
     float values[kSumCount<kNeeds>];
     list_sums<kNeeds>(part, values);
@@ -127,7 +128,7 @@ FASTKD_DEVICE float deviation_of(float squares, int classes) {
 FASTKD_DEVICE void standardize(Team& team, const Share& share, Row<float>& row) {
   const int classes = int(row.classes);
   float sums[] = {0.0f, 0.0f};
-  share.first_sweep([&](int column, float (&s)[kVector], float (&t)[kVector]) {
+  share.first_pass([&](int column, float (&s)[kVector], float (&t)[kVector]) {
     for (int i = 0; i < kVector; i++) {
       if (!is_inside(column + i, classes)) continue;
       sums[0] += s[i];
@@ -139,7 +140,7 @@ FASTKD_DEVICE void standardize(Team& team, const Share& share, Row<float>& row) 
   row.student.mean = sums[0] / float(classes);
   row.teacher.mean = sums[1] / float(classes);
   float deviations[] = {0.0f, 0.0f, 0.0f, 0.0f};  // sums, and sums of squares
-  share.next_sweep([&](int column, float (&s)[kVector], float (&t)[kVector]) {
+  share.next_pass([&](int column, float (&s)[kVector], float (&t)[kVector]) {
     for (int i = 0; i < kVector; i++) {
       if (!is_inside(column + i, classes)) continue;
       const float from_mean_s = s[i] - row.student.mean, from_mean_t = t[i] - row.teacher.mean;
@@ -162,26 +163,26 @@ template <unsigned kNeeds>
 FASTKD_DEVICE void write_gradient(const Share& share, const RowPointer& gradient, int label, const Row<float>& row,
                                   const SoftmaxGradient<float>& g) {
   const float power_s = row.student.slope * kLog2E, power_t = row.teacher.slope * kLog2E;
-  const float max_s = row.sums.max_s, max_t = row.sums.max_t, tilt = g.tilt * row.student.slope;
+  const float max_s = row.sums.max_s, max_t = row.sums.max_t, log_ratio = g.log_ratio * row.student.slope;
   const int classes = int(row.classes);
-  // The tilt's differences of logits: exact near equality where the bases are near each other, else relative to them.
+  // Differences of logits: exact near equality where the bases are near each other, else relative to them.
   const float bases = (max_t - max_s) * row.student.slope;
   const bool near = fabsf(bases) < 1.0f;
   const float origin_s = near ? 0.0f : max_s, origin_t = near ? 0.0f : max_t;
-  const float untilted = near ? g.student - g.tilt * bases : g.student;
-  share.next_sweep([&](int column, float (&s)[kVector], float (&t)[kVector]) {
+  const float without_ratio = near ? g.student - g.log_ratio * bases : g.student;
+  share.next_pass([&](int column, float (&s)[kVector], float (&t)[kVector]) {
     float values[kVector];
 #pragma unroll
     for (int i = 0; i < kVector; i++) {
       const float above_s = s[i] - max_s;
       const float exp_u = power_of_two(above_s * power_s);
-      if (kNeeds & kTilt) {
-        values[i] = exp_u * fused(tilt, (t[i] - origin_t) - (s[i] - origin_s), untilted);
+      if (kNeeds & kLogRatio) {
+        values[i] = exp_u * fused(log_ratio, (t[i] - origin_t) - (s[i] - origin_s), without_ratio);
         continue;
       }
       const float exp_v = power_of_two((t[i] - max_t) * power_t);
       values[i] = g.student * exp_u - g.teacher * exp_v + g.constant;  // equal products cancel: no multiply-add
-      if (kNeeds & kPlainStudent) values[i] = fused(g.plain, power_of_two(above_s * kLog2E), values[i]);
+      if (kNeeds & kStudentAtT1) values[i] = fused(g.student_t1, power_of_two(above_s * kLog2E), values[i]);
       if (kNeeds & kStandardized) values[i] = fused(g.affine, above_mean(s[i], row.student), values[i]);
     }
     if (is_inside(label - column, kVector)) {
@@ -192,21 +193,22 @@ FASTKD_DEVICE void write_gradient(const Share& share, const RowPointer& gradient
   });
 }
 
-template <Loss kLoss, unsigned kNeeds>
+template <class Loss, unsigned kNeeds>
 FASTKD_KERNEL softmax_rows(FASTKD_PARAMETER RowLossArguments arguments) {
   const Rows& rows = arguments.pairs[block_y()];
   Team team(arguments.plan);
   const int64_t index = team.row();
-  const bool labelled = (kLoss == Loss::kSoftmax || kLoss == Loss::kNKD) && rows.target != nullptr;
+  const unsigned needs = arguments.options.needs;
+  const bool labelled = (needs & kLabelled) && rows.target != nullptr;
   const RowHead head = head_of(rows, index, labelled);
   const int label = head.label;
   const Share share = share_of(team, arguments, rows, index, head.kind);
-  const bool with_logit_sum = kLoss == Loss::kSoftmax && smooths_label(arguments.options);
+  const bool with_logit_sum = (needs & kLabelSmoothing) != 0;
   LoadedLogit label_s{}, label_t{}, origin{};
   if (label >= 0) {
     if (with_logit_sum) origin = load_logit(share.student(), 0);
     label_s = load_logit(share.student(), label);
-    if (arguments.reads_teacher) label_t = load_logit(share.teacher(), label);
+    if (needs & kDistills) label_t = load_logit(share.teacher(), label);
   }
 
   Row<float> row{};
@@ -215,9 +217,9 @@ FASTKD_KERNEL softmax_rows(FASTKD_PARAMETER RowLossArguments arguments) {
   row.origin = value_of(origin);
   if (kNeeds & kStandardized) {
     standardize(team, share, row);
-    sum_share<kNeeds>([&](const auto& visit) { share.next_sweep(visit); }, label, with_logit_sum, row);
+    sum_share<kNeeds>([&](const auto& visit) { share.next_pass(visit); }, label, with_logit_sum, row);
   } else {
-    sum_share<kNeeds>([&](const auto& visit) { share.first_sweep(visit); }, label, with_logit_sum, row);
+    sum_share<kNeeds>([&](const auto& visit) { share.first_pass(visit); }, label, with_logit_sum, row);
   }
   combine_statistics<kNeeds>(team, row);
   team.done_exchanging();
@@ -226,15 +228,15 @@ FASTKD_KERNEL softmax_rows(FASTKD_PARAMETER RowLossArguments arguments) {
     write_uncomputed(team, rows, index, head.kind);
   } else {
     row.label = {label >= 0, value_of(label_s), value_of(label_t)};
-    SoftmaxResult<float> result = formula_of<kLoss>(options_of(arguments), row);
+    SoftmaxResult<float> result = formula_of<Loss>(options_of(arguments), row);
     const float weight = head.weight;
     for (float& term : result.terms) term *= weight;
     write_losses(team, rows, index, weight * result.loss, result.terms);
     if (rows.gradient.data != nullptr) {
       SoftmaxGradient<float> g = result.gradient;
-      if (!(kNeeds & kPlainStudent)) g.student += g.plain;
-      g.student *= weight, g.teacher *= weight, g.plain *= weight, g.constant *= weight;
-      g.affine *= weight, g.tilt *= weight, g.label *= weight;
+      if (!(kNeeds & kStudentAtT1)) g.student += g.student_t1;
+      g.student *= weight, g.teacher *= weight, g.student_t1 *= weight, g.constant *= weight;
+      g.affine *= weight, g.log_ratio *= weight, g.label *= weight;
       write_gradient<kNeeds>(share, gradient_row(rows, index, share), label, row, g);
     }
   }

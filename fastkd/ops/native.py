@@ -4,13 +4,16 @@ import ctypes
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fastkd.environment import EnvironmentValueError
+from fastkd.ops.call import Call, Outputs
 from fastkd.ops.plan import device_of
+from fastkd.ops.spec import LOSSES, Needs
 from fastkd.ops.team_plan import plan_team
 
 _FOLDER = Path(__file__).parent
@@ -35,17 +38,26 @@ def _loaded() -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         return f"its extension {path.name} does not load: {error}"
+    if found := _unlike_spec(library):
+        return f"its extension {path.name} is of another version of fastkd ({found}); install fastkd again"
     suffix = "dylib" if sys.platform == "darwin" else "so"
     torch_libraries = (
         str(Path(torch.__file__).parent / "lib" / f"libtorch_{part}.{suffix}").encode()
         for part in ("cpu", "cuda")
     )
-    for function in ("register", "instruction_set", "instruction_set_refusal", "cuda_absent", "cuda_missing"):
+    for function in (
+        "register",
+        "losses",
+        "instruction_set",
+        "instruction_set_refusal",
+        "cuda_absent",
+        "cuda_missing",
+    ):
         getattr(library, f"fastkd_{function}").restype = ctypes.c_char_p
     if refusal := library.fastkd_instruction_set_refusal():
         raise EnvironmentValueError(refusal.decode())
-    library.fastkd_labels_all_count.argtypes = [ctypes.c_void_p] + [ctypes.c_int64] * 3
-    library.fastkd_labels_all_count.restype = ctypes.c_bool
+    library.fastkd_labels_all_valid.argtypes = [ctypes.c_void_p] + [ctypes.c_int64] * 3
+    library.fastkd_labels_all_valid.restype = ctypes.c_bool
     refusal = library.fastkd_register(*torch_libraries)
     return refusal.decode() if refusal else library
 
@@ -91,7 +103,7 @@ def instruction_set() -> str:
     return _library().fastkd_instruction_set().decode()
 
 
-def labels_all_count(target: Tensor, classes: int, ignore_index: int) -> bool:
+def labels_all_valid(target: Tensor, classes: int, ignore_index: int) -> bool:
     """Whether each label on the CPU is a class and none is ignored; False too where nobody looked.
 
     Reads memory past torch's dispatcher, hence only of a plain tensor whose storage holds the labels: a
@@ -119,15 +131,27 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 @cache
 def _label_check() -> Callable[[int, int, int, int], bool] | None:
     loaded = _loaded()
-    return None if isinstance(loaded, str) else loaded.fastkd_labels_all_count
+    return None if isinstance(loaded, str) else loaded.fastkd_labels_all_valid
 
 
-# The order of csrc/row_formulas.h.
-_CODES = {
-    name: code
-    for code, name in enumerate(("softmax", "nkd", "ttm", "reverse_kl", "jsd", "binary_kl", "binary_kl_norm"))
-}
+# A loss is its place in this list, which csrc/row_formulas.h has in the same order.
+_PLACES = {name: place for place, name in enumerate(LOSSES)}
 _OPTIONS = 8
+
+
+def _unlike_spec(library: ctypes.CDLL) -> str | None:
+    """How the library's losses, options and needs differ from ``spec``; None where they do not."""
+    if not hasattr(library, "fastkd_losses"):
+        return "it does not name its losses"
+    library.fastkd_losses.restype = ctypes.c_char_p
+    losses = library.fastkd_losses().decode()
+    needs = " ".join(need.name.title().replace("_", "") for need in Needs)  # type: ignore[union-attr]
+    expected = [f"needs {needs}"]
+    expected += [f"{name}: {', '.join(loss.options._fields)}" for name, loss in LOSSES.items()]
+    for own, its in zip_longest(expected, losses.splitlines(), fillvalue="nothing"):
+        if own != its:
+            return f"it has {its!r} where this version has {own!r}"
+    return None
 
 
 @cache
@@ -141,57 +165,42 @@ def _operator(name: str) -> Callable[..., None]:
 _ABSENT = torch.empty(0, dtype=torch.float32, device="cpu")
 
 
-def _team(logits: Tensor, pairs: int, keeps: bool, teacher: Tensor | None = None) -> Sequence[int]:
+def _team(logits: Tensor, pairs: int, again: bool, teacher: Tensor | None = None) -> Sequence[int]:
     """How a CUDA kernel shares a row; the CPU needs no such plan."""
     if not logits.is_cuda:
         return ()
     element_bytes = logits.element_size() + (0 if teacher is None else teacher.element_size())
     rows, classes = logits.shape[:-1].numel(), logits.shape[-1]
     device = device_of(logits.device)
-    return plan_team(rows * pairs, classes, element_bytes, device.capability, device.multiprocessors, keeps)
+    return plan_team(rows * pairs, classes, element_bytes, device.capability, device.multiprocessors, again)
 
 
-def row_loss(
-    students: Sequence[Tensor],
-    teachers: Sequence[Tensor],
-    target: Tensor | None,
-    row_weight: Tensor | None,
-    scale: float,
-    loss: str,
-    options: Sequence[float],
-    rows: Tensor,
-    terms: Tensor | None,
-    gradient: Tensor | None,
-    sums: Tensor | None = None,
-    dynamic: Tensor | None = None,
-) -> None:
-    """Fills ``rows`` and, where they are given, ``terms`` and ``gradient``; see ``ops.library``.
-
-    And, on the CPU alone, ``sums`` [H] or [] with each pair's sum of rows. Where ``dynamic`` is given, the
-    options' values are read from it and ``options`` only choose code: NaN there is a value not known yet.
-    """
+def row_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call, outputs: Outputs) -> None:
+    """Fills ``outputs``. Logits are [N, C] or [M, K, C] with dense classes; see ``layout.as_rows``."""
     student, teacher, pairs = students[0], teachers[0], len(students)
-    # A kernel of one sweep has no use for the row again.
-    keeps = gradient is not None and loss not in ("binary_kl", "binary_kl_norm")
+    rows, terms, gradient, sums = outputs
+    # A kernel of a single pass reads no row again.
+    again = gradient is not None and call.spec.family != "pointwise"
     one = pairs == 1
     _operator("row_loss" if one else "row_loss_of_pairs")(
         student if one else students,
         teacher if one else teachers,
-        _ABSENT if target is None else target,
-        _ABSENT if row_weight is None else row_weight,
-        scale,
+        _ABSENT if call.target is None else call.target,
+        _ABSENT if call.row_weight is None else call.row_weight,
+        1.0 / call.divisor,
         rows,
         _ABSENT if terms is None else terms,
         _ABSENT if gradient is None else gradient,
         _ABSENT if sums is None else sums,
-        _ABSENT if dynamic is None else dynamic,
-        _CODES[loss],
-        *options,
-        *(0.0,) * (_OPTIONS - len(options)),
-        *_team(student, pairs, keeps, teacher),
+        _ABSENT if call.dynamic is None else call.dynamic,
+        _PLACES[call.loss],
+        call.needs,
+        *call.options,
+        *(0.0,) * (_OPTIONS - len(call.options)),
+        *_team(student, pairs, again, teacher),
     )
 
 
-def scale_rows_(gradient: Tensor, upstream: Tensor) -> None:
-    """``gradient[n] *= upstream[n]`` in place; rows whose factor is 1 are not touched."""
-    _operator("scale_rows_")(gradient, upstream, *_team(gradient, 1, False))
+def scale_rows_(gradient: Tensor, factors: Tensor) -> None:
+    """``gradient[n] *= factors[n]`` in place; rows whose factor is 1 are not touched."""
+    _operator("scale_rows_")(gradient, factors, *_team(gradient, 1, False))

@@ -3,11 +3,12 @@
 import time
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
 from fastkd import backend
+from fastkd.ops.spec import Family
 from fastkd.ops.team_plan import plan_team
 
 # A row of this many classes still fits into the registers of one program: every logit is read once.
@@ -19,10 +20,10 @@ STREAMED_TILE = 4096
 STREAMED_WARPS = 16
 # Logits of a row that one warp works on; shorter rows share a program of up to four warps.
 ELEMENTS_A_WARP = 512
-# Of the second-level cache, what the rows in flight may fill between their two sweeps.
+# Of the second-level cache, what the rows in flight may fill between their two passes.
 CACHE_SHARE = 0.6
 MAX_PARTS = 128
-# The CPU: exponentials that a thread keeps of its row, at most (csrc/cpu/isa_kernels.h).
+# The CPU: exponentials of its row that a thread caches, at most (csrc/cpu/isa_kernels.h).
 KEPT_FLOATS = 1 << 23
 
 ELEMENT_BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2, torch.float64: 8}
@@ -61,20 +62,25 @@ def device_of(device: torch.device) -> Device:
 
 
 def plan_rows(
-    loss: str, rows: int, classes: int, element_bytes: int, device: Device, standardized: bool = False
+    family: Family | Literal["scale"],
+    rows: int,
+    classes: int,
+    element_bytes: int,
+    device: Device,
+    standardized: bool = False,
 ) -> Plan:
-    """Rows that fit on chip are read once (3 accesses an element); longer ones are swept twice (5).
+    """Rows that fit on chip are read once (3 accesses per element); longer ones take two passes (5).
 
-    ``loss`` is its name in ``fastkd.reference``, or "scale" for the scaling of a gradient. The kernel that is
-    compiled depends on ``loss`` and ``classes`` alone, not on the number of rows.
+    ``family`` is a loss's, or "scale" for the scaling of a gradient. The kernel that is compiled depends on
+    ``family`` and ``classes`` alone, not on the number of rows.
     """
-    resident = loss not in ("jsd", "scale", *POINTWISE)
+    resident = family == "softmax"
     longest = RESIDENT_CLASSES if resident else STREAMED_TILE
     if standardized:
         longest = RESIDENT_STANDARDIZED
     if classes <= longest:
         tile = max(16, 1 << (classes - 1).bit_length())
-        together = 1 if loss == "scale" else max(1, ELEMENTS_A_WARP // tile)
+        together = 1 if family == "scale" else max(1, ELEMENTS_A_WARP // tile)
         # Half as many logits a warp where a class costs more arithmetic, hence more registers.
         a_warp = ELEMENTS_A_WARP if resident else ELEMENTS_A_WARP // 2
         warps = min(4, together) if together > 1 else min(16, max(1, tile // a_warp))
@@ -173,7 +179,7 @@ def _path(chosen: str, loss: str, rows: int, classes: int, dtype: torch.dtype, d
             return _Path(f"{sharing}; two sweeps in blocks, exponentials computed in both", 1024, None, 5)
         words = "logits read once in blocks, exponentials kept for the gradient"
         return _Path(f"{sharing}; {words}", 1024, None, 3)
-    family = loss if loss in ("jsd", *POINTWISE) else "softmax"
+    family: Family = "mixture" if loss == "jsd" else "pointwise" if loss in POINTWISE else "softmax"
     plan = plan_rows(family, rows, classes, ELEMENT_BYTES[dtype], device_of(device), loss == "lskd")
     if plan.parts > 1:
         sharing = f"{plan.parts} programs a row"
@@ -200,7 +206,7 @@ def _team_path(loss: str, rows: int, classes: int, dtype: torch.dtype, device: D
     element_bytes = 2 * ELEMENT_BYTES[dtype]
     team = plan_team(rows, classes, element_bytes, device.capability, device.multiprocessors, keeps)
     again = 0 if not keeps else {"jsd": 2, "lskd": 3}.get(loss, 1)  # sweeps after the first
-    accesses = 3 + 2 * again * (1 - team.kept(classes)) if keeps else 3
+    accesses = 3 + 2 * again * (1 - team.cached(classes)) if keeps else 3
     words = (
         team.describe(classes)
         if keeps

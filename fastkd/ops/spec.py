@@ -79,6 +79,7 @@ class Case(NamedTuple):
     function: str  # of the package fastkd
     arguments: Mapping[str, Any]
     options: Any  # what the function makes of the arguments
+    labelled: bool = False  # the loss depends on the target
     vanishes: bool = True  # no gradient at equal logits
     benchmarked: bool = False
 
@@ -138,17 +139,18 @@ def _case(
     function: str,
     options: Any,
     *,
+    labelled: bool = False,
     vanishes: bool = True,
     benchmarked: bool = False,
     **arguments: Any,
 ) -> Case:
-    return Case(name, function, arguments, options, vanishes, benchmarked)
+    return Case(name, function, arguments, options, labelled, vanishes, benchmarked)
 
 
 def _distill(name: str, *, benchmarked: bool = False, **arguments: Any) -> Case:
     """A case with a cross-entropy, whose minimum is not at the teacher's logits."""
     options = SoftmaxOptions(**{"temperature": 4.0, **arguments})
-    return Case(name, "distill_loss", arguments, options, vanishes=False, benchmarked=benchmarked)
+    return Case(name, "distill_loss", arguments, options, True, False, benchmarked)
 
 
 _DKD = SoftmaxOptions(4.0, tckd_weight=1.0, nckd_weight=8.0)
@@ -157,11 +159,11 @@ _SOFTMAX_CASES = (
     _case("kd", "kd_loss", SoftmaxOptions(4.0, kd_weight=1.0), benchmarked=True),
     _case("kd-t1", "kd_loss", SoftmaxOptions(1.0, kd_weight=1.0), temperature=1.0),
     _case("lskd", "kd_loss", _LSKD, benchmarked=True, temperature=2.0, standardize=True),
-    _case("dkd", "dkd_loss", _DKD, benchmarked=True),
-    _case("ls-dkd", "dkd_loss", _DKD._replace(standardize=True), standardize=True),
-    _case("tckd", "dkd_loss", SoftmaxOptions(4.0, tckd_weight=1.0), beta=0.0),
-    _case("nckd", "dkd_loss", SoftmaxOptions(4.0, nckd_weight=1.0), alpha=0.0, beta=1.0),
-    _case("dckd", "dckd_loss", _DKD._replace(fix_acquired=True)),
+    _case("dkd", "dkd_loss", _DKD, labelled=True, benchmarked=True),
+    _case("ls-dkd", "dkd_loss", _DKD._replace(standardize=True), labelled=True, standardize=True),
+    _case("tckd", "dkd_loss", SoftmaxOptions(4.0, tckd_weight=1.0), labelled=True, beta=0.0),
+    _case("nckd", "dkd_loss", SoftmaxOptions(4.0, nckd_weight=1.0), labelled=True, alpha=0.0, beta=1.0),
+    _case("dckd", "dckd_loss", _DKD._replace(fix_acquired=True), labelled=True),
     _distill("ce", ce_weight=1.0),
     _distill("ce-smoothed", ce_weight=1.0, temperature=1.0, label_smoothing=0.1),
     _distill("ce-kd", ce_weight=0.1, kd_weight=0.9, benchmarked=True),
@@ -200,8 +202,16 @@ _ROWS = (
         NKDOptions,
         _nkd_needs,
         (
-            _case("nkd", "nkd_loss", NKDOptions(1.0, 1.5), vanishes=False),
-            _case("nkd-t3", "nkd_loss", NKDOptions(3.0, 3.5), vanishes=False, gamma=3.5, temperature=3.0),
+            _case("nkd", "nkd_loss", NKDOptions(1.0, 1.5), labelled=True, vanishes=False),
+            _case(
+                "nkd-t3",
+                "nkd_loss",
+                NKDOptions(3.0, 3.5),
+                labelled=True,
+                vanishes=False,
+                gamma=3.5,
+                temperature=3.0,
+            ),
         ),
         takes_label=True,
         code_values=(1.0,),
@@ -263,3 +273,11 @@ def needs_of(loss: Loss, options: tuple[float, ...], labelled: bool) -> int:
     """Bits of ``Needs`` of a call with these values of ``loss.options``."""
     needs = loss.needs(loss.options(*options))
     return int(needs | Needs.LABELLED if labelled else needs)
+
+
+def distinct_cases() -> dict[str, tuple[Loss, Case]]:
+    """The cases that kernels tell apart: one for each loss and what it needs."""
+    names: dict[tuple[str, int], str] = {}
+    for name, (loss, case) in CASES.items():
+        names.setdefault((loss.name, needs_of(loss, case.options, case.labelled)), name)
+    return {name: CASES[name] for name in names.values()}

@@ -1,8 +1,8 @@
 """How the native CUDA kernels share a row among threads, blocks and shared memory.
 
 A row belongs to a *team*: ``threads_a_row`` threads of each of ``blocks_a_row`` blocks. A thread takes every
-n-th vector of eight logits of both models and keeps them in shared memory between the sweeps, as far as there
-is room; what is not kept is read again (csrc/cuda/share.h). The figures are reckoned from the sizes of the
+n-th vector of eight logits of both models and caches them in shared memory between the passes, as far as
+there is room; the rest is read again (csrc/cuda/share.h). The figures are computed from the sizes of the
 machines and have not been tuned on one.
 """
 
@@ -23,11 +23,11 @@ SMALL_BLOCK = 128
 BLOCK = 256
 # A multiprocessor that holds so many threads has enough loads under way.
 BUSY_THREADS = 512
-# What a block keeps of a row where a cluster can hold all of it: three such blocks fit a multiprocessor.
-KEPT_BYTES = 72 * 1024
+# What a block caches of a row where a cluster can hold all of it: three such blocks fit a multiprocessor.
+CACHED_BYTES = 72 * 1024
 KIB_A_MULTIPROCESSOR = {(8, 0): 164, (8, 7): 164, (9, 0): 228, (10, 0): 228, (10, 3): 228, (11, 0): 228}
 RESERVED_BYTES = 1024  # of shared memory, a block
-KEEP_FROM = 0.25  # the least share of a row that is worth keeping
+CACHE_FROM = 0.25  # the least share of a row that is worth caching
 
 
 class TeamPlan(NamedTuple):
@@ -39,8 +39,8 @@ class TeamPlan(NamedTuple):
     blocks_a_row: int
     slots: int
 
-    def kept(self, classes: int) -> float:
-        """The share of a row that is kept in shared memory between the sweeps, and so read once."""
+    def cached(self, classes: int) -> float:
+        """The share of a row that stays in shared memory between the passes, and so is read once."""
         needed = self._needed(classes)
         return 1.0 if needed <= self.slots else (self.slots - AHEAD) / needed
 
@@ -57,8 +57,8 @@ class TeamPlan(NamedTuple):
         if self.rows_a_block > 1:
             return f"{self.rows_a_block} rows a block, {self.threads_a_row} threads a row, the row on chip"
         blocks = "one block" if self.blocks_a_row == 1 else f"a cluster of {self.blocks_a_row} blocks"
-        kept = self.kept(classes)
-        chip = "the row on chip" if kept == 1 else f"{kept:.0%} of the row on chip, the rest read again"
+        cached = self.cached(classes)
+        chip = "the row on chip" if cached == 1 else f"{cached:.0%} of the row on chip, the rest read again"
         return f"{blocks} of {self.threads_a_row} threads a row, {chip}"
 
 
@@ -74,16 +74,17 @@ def plan_team(
     element_bytes: int,
     capability: tuple[int, int],
     multiprocessors: int,
-    keeps: bool = True,
+    again: bool = True,
 ) -> TeamPlan:
     """The plan for ``rows`` rows of ``classes`` logits, of which student and teacher together take
-    ``element_bytes`` bytes a class. ``keeps`` is False for a kernel of one sweep, which keeps nothing."""
+    ``element_bytes`` bytes per class. ``again`` is False for a kernel of a single pass, which caches nothing.
+    """
     vectors = vectors_of(classes)
     vector_bytes = VECTOR * element_bytes
     threads = min(BLOCK, _power_of_two(-(-vectors // AHEAD)))
     blocks = 1
     if capability >= (9, 0):
-        while blocks < MOST_BLOCKS and blocks * KEPT_BYTES < vectors * vector_bytes and keeps:
+        while blocks < MOST_BLOCKS and blocks * CACHED_BYTES < vectors * vector_bytes and again:
             blocks *= 2
     # Few rows: more threads to each, and then more blocks, while every thread has a vector.
     while rows * threads * blocks < multiprocessors * BUSY_THREADS and threads * blocks < vectors:
@@ -100,9 +101,9 @@ def plan_team(
         rows_a_block = SMALL_BLOCK // threads
         while rows_a_block * threads > WARP and rows < rows_a_block * multiprocessors:
             rows_a_block //= 2
-    if not keeps:
+    if not again:
         return TeamPlan(threads, rows_a_block, blocks, min(needed, AHEAD))
-    if rows_a_block == 1 and needed * threads * vector_bytes > KEPT_BYTES:
+    if rows_a_block == 1 and needed * threads * vector_bytes > CACHED_BYTES:
         return _plan_long_row(vectors, vector_bytes, capability, blocks)
     return TeamPlan(threads, rows_a_block, blocks, needed)
 
@@ -116,8 +117,8 @@ def _plan_long_row(vectors: int, vector_bytes: int, capability: tuple[int, int],
         slots = (share - RESERVED_BYTES - EXCHANGE_BYTES) // (threads * vector_bytes)
         if needed <= slots:
             return TeamPlan(threads, 1, blocks, needed)
-    # It does not fit. A small part kept would cost more, in blocks that overlap, than it saves.
-    return TeamPlan(threads, 1, blocks, slots if slots - AHEAD >= KEEP_FROM * needed else AHEAD)
+    # It does not fit. Caching a small part would cost more, in blocks that overlap, than it saves.
+    return TeamPlan(threads, 1, blocks, slots if slots - AHEAD >= CACHE_FROM * needed else AHEAD)
 
 
 def _power_of_two(n: int) -> int:

@@ -58,7 +58,7 @@ class Rows(ctypes.Structure):
 
 
 class LossOptions(ctypes.Structure):
-    _fields_ = [("loss", ctypes.c_int32), ("values", ctypes.c_float * 8)]
+    _fields_ = [("loss", ctypes.c_int32), ("needs", ctypes.c_uint32), ("values", ctypes.c_float * 8)]
 
 
 class Plan(ctypes.Structure):
@@ -89,21 +89,20 @@ class Emulation:
             pointer(rows), pointer(terms), terms.stride(0),
         )  # fmt: skip
 
-    def launch(self, pairs, loss, options, plan, dynamic=None):
-        values = (ctypes.c_float * 8)(*options)
+    def launch(self, pairs, call, plan):
+        values, dynamic = (ctypes.c_float * 8)(*call.options), call.dynamic
         self.check(
             self.library.emulated_row_loss(
                 (Rows * len(pairs))(*pairs), len(pairs),
-                ctypes.byref(LossOptions(native._CODES[loss], values)),
+                ctypes.byref(LossOptions(native._PLACES[call.loss], call.needs, values)),
                 ctypes.c_void_p(None if dynamic is None else dynamic.data_ptr()),
                 0 if dynamic is None else len(dynamic), ctypes.byref(Plan(*plan)),
             )
         )  # fmt: skip
 
-    def row_loss(
-        self, students, teachers, target, row_weight, scale, loss, options, rows, terms, gradient,
-        sums=None, dynamic=None,
-    ):  # fmt: skip
+    def row_loss(self, students, teachers, call, outputs):
+        rows, terms, gradient, sums = outputs
+        row_weight = call.row_weight
         count, classes = len(rows) // len(students), students[0].shape[-1]
         terms = rows.new_empty(0, len(rows)) if terms is None else terms
         gradient = students[0].new_empty(0, classes) if gradient is None else gradient
@@ -113,18 +112,18 @@ class Emulation:
         for pair, (student, teacher) in enumerate(zip(students, teachers, strict=True)):
             of_pair = slice(pair * count, (pair + 1) * count)
             weight = row_weight[pair] if row_weight is not None and row_weight.dim() == 2 else row_weight
-            outputs = rows[of_pair], terms[:, of_pair], gradient[of_pair]
-            pairs.append(self.rows(student, teacher, target, weight, scale, *outputs))
-        self.launch(pairs, loss, options, plan, dynamic)
+            of_rows = rows[of_pair], terms[:, of_pair], gradient[of_pair]
+            pairs.append(self.rows(student, teacher, call.target, weight, 1 / call.divisor, *of_rows))
+        self.launch(pairs, call, plan)
         if sums is not None:
             sums.copy_(rows.view(len(pairs), count).sum(-1).view_as(sums))
 
-    def scale_rows_(self, gradient, upstream):
+    def scale_rows_(self, gradient, factors):
         plan = self.plan(*gradient.shape, 2 * gradient.element_size())
         self.check(
             self.library.emulated_scale_rows(
-                ctypes.byref(Matrix.of(gradient)), ctypes.c_void_p(upstream.data_ptr()),
-                ctypes.c_int64(upstream.stride(0)), *map(ctypes.c_int64, gradient.shape),
+                ctypes.byref(Matrix.of(gradient)), ctypes.c_void_p(factors.data_ptr()),
+                ctypes.c_int64(factors.stride(0)), *map(ctypes.c_int64, gradient.shape),
                 ctypes.byref(Plan(*plan)),
             )
         )  # fmt: skip

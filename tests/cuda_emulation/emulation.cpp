@@ -7,18 +7,18 @@ using namespace fastkd::cuda;
 extern "C" const char* emulated_row_loss(const Rows* pairs, int count, const LossOptions* options,
                                          const float* dynamic, int dynamic_count, const TeamPlan* plan) {
   const RowKernel kernel = row_kernel_for(*options);
-  if (kernel == nullptr) return "there is no such loss";
+  if (kernel == nullptr) return "there is no such loss, or no kernel for what it needs";
   if (const char* reason = refusal(pairs, count, *plan)) return reason;
   const Grid grid = row_loss_grid(pairs, count, *plan);
   return emulation::launch(kernel, arguments_of(pairs, count, *options, {dynamic, dynamic_count}, *plan), grid.blocks_x,
                            grid.blocks_y, grid.threads, grid.cluster, grid.shared_bytes);
 }
 
-extern "C" const char* emulated_scale_rows(const Matrix* gradient, const float* upstream, int64_t upstream_stride,
+extern "C" const char* emulated_scale_rows(const Matrix* gradient, const float* grad_output, int64_t grad_output_stride,
                                            int64_t count, int64_t classes, const TeamPlan* plan) {
   if (const char* reason = refusal(classes, *plan)) return reason;
   const Grid grid = scale_grid(count, *plan, gradient->dtype);
-  return emulation::launch(scale_rows, ScaleArguments{*gradient, upstream, upstream_stride, count, classes, *plan},
+  return emulation::launch(scale_rows, ScaleArguments{*gradient, grad_output, grad_output_stride, count, classes, *plan},
                            grid.blocks_x, grid.blocks_y, grid.threads, grid.cluster, grid.shared_bytes);
 }
 

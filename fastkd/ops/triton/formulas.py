@@ -1,12 +1,16 @@
-"""Row formulas and scalar functions: statistics of a row -> loss, terms and the numbers of its gradient.
+"""The formulas of the losses, by their names in ``ops/spec.py``, and the scalar functions they are made of.
 
-Those of ``csrc/row_formulas.h``, in float32 throughout; docs/formulas.md derives them.
+Those of ``csrc/row_formulas.h``, in float32 throughout; docs/formulas.md derives them. Options arrive as
+plain numbers, in the order of the NamedTuple that each formula makes of them.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from fastkd.ops.triton.statistics import CROSS_ENTROPY, DISTILS, LABELLED, STANDARDIZED
+from fastkd.ops.spec import JSDOptions, NKDOptions, SoftmaxOptions, TTMOptions
+from fastkd.ops.triton.statistics import CROSS_ENTROPY, DISTILLS, LABELLED, STANDARDIZED
 
 
 @triton.jit
@@ -61,11 +65,39 @@ def log_ratio(x, y):
     return tl.where(near, twice_atanh(tl.where(near, w, 0.0)), tl.log(x) - tl.log(y))
 
 
+# ---- the softmax family --------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """What a formula of the softmax family may use."""
+
+    sums: Any  # Statistics
+    slopes: Any  # Pair of 1 / T
+    label: Any  # Pair of the label's logits
+    deviation: Any  # of standardised logits
+    label_above_mean: Any
+    classes: Any
+
+
+class Gradient(NamedTuple):
+    """g_i = (student + log_ratio (b_i - a_i)) e^{a_i} - teacher e^{b_i} + student_t1 e^{z_i - max z}
+    + constant + affine (z_i - mean), and g_y = label; a and b as in statistics.py. ``excess`` is
+    student - teacher, from their difference: near equality it is lost in the rounding of the two."""
+
+    student: Any = 0.0
+    teacher: Any = 0.0
+    excess: Any = 0.0
+    student_t1: Any = 0.0
+    constant: Any = 0.0
+    affine: Any = 0.0
+    log_ratio: Any = 0.0
+    label: Any = 0.0
+
+
 @triton.jit
 def forward_kl(sums):
     """KL(p-hat || q-hat) over the classes of the sums: NCKD / T^2 with a label, KD / T^2 without."""
-    max_s, sum_s, plain_s, max_t, sum_t, plain_t, dot, moment_s, moment_t, above_label = sums
-    return dot / sum_t - log_ratio(sum_t, sum_s)
+    return sums.dot / sums.sum_t - log_ratio(sums.sum_t, sums.sum_s)
 
 
 @triton.jit
@@ -74,29 +106,20 @@ def apart_inverses(sum_s, sum_t):
     return (sum_t - sum_s) / sum_s / sum_t
 
 
-# A formula takes the statistics of a row and returns its loss, four terms and eight numbers of its gradient:
-# g_i = (student + tilt (b_i - a_i)) e^{a_i} - teacher e^{b_i} + plain e^{z_i - max z} + constant
-#       + affine (z_i - mean), and g_y = target; a and b as in statistics.py. ``excess`` is student - teacher,
-# from their difference: near equality it is lost in the rounding of the two.
+# A formula of the softmax family returns the loss, four terms and the gradient of a row.
 
 
 @triton.jit
-def softmax(
-    sums,
-    numbers,
-    slopes,
-    deviation,
-    label_above_mean,
-    label,
-    classes,
-    NEEDS: tl.constexpr,
-):
-    """w_ce CE + T^2 (w_kd KD + w_t TCKD + w_n NCKD); with one_sided TCKD only where the teacher is more
+def softmax(row, numbers, NEEDS: tl.constexpr):
+    """w_ce CE + T^2 (w_kd KD + w_t TCKD + w_n NCKD); with fix_acquired TCKD only where the teacher is more
     confident in the target class."""
-    max_s, sum_s, plain_s, max_t, sum_t, plain_t, dot, moment_s, moment_t, above_label = sums
-    temperature, w_ce, w_kd, w_t, w_n, smoothing, one_sided = numbers
-    slope_s, slope_t = slopes
-    label_s, label_t = label
+    options = SoftmaxOptions(*numbers)
+    temperature = options.temperature
+    w_ce = options.ce_weight
+    w_kd = options.kd_weight
+    w_t = options.tckd_weight
+    w_n = options.nckd_weight
+    sums = row.sums
     ce = 0.0
     kd = 0.0
     tckd = 0.0
@@ -104,11 +127,11 @@ def softmax(
     student = 0.0
     teacher = 0.0
     excess = 0.0
-    plain = 0.0
+    student_t1 = 0.0
     constant = 0.0
     affine = 0.0
-    target = 0.0
-    if DISTILS & NEEDS:
+    label = 0.0
+    if DISTILLS & NEEDS:
         nckd = forward_kl(sums)
         # Without a label nothing is left out, and KD is NCKD over all classes.
         p_rest = 1.0
@@ -116,11 +139,11 @@ def softmax(
         q_minus_p = 0.0
         gate = 1.0
         if LABELLED & NEEDS:
-            label_a = (label_s - max_s) * slope_s
-            label_b = (label_t - max_t) * slope_t
-            odds_s = label_a - tl.log(sum_s)
-            odds_t = label_b - tl.log(sum_t)
-            apart = (label_b - label_a) - log_ratio(sum_t, sum_s)
+            label_a = (row.label.student - sums.max_s) * row.slopes.student
+            label_b = (row.label.teacher - sums.max_t) * row.slopes.teacher
+            odds_s = label_a - tl.log(sums.sum_s)
+            odds_t = label_b - tl.log(sums.sum_t)
+            apart = (label_b - label_a) - log_ratio(sums.sum_t, sums.sum_s)
             # Far apart, that of the rounded odds: with another the KL of the two would have their rounding.
             near = tl.abs(apart) < 1.0
             apart = tl.where(near, apart, odds_t - odds_s)
@@ -139,108 +162,123 @@ def softmax(
             ratio = log1p_of_negative(tl.where(near, sigmoid(tl.maximum(x, y)) * fraction, 0.0))
             above = tl.where(near, tl.where(x < y, ratio, -ratio), softplus(x) - softplus(y))
             tckd = tl.where(confident, -p_rest, p) * apart + above
-            gate = tl.where((one_sided != 0) & (apart <= 0), 0.0, 1.0)
+            gate = tl.where(apart <= 0, tl.where(options.fix_acquired != 0, 0.0, 1.0), 1.0)
         kd = tckd + p_rest * nckd
         tckd = gate * tckd
-        student = temperature / sum_s * (w_kd * q_rest - w_t * gate * q_minus_p + w_n)
-        teacher = temperature / sum_t * (w_kd * p_rest + w_n)
-        excess = (w_kd * q_rest + w_n) * apart_inverses(sum_s, sum_t)
-        excess = temperature * (excess - q_minus_p * (w_kd / sum_t + w_t * gate / sum_s))
-        target = temperature * (w_kd + w_t * gate) * q_minus_p
+        student = temperature / sums.sum_s * (w_kd * q_rest - w_t * gate * q_minus_p + w_n)
+        teacher = temperature / sums.sum_t * (w_kd * p_rest + w_n)
+        excess = (w_kd * q_rest + w_n) * apart_inverses(sums.sum_s, sums.sum_t)
+        excess = temperature * (excess - q_minus_p * (w_kd / sums.sum_t + w_t * gate / sums.sum_s))
+        label = temperature * (w_kd + w_t * gate) * q_minus_p
         if STANDARDIZED & NEEDS:
             # G = sum g_i x_i over the standardised logits x.
-            inverse = slope_s * temperature
+            inverse = row.slopes.student * temperature
             along = temperature * (
-                student * moment_s - teacher * moment_t + target * label_above_mean * slope_s
+                student * sums.moment_s
+                - teacher * sums.moment_t
+                + label * row.label_above_mean * row.slopes.student
             )
-            spread = (classes - 1) * deviation
+            spread = (row.classes - 1) * row.deviation
             affine = tl.where(spread > 0, -along * inverse / tl.where(spread > 0, spread, 1.0), 0.0)
             student *= inverse
             teacher *= inverse
             excess *= inverse
-            target = target * inverse + affine * label_above_mean
+            label = label * inverse + affine * row.label_above_mean
         square = temperature * temperature
         kd *= square
         tckd *= square
         nckd *= square
     if CROSS_ENTROPY & NEEDS:
-        odds = (label_s - max_s) - tl.log(plain_s)
+        smoothing = options.label_smoothing
+        odds = (row.label.student - sums.max_s) - tl.log(sums.t1_s)
         rest = sigmoid(-odds)
-        ce = softplus(-odds) - smoothing * (above_label / classes)
-        plain = w_ce * rest / plain_s
-        constant = -w_ce * smoothing / classes
-        target += w_ce * (smoothing - rest) + constant
+        ce = softplus(-odds) - smoothing * (sums.above_label / row.classes)
+        student_t1 = w_ce * rest / sums.t1_s
+        constant = -w_ce * smoothing / row.classes
+        label += w_ce * (smoothing - rest) + constant
     loss = w_ce * ce + w_kd * kd + w_t * tckd + w_n * nckd
-    return loss, (ce, kd, tckd, nckd), (student, teacher, excess, plain, constant, affine, 0.0, target)
+    gradient = Gradient(student, teacher, excess, student_t1, constant, affine, 0.0, label)
+    return loss, (ce, kd, tckd, nckd), gradient
 
 
 @triton.jit
-def nkd(
-    sums,
-    numbers,
-    slopes,
-    deviation,
-    label_above_mean,
-    label,
-    classes,
-    NEEDS: tl.constexpr,
-):
+def nkd(row, numbers, NEEDS: tl.constexpr):
     """-p_y log q_y at T = 1, minus gamma T^2 sum over i != y of p-hat_i log q-hat_i."""
-    max_s, sum_s, plain_s, max_t, sum_t, plain_t, dot, moment_s, moment_t, above_label = sums
-    temperature, gamma, o2, o3, o4, o5, o6 = numbers
-    label_s, label_t = label
-    odds_s = (label_s - max_s) - tl.log(plain_s)
-    odds_t = (label_t - max_t) - tl.log(plain_t)
+    options = NKDOptions(*numbers)
+    sums = row.sums
+    odds_s = (row.label.student - sums.max_s) - tl.log(sums.t1_s)
+    odds_t = (row.label.teacher - sums.max_t) - tl.log(sums.t1_t)
     p = sigmoid(odds_t)
     rest = sigmoid(-odds_s)
-    nontarget = tl.log(sum_s) + dot / sum_t
-    loss = p * softplus(-odds_s) + gamma * temperature * temperature * nontarget
-    scale = gamma * temperature
-    excess = scale * apart_inverses(sum_s, sum_t)
-    plain = p * rest / plain_s
-    coefficients = (scale / sum_s, scale / sum_t, excess, plain, 0.0, 0.0, 0.0, -p * rest)
-    return loss, (0.0, 0.0, 0.0, 0.0), coefficients
+    nontarget = tl.log(sums.sum_s) + sums.dot / sums.sum_t
+    scale = options.gamma * options.temperature
+    loss = p * softplus(-odds_s) + scale * options.temperature * nontarget
+    excess = scale * apart_inverses(sums.sum_s, sums.sum_t)
+    student_t1 = p * rest / sums.t1_s
+    gradient = Gradient(scale / sums.sum_s, scale / sums.sum_t, excess, student_t1, label=-p * rest)
+    return loss, (0.0, 0.0, 0.0, 0.0), gradient
 
 
 @triton.jit
-def ttm(
-    sums,
-    numbers,
-    slopes,
-    deviation,
-    label_above_mean,
-    label,
-    classes,
-    NEEDS: tl.constexpr,
-):
+def ttm(row, numbers, NEEDS: tl.constexpr):
     """KL(softmax(gamma z_t) || softmax(z_s)), weighted by sum_i softmax(z_t)_i^gamma."""
-    max_s, sum_s, plain_s, max_t, sum_t, plain_t, dot, moment_s, moment_t, above_label = sums
-    gamma, weighted, o2, o3, o4, o5, o6 = numbers
-    weight = tl.where(weighted != 0, tl.exp(tl.log(sum_t) - gamma * tl.log(plain_t)), 1.0)
-    loss = weight * forward_kl(sums)
-    excess = weight * apart_inverses(sum_s, sum_t)
-    coefficients = (weight / sum_s, weight / sum_t, excess, 0.0, 0.0, 0.0, 0.0, 0.0)
-    return loss, (0.0, 0.0, 0.0, 0.0), coefficients
+    options = TTMOptions(*numbers)
+    sums = row.sums
+    of_row = tl.exp(tl.log(sums.sum_t) - options.gamma * tl.log(sums.t1_t))
+    weight = tl.where(options.weighted != 0, of_row, 1.0)
+    excess = weight * apart_inverses(sums.sum_s, sums.sum_t)
+    gradient = Gradient(weight / sums.sum_s, weight / sums.sum_t, excess)
+    return weight * forward_kl(sums), (0.0, 0.0, 0.0, 0.0), gradient
 
 
 @triton.jit
-def reverse_kl(
-    sums,
-    numbers,
-    slopes,
-    deviation,
-    label_above_mean,
-    label,
-    classes,
-    NEEDS: tl.constexpr,
-):
+def reverse_kl(row, numbers, NEEDS: tl.constexpr):
     """KL(q || p); its gradient is q_i (d_i - KL) / T with d = log q - log p."""
-    max_s, sum_s, plain_s, max_t, sum_t, plain_t, dot, moment_s, moment_t, above_label = sums
-    slope_s, slope_t = slopes
-    loss = log_ratio(sum_t, sum_s) - dot / sum_s
-    scale = slope_s / sum_s
-    coefficients = (scale * (dot / sum_s), 0.0, 0.0, 0.0, 0.0, 0.0, -scale, 0.0)
-    return loss, (0.0, 0.0, 0.0, 0.0), coefficients
+    sums = row.sums
+    loss = log_ratio(sums.sum_t, sums.sum_s) - sums.dot / sums.sum_s
+    scale = row.slopes.student / sums.sum_s
+    gradient = Gradient(student=scale * (sums.dot / sums.sum_s), log_ratio=-scale)
+    return loss, (0.0, 0.0, 0.0, 0.0), gradient
+
+
+# ---- the mixture family --------------------------------------------------------------------------------
+# A formula returns what a class adds to its row's loss, and q times the derivative h of the loss in q: the
+# gradient is (q h_i - q sum of q h) / T. A constant may be added to h.
+
+
+class Probabilities(NamedTuple):
+    """Of a class. All but q and p from d = log(p / q), which is exact near equality."""
+
+    q: Any
+    p: Any
+    difference: Any  # p - q
+    d: Any
+
+
+@triton.jit
+def logs_over_mixture(d, share):
+    """log(q / m) and log(p / m) of m = share p + (1 - share) q.
+
+    m is the larger of q and p times 1 + w (e^-|d| - 1), w the weight of the other."""
+    teacher_larger = d > 0
+    fraction = expm1_of_negative(-tl.abs(d))
+    log_larger = -log1p_of_negative(tl.where(teacher_larger, 1.0 - share, share) * fraction)
+    log_q = tl.where(teacher_larger, log_larger - d, log_larger)
+    log_p = tl.where(teacher_larger, log_larger, log_larger + d)
+    return log_q, log_p
+
+
+@triton.jit
+def jsd(at, numbers):
+    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q; h = (1 - beta) log(q / m)."""
+    beta = JSDOptions(*numbers).beta
+    log_q, log_p = logs_over_mixture(at.d, beta)
+    weighted_slope = (1.0 - beta) * (at.q * log_q)
+    return beta * (at.p * log_p) + weighted_slope, weighted_slope
+
+
+# ---- the pointwise family ------------------------------------------------------------------------------
+# A formula returns the value of a class, to be multiplied by T^2, and its derivative in u.
 
 
 @triton.jit

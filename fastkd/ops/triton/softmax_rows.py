@@ -8,16 +8,19 @@ phase.
 import triton
 import triton.language as tl
 
+from fastkd.ops.triton.formulas import Gradient, Row
 from fastkd.ops.triton.statistics import (
-    DISTILS,
+    DISTILLS,
     LABELLED,
+    LOG_RATIO,
     MOMENTS_WIDTH,
     OWN_SLOPES,
-    PLAIN,
-    PLAIN_TEACHER,
     STANDARDIZED,
-    TILT,
+    STUDENT_AT_T1,
+    TEACHER_AT_T1,
     WIDTH,
+    Pair,
+    Statistics,
     base_of_rows,
     combine_moments,
     combine_statistics,
@@ -50,48 +53,39 @@ GRADIENT = tl.constexpr(3)
 
 @triton.jit
 def gradient_tile(
-    student,
-    teacher,
-    columns,
-    label,
-    maxima,
-    coefficients,
-    slopes,
-    centre,
-    weight,
-    NEEDS: tl.constexpr,
+    student, teacher, columns, label, sums, gradient, paired, slopes, centre, weight, NEEDS: tl.constexpr
 ):
-    max_s, max_t = maxima
-    by_student, by_teacher, paired, by_plain, constant, affine, tilt, at_label = coefficients
-    slope_s, slope_t = slopes
-    base, mean = centre
-    a = relative(student, max_s, slope_s)
+    """The gradient of a tile; where ``paired`` is 1, ``gradient.teacher`` is what e^b has beside e^a."""
+    a = relative(student, sums.max_s, slopes.student)
     exp_a = tl.exp(a)
-    if TILT & NEEDS:
-        value = exp_a * (by_student + tilt * (relative(teacher, max_t, slope_t) - a))
+    if LOG_RATIO & NEEDS:
+        b = relative(teacher, sums.max_t, slopes.teacher)
+        value = exp_a * (gradient.student + gradient.log_ratio * (b - a))
     else:
-        value = by_student * exp_a
-        if DISTILS & NEEDS:
-            exp_b = tl.exp(relative(teacher, max_t, slope_t))
-            value = by_student * (exp_a - paired * exp_b) - by_teacher * exp_b
-    if PLAIN & NEEDS:
-        value += by_plain * tl.exp(student - max_s)
+        value = gradient.student * exp_a
+        if DISTILLS & NEEDS:
+            exp_b = tl.exp(relative(teacher, sums.max_t, slopes.teacher))
+            value = gradient.student * (exp_a - paired * exp_b) - gradient.teacher * exp_b
+    if STUDENT_AT_T1 & NEEDS:
+        value += gradient.student_t1 * tl.exp(student - sums.max_s)
     if STANDARDIZED & NEEDS:
-        value += affine * ((student - base) - mean)
-    value += constant
+        base, mean = centre
+        value += gradient.affine * ((student - base) - mean)
+    value += gradient.constant
     if LABELLED & NEEDS:
-        value = tl.where(columns == label, at_label, value)
+        value = tl.where(columns == label, gradient.label, value)
     return value * weight
 
 
 @triton.jit
 def slopes_of(numbers, NEEDS: tl.constexpr):
-    """1 / T of student and teacher; TTM's option is the teacher's slope itself, and the student's is 1."""
+    """1 / T of student and teacher; where only the slopes differ, the first option is the teacher's and the
+    student's is 1."""
     if OWN_SLOPES & NEEDS and not STANDARDIZED & NEEDS:
-        return 1.0, numbers[0]
+        return Pair(1.0, numbers[0])
     else:
         slope = tl.div_rn(1.0, numbers[0])
-        return slope, slope
+        return Pair(slope, slope)
 
 
 @triton.jit
@@ -119,7 +113,6 @@ def softmax_block(
     VECTOR: tl.constexpr,
 ):
     """One block of rows, or this program's part of it."""
-    students, teachers = logits
     loss_pointer, terms_pointer, gradient_pointer = outputs
     moments_pointer, sums_pointer = partials
     count, inner_rows, parts, classes = sizes
@@ -131,27 +124,29 @@ def softmax_block(
     index, exists = rows_of_block(block, count, ROWS)
     result = pair * count + index
     weight, read = weight_of_rows(weight_pointer, weight_stride, pair, index, exists, scale, WEIGHTED)
-    student_rows = students + row_starts(index, inner_rows, student_strides, VECTOR)
-    teacher_rows = teachers + row_starts(index, inner_rows, teacher_strides, VECTOR)
+    rows = Pair(
+        logits.student + row_starts(index, inner_rows, student_strides, VECTOR),
+        logits.teacher + row_starts(index, inner_rows, teacher_strides, VECTOR),
+    )
     partial = result * parts + part
     columns = tl.arange(0, TILE)[None, :]
     student = tl.zeros((ROWS, 1), tl.float32)
     teacher = student
     if ONE_TILE:
-        student = load_logits(student_rows, columns, classes, read, "evict_first")
-        if DISTILS & NEEDS:
-            teacher = load_logits(teacher_rows, columns, classes, read, "evict_first")
+        student = load_logits(rows.student, columns, classes, read, "evict_first")
+        if DISTILLS & NEEDS:
+            teacher = load_logits(rows.teacher, columns, classes, read, "evict_first")
         else:
             teacher = student
 
     if PHASE == MOMENTS:
         place = moments_pointer + partial * (2 * MOMENTS_WIDTH)
         moments_s = take_moments(
-            student_rows, student, classes, read, first_tile, end_tile, ROWS, TILE, ONE_TILE
+            rows.student, student, classes, read, first_tile, end_tile, ROWS, TILE, ONE_TILE
         )
         store_partial(place, moments_s, exists)
         moments_t = take_moments(
-            teacher_rows, teacher, classes, read, first_tile, end_tile, ROWS, TILE, ONE_TILE
+            rows.teacher, teacher, classes, read, first_tile, end_tile, ROWS, TILE, ONE_TILE
         )
         store_partial(place + MOMENTS_WIDTH, moments_t, exists)
     else:
@@ -163,9 +158,9 @@ def softmax_block(
             target = tl.load(target_pointer + index * target_stride, mask=read, other=0)
             bad_label = (target < 0) | (target >= classes)
             label = tl.where(bad_label, 0, target).to(tl.int32)
-            label_s = load_label_logit(student_rows, label, classes, read)
-            if DISTILS & NEEDS:
-                label_t = load_label_logit(teacher_rows, label, classes, read)
+            label_s = load_label_logit(rows.student, label, classes, read)
+            if DISTILLS & NEEDS:
+                label_t = load_label_logit(rows.teacher, label, classes, read)
         slopes = slopes_of(numbers, NEEDS)
         centre = (0.0, 0.0)
         deviation = 0.0
@@ -173,10 +168,10 @@ def softmax_block(
         if STANDARDIZED & NEEDS:
             if PHASE == WHOLE:
                 moments_s = take_moments(
-                    student_rows, student, classes, read, first_tile, end_tile, ROWS, TILE, ONE_TILE
+                    rows.student, student, classes, read, first_tile, end_tile, ROWS, TILE, ONE_TILE
                 )
                 moments_t = take_moments(
-                    teacher_rows, teacher, classes, read, first_tile, end_tile, ROWS, TILE, ONE_TILE
+                    rows.teacher, teacher, classes, read, first_tile, end_tile, ROWS, TILE, ONE_TILE
                 )
             else:
                 moments_of_row = moments_pointer + result * parts * (2 * MOMENTS_WIDTH)
@@ -184,32 +179,31 @@ def softmax_block(
                 moments_t = combine_moments(moments_of_row + MOMENTS_WIDTH, parts, PARTS)
             slope_s, deviation = slope_of_moments(moments_s, numbers[0])
             slope_t, _ = slope_of_moments(moments_t, numbers[0])
-            slopes = (slope_s, slope_t)
-            base = base_of_rows(student_rows, classes, read, ROWS)
-            centre = (base, moments_s[0])
-            label_above_mean = (label_s - base) - moments_s[0]
+            slopes = Pair(slope_s, slope_t)
+            base = base_of_rows(rows.student, classes, read, ROWS)
+            centre = (base, moments_s.mean)
+            label_above_mean = (label_s - base) - moments_s.mean
 
         if PHASE == GRADIENT:
             sums = combine_statistics(sums_pointer + result * parts * WIDTH, parts, slopes, NEEDS, PARTS)
         else:
             sums = take_statistics(
-                student_rows, teacher_rows, student, teacher, label, label_s, classes, read, slopes, centre,
+                rows, student, teacher, label, label_s, classes, read, slopes, centre,
                 first_tile, end_tile, NEEDS, ROWS, TILE, ONE_TILE,
             )  # fmt: skip
 
         if PHASE == STATISTICS:
             store_partial(sums_pointer + partial * WIDTH, sums, exists)
         else:
-            max_s, sum_s, plain_s, max_t, sum_t, plain_t, dot, moment_s, moment_t, above_label = sums
             # Where a formula reads sums at T = 1 that were not taken, T is 1.
-            if not PLAIN & NEEDS:
-                plain_s = sum_s
-            if not PLAIN_TEACHER & NEEDS:
-                plain_t = sum_t
-            sums = (max_s, sum_s, plain_s, max_t, sum_t, plain_t, dot, moment_s, moment_t, above_label)
-            loss, terms, coefficients = FORMULA(
-                sums, numbers, slopes, deviation, label_above_mean, (label_s, label_t), classes, NEEDS
-            )
+            t1_s = sums.t1_s if STUDENT_AT_T1 & NEEDS else sums.sum_s
+            t1_t = sums.t1_t if TEACHER_AT_T1 & NEEDS else sums.sum_t
+            sums = Statistics(
+                sums.max_s, sums.sum_s, t1_s, sums.max_t, sums.sum_t, t1_t, sums.dot, sums.moment_s,
+                sums.moment_t, sums.above_label,
+            )  # fmt: skip
+            row = Row(sums, slopes, Pair(label_s, label_t), deviation, label_above_mean, classes)
+            loss, terms, gradient = FORMULA(row, numbers, NEEDS)
             invalid = float("nan")
             if part == 0:
                 value = tl.where(weight == 0.0, 0.0, tl.where(bad_label, invalid, weight * loss))
@@ -221,23 +215,23 @@ def softmax_block(
                         value = tl.where(weight == 0.0, 0.0, tl.where(bad_label, invalid, value))
                         tl.store(terms_pointer + term * stride + result, value, mask=exists)
             if WITH_GRADIENT:
-                by_student, by_teacher, excess, by_plain, constant, affine, tilt, at_label = coefficients
                 # Where the sums are near: A e^a - B e^b = A (e^a - e^b) + (A - B) e^b, which rounds neither A
                 # nor B apart.
-                near = tl.abs(sum_t - sum_s) < 0.5 * sum_s
+                near = tl.abs(sums.sum_t - sums.sum_s) < 0.5 * sums.sum_s
                 paired = tl.where(near, 1.0, 0.0)
-                by_teacher = tl.where(near, -excess, by_teacher)
-                if not PLAIN & NEEDS:
-                    by_student += by_plain
-                    by_teacher -= paired * by_plain
-                coefficients = (
-                    by_student, by_teacher, paired, by_plain, constant, affine, tilt, at_label,
+                by_student = gradient.student
+                by_teacher = tl.where(near, -gradient.excess, gradient.teacher)
+                if not STUDENT_AT_T1 & NEEDS:
+                    by_student += gradient.student_t1
+                    by_teacher -= paired * gradient.student_t1
+                gradient = Gradient(
+                    by_student, by_teacher, gradient.excess, gradient.student_t1, gradient.constant,
+                    gradient.affine, gradient.log_ratio, gradient.label,
                 )  # fmt: skip
-                maxima = (max_s, max_t)
                 gradient_rows = gradient_pointer + multiple(result * gradient_stride, VECTOR)
                 if ONE_TILE:
                     value = gradient_tile(
-                        student, teacher, columns, label, maxima, coefficients, slopes, centre,
+                        student, teacher, columns, label, sums, gradient, paired, slopes, centre,
                         weight, NEEDS,
                     )  # fmt: skip
                     store_tile(gradient_rows, columns, classes, exists, value, weight, bad_label)
@@ -245,12 +239,12 @@ def softmax_block(
                     # Last tile first: it is the one still in cache.
                     for step in range(first_tile, end_tile):
                         of_tile = (first_tile + end_tile - 1 - step) * TILE + tl.arange(0, TILE)[None, :]
-                        logits_s = load_logits(student_rows, of_tile, classes, read, "evict_first")
+                        logits_s = load_logits(rows.student, of_tile, classes, read, "evict_first")
                         logits_t = logits_s
-                        if DISTILS & NEEDS:
-                            logits_t = load_logits(teacher_rows, of_tile, classes, read, "evict_first")
+                        if DISTILLS & NEEDS:
+                            logits_t = load_logits(rows.teacher, of_tile, classes, read, "evict_first")
                         value = gradient_tile(
-                            logits_s, logits_t, of_tile, label, maxima, coefficients, slopes, centre,
+                            logits_s, logits_t, of_tile, label, sums, gradient, paired, slopes, centre,
                             weight, NEEDS,
                         )  # fmt: skip
                         store_tile(gradient_rows, of_tile, classes, exists, value, weight, bad_label)
@@ -308,7 +302,7 @@ def softmax_rows(
     ``parts`` may be. VECTOR: divides every stride and ``classes``.
     """
     pair = tl.program_id(2)
-    logits = (of_pair(student_pointers, pair), of_pair(teacher_pointers, pair))
+    logits = Pair(of_pair(student_pointers, pair), of_pair(teacher_pointers, pair))
     outputs = (loss_pointer, terms_pointer, gradient_pointer)
     partials = (moments_pointer, sums_pointer)
     sizes = (count, inner_rows, parts, multiple(classes, VECTOR))

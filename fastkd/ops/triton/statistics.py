@@ -6,30 +6,64 @@ added to what the losses are made of. Every part of a row may have seen other ma
 exactly and added up in their order.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
+from fastkd.ops.spec import Needs
 from fastkd.ops.triton.tiles import LOWEST, MASKED, load_logits
 
 STANDARDIZE_EPSILON = tl.constexpr(1e-7)
 
-# What a loss needs of the kernels, as bits of NEEDS; those of csrc/row_math.h and five more. Tested as
-# `BIT & NEEDS`: in the interpreter NEEDS is a plain number, which cannot take a constexpr on its right.
-DISTILS = tl.constexpr(1)  # the teacher is read
-CROSS_ENTROPY = tl.constexpr(2)
-PLAIN = tl.constexpr(4)  # the student's sum at T = 1
-PLAIN_TEACHER = tl.constexpr(8)
-CROSS = tl.constexpr(16)  # sum e^b (-a) in place of sum e^b (b - a)
-TILT = tl.constexpr(32)  # sum e^a (b - a), and a gradient with a term e^a (b - a)
-SMOOTHED = tl.constexpr(64)  # the sum of the student's logits above the label's
-OWN_SLOPES = tl.constexpr(128)  # a and b of different slope
-STANDARDIZED = tl.constexpr(256)  # of the rows' own slopes
-LABELLED = tl.constexpr(512)  # a label stands apart from every sum
-SUMS_ALONE = tl.constexpr(1024)  # nothing but the maxima and the sums
+# Bits of NEEDS. Tested as `BIT & NEEDS`: in the interpreter NEEDS is a plain number, which cannot take a
+# constexpr on its right.
+DISTILLS = tl.constexpr(Needs.DISTILLS.value)
+CROSS_ENTROPY = tl.constexpr(Needs.CROSS_ENTROPY.value)
+STUDENT_AT_T1 = tl.constexpr(Needs.STUDENT_AT_T1.value)
+TEACHER_AT_T1 = tl.constexpr(Needs.TEACHER_AT_T1.value)
+CROSS_TERM = tl.constexpr(Needs.CROSS_TERM.value)
+LOG_RATIO = tl.constexpr(Needs.LOG_RATIO.value)
+OWN_SLOPES = tl.constexpr(Needs.OWN_SLOPES.value)
+STANDARDIZED = tl.constexpr(Needs.STANDARDIZED.value)
+LABEL_SMOOTHING = tl.constexpr(Needs.LABEL_SMOOTHING.value)
+SUMS_ONLY = tl.constexpr(Needs.SUMS_ONLY.value)
+LABELLED = tl.constexpr(Needs.LABELLED.value)
 
-# Numbers of a row's statistics, as update_statistics returns them, and of its moments.
-WIDTH = tl.constexpr(10)
-MOMENTS_WIDTH = tl.constexpr(3)
+
+class Pair(NamedTuple):
+    """Of student and teacher."""
+
+    student: Any
+    teacher: Any
+
+
+class Moments(NamedTuple):
+    """Of logits above a base: their mean, the sum of their squared deviations from it, their number."""
+
+    mean: Any
+    squares: Any
+    count: Any
+
+
+class Statistics(NamedTuple):
+    """Of one row, or a part of it; x is the standardised z_s / T. Without the label, but for the last."""
+
+    max_s: Any
+    sum_s: Any  # of e^a
+    t1_s: Any  # of e^(z_s - max z_s)
+    max_t: Any
+    sum_t: Any  # of e^b
+    t1_t: Any  # of e^(z_t - max z_t)
+    dot: Any  # of e^b (b - a), with LOG_RATIO e^a (b - a), with CROSS_TERM e^b (-a)
+    moment_s: Any  # of e^a x
+    moment_t: Any  # of e^b x
+    above_label: Any  # of z_s - z_s,y
+
+
+# Numbers that a part of a row hands on.
+WIDTH = tl.constexpr(len(Statistics._fields))
+MOMENTS_WIDTH = tl.constexpr(len(Moments._fields))
 
 
 @triton.jit
@@ -46,7 +80,7 @@ def rebased(total, shift, of, factor):
     return tl.where(factor == 0.0, 0.0, factor * (total + shift * of))
 
 
-# ---- mean and deviation, for standardised logits: (mean, sum of squared deviations, how many) ---------
+# ---- mean and deviation, for standardised logits --------------------------------------------------------
 
 
 @triton.jit
@@ -59,16 +93,15 @@ def base_of_rows(rows, classes, exists, ROWS: tl.constexpr):
 @triton.jit
 def update_moments(moments, logits, base, first, columns, classes, TILE: tl.constexpr):
     """Those of the part seen so far and one tile more (Chan et al.)."""
-    mean, squares, seen = moments
     inside = columns < classes
     count = tl.minimum(classes - first, TILE).to(tl.float32)
     above = tl.where(inside, logits - base, 0.0)
     tile_mean = tl.sum(above, 1, keep_dims=True) / count
     centred = tl.where(inside, above - tile_mean, 0.0)
-    step = tile_mean - mean
-    total = seen + count
-    squares += tl.sum(centred * centred, 1, keep_dims=True) + step * step * (seen * count / total)
-    return mean + step * (count / total), squares, total
+    step = tile_mean - moments.mean
+    total = moments.count + count
+    squares = tl.sum(centred * centred, 1, keep_dims=True) + step * step * (moments.count * count / total)
+    return Moments(moments.mean + step * (count / total), moments.squares + squares, total)
 
 
 @triton.jit
@@ -86,7 +119,7 @@ def take_moments(
     """Those of tiles ``first_tile`` to ``end_tile``, or of the row's one tile, which is ``logits``."""
     base = base_of_rows(rows, classes, exists, ROWS)
     zero = tl.zeros((ROWS, 1), tl.float32)
-    moments = (zero, zero, zero)
+    moments = Moments(zero, zero, zero)
     if ONE_TILE:
         columns = tl.arange(0, TILE)[None, :]
         moments = update_moments(moments, logits, base, 0, columns, classes, TILE)
@@ -106,18 +139,17 @@ def combine_moments(of_row, parts, PARTS: tl.constexpr):
     of_part = of_row + part * (2 * MOMENTS_WIDTH)
     mean = tl.load(of_part, mask=written, other=0.0)
     squares = tl.load(of_part + 1, mask=written, other=0.0)
-    seen = tl.load(of_part + 2, mask=written, other=0.0)
-    total = tl.sum(seen, 1, keep_dims=True)
-    whole = tl.sum(mean * seen, 1, keep_dims=True) / total
+    count = tl.load(of_part + 2, mask=written, other=0.0)
+    total = tl.sum(count, 1, keep_dims=True)
+    whole = tl.sum(mean * count, 1, keep_dims=True) / total
     apart = mean - whole
-    return whole, tl.sum(squares + seen * apart * apart, 1, keep_dims=True), total
+    return Moments(whole, tl.sum(squares + count * apart * apart, 1, keep_dims=True), total)
 
 
 @triton.jit
 def slope_of_moments(moments, temperature):
     """1 / ((std + epsilon) T), and std."""
-    mean, squares, classes = moments
-    deviation = tl.sqrt(squares / (classes - 1))
+    deviation = tl.sqrt(moments.squares / (moments.count - 1))
     return 1.0 / ((deviation + STANDARDIZE_EPSILON) * temperature), deviation
 
 
@@ -128,60 +160,61 @@ def slope_of_moments(moments, temperature):
 def update_statistics(
     before, student, teacher, columns, label, label_logit, classes, slopes, centre, NEEDS: tl.constexpr
 ):
-    """The statistics of the part seen so far and one tile more.
-
-    (max z_s, sum e^a, sum e^(z_s - max z_s), max z_t, sum e^b, sum e^(z_t - max z_t), the dot product that
-    NEEDS asks for, sum e^a x, sum e^b x, sum of z_s - z_s,y), x the standardised z_s / T. The label is left
-    out of every sum but the last, so that nothing cancels.
-    """
-    max_s, sum_s, plain_s, max_t, sum_t, plain_t, dot, moment_s, moment_t, above_label = before
-    slope_s, slope_t = slopes
-    if SMOOTHED & NEEDS:
+    """The statistics of the part seen so far and one tile more. The label is left out of every sum but the
+    last, so that nothing cancels; ``centre`` is the base and mean of the student's logits."""
+    sum_s = before.sum_s
+    t1_s = before.t1_s
+    max_t = before.max_t
+    sum_t = before.sum_t
+    t1_t = before.t1_t
+    dot = before.dot
+    moment_s = before.moment_s
+    moment_t = before.moment_t
+    above_label = before.above_label
+    if LABEL_SMOOTHING & NEEDS:
         above_label += tl.sum(tl.where(columns < classes, student - label_logit, 0.0), 1, keep_dims=True)
     if LABELLED & NEEDS:
         student = tl.where(columns == label, MASKED, student)
         teacher = tl.where(columns == label, MASKED, teacher)
 
-    top_s = tl.maximum(max_s, tl.max(student, 1, keep_dims=True))
-    a = relative(student, top_s, slope_s)
+    max_s = tl.maximum(before.max_s, tl.max(student, 1, keep_dims=True))
+    a = relative(student, max_s, slopes.student)
     exp_a = tl.exp(a)
-    shift_s = relative(max_s, top_s, slope_s)
+    shift_s = relative(before.max_s, max_s, slopes.student)
     factor_s = tl.exp(shift_s)
-    if PLAIN & NEEDS:
-        exp_z = tl.exp(student - top_s)
-        plain_s = tl.exp(max_s - top_s) * plain_s + tl.sum(exp_z, 1, keep_dims=True)
-    top_t = max_t
-    if DISTILS & NEEDS:
-        top_t = tl.maximum(max_t, tl.max(teacher, 1, keep_dims=True))
-        b = relative(teacher, top_t, slope_t)
+    if STUDENT_AT_T1 & NEEDS:
+        exp_z = tl.exp(student - max_s)
+        t1_s = tl.exp(before.max_s - max_s) * t1_s + tl.sum(exp_z, 1, keep_dims=True)
+    if DISTILLS & NEEDS:
+        max_t = tl.maximum(before.max_t, tl.max(teacher, 1, keep_dims=True))
+        b = relative(teacher, max_t, slopes.teacher)
         exp_b = tl.exp(b)
-        shift_t = relative(max_t, top_t, slope_t)
+        shift_t = relative(before.max_t, max_t, slopes.teacher)
         factor_t = tl.exp(shift_t)
-        if PLAIN_TEACHER & NEEDS:
-            exp_z = tl.exp(teacher - top_t)
-            plain_t = tl.exp(max_t - top_t) * plain_t + tl.sum(exp_z, 1, keep_dims=True)
-        if TILT & NEEDS:
+        if TEACHER_AT_T1 & NEEDS:
+            exp_z = tl.exp(teacher - max_t)
+            t1_t = tl.exp(before.max_t - max_t) * t1_t + tl.sum(exp_z, 1, keep_dims=True)
+        if LOG_RATIO & NEEDS:
             new = tl.sum(exp_a * (b - a), 1, keep_dims=True)
             dot = rebased(dot, shift_t - shift_s, sum_s, factor_s) + new
-        elif CROSS & NEEDS:
+        elif CROSS_TERM & NEEDS:
             dot = rebased(dot, -shift_s, sum_t, factor_t) - tl.sum(exp_b * a, 1, keep_dims=True)
-        elif not SUMS_ALONE & NEEDS:
+        elif not SUMS_ONLY & NEEDS:
             new = tl.sum(exp_b * (b - a), 1, keep_dims=True)
             dot = rebased(dot, shift_t - shift_s, sum_t, factor_t) + new
         if STANDARDIZED & NEEDS:
             base, mean = centre
-            x = relative(student - base, mean, slope_s)
+            x = relative(student - base, mean, slopes.student)
             moment_s = factor_s * moment_s + tl.sum(exp_a * x, 1, keep_dims=True)
             moment_t = factor_t * moment_t + tl.sum(exp_b * x, 1, keep_dims=True)
         sum_t = factor_t * sum_t + tl.sum(exp_b, 1, keep_dims=True)
     sum_s = factor_s * sum_s + tl.sum(exp_a, 1, keep_dims=True)
-    return top_s, sum_s, plain_s, top_t, sum_t, plain_t, dot, moment_s, moment_t, above_label
+    return Statistics(max_s, sum_s, t1_s, max_t, sum_t, t1_t, dot, moment_s, moment_t, above_label)
 
 
 @triton.jit
 def take_statistics(
-    student_rows,
-    teacher_rows,
+    rows,
     student,
     teacher,
     label,
@@ -197,10 +230,11 @@ def take_statistics(
     TILE: tl.constexpr,
     ONE_TILE: tl.constexpr,
 ):
-    """Those of tiles ``first_tile`` to ``end_tile``, or of the one tile, ``student`` and ``teacher``."""
+    """Those of tiles ``first_tile`` to ``end_tile`` of ``rows``, or of the one tile, ``student`` and
+    ``teacher``."""
     zero = tl.zeros((ROWS, 1), tl.float32)
     lowest = tl.full((ROWS, 1), MASKED, tl.float32)
-    sums = (lowest, zero, zero, lowest, zero, zero, zero, zero, zero, zero)
+    sums = Statistics(lowest, zero, zero, lowest, zero, zero, zero, zero, zero, zero)
     columns = tl.arange(0, TILE)[None, :]
     if ONE_TILE:
         sums = update_statistics(
@@ -209,10 +243,10 @@ def take_statistics(
     else:
         for tile in range(first_tile, end_tile):
             of_tile = tile * TILE + columns
-            logits = load_logits(student_rows, of_tile, classes, exists, "evict_last")
+            logits = load_logits(rows.student, of_tile, classes, exists, "evict_last")
             others = (
-                load_logits(teacher_rows, of_tile, classes, exists, "evict_last")
-                if DISTILS & NEEDS
+                load_logits(rows.teacher, of_tile, classes, exists, "evict_last")
+                if DISTILLS & NEEDS
                 else logits
             )
             sums = update_statistics(
@@ -230,53 +264,52 @@ def store_partial(place, values, exists):
 
 @triton.jit
 def combine_statistics(of_row, parts, slopes, NEEDS: tl.constexpr, PARTS: tl.constexpr):
-    """Of the whole row, from the statistics that its parts wrote."""
-    slope_s, slope_t = slopes
+    """Of the whole row, from the statistics that its parts wrote, in the order of their fields."""
     part = tl.arange(0, PARTS)[None, :]
     written = part < parts
     of_part = of_row + part * WIDTH
-    max_s = tl.load(of_part, mask=written, other=MASKED)
-    sum_s = tl.load(of_part + 1, mask=written, other=0.0)
-    top_s = tl.max(max_s, 1, keep_dims=True)
-    shift_s = relative(max_s, top_s, slope_s)
+    part_max_s = tl.load(of_part, mask=written, other=MASKED)
+    part_sum_s = tl.load(of_part + 1, mask=written, other=0.0)
+    max_s = tl.max(part_max_s, 1, keep_dims=True)
+    shift_s = relative(part_max_s, max_s, slopes.student)
     factor_s = tl.exp(shift_s)
-    zero = tl.zeros_like(top_s)
-    plain_s = zero
-    top_t = zero
-    whole_t = zero
-    plain_t = zero
+    zero = tl.zeros_like(max_s)
+    t1_s = zero
+    max_t = zero
+    sum_t = zero
+    t1_t = zero
     dot = zero
     moment_s = zero
     moment_t = zero
     above_label = zero
-    if PLAIN & NEEDS:
-        plain = tl.load(of_part + 2, mask=written, other=0.0)
-        plain_s = tl.sum(tl.exp(max_s - top_s) * plain, 1, keep_dims=True)
-    if SMOOTHED & NEEDS:
+    if STUDENT_AT_T1 & NEEDS:
+        of_parts = tl.load(of_part + 2, mask=written, other=0.0)
+        t1_s = tl.sum(tl.exp(part_max_s - max_s) * of_parts, 1, keep_dims=True)
+    if LABEL_SMOOTHING & NEEDS:
         above_label = tl.sum(tl.load(of_part + 9, mask=written, other=0.0), 1, keep_dims=True)
-    if DISTILS & NEEDS:
-        max_t = tl.load(of_part + 3, mask=written, other=MASKED)
-        sum_t = tl.load(of_part + 4, mask=written, other=0.0)
-        top_t = tl.max(max_t, 1, keep_dims=True)
-        shift_t = relative(max_t, top_t, slope_t)
+    if DISTILLS & NEEDS:
+        part_max_t = tl.load(of_part + 3, mask=written, other=MASKED)
+        part_sum_t = tl.load(of_part + 4, mask=written, other=0.0)
+        max_t = tl.max(part_max_t, 1, keep_dims=True)
+        shift_t = relative(part_max_t, max_t, slopes.teacher)
         factor_t = tl.exp(shift_t)
-        whole_t = tl.sum(factor_t * sum_t, 1, keep_dims=True)
-        if PLAIN_TEACHER & NEEDS:
-            plain = tl.load(of_part + 5, mask=written, other=0.0)
-            plain_t = tl.sum(tl.exp(max_t - top_t) * plain, 1, keep_dims=True)
-        if not SUMS_ALONE & NEEDS:
+        sum_t = tl.sum(factor_t * part_sum_t, 1, keep_dims=True)
+        if TEACHER_AT_T1 & NEEDS:
+            of_parts = tl.load(of_part + 5, mask=written, other=0.0)
+            t1_t = tl.sum(tl.exp(part_max_t - max_t) * of_parts, 1, keep_dims=True)
+        if not SUMS_ONLY & NEEDS:
             of_parts = tl.load(of_part + 6, mask=written, other=0.0)
-            if TILT & NEEDS:
-                of_parts = rebased(of_parts, shift_t - shift_s, sum_s, factor_s)
-            elif CROSS & NEEDS:
-                of_parts = rebased(of_parts, -shift_s, sum_t, factor_t)
+            if LOG_RATIO & NEEDS:
+                of_parts = rebased(of_parts, shift_t - shift_s, part_sum_s, factor_s)
+            elif CROSS_TERM & NEEDS:
+                of_parts = rebased(of_parts, -shift_s, part_sum_t, factor_t)
             else:
-                of_parts = rebased(of_parts, shift_t - shift_s, sum_t, factor_t)
+                of_parts = rebased(of_parts, shift_t - shift_s, part_sum_t, factor_t)
             dot = tl.sum(of_parts, 1, keep_dims=True)
         if STANDARDIZED & NEEDS:
             of_parts = tl.load(of_part + 7, mask=written, other=0.0)
             moment_s = tl.sum(factor_s * of_parts, 1, keep_dims=True)
             of_parts = tl.load(of_part + 8, mask=written, other=0.0)
             moment_t = tl.sum(factor_t * of_parts, 1, keep_dims=True)
-    whole_s = tl.sum(factor_s * sum_s, 1, keep_dims=True)
-    return top_s, whole_s, plain_s, top_t, whole_t, plain_t, dot, moment_s, moment_t, above_label
+    sum_s = tl.sum(factor_s * part_sum_s, 1, keep_dims=True)
+    return Statistics(max_s, sum_s, t1_s, max_t, sum_t, t1_t, dot, moment_s, moment_t, above_label)

@@ -4,6 +4,8 @@ A program works on tiles of ``[ROWS, TILE]``: a number that belongs to a row is 
 row may be shared by ``parts`` programs, each of which walks along its own tiles.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
@@ -66,18 +68,12 @@ def tiles_of_part(part, parts, classes, TILE: tl.constexpr):
 
 @triton.jit
 def numbers_of(numbers, dynamic_pointer, DYNAMIC: tl.constexpr):
-    """The loss's options; the first DYNAMIC of them are read from memory."""
-    n0, n1, n2, n3, n4, n5, n6 = numbers
-    if DYNAMIC > 0:
-        n0 = tl.load(dynamic_pointer)
-    if DYNAMIC > 1:
-        n1 = tl.load(dynamic_pointer + 1)
-    if DYNAMIC > 2:
-        n2 = tl.load(dynamic_pointer + 2)
-        n3 = tl.load(dynamic_pointer + 3)
-        n4 = tl.load(dynamic_pointer + 4)
-        n5 = tl.load(dynamic_pointer + 5)
-    return n0, n1, n2, n3, n4, n5, n6
+    """The options of a loss; the first DYNAMIC of them are read from memory."""
+    values: Any = ()
+    for which in tl.static_range(len(numbers)):
+        value = tl.load(dynamic_pointer + which) if which < DYNAMIC else numbers[which]
+        values = values + (value,)  # noqa: RUF005, the JIT knows no starred element
+    return values
 
 
 @triton.jit

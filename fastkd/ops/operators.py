@@ -10,36 +10,14 @@ rounds once.
 import math
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from fastkd.ops.call import Call, Outputs
 from fastkd.ops.layout import as_rows
 from fastkd.tensors import is_traced, is_transformed
-
-TERMS = {"softmax": 4}
-
-
-class Call(NamedTuple):
-    """What is asked of H pairs of logits [..., C], N rows each: the operator's arguments after them.
-
-    ``options`` are those of the loss in ``fastkd.reference``. Where ``dynamic`` [len(options)] is given
-    (float32, on the logits' device) it holds their values, known only when the operator runs, and
-    ``options`` chooses code: 0 and 1 are themselves, NaN is any other number.
-    """
-
-    target: Tensor | None  # int64 [N]; a label out of range gives a NaN row
-    row_weight: Tensor | None  # float32 [N], or [H, N]; a row of weight 0 is not read
-    divisor: int  # of every row, beside its weight
-    loss: str
-    options: Sequence[float]
-    dynamic: Tensor | None
-    backend: str
-    reduced: bool  # to each pair's sum over its rows
-    with_terms: bool
-    with_gradient: bool = False
-
 
 _library = torch.library.Library("fastkd", "DEF")
 _library.define(
@@ -88,19 +66,18 @@ def _row_loss(
     classes = first.shape[-1]
     count = pairs * (first.numel() // classes)
     rows = first.new_empty(count, dtype=torch.float32)
-    terms = rows.new_empty(TERMS[call.loss], count) if call.with_terms and call.loss in TERMS else None
+    kinds = len(call.spec.terms) if call.with_terms else 0
+    terms = rows.new_empty(kinds, count) if kinds else None
     gradient = first.new_empty(count, classes) if call.with_gradient else None
-    sums: tuple[Tensor, ...] = ()
+    sums = None
     if call.reduced and count and call.backend == "native" and rows.is_cpu:
         # Along with the rows: to start torch's own sum takes as long as a small loss.
-        sums = (rows.new_empty(() if pairs == 1 else pairs),)
+        sums = rows.new_empty(() if pairs == 1 else pairs)
     if count:
-        _launcher(call.backend).row_loss(
-            *as_rows(students, teachers), call.target, call.row_weight, 1.0 / call.divisor, call.loss,
-            call.options, rows, terms, gradient, *sums, dynamic=call.dynamic,
-        )  # fmt: skip
+        outputs = Outputs(rows, terms, gradient, sums)
+        _launcher(call.backend).row_loss(*as_rows(students, teachers), call, outputs)
     if call.reduced:
-        rows = sums[0] if sums else _sum_rows(rows, pairs)
+        rows = _sum_rows(rows, pairs) if sums is None else sums
         terms = None if terms is None else _sum_rows(terms, pairs)
     return rows, terms, gradient
 
@@ -129,14 +106,14 @@ def _row_loss_shapes(
     students: Sequence[Tensor], teachers: Sequence[Tensor], *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     call, pairs, classes = Call(*arguments), len(students), students[0].shape[-1]
-    count = pairs * (students[0].numel() // classes)
+    count, kinds = pairs * (students[0].numel() // classes), call.spec.terms
     of_rows: tuple[int, ...] = (count,)
     if call.reduced:
         of_rows = (pairs,) if pairs > 1 else ()
     rows = students[0].new_empty(of_rows, dtype=torch.float32)
     return (
         rows,
-        rows.new_empty((TERMS[call.loss], *of_rows) if call.with_terms and call.loss in TERMS else 0),
+        rows.new_empty((len(kinds), *of_rows) if call.with_terms and kinds else 0),
         students[0].new_empty((count, classes) if call.with_gradient else 0),
     )
 

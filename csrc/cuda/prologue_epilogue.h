@@ -1,5 +1,5 @@
-// The two ends of a row. First: whether it is to be computed, and a thread's share of its logits. Last: loss, terms, and
-// gradients that are one number.
+// Prologue and epilogue of a row: whether it is computed, and a thread's share of its logits; loss, terms, and gradients
+// that are one number.
 #pragma once
 
 #include "share.h"
@@ -23,7 +23,7 @@ FASTKD_DEVICE LossOptions options_of(const RowLossArguments& arguments) {
   return options;
 }
 
-// A row that is left out is not read, nor is one whose label is no class.
+// A row of weight 0 is not read, nor is one whose label is no class.
 FASTKD_DEVICE RowHead head_of(const Rows& rows, int64_t index, bool labelled) {
   if (index >= rows.count) return {RowKind::kAbsent, 0.0f, -1};
   const int64_t label = labelled ? rows.target[index * rows.target_stride] : -1;
@@ -36,16 +36,16 @@ FASTKD_DEVICE RowHead head_of(const Rows& rows, int64_t index, bool labelled) {
 // What a thread reads of the row: nothing, unless it is to be computed.
 FASTKD_DEVICE Share share_of(const Team& team, const RowLossArguments& arguments, const Rows& rows, int64_t index,
                              RowKind kind) {
-  return Share(team, arguments.plan, rows.student, rows.teacher, arguments.reads_teacher, index,
+  return Share(team, arguments.plan, rows.student, rows.teacher, (arguments.options.needs & kDistills) != 0, index,
                kind == RowKind::kComputed ? int(rows.classes) : 0, kMasked);
 }
 
-FASTKD_DEVICE void write_losses(const Team& team, const Rows& rows, int64_t index, float loss, const float (&terms)[4]) {
+FASTKD_DEVICE void write_losses(const Team& team, const Rows& rows, int64_t index, float loss, const float (&terms)[kTerms]) {
   if (team.member() != 0) return;
   rows.losses[index] = loss;
   if (rows.terms == nullptr) return;
 #pragma unroll
-  for (int term = 0; term < 4; term++) rows.terms[term * rows.term_stride + index] = terms[term];
+  for (int term = 0; term < kTerms; term++) rows.terms[term * rows.term_stride + index] = terms[term];
 }
 
 // Loss, terms and gradient of a row that has none: 0 for one left out, NaN for one that cannot be computed.
