@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastkd
-from fastkd import functional, verify
+from fastkd import losses, verify
 from fastkd.ops import native
 
 NATIVE = [("native", "cpu"), ("eager", "cpu")]
@@ -16,7 +16,7 @@ NATIVE = [("native", "cpu"), ("eager", "cpu")]
 
 def test_every_loss_is_checked():
     checked = {name.split(",")[0] for name in verify.LOSSES}
-    assert checked == set(functional.__all__)
+    assert checked == {name for name in losses.__all__ if name.endswith("_loss")}
 
 
 def test_green_as_a_user_runs_it():
