@@ -19,7 +19,7 @@ if not torch.cuda.is_available():
 sys.path.insert(0, ".")
 
 import fastkd
-from fastkd.backend import missing
+from fastkd.ops.backend import missing
 from tests.cases import CASES, Case, exact, loss_and_gradient
 
 ROWS, CLASSES, DRAWS = 16, 1000, 3

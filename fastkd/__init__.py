@@ -3,10 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 from fastkd import losses
-from fastkd.backend import BackendUnavailable, get_backend, set_backend, use_backend
+from fastkd.explanation import explain
 from fastkd.losses import *  # noqa: F403
 from fastkd.losses.arguments import check_labels
-from fastkd.ops.plan import explain
+from fastkd.ops.backend import BackendUnavailable, get_backend, set_backend, use_backend
 from fastkd.version import __version__
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd import backend
 from fastkd.bench.cases import FASTKD, T_BINARY, T_KD, T_STANDARDIZED, Loss
+from fastkd.ops import backend
 
 # In the order of tables and pictures.
 VARIANTS = ("fastkd", "native", "triton", "eager", "compiled", "liger", "quack")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fastkd
 from fastkd.losses import arguments
-from fastkd.tensors import is_readable
+from fastkd.ops.tensors import is_readable
 
 Result = TypeVar("Result")
 NO_LABEL = torch.iinfo(torch.int64).min  # as ignore_index: nothing is ignored

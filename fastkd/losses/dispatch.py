@@ -7,10 +7,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from fastkd import backend
-from fastkd.ops import library
+from fastkd.ops import backend, library
 from fastkd.ops.spec import LOSSES
-from fastkd.tensors import as_ordinary, is_readable, transform_of
+from fastkd.ops.tensors import as_ordinary, is_readable, transform_of
 
 from . import arguments
 

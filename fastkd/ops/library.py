@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastkd.ops.layout import as_rows
-from fastkd.tensors import is_traced, is_transformed
+from fastkd.ops.tensors import is_traced, is_transformed
 
 TERMS = {"softmax": 4}
 

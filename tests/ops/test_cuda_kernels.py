@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastkd
-from fastkd import backend
-from fastkd.ops import native, team_plan
+from fastkd.ops import backend, native, team_plan
 from fastkd.ops.team_plan import TeamPlan, plan_team
 from tests.cases import BY_NAME, CASES, assert_matches, error, exact, loss_and_gradient, make_logits
 from tests.cuda_emulation import CODES, Emulation, Plan

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 import fastkd
-from fastkd import backend
 from fastkd.command import run_command
+from fastkd.ops import backend
 
 Loss = Callable[..., Tensor]  # (student, teacher, target, reduction=) -> loss
 

@@ -136,7 +136,7 @@ with warnings.catch_warnings(record=True) as caught:
 ours = [str(w.message) for w in caught if "fastkd" in str(w.message)]
 assert len(ours) == 1, ours
 print(ours[0])
-from fastkd.ops import doctor
+from fastkd import doctor
 print(doctor.report())
 """
     done = run_python(code)
@@ -146,7 +146,7 @@ print(doctor.report())
 
 
 def test_doctor_names_what_runs():
-    from fastkd.ops import doctor
+    from fastkd import doctor
 
     report = doctor.report()
     for expected in (fastkd.__version__, torch.__version__.split("+")[0], "native  runs", "auto takes"):
