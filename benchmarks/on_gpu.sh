@@ -34,10 +34,10 @@ left() { # left SECOND: how long it is until this second of the script, ten at l
 }
 
 # What is right or wrong, side by side: most of it is compiling kernels.
-run doctor 60 python3 -c "from fastkd.ops import doctor; print(doctor.report())" &
-run check 200 python3 -m fastkd.verify &
+run doctor 60 python3 -c "from fastkd import doctor; print(doctor.report())" &
+run check 200 python3 -m fastkd.check &
 run accuracy 200 python3 benchmarks/accuracy.py &
-run tests 200 python3 -m pytest tests/test_losses.py tests/test_operators.py -q -p no:warnings -k cuda &
+run tests 200 python3 -m pytest tests/losses/test_losses.py tests/ops/test_operators.py -q -p no:warnings -k cuda &
 wait
 tell doctor check accuracy tests
 

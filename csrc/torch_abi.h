@@ -3,7 +3,7 @@
 // The functions are declared here rather than taken from torch's headers, so that the extension builds
 // without torch: an isolated build then needs a compiler and no second torch of several gigabytes. They
 // are looked up by name in the torch that is loaded (torch_abi.cpp), so nothing is linked either, and one
-// binary serves every torch from 2.10 on. tests/test_native_build.py compiles these declarations beside
+// binary serves every torch from 2.10 on. tests/ops/test_native_build.py compiles these declarations beside
 // torch's own headers, where a signature that differs is a compile error.
 #pragma once
 

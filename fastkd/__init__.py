@@ -2,33 +2,11 @@
 
 from typing import TYPE_CHECKING, Any
 
-from fastkd.backend import BackendUnavailable, get_backend, set_backend, use_backend
-from fastkd.checks import check_labels
-from fastkd.functional import (
-    binary_kl_loss,
-    binary_kl_norm_loss,
-    dckd_loss,
-    distill_loss,
-    dkd_loss,
-    jsd_loss,
-    kd_loss,
-    nkd_loss,
-    reverse_kl_loss,
-    ttm_loss,
-)
-from fastkd.losses import (
-    BinaryKLLoss,
-    BinaryKLNormLoss,
-    DCKDLoss,
-    DistillLoss,
-    DKDLoss,
-    JSDLoss,
-    KDLoss,
-    NKDLoss,
-    ReverseKLLoss,
-    TTMLoss,
-)
-from fastkd.ops.plan import explain
+from fastkd import losses
+from fastkd.explanation import explain
+from fastkd.losses import *  # noqa: F403
+from fastkd.losses.arguments import check_labels
+from fastkd.ops.backend import BackendUnavailable, get_backend, set_backend, use_backend
 from fastkd.version import __version__
 
 if TYPE_CHECKING:
@@ -37,34 +15,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BackendUnavailable",
-    "BinaryKLLoss",
-    "BinaryKLNormLoss",
-    "DCKDLoss",
-    "DKDLoss",
-    "DistillLoss",
-    "JSDLoss",
-    "KDLoss",
-    "NKDLoss",
-    "ReverseKLLoss",
-    "TTMLoss",
     "__version__",
-    "binary_kl_loss",
-    "binary_kl_norm_loss",
     "check_labels",
-    "dckd_loss",
-    "distill_loss",
-    "dkd_loss",
     "explain",
     "fit",
     "get_backend",
-    "jsd_loss",
-    "kd_loss",
-    "nkd_loss",
-    "reverse_kl_loss",
     "set_backend",
-    "ttm_loss",
     "use_backend",
 ]
+__all__ += losses.__all__
 
 
 def __getattr__(name: str) -> Any:

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import TextIO
 
-from fastkd import backend
 from fastkd.environment import EnvironmentValueError
+from fastkd.ops import backend
 
 BROKEN_PIPE_STATUS = 141  # of a process that SIGPIPE ended, as the shell reports it
 

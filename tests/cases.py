@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 
 import fastkd
+from fastkd.losses.cases import call_of, use_of_target
+from fastkd.ops import spec
+from fastkd.ops.spec import Needs
 
 
 @dataclass(frozen=True)
@@ -16,84 +19,33 @@ class Case:
     uses_label: bool = False
     ignores_rows: bool = True
     vanishes: bool = True  # no gradient at equal logits
+    family: str = "softmax"
+    needs: Needs = Needs.DISTILLS
+
+    @property
+    def reads_teacher(self) -> bool:
+        return bool(self.needs & Needs.DISTILLS)
+
+    @property
+    def averages_classes(self) -> bool:
+        """Over all of them, so that a masked class is not defined."""
+        return bool(self.needs & (Needs.STANDARDIZED | Needs.LABEL_SMOOTHING))
 
 
-def _distill(**options):
-    return lambda s, t, y, **more: fastkd.distill_loss(s, t, y, **options, **more)[0]
+def _from_spec(loss: spec.Loss, case: spec.Case) -> Case:
+    use = use_of_target(case)
+    return Case(
+        case.name,
+        call_of(case, ignores_rows=True),
+        uses_label=use == "label",
+        ignores_rows=use is not None,
+        vanishes=case.vanishes,
+        family=loss.family,
+        needs=loss.needs(case.options),
+    )
 
 
-CASES = [
-    Case("kd", lambda s, t, y, **more: fastkd.kd_loss(s, t, target=y, **more)),
-    Case("kd-t1", lambda s, t, y, **more: fastkd.kd_loss(s, t, temperature=1.0, target=y, **more)),
-    Case(
-        "lskd",
-        lambda s, t, y, **more: fastkd.kd_loss(s, t, temperature=2.0, standardize=True, target=y, **more),
-    ),
-    Case("dkd", lambda s, t, y, **more: fastkd.dkd_loss(s, t, y, **more), True),
-    Case("ls-dkd", lambda s, t, y, **more: fastkd.dkd_loss(s, t, y, standardize=True, **more), True),
-    Case("tckd", lambda s, t, y, **more: fastkd.dkd_loss(s, t, y, beta=0.0, **more), True),
-    Case("ce-kd", _distill(ce_weight=0.1, kd_weight=0.9), True, vanishes=False),
-    Case(
-        "ce-kd-t1",
-        _distill(ce_weight=0.5, kd_weight=0.5, temperature=1.0, label_smoothing=0.1),
-        True,
-        vanishes=False,
-    ),
-    Case(
-        "ce-dkd",
-        _distill(ce_weight=1.0, tckd_weight=1.0, nckd_weight=8.0, label_smoothing=0.1),
-        True,
-        vanishes=False,
-    ),
-    Case(
-        "ce-lskd",
-        _distill(ce_weight=0.1, kd_weight=9.0, temperature=2.0, standardize=True),
-        True,
-        vanishes=False,
-    ),
-    Case("ce", _distill(ce_weight=1.0), True, vanishes=False),
-    Case("dckd", lambda s, t, y, **more: fastkd.dckd_loss(s, t, y, **more), True),
-    Case(
-        "ce-dckd",
-        _distill(ce_weight=1.0, tckd_weight=1.0, nckd_weight=2.0, fix_acquired=True),
-        True,
-        vanishes=False,
-    ),
-    Case("nkd", lambda s, t, y, **more: fastkd.nkd_loss(s, t, y, **more), True, vanishes=False),
-    Case(
-        "nkd-t3",
-        lambda s, t, y, **more: fastkd.nkd_loss(s, t, y, gamma=3.5, temperature=3.0, **more),
-        True,
-        vanishes=False,
-    ),
-    Case(
-        "ttm",
-        lambda s, t, y, **more: fastkd.ttm_loss(s, t, gamma=0.25, **more),
-        ignores_rows=False,
-        vanishes=False,
-    ),
-    Case(
-        "wttm",
-        lambda s, t, y, **more: fastkd.ttm_loss(s, t, gamma=0.25, weighted=True, **more),
-        ignores_rows=False,
-        vanishes=False,
-    ),
-    Case(
-        "reverse-kl",
-        lambda s, t, y, **more: fastkd.reverse_kl_loss(s, t, temperature=2.0, **more),
-        ignores_rows=False,
-    ),
-    Case("jsd", lambda s, t, y, **more: fastkd.jsd_loss(s, t, **more), ignores_rows=False),
-    Case(
-        "jsd-0.1",
-        lambda s, t, y, **more: fastkd.jsd_loss(s, t, beta=0.1, temperature=2.0, **more),
-        ignores_rows=False,
-    ),
-    Case("binary-kl", lambda s, t, y, **more: fastkd.binary_kl_loss(s, t, **more), ignores_rows=False),
-    Case(
-        "binary-kl-norm", lambda s, t, y, **more: fastkd.binary_kl_norm_loss(s, t, **more), ignores_rows=False
-    ),
-]
+CASES = [_from_spec(loss, case) for loss, case in spec.CASES.values()]
 BY_NAME = {case.name: case for case in CASES}
 
 # Relative to the norm of the reference. float32 is rounding of the sums, the half types are the rounding of

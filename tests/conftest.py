@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import fastkd
-from fastkd.backend import missing
+from fastkd.ops.backend import missing
 from tests import cuda_emulation
 
 FUSED = [("native", "cpu"), ("triton", "cuda" if torch.cuda.is_available() else "cpu")]

@@ -255,9 +255,9 @@ def test_measuring_needs_torch_alone(tmp_path):
         "import sys\n"
         "for name in 'matplotlib rich pydantic yaml fontTools torchvision pytest hypothesis'.split():\n"
         "    sys.modules[name] = None\n"
-        "from fastkd import verify\n"
+        "from fastkd import check\n"
         "from fastkd.bench import command\n"
-        "assert verify.main(['--losses', 'binary_kl_norm_loss']) == 0\n"
+        "assert check.main(['--losses', 'binary_kl_norm_loss']) == 0\n"
         "sys.exit(command.main(['--shapes', '4x10', '--losses', 'kd', '--peers', 'eager', '--device', 'cpu',"
         " '--seconds', '0.01', '--output', sys.argv[1]]))\n"
     )

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import fastkd
-from fastkd import backend, environment
+from fastkd import environment
+from fastkd.ops import backend
 from fastkd.train.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
-from fastkd import functional
+from fastkd import losses
 
 from .alignment import GradientAlignment
 from .classifier import find_classifier
@@ -82,7 +82,7 @@ class DHKD(Method):
         terms = {"ce": self.ce_weight * cross_entropy(seen.student_logits, seen.target)}
         if self.needs_teacher():
             logits = self.head(pooled(seen.student[self.feature]))
-            distillation = functional.binary_kl_norm_loss(
+            distillation = losses.binary_kl_norm_loss(
                 logits, seen.teacher_logits, temperature=self.temperature
             )
             terms["binary_kl_norm"] = self.alpha * distillation

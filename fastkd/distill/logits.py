@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastkd import functional
+from fastkd import losses
 from fastkd.losses import DistillLoss
+from fastkd.losses.module import LossModule
 
 from .method import TOTAL, Method, Seen, Terms, fused_terms
 from .options import Epochs, Fraction, Positive, Weight
@@ -93,11 +94,11 @@ class _Softmax(Method, abstract=True):
     def distil(self, seen: Seen, ce_weight: float, distillation: dict[str, float], **options: Any) -> Terms:
         weights = {name: weight * self.warmup() for name, weight in distillation.items()}
         if seen.target.is_floating_point():  # KD and LSKD only: the others need one label
-            kd = functional.kd_loss(seen.student_logits, seen.teacher_logits, **options)
+            kd = losses.kd_loss(seen.student_logits, seen.teacher_logits, **options)
             ce = cross_entropy(seen.student_logits, seen.target, self.label_smoothing)
             return {"ce": ce_weight * ce, "kd": weights["kd"] * kd}
         options |= {f"{name}_weight": weight for name, weight in weights.items()}
-        loss, terms = functional.distill_loss(
+        loss, terms = losses.distill_loss(
             seen.student_logits,
             seen.teacher_logits,
             seen.target,
@@ -227,9 +228,7 @@ class NKD(Method):
         self.options: dict[str, Any] = {"gamma": gamma, "temperature": temperature}
 
     def terms(self, seen: Seen) -> Terms:
-        distillation = functional.nkd_loss(
-            seen.student_logits, seen.teacher_logits, seen.target, **self.options
-        )
+        distillation = losses.nkd_loss(seen.student_logits, seen.teacher_logits, seen.target, **self.options)
         ce = cross_entropy(seen.student_logits, seen.target)
         return {"ce": self.ce_weight * ce, "nkd": self.nkd_weight * distillation}
 
@@ -237,7 +236,7 @@ class NKD(Method):
 class BinaryKL(Method, name="binary_kl"):
     """ce_weight CE + weight BinaryKL on the one head: what DHKD's auxiliary head is compared with."""
 
-    distillation: Callable[..., Tensor] = staticmethod(functional.binary_kl_loss)
+    distillation: Callable[..., Tensor] = staticmethod(losses.binary_kl_loss)
 
     def __init__(
         self,
@@ -263,7 +262,7 @@ class BinaryKL(Method, name="binary_kl"):
 class BinaryKLNorm(BinaryKL, name="binary_kl_norm"):
     """ce_weight CE + weight BinaryKL-Norm on the one head."""
 
-    distillation = staticmethod(functional.binary_kl_norm_loss)
+    distillation = staticmethod(losses.binary_kl_norm_loss)
 
 
 class LossMethod(Method, abstract=True):
@@ -306,11 +305,11 @@ def _check_loss(loss: Any) -> None:
 
 
 def _without_teacher(loss: Any, student_logits: Tensor) -> Tensor | None:
-    """What a loss is given for logits that there are none of: those of a loss of fastkd's are never None.
+    """What a loss gets as teacher logits if there is no teacher: None, but a loss of fastkd needs a tensor.
 
-    Raises ``ValueError`` where it distils.
+    Raises ``ValueError`` if it distils.
     """
-    if type(loss).__module__ != DistillLoss.__module__:
+    if not isinstance(loss, LossModule):
         return None
     weights = [
         value for name, value in loss.options.items() if name.endswith("_weight") and name != "ce_weight"

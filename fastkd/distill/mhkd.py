@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd import functional
+from fastkd import losses
 from fastkd.regular_files import open_regular
 from fastkd.sealed_files import Damage, check_sealed
 from fastkd.torch_files import load_plain
@@ -91,7 +91,7 @@ class MHKD(Method):
         # Detached: what the student's heads have to say must not move the teacher's.
         teachers = [seen.teacher_logits, *(logits.detach() for logits in teacher)]
         students = _of_one_dtype([seen.student_logits, *student])
-        kd = functional.kd_loss(students, _of_one_dtype(teachers), temperature=self.temperature)
+        kd = losses.kd_loss(students, _of_one_dtype(teachers), temperature=self.temperature)
         head_ce = _sum([cross_entropy(logits, target) for logits in student])
         terms = {
             "ce": self.ce_weight * cross_entropy(seen.student_logits, target),

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import fastkd
-from fastkd import checks
-from fastkd.tensors import is_readable
+from fastkd.losses import arguments
+from fastkd.ops.tensors import is_readable
 
 Result = TypeVar("Result")
 NO_LABEL = torch.iinfo(torch.int64).min  # as ignore_index: nothing is ignored
@@ -44,7 +44,7 @@ def counted_rows(name: str, labels: Tensor, ignore_index: int, student_logits: T
         raise TypeError(f"{name} is a {type(labels).__name__}; expected a tensor of integer labels")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"{name} has dtype {labels.dtype}; expected integer labels")
-    checks.check_one_a_row(name, labels, "label", student_logits)
+    arguments.check_one_a_row(name, labels, "label", student_logits)
     return labels != ignore_index
 
 
@@ -75,7 +75,7 @@ def cross_entropy_and_kd(
     ignored = NO_LABEL if ignore_index is None else ignore_index
     labels = target.shape == student_logits.shape[:-1] and target.dtype == torch.int64
     if labels and is_readable(target):
-        none_ignored = checks.check_labels(target, student_logits.shape[-1], ignored)
+        none_ignored = arguments.check_labels(target, student_logits.shape[-1], ignored)
     soft: dict[str, Any] = {"temperature": temperature, "standardize": standardize}
     hard: dict[str, Any] = {
         "label_smoothing": label_smoothing,

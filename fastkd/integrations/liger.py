@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import fastkd
-from fastkd import checks
 from fastkd.integrations.arguments import check_tensors, counted_rows, named
+from fastkd.losses import arguments
 
 REDUCTIONS = ("batchmean", "sum", "mean")
 
@@ -35,7 +35,7 @@ class KLDivLoss(nn.Module):
                 f"reduction is {reduction!r}; expected one of {', '.join(REDUCTIONS)}. fastkd.kd_loss has "
                 "'none': one value a row"
             )
-        checks.check_temperature(temperature)
+        arguments.check_temperature(temperature)
         self.reduction = reduction
         self.temperature = float(temperature)
 
@@ -62,10 +62,10 @@ class JSD(nn.Module):
 
     def __init__(self, beta: float = 0.5, ignore_index: int = -100) -> None:
         super().__init__()
-        checks.check_number("beta", beta)
+        arguments.check_number("beta", beta)
         if not 0.0 <= beta <= 1.0:
             raise ValueError(f"beta is {beta!r}; expected a number from 0 to 1")
-        checks.check_ignore_index(ignore_index)
+        arguments.check_ignore_index(ignore_index)
         self.beta = float(beta)
         self.ignore_index = ignore_index
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
 import fastkd
-from fastkd import checks
 from fastkd.integrations.arguments import check_tensors, named
+from fastkd.losses import arguments
 
 NAMES = {"student_logits": "logits_s", "teacher_logits": "logits_t"}
 REDUCTIONS = ("mean", "batchmean", "sum", "none")
@@ -25,7 +25,7 @@ class LogitsDistillationLoss(_Loss):
 
     def __init__(self, temperature: float = 1.0, reduction: str = "mean") -> None:
         super().__init__()
-        checks.check_temperature(temperature)
+        arguments.check_temperature(temperature)
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction is {reduction!r}; expected one of {', '.join(REDUCTIONS)}")
         self.temperature = float(temperature)

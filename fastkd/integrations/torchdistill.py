@@ -12,13 +12,16 @@ classes are ``!import_call {key: 'fastkd.integrations.torchdistill.KDLoss', init
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import Tensor, nn
 
 import fastkd
-from fastkd import checks, losses
+from fastkd import losses
 from fastkd.integrations.arguments import cross_entropy_and_kd, named
+from fastkd.losses import arguments
+from fastkd.losses.module import LossModule
 
 try:
     from torchdistill.losses.registry import register_mid_level_loss
@@ -27,6 +30,11 @@ except ImportError as error:
         "fastkd.integrations.torchdistill needs torchdistill: pip install torchdistill"
     ) from error
 
+MODULES: dict[str, type[LossModule]] = {
+    name: module
+    for name, module in vars(losses).items()
+    if isinstance(module, type) and issubclass(module, LossModule)
+}
 IODict = dict[str, dict[str, Any]]
 NAMES = {
     "student_logits": "the student's logits", "teacher_logits": "the teacher's logits", "target": "targets",
@@ -117,12 +125,12 @@ class KDLoss(_OnLogits):
             raise ValueError(f"reduction is {reduction!r}; expected 'batchmean' or 'sum'")
         if alpha is None and beta is None:
             raise ValueError("alpha and beta are both None; expected a number for one of them")
-        checks.check_temperature(temperature)
+        arguments.check_temperature(temperature)
         for name, value in (("alpha", alpha), ("beta", beta)):
             if value is not None:
-                checks.check_number(name, value)
-        checks.check_label_smoothing(label_smoothing)
-        checks.check_ignore_index(ignore_index)
+                arguments.check_number(name, value)
+        arguments.check_label_smoothing(label_smoothing)
+        arguments.check_ignore_index(ignore_index)
         self.temperature = float(temperature)
         self.alpha = alpha
         self.beta = 1 - (alpha or 0) if beta is None else beta
@@ -226,13 +234,14 @@ class LogitsLoss(_OnLogits):
         **options: Any,
     ) -> None:
         super().__init__(student_module_path, student_module_io, teacher_module_path, teacher_module_io)
-        if loss not in losses.__all__:
-            raise ValueError(f"loss is {loss!r}; expected one of {', '.join(losses.__all__)}")
+        if loss not in MODULES:
+            raise ValueError(f"loss is {loss!r}; expected one of {', '.join(MODULES)}")
         if class_dim not in (None, 1, -1):
             raise ValueError(f"class_dim is {class_dim!r}; expected 1, -1 or nothing")
         self.class_dim = class_dim
-        self.loss = getattr(fastkd, loss)(**options)
-        self.uses_labels = loss in ("DKDLoss", "DCKDLoss", "NKDLoss", "DistillLoss")
+        self.loss = MODULES[loss](**options)
+        target = inspect.signature(self.loss.forward).parameters.get("target")
+        self.uses_labels = target is not None and target.default is target.empty
 
     def forward(
         self, student_io_dict: IODict, teacher_io_dict: IODict, targets: Tensor | None = None

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastkd.ops.call import Call, Outputs
 from fastkd.ops.layout import as_rows
-from fastkd.tensors import is_traced, is_transformed
+from fastkd.ops.tensors import is_traced, is_transformed
 
 _library = torch.library.Library("fastkd", "DEF")
 _library.define(

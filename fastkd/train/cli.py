@@ -87,7 +87,7 @@ def _of_the_machine(error: Exception) -> str | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from fastkd import verify
+    from fastkd import check as check_command
     from fastkd.bench import command as bench
 
     parser = argparse.ArgumentParser(
@@ -146,8 +146,8 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
 
     check = commands.add_parser("check", help="check every loss on every backend here against float64")
-    verify.add_arguments(check)
-    check.set_defaults(run=verify.run)
+    check_command.add_arguments(check)
+    check.set_defaults(run=check_command.run)
     timing = commands.add_parser("bench", help="time the losses beside their peers; report and compare")
     bench.add_arguments(timing)
     timing.set_defaults(run=bench.run)
@@ -238,7 +238,7 @@ def _recipes(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from fastkd.ops import doctor
+    from fastkd import doctor
 
     print(doctor.report())
     return 0

@@ -1,4 +1,4 @@
-// The kernels behind a C interface of plain numbers, for ctypes: tests/test_cuda_kernels.py describes the structs.
+// The kernels behind a C interface of plain numbers, for ctypes: tests/ops/test_cuda_kernels.py describes the structs.
 #include "../../csrc/cuda/kernel_table.h"
 
 using namespace fastkd;

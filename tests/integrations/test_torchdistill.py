@@ -15,6 +15,7 @@ from torchdistill.losses.registry import get_high_level_loss, get_mid_level_loss
 
 import fastkd
 import fastkd.integrations.torchdistill as ours
+from fastkd.ops.spec import CASES
 
 PATHS = {
     "student_module_path": "2",
@@ -144,10 +145,10 @@ def test_logits_loss_is_told_where_the_classes_are(class_dim):
         ours.LogitsLoss("KDLoss", *PATHS.values())(*io_dicts(student, teacher))
 
 
-@pytest.mark.parametrize("name", fastkd.losses.__all__)
+@pytest.mark.parametrize("name", ours.MODULES)
 def test_every_loss_by_name(name):
-    options = {"ce_weight": 1.0, "kd_weight": 1.0} if name == "DistillLoss" else {}
-    options |= {"gamma": 0.5} if name == "TTMLoss" else {}
+    _, case = next(one for one in CASES.values() if one[1].function.replace("_", "") == name.lower())
+    options = case.arguments
     criterion = get_mid_level_loss({"key": "fastkd.LogitsLoss", "kwargs": {**PATHS, "loss": name, **options}})
     student, teacher = torch.randn(2, 4, 9)
     target = torch.randint(0, 9, (4,))

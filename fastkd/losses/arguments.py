@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastkd.ops import native
-from fastkd.tensors import check_ordinary
+from fastkd.ops.tensors import check_ordinary
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("batchmean", "sum", "none")

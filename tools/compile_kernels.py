@@ -1,6 +1,6 @@
 """Compiles the Triton kernels that are launched, and every CUDA kernel, without a GPU; prints their usage.
 
-    python benchmarks/compile_kernels.py [--quick]
+    python tools/compile_kernels.py [--quick]
 
 For sm_80, sm_90, sm_100 and gfx942, as Triton's JIT specialises them (jit_launches.py): the losses that need
 most registers, and without --quick calls such that any two values of their arguments, dtypes, alignments and

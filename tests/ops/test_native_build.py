@@ -13,7 +13,7 @@ import torch
 
 from fastkd.ops import native
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
 
 
@@ -192,7 +192,7 @@ def test_without_a_compiler_the_install_succeeds_and_says_so(source_tree, tmp_pa
     assert "the native backend was not built, the install goes on without it" in output
     site = tmp_path / "site"
     wheel.extractall(site)
-    code = "import fastkd; from fastkd.ops import doctor; print(fastkd.__file__); print(doctor.report())"
+    code = "import fastkd; from fastkd import doctor; print(fastkd.__file__); print(doctor.report())"
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site)},

@@ -1,4 +1,4 @@
-"""The CUDA sources' part of the table of benchmarks/compile_kernels.py, without a GPU."""
+"""The CUDA sources' part of the table of tools/compile_kernels.py, without a GPU."""
 
 import importlib.util
 import os

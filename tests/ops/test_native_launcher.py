@@ -15,7 +15,7 @@ from torch import Tensor
 from fastkd.ops import native
 from fastkd.ops.call import Call, Outputs
 from tests.cuda_emulation import Emulation
-from tests.test_native_build import ROOT
+from tests.ops.test_native_build import ROOT
 
 ALL = (4.0, 0.5, 0.9, 1.1, 2.0, 0.1, 0.0, 0.0)
 # Name, options as numbers, and those of them that stay known when the rest travels in a tensor.

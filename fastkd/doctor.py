@@ -5,7 +5,7 @@ from importlib import metadata
 
 import torch
 
-from fastkd import backend
+from fastkd.ops import backend
 from fastkd.version import __version__
 
 PACKAGES = ("torch", "triton", "torchvision", "numpy", "matplotlib", "pydantic")

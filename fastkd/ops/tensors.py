@@ -117,4 +117,4 @@ def _transform_around() -> str | None:
     return "forward-mode AD" if forward_ad._current_level >= 0 else None
 
 
-_transform_around._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see fastkd.backend.resolve
+_transform_around._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see ops.backend.resolve

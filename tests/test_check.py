@@ -8,32 +8,32 @@ import pytest
 import torch
 
 import fastkd
-from fastkd import functional, verify
+from fastkd import check, losses
 from fastkd.ops import native
 
 NATIVE = [("native", "cpu"), ("eager", "cpu")]
 
 
 def test_every_loss_is_checked():
-    checked = {name.split(",")[0] for name in verify.LOSSES}
-    assert checked == set(functional.__all__)
+    checked = {name.split(",")[0] for name in check.LOSSES}
+    assert checked == {name for name in losses.__all__ if name.endswith("_loss")}
 
 
 def test_green_as_a_user_runs_it():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "fastkd.verify"], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, "-m", "fastkd.check"], capture_output=True, text=True, env=environment, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert any(line.startswith("not checked: triton on cpu") for line in lines)
-    assert sum(line.startswith("pass") for line in lines) >= 2 * len(verify.LOSSES)
+    assert sum(line.startswith("pass") for line in lines) >= 2 * len(check.LOSSES)
     assert "0 failed" in lines[-1]
 
 
 def test_green_on_each_fused_backend(fused):
     name = fastkd.get_backend()
-    (verdict,) = [v for v in verify.check(["binary_kl_norm_loss"]) if v.where == (name, fused)]
+    (verdict,) = [v for v in check.check(["binary_kl_norm_loss"]) if v.where == (name, fused)]
     assert str(verdict).startswith("pass"), verdict
 
 
@@ -69,11 +69,11 @@ BREAKAGES = {
 
 @pytest.fixture
 def eager_alone(monkeypatch):
-    monkeypatch.setattr(verify, "here", lambda: ([("eager", "cpu")], {}))
+    monkeypatch.setattr(check, "here", lambda: ([("eager", "cpu")], {}))
 
 
 def test_eager_bears_scale_offset_and_strides(eager_alone):
-    for verdict in verify.check():
+    for verdict in check.check():
         assert not verdict.failures, verdict
 
 
@@ -128,9 +128,9 @@ def test_red_on_a_fault_that_training_alone_shows(condition, monkeypatch):
         with fastkd.use_backend("eager"):
             return faulty(student, teacher, target, **options)
 
-    monkeypatch.setattr(verify, "here", lambda: (NATIVE, {}))
-    monkeypatch.setitem(verify.LOSSES, "kd_loss", loss)
-    native_verdict, eager_verdict = verify.check(["kd_loss"])
+    monkeypatch.setattr(check, "here", lambda: (NATIVE, {}))
+    monkeypatch.setitem(check.LOSSES, "kd_loss", loss)
+    native_verdict, eager_verdict = check.check(["kd_loss"])
     assert not eager_verdict.failures
     assert any(condition in failure for failure in native_verdict.failures), native_verdict.failures
 
@@ -138,8 +138,8 @@ def test_red_on_a_fault_that_training_alone_shows(condition, monkeypatch):
 @pytest.mark.parametrize("breakage", BREAKAGES)
 def test_red_on_a_broken_kernel(breakage, monkeypatch, capsys):
     monkeypatch.setattr(native, "row_loss", broken(BREAKAGES[breakage]))
-    monkeypatch.setattr(verify, "here", lambda: (NATIVE, {}))
-    assert verify.main(["--losses", "reverse_kl_loss"]) == 1
+    monkeypatch.setattr(check, "here", lambda: (NATIVE, {}))
+    assert check.main(["--losses", "reverse_kl_loss"]) == 1
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("FAIL  reverse_kl_loss")
     assert said[1].startswith("pass  reverse_kl_loss")  # the eager backend is sound
@@ -151,15 +151,15 @@ def test_red_on_a_kernel_that_does_not_run(monkeypatch):
         raise RuntimeError("no kernel image")
 
     monkeypatch.setattr(native, "row_loss", row_loss)
-    monkeypatch.setattr(verify, "here", lambda: (NATIVE, {}))
-    native_verdict, eager_verdict = verify.check(["kd_loss"])
+    monkeypatch.setattr(check, "here", lambda: (NATIVE, {}))
+    native_verdict, eager_verdict = check.check(["kd_loss"])
     assert str(native_verdict).startswith("FAIL")
     assert "no kernel image" in str(native_verdict)
     assert not eager_verdict.failures
 
 
 def test_the_backend_in_force_is_kept(monkeypatch):
-    monkeypatch.setattr(verify, "here", lambda: (NATIVE, {}))
+    monkeypatch.setattr(check, "here", lambda: (NATIVE, {}))
     with fastkd.use_backend("eager"):
-        list(verify.check(["binary_kl_norm_loss"]))
+        list(check.check(["binary_kl_norm_loss"]))
         assert fastkd.get_backend() == "eager"

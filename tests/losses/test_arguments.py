@@ -136,7 +136,7 @@ with warnings.catch_warnings(record=True) as caught:
 ours = [str(w.message) for w in caught if "fastkd" in str(w.message)]
 assert len(ours) == 1, ours
 print(ours[0])
-from fastkd.ops import doctor
+from fastkd import doctor
 print(doctor.report())
 """
     done = run_python(code)
@@ -146,7 +146,7 @@ print(doctor.report())
 
 
 def test_doctor_names_what_runs():
-    from fastkd.ops import doctor
+    from fastkd import doctor
 
     report = doctor.report()
     for expected in (fastkd.__version__, torch.__version__.split("+")[0], "native  runs", "auto takes"):
@@ -191,7 +191,7 @@ def test_check_labels_is_what_it_says(labels, ignore_index, spread):
 
 def test_check_labels_of_another_dtype():
     labels = torch.tensor([0, 5, 3], dtype=torch.int32)
-    assert not native.labels_all_count(labels, 6, -100)  # its bytes are not to be read as int64
+    assert not native.labels_all_valid(labels, 6, -100)  # its bytes are not to be read as int64
     assert fastkd.check_labels(labels, 6)
     with pytest.raises(ValueError, match="target has the label 5"):
         fastkd.check_labels(labels, 5)

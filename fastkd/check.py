@@ -15,52 +15,31 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor
 
 import fastkd
-from fastkd import backend
 from fastkd.command import run_command
+from fastkd.losses.cases import call_of
+from fastkd.ops import backend
+from fastkd.ops.spec import CASES
 
 Loss = Callable[..., Tensor]  # (student, teacher, target, reduction=) -> loss
 
 
-def _distill(student: Tensor, teacher: Tensor, target: Tensor, **options: object) -> Tensor:
-    return fastkd.distill_loss(student, teacher, target, **options)[0]  # type: ignore[arg-type]
+def _losses() -> Iterator[tuple[str, Loss, bool]]:
+    """Every case of ``ops.spec``: name, loss, and whether its gradient at equal logits is 0."""
+    named = set()
+    for _, case in CASES.values():
+        name = f"{case.function}, {case.name}" if case.function in named else case.function
+        named.add(case.function)
+        yield name, call_of(case), case.vanishes
 
 
-def _unlabelled(loss: Loss, student: Tensor, teacher: Tensor, target: Tensor, **options: object) -> Tensor:
-    return loss(student, teacher, **options)
-
-
-LOSSES: dict[str, Loss] = {
-    "kd_loss": partial(_unlabelled, fastkd.kd_loss),
-    "kd_loss, T 1": partial(_unlabelled, fastkd.kd_loss, temperature=1.0),
-    "kd_loss, standardized": partial(_unlabelled, fastkd.kd_loss, temperature=2.0, standardize=True),
-    "dkd_loss": fastkd.dkd_loss,
-    "dkd_loss, standardized": partial(fastkd.dkd_loss, standardize=True),
-    "dckd_loss": fastkd.dckd_loss,
-    "distill_loss, CE": partial(_distill, ce_weight=1.0),
-    "distill_loss, CE + KD": partial(_distill, ce_weight=0.1, kd_weight=0.9),
-    "distill_loss, CE + DKD": partial(_distill, ce_weight=1.0, tckd_weight=1.0, nckd_weight=8.0),
-    "distill_loss, smoothed": partial(
-        _distill, ce_weight=0.5, kd_weight=0.5, temperature=1.0, label_smoothing=0.1
-    ),
-    "nkd_loss": fastkd.nkd_loss,
-    "ttm_loss": partial(_unlabelled, fastkd.ttm_loss, gamma=0.25),
-    "ttm_loss, weighted": partial(_unlabelled, fastkd.ttm_loss, gamma=0.25, weighted=True),
-    "reverse_kl_loss": partial(_unlabelled, fastkd.reverse_kl_loss, temperature=2.0),
-    "jsd_loss": partial(_unlabelled, fastkd.jsd_loss),
-    "jsd_loss, beta 0.1": partial(_unlabelled, fastkd.jsd_loss, beta=0.1, temperature=2.0),
-    "binary_kl_loss": partial(_unlabelled, fastkd.binary_kl_loss),
-    "binary_kl_norm_loss": partial(_unlabelled, fastkd.binary_kl_norm_loss),
-}
+LOSSES: dict[str, Loss] = {name: loss for name, loss, _ in _losses()}
 # Losses whose gradient at equal logits is 0, exactly so from a kernel.
-VANISHING = [
-    loss for name, loss in LOSSES.items() if not name.startswith(("distill_loss", "nkd_loss", "ttm_loss"))
-]
+VANISHING = {name for name, _, vanishes in _losses() if vanishes}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # One row that is one tile, rows of odd length, and rows that are walked along in tiles.
 SHAPES = ((4, 10), (16, 1000), (5, 2263), (2, 21841))
@@ -119,7 +98,7 @@ class Verdict:
 
     def __str__(self) -> str:
         errors = " ".join(f"{_name(dtype)} {error:.1e}" for dtype, error in self.errors.items())
-        head = f"{'FAIL' if self.failures else 'pass'}  {self.loss:24s} {self.backend:7s} {self.device:5s}"
+        head = f"{'FAIL' if self.failures else 'pass'}  {self.loss:31s} {self.backend:7s} {self.device:5s}"
         return f"{head} {errors}" + "".join(f"; {failure}" for failure in self.failures[:2])
 
 
@@ -211,7 +190,12 @@ def _compare(verdicts: Sequence[Verdict], loss: Loss, dtype: torch.dtype, shape:
                 verdict.failures.append(f"loss error {loss_error:.1e} > {bounds.loss:.0e} {where}")
             if gradient_error > limit:
                 verdict.failures.append(f"gradient error {gradient_error:.1e} > {limit:.0e} {where}")
-            if regime == "equal" and loss in VANISHING and verdict.backend != "eager" and gradient.any():
+            if (
+                regime == "equal"
+                and verdict.loss in VANISHING
+                and verdict.backend != "eager"
+                and gradient.any()
+            ):
                 verdict.failures.append(f"gradient not exactly 0 {where}")
 
 

@@ -6,7 +6,7 @@ library's own ``launch.row_loss`` runs on CPU tensors with ``JITFunction.run`` r
 names a GPU; a recorded launch can be compiled, and handed to NVIDIA's launcher over a libcuda that does
 nothing.
 
-    python benchmarks/jit_launches.py [--bind] [--compile N] [--target sm_90 gfx942]
+    python tools/jit_launches.py [--bind] [--compile N] [--target sm_90 gfx942]
 
 binds and specialises every call; compiles those in which any N values of the arguments occur together, and
 hands those for NVIDIA to the launcher. Exit status 1 where one fails.

@@ -7,11 +7,12 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from fastkd import backend, checks
-from fastkd.ops import operators
+from fastkd.ops import backend, operators
 from fastkd.ops.call import Call
 from fastkd.ops.spec import LOSSES
-from fastkd.tensors import as_ordinary, is_readable, transform_of
+from fastkd.ops.tensors import as_ordinary, is_readable, transform_of
+
+from . import arguments
 
 Logits: TypeAlias = Tensor | Sequence[Tensor]
 
@@ -21,32 +22,33 @@ def reduced_loss(
     options: tuple[float, ...],
     student_logits: Logits,
     teacher_logits: Logits,
-    target: Tensor | None,
+    target: Tensor | None = None,
     *,
-    uses_label: bool,
+    uses_label: bool = False,
     ignore_index: int = -100,
     weight: Tensor | None,
     reduction: str,
     with_terms: bool = False,
 ) -> tuple[Tensor, Iterable[Tensor]]:
-    """A loss of ``fastkd.reference`` and, if asked for, its terms; arguments as in ``fastkd.functional``.
+    """A loss of ``ops.spec`` and, if asked for, its terms; conventions of ``fastkd.losses``.
 
-    Options that are bool choose code; the others may be symbolic where torch.compile traces.
+    ``options`` is the loss's NamedTuple. Its numbers may be symbolic while torch.compile traces. Without
+    ``uses_label`` the target only marks the rows to ignore.
     """
-    checks.check_reduction(reduction)
-    checks.check_ignore_index(ignore_index)
-    students, teachers = checks.check_pairs(student_logits, teacher_logits)
+    arguments.check_reduction(reduction)
+    arguments.check_ignore_index(ignore_index)
+    students, teachers = arguments.check_pairs(student_logits, teacher_logits)
     student = students[0]
     if target is None and uses_label:
         raise TypeError("target is None; expected an int64 tensor of labels")
     if weight is not None:
-        checks.check_row_weight(weight, student)
+        arguments.check_row_weight(weight, student)
         weight = as_ordinary("weight", weight)
     all_count = True
     if target is not None:
-        checks.check_target(target, student)
+        arguments.check_target(target, student)
         target = as_ordinary("target", target)
-        all_count = is_readable(target) and checks.check_labels(target, student.shape[-1], ignore_index)
+        all_count = is_readable(target) and arguments.check_labels(target, student.shape[-1], ignore_index)
 
     chosen = _backend_for((*students, *teachers, weight, target), student, teachers[0])
     students = [as_ordinary("student_logits", logits) for logits in students]
@@ -94,15 +96,15 @@ def _numbers(
 ) -> tuple[tuple[float, ...], Tensor | None]:
     """``Call.options`` and ``Call.dynamic``.
 
-    Where torch.compile traces, a number is symbolic once it has changed. Handed to an operator as a number
-    it would be compiled in, and compiled again for every value; so it goes as a tensor, made by arithmetic.
-    Whether it has the value that chooses code is asked by comparison, which costs one compilation on each
-    side.
+    While torch.compile traces, a number is symbolic once it has changed. Passed to an operator as a number
+    it would be compiled in, and compiled again for every value; so it is passed in a tensor. Whether it
+    equals the value that selects code is decided by a comparison, at the cost of one compilation for each
+    outcome. A bool always selects code.
     """
     if not torch.compiler.is_compiling():
         return tuple(map(float, options)), None
     one = student.new_ones((), dtype=torch.float32)
-    dynamic = torch.stack([one * value for value in options])
+    dynamic = torch.stack([one * value for value in options if not isinstance(value, bool)])
     choices = LOSSES[loss].code_values
     known = [
         float(value)

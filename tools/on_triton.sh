@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Binds and compiles the Triton kernels, and looks for spills, with another release of Triton than the environment's.
 #
-#     benchmarks/on_triton.sh 3.6.0
+#     tools/on_triton.sh 3.6.0
 #
 # Takes the python of .venv, and about an hour on one core. The release goes to a temporary folder, without its dependencies.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-release=${1:?usage: benchmarks/on_triton.sh RELEASE}
+release=${1:?usage: tools/on_triton.sh RELEASE}
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 .venv/bin/python -m pip install --quiet --no-deps --target "$folder" "triton==$release"
 export PYTHONPATH="$folder"
-.venv/bin/python benchmarks/jit_launches.py --bind --compile 2
-.venv/bin/python benchmarks/compile_kernels.py
+.venv/bin/python tools/jit_launches.py --bind --compile 2
+.venv/bin/python tools/compile_kernels.py

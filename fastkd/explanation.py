@@ -1,0 +1,187 @@
+"""``fastkd.explain``: which path a loss of given size takes, and how much memory traffic that is.
+
+Not called explain.py: ``fastkd.explain`` is the function, also after an import of this module.
+"""
+
+import time
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from fastkd.ops import backend
+from fastkd.ops.plan import ELEMENT_BYTES, Device, device_of, plan_rows
+from fastkd.ops.spec import CASES, Family, Needs, needs_of
+from fastkd.ops.team_plan import plan_team
+
+# Most exponentials of a row that a thread of the CPU kernels caches (csrc/cpu/isa_kernels.h).
+CACHED_FLOATS = 1 << 23
+LOSSES = tuple(name.replace("-", "_") for name in CASES)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What ``explain`` returns; printed, it reads as text. In seconds and bytes per second."""
+
+    loss: str
+    rows: int
+    classes: int
+    dtype: torch.dtype
+    device: str
+    backend: str
+    path: str
+    tile: int
+    warps: int | None
+    accesses: float
+    bytes: int
+    bandwidth: float
+
+    @property
+    def seconds(self) -> float:
+        """The time that the bytes take at the bandwidth of a copy measured here: a lower bound."""
+        return self.bytes / self.bandwidth
+
+    def __str__(self) -> str:
+        warps = "" if self.warps is None else f", {self.warps} warps"
+        return (
+            f"{self.loss} of {self.rows} x {self.classes} {str(self.dtype).removeprefix('torch.')} on "
+            f"{self.device}, loss and gradient: backend {self.backend}\n"
+            f"  path: {self.path}\n"
+            f"  tile: {self.tile} classes{warps}\n"
+            f"  memory: {self.accesses:.3g} accesses per element, {self.bytes / 1e6:.1f} MB; at the "
+            f"{self.bandwidth / 1e9:.0f} GB/s of a copy measured here at least {self.seconds * 1e3:.3f} ms"
+        )
+
+
+def explain(
+    rows: int, classes: int, dtype: torch.dtype = torch.float32, device: str = "cpu", *, loss: str = "kd"
+) -> Explanation:
+    """Say how a loss and its gradient over ``[rows, classes]`` logits will be computed, and at what cost.
+
+    ``loss`` is a case of ``fastkd.ops.spec``, such as kd, lskd, dkd, ce_kd, nkd, ttm, reverse_kl, jsd or
+    binary_kl. The time is that of the memory traffic alone, at the bandwidth of a copy that is measured once
+    per device.
+    """
+    if rows < 1 or classes < 2:
+        raise ValueError(f"rows is {rows} and classes {classes}; expected at least 1 row and 2 classes")
+    work = _work_of(loss)
+    if dtype not in ELEMENT_BYTES:
+        raise TypeError(f"dtype is {dtype}; expected float32, bfloat16, float16 or float64")
+    kind = backend.checked_device(device, "device").type
+    chosen = backend.resolve(backend.get_backend(), kind, dtype)
+    path = _path(chosen, work, rows, classes, dtype, torch.device(device))
+    if dtype == torch.float16 and chosen != "eager":
+        # The rows are computed once for the losses, which writes nothing, and once more for the gradient.
+        again = max(work.reads, path.accesses - work.reads - 1)
+        path = path._replace(
+            words=f"{path.words}; in float16 once more in backward, for the gradient",
+            accesses=path.accesses + again,
+        )
+    moved = round(path.accesses * rows * classes * ELEMENT_BYTES[dtype])
+    return Explanation(loss, rows, classes, dtype, device, chosen, *path, moved, copy_bandwidth(device))
+
+
+class _Work(NamedTuple):
+    """What a case asks of the row kernels."""
+
+    family: Family
+    standardized: bool
+    reads: int  # models whose logits are read
+
+
+def _work_of(loss: str) -> _Work:
+    name = loss.replace("_", "-")
+    if name not in CASES:
+        raise ValueError(f"loss is {loss!r}; expected one of {', '.join(LOSSES)}")
+    spec, case = CASES[name]
+    needs = needs_of(spec, tuple(case.options), False)
+    reads = 2 if needs & Needs.DISTILLS else 1
+    return _Work(spec.family, bool(needs & Needs.STANDARDIZED), reads)
+
+
+class _Path(NamedTuple):
+    words: str
+    tile: int
+    warps: int | None
+    accesses: float  # of memory, per element
+
+
+def _path(
+    chosen: str, work: _Work, rows: int, classes: int, dtype: torch.dtype, device: torch.device
+) -> _Path:
+    if chosen == "eager":
+        return _Path("plain torch, one kernel per operation", classes, None, 19)
+    if chosen == "native" and device.type == "cuda":
+        return _team_path(work, rows, classes, dtype, device_of(device))
+    if chosen == "native":
+        return _cpu_path(work, rows, classes, dtype)
+    return _triton_path(work, rows, classes, dtype, device_of(device))
+
+
+def _cpu_path(work: _Work, rows: int, classes: int, dtype: torch.dtype) -> _Path:
+    threads = torch.get_num_threads()
+    sharing = "rows over threads" if rows >= threads else "each row over several threads"
+    if work.family == "pointwise":
+        return _Path(f"{sharing}, one pass", 1024, None, work.reads + 1)
+    # The student's exponentials of a float32 row are cached in its gradient.
+    cached = classes * (1 if dtype == torch.float32 else 2) * (rows if rows < threads else 1)
+    if cached > CACHED_FLOATS:
+        words = "two passes in blocks, exponentials computed in both"
+        return _Path(f"{sharing}; {words}", 1024, None, 2 * work.reads + 1)
+    words = "logits read once in blocks, exponentials cached for the gradient"
+    return _Path(f"{sharing}; {words}", 1024, None, work.reads + 1)
+
+
+def _triton_path(work: _Work, rows: int, classes: int, dtype: torch.dtype, device: Device) -> _Path:
+    plan = plan_rows(work.family, rows, classes, ELEMENT_BYTES[dtype], device, work.standardized)
+    if plan.parts > 1:
+        sharing = f"{plan.parts} programs per row"
+    elif plan.rows > 1:
+        sharing = f"{plan.rows} rows per program"
+    else:
+        sharing = "one program per row"
+    if work.family == "pointwise":
+        return _Path(f"{sharing}, one pass over tiles", plan.tile, plan.warps, work.reads + 1)
+    if plan.one_tile:
+        return _Path(f"{sharing}, the row in registers, one launch", plan.tile, plan.warps, work.reads + 1)
+    # Statistics and gradient; sums over the mixture, or mean and deviation of the rows.
+    passes = 2 + (work.family == "mixture" or work.standardized)
+    words = f"{sharing}, {passes} passes over tiles"
+    if plan.parts > 1:
+        words += f", {passes} launches"
+    elif plan.programs < rows:
+        words += f", {plan.programs} rows at a time"
+    return _Path(words, plan.tile, plan.warps, work.reads * passes + 1)
+
+
+def _team_path(work: _Work, rows: int, classes: int, dtype: torch.dtype, device: Device) -> _Path:
+    """Of the native CUDA kernels."""
+    caches = work.family != "pointwise"
+    element_bytes = 2 * ELEMENT_BYTES[dtype]
+    team = plan_team(rows, classes, element_bytes, device.capability, device.multiprocessors, caches)
+    accesses = work.reads + 1.0
+    if caches:
+        further = 3 if work.standardized else 2 if work.family == "mixture" else 1  # passes after the first
+        accesses += work.reads * further * (1 - team.cached(classes))
+        words = team.describe(classes)
+    else:
+        words = f"{team.threads_a_row * team.blocks_a_row} threads per row, one pass"
+    return _Path(words, 8, team.threads_a_row * team.rows_a_block // 32 or 1, accesses)
+
+
+@cache
+def copy_bandwidth(device: str) -> float:
+    """Bytes read and written per second by a copy of 64 MiB on this device, the median of nine."""
+    source = torch.ones(1 << 24, device=device)
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(11):
+        if source.is_cuda:
+            torch.cuda.synchronize(source.device)
+        begin = time.perf_counter()
+        target.copy_(source)
+        if source.is_cuda:
+            torch.cuda.synchronize(source.device)
+        times.append(time.perf_counter() - begin)
+    return 2 * source.numel() * 4 / sorted(times[2:])[4]

@@ -1,0 +1,66 @@
+"""The losses: functions of logits, and beside each its module, which holds the options.
+
+Common to all of them:
+
+- Logits are ``[..., C]`` in float32, bfloat16 or float16 (float64 through the eager backend), student and
+  teacher of equal shape on one device; leading dimensions are rows, and slices such as ``logits[:, :-1]`` of
+  ``[B, T, C]`` are read in place. Arithmetic is in float32, the gradient has the student's dtype. The teacher
+  is a constant and must not require grad.
+- Several pairs of logits of equal shape, such as the heads of a multi-head student, go through one call as
+  two lists: one launch on a GPU, and a result with a first dimension for the pairs (``[H]``, or ``[H, ...]``
+  for "none"). ``target`` and ``weight`` apply to every pair. Heads with other classes need separate calls.
+- T^2 is included, so that a weight means the same at every temperature; not in ``reverse_kl_loss`` and
+  ``jsd_loss``, as is the custom for language models, and ``ttm_loss`` has no T.
+- ``reduction``: ``"batchmean"`` (sum over the non-ignored rows, divided by their number), ``"sum"``, or
+  ``"none"`` (one value per row, in the shape of the leading dimensions). ``"mean"`` is refused.
+- ``weight`` [...], if given, multiplies each row's loss; "batchmean" still divides by the number of rows.
+- If there is a ``target``, a row whose label is ``ignore_index`` adds nothing to loss, gradient or count; if
+  no row is left, the loss is 0.
+- Rows of weight 0 and ignored rows are not read: they may hold anything. In any other row a NaN logit gives
+  a NaN loss and gradient, and affects no other row.
+- The gradient is computed with the loss; in float16 in backward, from the logits, so that a loss scale
+  reaches it before it is rounded. It differentiates once; ``create_graph=True`` raises (use
+  ``fastkd.set_backend("eager")`` for second derivatives). Inside the transforms of ``torch.func`` and in
+  forward-mode AD the backend "auto" computes in plain torch, and a fused one asked for by name refuses.
+- Weights, temperatures and other numbers may change at every call, under ``torch.compile`` too: none is
+  compiled in. Temperatures are from 1e-6 to 1e6.
+- TypeError and ValueError name the argument, its value and what is expected, before anything is computed.
+"""
+
+from .binary_kl import BinaryKLLoss, BinaryKLNormLoss, binary_kl_loss, binary_kl_norm_loss
+from .divergences import JSDLoss, ReverseKLLoss, jsd_loss, reverse_kl_loss
+from .nkd import NKDLoss, nkd_loss
+from .softmax import (
+    DCKDLoss,
+    DistillLoss,
+    DKDLoss,
+    KDLoss,
+    dckd_loss,
+    distill_loss,
+    dkd_loss,
+    kd_loss,
+)
+from .ttm import TTMLoss, ttm_loss
+
+__all__ = [
+    "BinaryKLLoss",
+    "BinaryKLNormLoss",
+    "DCKDLoss",
+    "DKDLoss",
+    "DistillLoss",
+    "JSDLoss",
+    "KDLoss",
+    "NKDLoss",
+    "ReverseKLLoss",
+    "TTMLoss",
+    "binary_kl_loss",
+    "binary_kl_norm_loss",
+    "dckd_loss",
+    "distill_loss",
+    "dkd_loss",
+    "jsd_loss",
+    "kd_loss",
+    "nkd_loss",
+    "reverse_kl_loss",
+    "ttm_loss",
+]

@@ -1,0 +1,36 @@
+"""The base of the loss modules: options at construction, tensors at the call."""
+
+from typing import Any, ClassVar
+
+from torch import nn
+
+from .arguments import check_options
+
+
+class LossModule(nn.Module):
+    """A loss function with its options. Subclasses are keyword-only dataclasses whose fields are the options.
+
+    Options are checked at construction. Each is an attribute, which a schedule may set between steps; the
+    function checks it again at every call.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # nn.Module would register a tensor; as a plain attribute it is refused by name.
+        if name in self.__dataclass_fields__:
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        check_options(**self.options)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The current options, by name."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

@@ -1,0 +1,42 @@
+"""The planner of the Triton kernels: tiles that cover the row."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastkd.ops import plan
+
+H100 = plan.Device(multiprocessors=132, cache_bytes=50 << 20)
+
+
+@given(
+    st.sampled_from(["softmax", "mixture", "pointwise", "scale"]),
+    st.integers(1, 100_000),
+    st.integers(2, 3_000_000),
+)
+def test_plans_cover_the_rows(family, rows, classes):
+    planned = plan.plan_rows(family, rows, classes, 2, H100)
+    assert planned.tile & (planned.tile - 1) == 0
+    assert planned.rows & (planned.rows - 1) == 0
+    assert 1 <= planned.warps <= 16
+    assert 1 <= planned.parts <= plan.MAX_PARTS
+    tiles = -(-classes // planned.tile)
+    assert planned.parts <= tiles
+    assert planned.one_tile == (family == "softmax" and classes <= plan.RESIDENT_CLASSES)
+    if planned.one_tile:
+        assert tiles == 1
+        assert planned.tile < 2 * max(classes, 9)
+    # A new number of rows changes how many programs run, not what is compiled.
+    other = plan.plan_rows(family, rows + 1, classes, 2, H100)
+    assert planned[:4] == other[:4]
+
+
+def test_rows_are_shared_bounded_or_put_together_by_shape():
+    few = plan.plan_rows("softmax", 4, 1_000_000, 2, H100)
+    assert 2 * H100.multiprocessors <= few.parts * 4 <= 3 * H100.multiprocessors
+    many = plan.plan_rows("softmax", 8192, 32768, 2, H100)
+    assert many.parts == 1
+    assert H100.multiprocessors < many.programs < 8192
+    assert many.programs * 2 * 32768 * 2 < H100.cache_bytes
+    short = plan.plan_rows("softmax", 256, 10, 4, H100)
+    assert short.rows > 1
+    assert short.one_tile

@@ -1,0 +1,66 @@
+"""``fastkd.explain``: paths, and numbers that are the plan's."""
+
+import importlib
+
+import pytest
+import torch
+
+import fastkd
+from fastkd import explanation
+from fastkd.ops.plan import Device
+
+H100 = Device(multiprocessors=132, cache_bytes=50 << 20)
+
+
+@pytest.mark.parametrize("loss", explanation.LOSSES)
+def test_explanation(fused, loss):
+    for classes in (10, 1000, 21841):
+        told = fastkd.explain(128, classes, torch.bfloat16, fused, loss=loss)
+        assert told.backend == fastkd.get_backend()
+        assert told.bytes == told.accesses * 128 * classes * 2
+        assert told.accesses >= (2 if loss in ("ce", "ce_smoothed") else 3)
+        assert 0 < told.seconds < 10
+        for words in (loss, told.path, f"{told.tile} classes", "GB/s"):
+            assert words in str(told)
+
+
+def test_the_path_follows_the_length_of_the_row():
+    with fastkd.use_backend("triton"):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        assert fastkd.explain(8, 1000, device=device).accesses == 3
+        assert fastkd.explain(8, 100_000, device=device).accesses == 5
+        assert fastkd.explain(8, 100_000, device=device, loss="jsd").accesses == 7
+
+
+def test_native_cuda_paths_are_told_with_what_they_keep():
+    def told(loss, rows, classes, dtype=torch.bfloat16):
+        return explanation._team_path(explanation._work_of(loss), rows, classes, dtype, H100)
+
+    assert "rows a block" in told("kd", 8192, 10).words
+    whole = told("dkd", 4096, 131_072)
+    assert whole.accesses == 3
+    assert "cluster of 8 blocks" in whole.words
+    assert "the row on chip" in whole.words
+    partly = told("kd", 256, 1_000_000)
+    assert 3 < partly.accesses < 5
+    assert "read again" in partly.words
+    assert told("lskd", 256, 1_000_000).accesses > told("jsd", 256, 1_000_000).accesses > partly.accesses
+    assert told("binary_kl", 256, 1_000_000).accesses == 3
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="classes 1"):
+        fastkd.explain(3, 1)
+    with pytest.raises(ValueError, match="loss is 'kl'"):
+        fastkd.explain(3, 10, loss="kl")
+    with pytest.raises(TypeError, match="int64"):
+        fastkd.explain(3, 10, torch.int64)
+
+
+def test_the_function_has_the_name():
+    importlib.import_module("fastkd.explanation")
+    assert fastkd.explain is explanation.explain
+
+
+def test_names_with_either_dash():
+    assert fastkd.explain(8, 100, loss="ce-kd").accesses == fastkd.explain(8, 100, loss="ce_kd").accesses
