@@ -9,7 +9,7 @@ import pytest
 
 import fastkd
 from fastkd import backend, environment
-from fastkd.train.cli import main
+from fastkd.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -10,10 +10,10 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
 from fastkd.distill.taps import eval_mode, logits_of
+from fastkd.errors import TrainError
 
 from . import distributed
 from .batches import Batches
-from .errors import TrainError
 from .precision import autocast
 from .preflight import first_of
 

@@ -13,33 +13,27 @@ from torch import Tensor, nn
 from fastkd.distill.logits import LossMethod
 from fastkd.distill.method import TOTAL, Method, TermError, Terms, total_of
 from fastkd.distill.sharing import check_apart
+from fastkd.errors import NonFiniteLossError, Preempted, TrainError
 
 from . import distributed
 from .batches import Batch, Batches, micro_batches
 from .ema import make_ema
-from .errors import NonFiniteLossError, Preempted, TrainError
 from .evaluation import evaluate, try_validation, validate
 from .freezing import frozen
 from .meters import LossMeter, PassTimer, Stopwatch
 from .precision import autocast, compile_networks, dtype_of, make_scaler
-from .preflight import (
-    check_channels_last,
-    check_loaders,
-    check_optimizer,
-    check_options,
-    check_scheduler,
-)
+from .preflight import check_channels_last, check_loaders, check_optimizer, check_options, check_scheduler
 from .random_state import get_random_state, set_random_state
 from .restore import restore
 from .signals import Control
 from .trial import Sizes
+from .watcher import Record, Shielded, Watcher
 
 __all__ = ["FitResult", "Watcher", "evaluate", "fit", "fit_method"]
 
 # (student_logits, teacher_logits or None, target) -> loss, or (loss, terms)
 Loss = Callable[[Tensor, Any, Tensor], Any]
 Loader = Iterable[Batch]
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -69,33 +63,6 @@ class FitResult:
     def seconds(self) -> dict[str, float]:
         """Seconds over all epochs, by part."""
         return {part: sum(r["seconds"][part] for r in self.history) for part in self.last["seconds"]}
-
-
-class Watcher:
-    """What ``fit`` tells while it runs; subclass to show or to store. Every method may be left out.
-
-    With several ranks each has a watcher of its own; the first one's is the place to write and print.
-    """
-
-    def __enter__(self) -> Watcher:
-        return self
-
-    def __exit__(self, *exception: object) -> None: ...
-
-    def note(self, text: str) -> None: ...
-
-    def epoch_started(self, epoch: int, epochs: int, batches: int | None) -> None: ...
-
-    def batch_done(self, meter: LossMeter) -> None: ...
-
-    def epoch_done(self, record: Record, state: Callable[[], dict[str, Any]]) -> None:
-        """``state()`` is what ``fit(resume=…)`` takes to go on after this epoch."""
-
-    def checkpoint(self, epoch: int, step: int, state: Callable[[], dict[str, Any]]) -> None:
-        """In the middle of an epoch, after ``step`` of it: ``state()`` goes on from there."""
-
-    def not_finite(self, error: NonFiniteLossError, batch: Batch | None) -> None:
-        """The loss of a batch was not finite, and training stops. The batch is that of all ranks."""
 
 
 def fit(
@@ -353,8 +320,7 @@ def fit_method(
 def _default_watcher(progress: bool) -> Watcher:
     if not progress or not distributed.is_first():
         return Watcher()
-    from .console import ConsoleProgress  # rich is wanted only here
-    from .forwarding import Shielded
+    from .display.console import ConsoleProgress  # rich is wanted only here
 
     return Shielded(ConsoleProgress())
 

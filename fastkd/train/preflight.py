@@ -12,9 +12,9 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 
 from fastkd.distill.method import Method
+from fastkd.errors import TrainError
 from fastkd.messages import kind_and_text, some
 
-from .errors import TrainError
 from .random_state import get_random_state, set_random_state
 
 _LISTED = 4

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from fastkd.distill.method import Method
+from fastkd.errors import CheckpointError
 from fastkd.messages import one_line
 
-from .errors import CheckpointError
-from .weights import fill
+from .state_dicts import fill
 
 _NEW_RUN = "start a new run for it, without --resume"
 

@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastkd.distill.heads import RowBatchNorm
+from fastkd.errors import RecipeError
 
 from . import distributed
-from .errors import RecipeError
 
 
 def synchronised(module: nn.Module, device: torch.device) -> nn.Module:

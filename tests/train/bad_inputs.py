@@ -29,8 +29,8 @@ import torch
 if __name__ == "__main__":  # as a script, from a checkout
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from fastkd.train.checkpoint import load_checkpoint
-from fastkd.train.cli import main
+from fastkd.cli import main
+from fastkd.train.run.checkpoint import load_checkpoint
 from tests.train.bad_inputs_models import ROWS as OF_MODELS
 
 Row = tuple[str, str, Callable[..., str]]
@@ -231,18 +231,18 @@ def more_shards_than_open_files(workers: int) -> Callable[[], str]:
 
 def no_descriptor_for_an_image() -> str:
     tree()
-    from fastkd.train import image_sources
+    from fastkd.data import sources
 
-    read = image_sources.FolderSource.read
+    read = sources.FolderSource.read
 
     def fails(self: Any, index: int) -> bytes:
         raise OSError(24, "Too many open files")
 
-    image_sources.FolderSource.read = fails  # type: ignore[method-assign]
+    sources.FolderSource.read = fails  # type: ignore[method-assign]
     try:
         return refused(["train", *FILES], "Too many open files (an error of this machine, not of the image)")
     finally:
-        image_sources.FolderSource.read = read  # type: ignore[method-assign]
+        sources.FolderSource.read = read  # type: ignore[method-assign]
 
 
 def shard_label(text: str) -> Callable[[], str]:
@@ -288,13 +288,13 @@ def killed_worker() -> str:
     tree()
     Path("killer.py").write_text(
         "import os, signal, sys, threading, time, torch\n"
-        "from fastkd.train import file_data\n"
-        "from fastkd.train.cli import main\n"
-        "original = file_data.Samples.__getitem__\n"
+        "from fastkd.data import files\n"
+        "from fastkd.cli import main\n"
+        "original = files.Samples.__getitem__\n"
         "def dies(self, key):\n"
         "    if torch.utils.data.get_worker_info(): os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return original(self, key)\n"
-        "file_data.Samples.__getitem__ = dies\n"
+        "files.Samples.__getitem__ = dies\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
@@ -758,7 +758,7 @@ HEAD = """# Bad inputs to the trainer
 
 Each row is tried by `tests/train/test_bad_inputs.py`; the last column is what was seen. This file is written
 by `python tests/train/bad_inputs.py > docs/trainer-bad-inputs.md`. Files that are damaged bit by bit, links
-and locks are tried by `tests/train/test_bit_flips.py` and `test_storage.py`.
+and locks are tried by `tests/train/run/test_bit_flips.py` and `tests/files/test_storage.py`.
 
 | input | what must happen | what happened |
 |---|---|---|"""

@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from torch.optim import SGD, lr_scheduler
 
 import fastkd
+from fastkd.cli import main
+from fastkd.data.files import load_file_data
+from fastkd.data.pixels import to_rgb
 from fastkd.distill import DHKD, KD
 from fastkd.models import build_model
+from fastkd.recipe.schema import FolderData, load_recipe
 from fastkd.train import Watcher, fit, fit_method
-from fastkd.train.cli import main
-from fastkd.train.file_data import load_file_data
-from fastkd.train.pixels import to_rgb
-from fastkd.train.recipe import FolderData, load_recipe
-from fastkd.train.weights import load_weights
+from fastkd.train.run.weights import load_weights
 
 from .tiny import CLASSES, Loader, Net
 

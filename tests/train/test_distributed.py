@@ -11,11 +11,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
+from fastkd.data.order import rows_of
+from fastkd.errors import RecipeError
+from fastkd.recipe.schema import load_recipe
 from fastkd.train import FitResult, distributed, evaluate, fit_method
-from fastkd.train.epoch_order import rows_of
-from fastkd.train.errors import RecipeError
-from fastkd.train.recipe import load_recipe
-from fastkd.train.run import check_shares
+from fastkd.train.run.run import check_shares
 from fastkd.train.sync_batchnorm import synchronised
 
 from .ranks import on_two_ranks

@@ -1,0 +1,123 @@
+"""What ``fit`` reports while it runs, and to whom."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from fastkd.errors import NonFiniteLossError
+
+from .batches import Batch
+from .meters import LossMeter
+
+Record = dict[str, Any]
+
+
+class Watcher:
+    """What ``fit`` tells while it runs; subclass to show or to store. Every method may be left out.
+
+    With several ranks each has a watcher of its own; the first one's is the place to write and print.
+    """
+
+    def __enter__(self) -> Watcher:
+        return self
+
+    def __exit__(self, *exception: object) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def epoch_started(self, epoch: int, epochs: int, batches: int | None) -> None: ...
+
+    def batch_done(self, meter: LossMeter) -> None: ...
+
+    def epoch_done(self, record: Record, state: Callable[[], dict[str, Any]]) -> None:
+        """``state()`` is what ``fit(resume=…)`` takes to go on after this epoch."""
+
+    def checkpoint(self, epoch: int, step: int, state: Callable[[], dict[str, Any]]) -> None:
+        """In the middle of an epoch, after ``step`` of it: ``state()`` goes on from there."""
+
+    def not_finite(self, error: NonFiniteLossError, batch: Batch | None) -> None:
+        """The loss of a batch was not finite, and training stops. The batch is that of all ranks."""
+
+
+class Shielded(Watcher):
+    """Passes everything on to ``shown`` until that fails: what is shown, or drawn, ends no run.
+
+    A closed terminal, an encoding that lacks a sign, a full disk under TensorBoard: it is warned of once, and
+    nothing is shown any more.
+    """
+
+    def __init__(self, shown: Watcher) -> None:
+        self._shown: Watcher | None = shown
+
+    def _pass_on(self, name: str, *arguments: Any) -> None:
+        if self._shown is None:
+            return
+        try:
+            getattr(self._shown, name)(*arguments)
+        # SystemExit is rich's answer to a reader that has gone.
+        except (Exception, SystemExit) as error:
+            shown, self._shown = self._shown, None
+            with contextlib.suppress(Exception, SystemExit):  # a bar on the terminal has a thread of its own
+                shown.__exit__(None, None, None)
+            text = f"the run goes on, but shows nothing any more: {type(error).__name__}: {error}"
+            warnings.warn(text, stacklevel=2)
+
+    def __enter__(self) -> Watcher:
+        self._pass_on("__enter__")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._pass_on("__exit__", *exception)
+
+    def note(self, text: str) -> None:
+        self._pass_on("note", text)
+
+    def epoch_started(self, epoch: int, epochs: int, batches: int | None) -> None:
+        self._pass_on("epoch_started", epoch, epochs, batches)
+
+    def batch_done(self, meter: LossMeter) -> None:
+        self._pass_on("batch_done", meter)
+
+    def epoch_done(self, record: Record, state: Callable[[], dict[str, Any]]) -> None:
+        self._pass_on("epoch_done", record, state)
+
+    def checkpoint(self, epoch: int, step: int, state: Callable[[], dict[str, Any]]) -> None:
+        self._pass_on("checkpoint", epoch, step, state)
+
+    def not_finite(self, error: NonFiniteLossError, batch: Batch | None) -> None:
+        self._pass_on("not_finite", error, batch)
+
+
+class ForwardingWatcher(Watcher):
+    """Passes everything on to ``shown``; a subclass does its own part in some of it."""
+
+    def __init__(self, shown: Watcher) -> None:
+        self._shown = shown
+
+    def __enter__(self) -> Watcher:
+        self._shown.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._shown.__exit__(*exception)
+
+    def note(self, text: str) -> None:
+        self._shown.note(text)
+
+    def epoch_started(self, epoch: int, epochs: int, batches: int | None) -> None:
+        self._shown.epoch_started(epoch, epochs, batches)
+
+    def batch_done(self, meter: LossMeter) -> None:
+        self._shown.batch_done(meter)
+
+    def epoch_done(self, record: Record, state: Callable[[], dict[str, Any]]) -> None:
+        self._shown.epoch_done(record, state)
+
+    def checkpoint(self, epoch: int, step: int, state: Callable[[], dict[str, Any]]) -> None:
+        self._shown.checkpoint(epoch, step, state)
+
+    def not_finite(self, error: NonFiniteLossError, batch: Batch | None) -> None:
+        self._shown.not_finite(error, batch)
