@@ -74,12 +74,22 @@ def check_optimizer(method: Method, optimizer: Any) -> None:
 
 
 def check_scheduler(
-    scheduler: Any, optimizer: torch.optim.Optimizer, *, own_optimizer: bool, interval: str, total: int | None
+    scheduler: Any,
+    optimizer: torch.optim.Optimizer,
+    *,
+    own_optimizer: bool,
+    interval: str,
+    epochs: int,
+    batches: int | None,
 ) -> None:
-    """It must change this optimizer's learning rate, for ``total`` calls of ``step()``. Raises
-    ``ValueError``."""
+    """The scheduler must change this optimizer's learning rate, up to the end of training.
+
+    ``own_optimizer``: the caller gave none. ``batches``: per epoch. Raises ``ValueError``.
+    """
     if scheduler is None:
         return
+    per_epoch = 1 if interval == "epoch" else batches
+    total = None if per_epoch is None else per_epoch * epochs
     if own_optimizer:
         raise ValueError("scheduler is given, but the optimizer it belongs to is not: give optimizer too")
     if not callable(getattr(scheduler, "step", None)):

@@ -1,52 +1,95 @@
-"""A training's state put back, if it is one of this training.
+"""A training in progress, saved as a state and loaded from one.
 
-torch loads what fits: another optimizer's moments lie idle, another schedule's length is taken over in
-silence. So what differs is named first.
+torch loads whatever fits: it ignores another optimizer's moments and silently adopts another schedule's
+length. ``load_state`` therefore compares first and names every difference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from numbers import Number
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim.swa_utils import AveragedModel
 
 from fastkd.distill.method import Method
 from fastkd.errors import CheckpointError
 from fastkd.messages import one_line
 
+from . import distributed
+from .random_state import get_random_state, set_random_state
 from .state_dicts import fill
+from .watcher import Record
 
 _NEW_RUN = "start a new run for it, without --resume"
 
 
-def restore(
-    state: Mapping[str, Any],
-    *,
-    method: Method,
-    optimizer: torch.optim.Optimizer,
-    epochs: int,
-    batches: int | None,
-    parts: Mapping[str, Any],
-) -> list[dict[str, Any]]:
-    """Load ``state`` into what is trained; returns the history.
+@dataclass
+class Training:
+    """Everything that a training changes. ``runner`` is the method, under DDP if there are several ranks."""
 
-    ``parts``: scheduler, scaler and ema by name, None where there is none. ``batches``: of an epoch, where
-    that is known.
+    method: Method
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    scheduler_interval: str  # "step" or "epoch"
+    scaler: GradScaler | None
+    average: AveragedModel | None
+    batches: int | None  # per epoch, where the loader knows
+    history: list[Record] = field(default_factory=list)
+    position: dict[str, Any] | None = None  # within the epoch after those of the history, if resumed there
 
-    Raises ``CheckpointError`` that says what does not fit; then at most weights have changed.
+    def __post_init__(self) -> None:
+        self.runner: nn.Module = self.method
+
+    def step_scheduler(self, after: str) -> None:
+        """Step the scheduler if it is stepped after each ``after``: ``"step"`` or ``"epoch"``."""
+        if self.scheduler is not None and self.scheduler_interval == after:
+            self.scheduler.step()
+
+    def parts(self) -> dict[str, Any]:
+        """What a training may have or not, by the names in a state."""
+        return {"scheduler": self.scheduler, "scaler": self.scaler, "ema": self.average}
+
+
+def save_state(training: Training, position: dict[str, Any] | None = None) -> Callable[[], dict[str, Any]]:
+    """A function that returns the state, at ``position`` within an epoch or after one.
+
+    Every rank calls ``save_state``, in which ranks exchange buffers and random states. Only the first rank
+    calls the function.
     """
+    distributed.share_buffers(training.method)
+    randoms = distributed.of_all_ranks(get_random_state())
+    return lambda: {
+        "student": training.method.student.state_dict(),
+        "method": training.method.parts_state(),
+        "optimizer": training.optimizer.state_dict(),
+        **{name: None if part is None else part.state_dict() for name, part in training.parts().items()},
+        "history": list(training.history),
+        "random": randoms,
+        "position": position,
+        "batches": training.batches,
+    }
+
+
+def load_state(training: Training, state: Mapping[str, Any], epochs: int) -> None:
+    """Load ``state`` into a training of ``epochs`` epochs, and set the random generators.
+
+    Raises ``CheckpointError`` that says what does not fit; by then at most weights have changed.
+    """
+    method, optimizer, parts = training.method, training.optimizer, training.parts()
     try:
-        _check_position(state, epochs, batches)
+        _check_position(state, epochs, training.batches)
         for name, part in parts.items():
             if (part is None) != (state.get(name) is None):
                 has = "has none" if state.get(name) is None else "has one"
                 raise _unfit(f"{_PARTS[name]}: the state {has}, this training {_has(part)}")
         _check_optimizer(optimizer, state["optimizer"])
-        if parts["scheduler"] is not None:
-            _check_schedule(parts["scheduler"].state_dict(), state["scheduler"])
+        if training.scheduler is not None:
+            _check_schedule(training.scheduler.state_dict(), state["scheduler"])
         fill(method.student, state["student"], "the state's student", _NEW_RUN)
         method.load_parts_state(state["method"])
         _check_moments(optimizer, state["optimizer"])
@@ -54,11 +97,18 @@ def restore(
         for name, part in parts.items():
             if part is not None:
                 part.load_state_dict(state[name])
-        return list(state["history"])
+        training.history = list(state["history"])
+        training.position = state.get("position") or None
     except CheckpointError:
         raise
-    except Exception as error:  # whatever a state that is none of ours leads to
+    except Exception as error:  # a damaged or foreign state can raise anything
         raise _unfit(f"{type(error).__name__}: {one_line(error)[:300]}") from None
+    set_random_state(of_this_rank(state["random"]))
+
+
+def of_this_rank(states: list[Any]) -> Any:
+    """This rank's random state; the present one if the number of ranks has changed."""
+    return states[distributed.rank()] if len(states) == distributed.world() else get_random_state()
 
 
 _PARTS = {
