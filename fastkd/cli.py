@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     from fastkd.bench import command as bench
 
     parser = argparse.ArgumentParser(
-        prog="fastkd", description="Fused knowledge distillation losses and a thin trainer."
+        prog="fastkd", description="Fused knowledge distillation losses and a small, resumable trainer."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 

@@ -131,6 +131,12 @@ def test_every_layer_is_somewhere() -> None:
     assert not {name for names in LAYERS for name in names} - there
 
 
+def test_every_package_is_installed() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    packages = [module for module, path in modules().items() if path.name == "__init__.py"]
+    assert [name for name in packages if f'"{name}"' not in text] == []
+
+
 # Each module is imported by a process of its own, in which nothing of fastkd is imported yet. torch and the
 # like are imported once, before these processes are forked.
 IMPORT_EACH = """

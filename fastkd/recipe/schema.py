@@ -155,7 +155,7 @@ class Train(Optimization):
     channels_last: bool = False
     compile: bool = False  # networks whose inner layers the method does not read
     accumulate: Count = 1  # parts that each rank's batch is computed in
-    sync_batchnorm: bool = False  # statistics over the batch of all ranks
+    sync_batchnorm: bool = False  # statistics over the batch of all ranks; on GPUs
     ema: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None  # decay of averaged weights, then validated
     nonfinite: Literal["stop", "skip"] = "stop"  # of a loss that is NaN or infinite
     log_every: Count | None = None  # steps between fetching losses; None: 1 on a CPU, else 20

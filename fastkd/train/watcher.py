@@ -42,28 +42,14 @@ class Watcher:
         """The loss of a batch was not finite, and training stops. The batch is that of all ranks."""
 
 
-class Shielded(Watcher):
-    """Passes everything on to ``shown`` until that fails: what is shown, or drawn, ends no run.
-
-    A closed terminal, an encoding that lacks a sign, a full disk under TensorBoard: it is warned of once, and
-    nothing is shown any more.
-    """
+class ForwardingWatcher(Watcher):
+    """Passes everything on to ``shown``; subclasses add to some of it."""
 
     def __init__(self, shown: Watcher) -> None:
         self._shown: Watcher | None = shown
 
     def _pass_on(self, name: str, *arguments: Any) -> None:
-        if self._shown is None:
-            return
-        try:
-            getattr(self._shown, name)(*arguments)
-        # SystemExit is rich's answer to a reader that has gone.
-        except (Exception, SystemExit) as error:
-            shown, self._shown = self._shown, None
-            with contextlib.suppress(Exception, SystemExit):  # a bar on the terminal has a thread of its own
-                shown.__exit__(None, None, None)
-            text = f"the run goes on, but shows nothing any more: {type(error).__name__}: {error}"
-            warnings.warn(text, stacklevel=2)
+        getattr(self._shown, name)(*arguments)
 
     def __enter__(self) -> Watcher:
         self._pass_on("__enter__")
@@ -91,33 +77,21 @@ class Shielded(Watcher):
         self._pass_on("not_finite", error, batch)
 
 
-class ForwardingWatcher(Watcher):
-    """Passes everything on to ``shown``; a subclass does its own part in some of it."""
+class Shielded(ForwardingWatcher):
+    """Passes everything on until ``shown`` fails; a failing display must not end a run.
 
-    def __init__(self, shown: Watcher) -> None:
-        self._shown = shown
+    The failure (a closed terminal, an unsupported encoding, a full disk) is warned of once, and ``shown`` is
+    dropped.
+    """
 
-    def __enter__(self) -> Watcher:
-        self._shown.__enter__()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._shown.__exit__(*exception)
-
-    def note(self, text: str) -> None:
-        self._shown.note(text)
-
-    def epoch_started(self, epoch: int, epochs: int, batches: int | None) -> None:
-        self._shown.epoch_started(epoch, epochs, batches)
-
-    def batch_done(self, meter: LossMeter) -> None:
-        self._shown.batch_done(meter)
-
-    def epoch_done(self, record: Record, state: Callable[[], dict[str, Any]]) -> None:
-        self._shown.epoch_done(record, state)
-
-    def checkpoint(self, epoch: int, step: int, state: Callable[[], dict[str, Any]]) -> None:
-        self._shown.checkpoint(epoch, step, state)
-
-    def not_finite(self, error: NonFiniteLossError, batch: Batch | None) -> None:
-        self._shown.not_finite(error, batch)
+    def _pass_on(self, name: str, *arguments: Any) -> None:
+        if self._shown is None:
+            return
+        try:
+            super()._pass_on(name, *arguments)
+        except (Exception, SystemExit) as error:  # rich raises SystemExit when its reader has gone
+            shown, self._shown = self._shown, None
+            with contextlib.suppress(Exception, SystemExit):  # stops the thread of a progress bar
+                shown.__exit__(None, None, None)
+            text = f"training continues without progress display: {type(error).__name__}: {error}"
+            warnings.warn(text, stacklevel=2)

@@ -13,9 +13,8 @@ from typing import Any
 from fastkd.errors import TrainError
 from fastkd.files.atomic import write_atomically
 from fastkd.files.regular import read_regular
-from fastkd.train.display import canvas
 from fastkd.train.display.console import make_console
-from fastkd.train.display.curves import COLOURS
+from fastkd.train.display.curves import COLOURS, make_figure
 from fastkd.train.run.folder import read_json
 
 Records = list[dict[str, Any]]
@@ -126,7 +125,7 @@ def _told_apart(shown: Sequence[Shown], folders: Sequence[Path]) -> list[Shown]:
 
 def plot(shown: Sequence[Shown], path: Path) -> None:
     """Accuracy, validation loss and time of each; a band spans the seeds of a group."""
-    figure = canvas.figure(figsize=(13, 4.2), layout="constrained")
+    figure = make_figure(figsize=(13, 4.2), layout="constrained")
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     accuracy, losses, seconds = figure.subplots(1, 3, width_ratios=(1.3, 1.3, 1))

@@ -7,12 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from fastkd.files.atomic import write_atomically
-
-from . import canvas
+from fastkd.imports import import_matplotlib
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _PARTS = ("data", "teacher", "student", "loss", "other", "validation")
+
+
+def make_figure(**options: Any) -> Any:
+    """A ``matplotlib.figure.Figure`` on an Agg canvas: pyplot keeps global state and looks for a display."""
+    import_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(**options)
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def plot_curves(
@@ -23,7 +33,7 @@ def plot_curves(
     teacher_accuracy: float | None = None,
 ) -> None:
     """Write a PNG with three panels to ``path``, atomically. ``history`` is that of ``FitResult``."""
-    figure = canvas.figure(figsize=(13, 4), layout="constrained")
+    figure = make_figure(figsize=(13, 4), layout="constrained")
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     # Dollar signs in a name would be read as mathematics.

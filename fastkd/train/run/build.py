@@ -10,6 +10,7 @@ from torch import nn
 
 from fastkd.data.data import Data
 from fastkd.distill import CrossEntropy, Method, find_method
+from fastkd.distill.heads import RowBatchNorm
 from fastkd.errors import RecipeError, TrainError
 from fastkd.messages import kind_and_text
 from fastkd.models import build_model
@@ -58,6 +59,29 @@ def build_method(
     except ValueError as error:
         raise RecipeError(f"method {recipe.method}: {error}") from None
     return method.to(device)
+
+
+def synchronised(module: nn.Module) -> nn.Module:
+    """``module`` with torch's SyncBatchNorm for every BatchNorm; unchanged with one rank.
+
+    A method holds references to layers: convert the student before it is given to one. Raises ``RecipeError``
+    for a layer that does more than normalise, which SyncBatchNorm would lose.
+    """
+    if distributed.world() == 1:
+        return module
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and type(layer).forward not in _NORMALISE_ONLY:
+            raise RecipeError(
+                f"train.sync_batchnorm: layer {name!r} is a {type(layer).__name__}, with a forward of its "
+                "own; only torch's BatchNorm can be synchronised"
+            )
+    return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+
+
+# A head's RowBatchNorm differs only for a batch of one row, which all ranks together never have.
+_NORMALISE_ONLY = tuple(
+    kind.forward for kind in (nn.modules.batchnorm._BatchNorm, RowBatchNorm, nn.SyncBatchNorm)
+)
 
 
 def try_method(

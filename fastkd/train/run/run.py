@@ -17,9 +17,8 @@ from fastkd.recipe.schema import Recipe
 from fastkd.train import distributed
 from fastkd.train.display.tensorboard import require_tensorboard
 from fastkd.train.signals import StopSignals
-from fastkd.train.sync_batchnorm import synchronised
 
-from .build import build_method, build_network, resolve_device, try_method
+from .build import build_method, build_network, resolve_device, synchronised, try_method
 from .fitting import fit_in_folder, owned, read_state
 from .folder import create_run_folder, write_json, write_recipe
 from .resume import check_recipe, identity
@@ -57,7 +56,7 @@ def run_recipe(
         if recipe.train.threads is not None:
             torch.set_num_threads(recipe.train.threads)
         console.print(f"{name}: {recipe.description}", markup=False)
-        check_shares(recipe)
+        check_ranks(recipe, device)
         if recipe.train.tensorboard:
             require_tensorboard()
         with distributed.first_rank_first():
@@ -111,11 +110,17 @@ def run_recipe(
     return {**summary, "folder": str(folder)}
 
 
-def check_shares(recipe: Recipe) -> None:
-    """Every rank must get as many images of a batch. Raises ``RecipeError``."""
+def check_ranks(recipe: Recipe, device: torch.device) -> None:
+    """Raise ``RecipeError`` for what several ranks cannot do: uneven shares, SyncBatchNorm on CPUs."""
     world = distributed.world()
+    if world == 1:
+        return
+    if recipe.train.sync_batchnorm and device.type != "cuda":
+        raise RecipeError(
+            f"train.sync_batchnorm: torch's SyncBatchNorm runs on GPUs, but train.device is {device.type}"
+        )
     for key, section in (("train", recipe.train), ("teacher", recipe.teacher)):
-        if section is None or world == 1:
+        if section is None:
             continue
         if section.batch_size % world or section.batch_size < 2 * world:
             raise RecipeError(
@@ -141,12 +146,12 @@ def _distil(
     torch.manual_seed(recipe.train.seed)
     student = build_network(recipe.student, data).to(device)
     if recipe.train.sync_batchnorm:
-        student = synchronised(student, device)
+        student = synchronised(student)
     method = build_method(recipe, student, teacher.model if teacher else None, data, device)
     if recipe.train.sync_batchnorm:
         for part, module in method.named_children():
             if part != "student":
-                setattr(method, part, synchronised(module, device))
+                setattr(method, part, synchronised(module))
     result = fit_in_folder(
         folder,
         "student",

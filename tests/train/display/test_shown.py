@@ -44,7 +44,7 @@ def breaks(*_: Any, **__: Any) -> None:
     raise RuntimeError("no fonts here")
 
 
-@pytest.mark.parametrize("what", ["run.folder.plot_curves", "display.canvas.import_matplotlib"])
+@pytest.mark.parametrize("what", ["run.folder.plot_curves", "display.curves.import_matplotlib"])
 def test_a_picture_that_cannot_be_drawn(
     what: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -59,7 +59,7 @@ def test_a_comparison_that_cannot_be_drawn(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["train", *STUDENT]) == 0
-    monkeypatch.setattr(plot_command.canvas, "figure", breaks)
+    monkeypatch.setattr(plot_command, "make_figure", breaks)
     assert main(["plot", "runs/fashion-mnist-student-001"]) == 2
     assert "comparison.png cannot be drawn: RuntimeError: no fonts here" in capsys.readouterr().err
 
@@ -97,11 +97,11 @@ def test_a_terminal_that_breaks(error: BaseException, monkeypatch: pytest.Monkey
         raise error
 
     monkeypatch.setattr(ConsoleProgress, "batch_done", breaks)
-    with pytest.warns(UserWarning, match=f"shows nothing any more: {type(error).__name__}"):
+    with pytest.warns(UserWarning, match=f"continues without progress display: {type(error).__name__}"):
         assert main(["train", *STUDENT]) == 0
     assert whole()
     loader = [(Loader().images, Loader().target)]
-    with pytest.warns(UserWarning, match="the run goes on"):
+    with pytest.warns(UserWarning, match="training continues"):
         result = fit(Net(4), None, loader, loader, loss=labels_alone, epochs=2)
     assert len(result.history) == 2
 

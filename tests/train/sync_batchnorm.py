@@ -1,4 +1,4 @@
-"""Batch normalisation over the batch of all ranks: torch's on GPUs, and on CPUs, where torch has none."""
+"""Batch normalisation over the batch of all ranks on CPUs, for tests: torch has it for GPUs only."""
 
 from __future__ import annotations
 
@@ -8,32 +8,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastkd.distill.heads import RowBatchNorm
-from fastkd.errors import RecipeError
-
-from . import distributed
+from fastkd.train import distributed
 
 
-def synchronised(module: nn.Module, device: torch.device) -> nn.Module:
-    """``module`` with the statistics of every BatchNorm taken over all ranks; parameters stay the same.
-
-    Changes nothing with one rank. A method reads layers by reference: convert the student before it is handed
-    to one. Raises ``RecipeError`` for a layer that does more than normalise, which would be lost.
-    """
-    if distributed.world() == 1:
-        return module
-    for name, layer in module.named_modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and type(layer).forward not in _KNOWN:
-            raise RecipeError(
-                f"train.sync_batchnorm: layer {name!r} is a {type(layer).__name__}, with a forward of its "
-                "own; only torch's BatchNorm can be synchronised"
-            )
-    if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    for layer in module.modules():
-        for plain, synchronised_class in _SYNCHRONISED.items():
-            if isinstance(layer, plain):
-                layer.__class__ = synchronised_class
+def synchronised(module: nn.Module) -> nn.Module:
+    """``module`` with the statistics of every BatchNorm taken over all ranks; unchanged with one rank."""
+    if distributed.world() > 1:
+        for layer in module.modules():
+            for plain, synchronised_class in _SYNCHRONISED.items():
+                if isinstance(layer, plain):
+                    layer.__class__ = synchronised_class
     return module
 
 
@@ -99,15 +83,4 @@ class _Synchronised1d(_Synchronised, nn.BatchNorm1d): ...
 class _Synchronised2d(_Synchronised, nn.BatchNorm2d): ...
 
 
-class _Synchronised3d(_Synchronised, nn.BatchNorm3d): ...
-
-
-# A head's RowBatchNorm takes a single row too, which all ranks together never have.
-_KNOWN = tuple(
-    kind.forward for kind in (nn.modules.batchnorm._BatchNorm, RowBatchNorm, nn.SyncBatchNorm, _Synchronised)
-)
-_SYNCHRONISED: dict[type, type] = {
-    nn.BatchNorm1d: _Synchronised1d,
-    nn.BatchNorm2d: _Synchronised2d,
-    nn.BatchNorm3d: _Synchronised3d,
-}
+_SYNCHRONISED: dict[type, type] = {nn.BatchNorm1d: _Synchronised1d, nn.BatchNorm2d: _Synchronised2d}
