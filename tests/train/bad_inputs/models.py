@@ -30,8 +30,7 @@ from fastkd.models import build_model
 from fastkd.recipe.schema import FolderData, load_recipe
 from fastkd.train import Watcher, fit, fit_method
 from fastkd.train.run.weights import load_weights
-
-from .tiny import CLASSES, Loader, Net
+from tests.train.tiny import CLASSES, Loader, Net
 
 Row = tuple[str, str, Callable[[], str]]
 IMAGES, TARGET = Loader().images[:8], Loader().target[:8]
@@ -278,7 +277,7 @@ class Own:
 
 def own_class() -> str:
     state = build_model("small_cnn", num_classes=4, width=2).state_dict()
-    text = raised("bad_inputs_models.Own", lambda: checkpoint({"model": state, "config": Own()}))
+    text = raised("bad_inputs.models.Own", lambda: checkpoint({"model": state, "config": Own()}))
     assert "weights_only" not in text
     return text
 
