@@ -35,11 +35,11 @@ from fastkd.bench.command import positive
 from fastkd.bench.peers import masked_dkd
 from fastkd.bench.protocol import percentile
 from fastkd.bench.results import ResultFileError, Writer, header
+from fastkd.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Normalize
 from fastkd.distill import DKD
 from fastkd.models import build_model
 from fastkd.train import Watcher, fit_method
 from fastkd.train.precision import autocast, compile_networks
-from fastkd.train.transforms import IMAGENET_MEAN, IMAGENET_STD, Normalize
 
 BETA, TEMPERATURE = 0.5, 1.0  # and alpha 1
 

@@ -128,8 +128,8 @@ struct Softmax {
       // Without a label nothing is left out, and KD is NCKD over all classes.
       Real q = 0, p = 0, q_rest = 1, p_rest = 1, tckd = 0, gate = 1;
       if (row.label.present) {
-        const Real u = above_base<Real>(row.label.z_s, sums.max_s) * row.student.slope;
-        const Real v = above_base<Real>(row.label.z_t, sums.max_t) * row.teacher.slope;
+        const Real u = unfused(above_base<Real>(row.label.z_s, sums.max_s) * row.student.slope);
+        const Real v = unfused(above_base<Real>(row.label.z_t, sums.max_t) * row.teacher.slope);
         const Real difference = (v - u) - log_ratio(sums.sum_t, sums.sum_s);
         const Odds<Real> of_student = from_log_odds(u - std::log(sums.sum_s));
         const Odds<Real> of_teacher = from_log_odds(v - std::log(sums.sum_t));
@@ -144,15 +144,15 @@ struct Softmax {
       result.terms[2] = options.tckd_weight != 0 ? square * gate * tckd : 0;
       result.terms[3] = w_n != 0 ? square * nckd : 0;
 
-      gradient.student = temperature / sums.sum_s * (w_kd * q_rest + w_t * (p - q) + w_n);
-      gradient.teacher = temperature / sums.sum_t * (w_kd * p_rest + w_n);
+      gradient.student = temperature / sums.sum_s * (unfused(w_kd * q_rest) + w_t * (p - q) + w_n);
+      gradient.teacher = temperature / sums.sum_t * (unfused(w_kd * p_rest) + w_n);
       gradient.label = temperature * (w_kd + w_t) * (q - p);
       if (needs & kStandardized) {
         // G = sum g_i x_i over the standardised logits x.
         const Real inverse = row.student.slope * temperature;
         const Real label_z = row.label.present ? above_mean(row.label.z_s, row.student) : Real(0);
-        const Real along = inverse * (gradient.student * sums.moment_s - gradient.teacher * sums.moment_t +
-                                      gradient.label * label_z);
+        const Real along = inverse * (unfused(gradient.student * sums.moment_s) -
+                                      unfused(gradient.teacher * sums.moment_t) + gradient.label * label_z);
         gradient.affine = row.student.deviation > 0
                               ? -along * inverse / (Real(row.classes - 1) * row.student.deviation)
                               : Real(0);

@@ -43,6 +43,21 @@ enum Needs : unsigned {
   kCompiledNeeds = kStudentAtT1 | kTeacherAtT1 | kCrossTerm | kLogRatio | kOwnSlopes | kStandardized | kSumsOnly
 };
 
+// A product as it is rounded: keeps the compiler from fusing it into a sum where two equal products must cancel to 0. The
+// GPU's code is compiled without fusion.
+FASTKD_ROW_FUNCTION float unfused(float x) { return x; }
+FASTKD_ROW_FUNCTION double unfused(double x) {
+#if defined(__CUDACC__)
+#elif defined(__x86_64__)
+  asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#else
+  asm("" : "+m"(x));
+#endif
+  return x;
+}
+
 // How one model's logits enter the softmax: u = z * slope up to a constant, which cancels in it. Of standardised
 // logits, their mean (in two parts, the second far smaller) and deviation for the gradient.
 template <class Real>

@@ -1,4 +1,4 @@
-"""Fused knowledge-distillation losses for PyTorch, and the thin trainer that uses them."""
+"""Fused knowledge-distillation losses for PyTorch, and a small, resumable trainer that uses them."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from fastkd.train.cli import main
+from fastkd.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,7 +1,8 @@
-"""Importing what a user names as ``module:attribute``."""
+"""Importing what a user names as ``module:attribute``, and matplotlib whatever its environment says."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
@@ -25,3 +26,23 @@ def import_named(name: str, what: str) -> Any:
     if found is None:
         raise ValueError(f"{what} {name!r}: the module {module_name} has no {attribute!r}")
     return found
+
+
+def import_matplotlib() -> Any:
+    """matplotlib, even where MPLBACKEND names a backend that is not installed.
+
+    Its import would fail there. Notebooks set the variable, also for the commands they start. The variable is
+    restored for the rest of the process.
+    """
+    variable = "MPLBACKEND"
+    if "matplotlib" not in sys.modules and (wanted := os.environ.pop(variable, None)) is not None:
+        try:
+            import matplotlib
+
+            with contextlib.suppress(ValueError):
+                matplotlib.rcParams["backend"] = wanted
+        finally:
+            os.environ[variable] = wanted
+    import matplotlib
+
+    return matplotlib

@@ -9,8 +9,8 @@ import pytest
 
 import fastkd
 from fastkd import environment
+from fastkd.cli import main
 from fastkd.ops import backend
-from fastkd.train.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 

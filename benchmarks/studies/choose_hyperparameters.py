@@ -22,10 +22,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from fastkd.train.console import make_console
-from fastkd.train.glyph_fonts import DEJAVU_HOLDOUT
-from fastkd.train.recipe import load_recipe
-from fastkd.train.run import run_recipe
+from fastkd.data.glyphs.fonts import DEJAVU_HOLDOUT
+from fastkd.recipe.schema import load_recipe
+from fastkd.train.display.console import make_console
+from fastkd.train.run.run import run_recipe
 
 # By method: the options to try, every combination of them. A recipe's own comes first: BinaryKL-Norm is a sum
 # over classes, and what a weight means depends on their number.

@@ -27,14 +27,14 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from fastkd.bench.results import header
+from fastkd.data.data import Data, load_data
 from fastkd.distill import Method
-from fastkd.train.build import build_method, build_network, resolve_device
-from fastkd.train.console import make_console
-from fastkd.train.data import Data, load_data
+from fastkd.recipe.schema import Recipe, load_recipe
+from fastkd.train.display.console import make_console
 from fastkd.train.loop import evaluate
 from fastkd.train.optimization import build_optimizer, build_scheduler
-from fastkd.train.recipe import Recipe, load_recipe
-from fastkd.train.teachers import own_teacher
+from fastkd.train.run.build import build_method, build_network, resolve_device
+from fastkd.train.run.teachers import own_teacher
 
 # One head and two, at one weight of the logit loss.
 HEADS = {

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import losses
-from fastkd.regular_files import open_regular
-from fastkd.sealed_files import Damage, check_sealed
-from fastkd.torch_files import load_plain
+from fastkd.files.plain import load_plain
+from fastkd.files.regular import open_regular
+from fastkd.files.sealed import Damage, check_sealed
 
 from .features import check_same_space
 from .heads import MapHead

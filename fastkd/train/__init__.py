@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .loop import FitResult, Watcher, evaluate, fit, fit_method
+    from .evaluation import evaluate
+    from .loop import FitResult, fit, fit_method
+    from .watcher import Watcher
 
 __all__ = ["FitResult", "Watcher", "evaluate", "fit", "fit_method"]
 

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils.data.distributed import DistributedSampler
 
+from fastkd.data.order import rows_of
+from fastkd.data.transforms import Normalize
+
 from . import distributed
-from .epoch_order import rows_of
 from .preflight import checked_batch
-from .transforms import Normalize
 
 Batch = tuple[Tensor, ...]  # images, target and whatever else the method takes
 

@@ -14,10 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastkd import environment
 from fastkd.distill.method import Method
-
-from .environment import number
-from .errors import RecipeError
+from fastkd.errors import RecipeError
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -150,6 +149,17 @@ def share_buffers(module: nn.Module) -> None:
     if world() > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
+
+
+def number(name: str, default: int, least: int = 0) -> int:
+    """A number that a launcher leaves in the environment variable ``name``; ``default`` if unset or empty.
+
+    Raises ``RecipeError`` that names the variable.
+    """
+    try:
+        return environment.count(name, default, least)
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
 
 
 def _active() -> bool:

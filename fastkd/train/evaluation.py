@@ -10,11 +10,11 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
 from fastkd.distill.taps import eval_mode, logits_of
+from fastkd.errors import TrainError
 
 from . import distributed
 from .batches import Batches
-from .errors import TrainError
-from .precision import autocast
+from .precision import Numerics, autocast
 from .preflight import first_of
 
 
@@ -68,9 +68,7 @@ def evaluate_rows(
     return correct_rows / all_rows, loss / all_rows, int(all_rows)
 
 
-def try_validation(
-    student: nn.Module, loader: Any, device: torch.device, precision: str, channels_last: bool
-) -> None:
+def try_validation(student: nn.Module, loader: Any, numerics: Numerics) -> None:
     """Validate on the loader's first batch, where it can be had twice: before an epoch has been trained.
 
     Raises ``TrainError``.
@@ -79,7 +77,7 @@ def try_validation(
     if batch is None:
         return
     try:
-        evaluate_rows(student, [batch], device=device, precision=precision, channels_last=channels_last)
+        evaluate_rows(student, [batch], **vars(numerics))
     except TrainError:
         raise
     except Exception as error:
@@ -92,20 +90,14 @@ def try_validation(
 
 
 def validate(
-    student: nn.Module,
-    average: AveragedModel | None,
-    loader: Any,
-    device: torch.device,
-    precision: str,
-    channels_last: bool,
+    student: nn.Module, average: AveragedModel | None, loader: Any, numerics: Numerics
 ) -> dict[str, Any]:
-    """The part of an epoch's record that validation gives: of the average, where there is one."""
-    options: dict[str, Any] = {"device": device, "precision": precision, "channels_last": channels_last}
+    """The validation part of an epoch's record: that of the average, if there is one."""
     distributed.share_buffers(student)
-    accuracy, loss, rows = evaluate_rows(student, loader, **options)
+    accuracy, loss, rows = evaluate_rows(student, loader, **vars(numerics))
     record: dict[str, Any] = {}
     if average is not None:
         record["student_accuracy"] = accuracy
         distributed.share_buffers(average.module)
-        accuracy, loss, _ = evaluate_rows(average.module, loader, **options)
+        accuracy, loss, _ = evaluate_rows(average.module, loader, **vars(numerics))
     return {**record, "val_accuracy": accuracy, "val_loss": loss, "val_rows": rows}

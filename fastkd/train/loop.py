@@ -11,35 +11,30 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.distill.logits import LossMethod
-from fastkd.distill.method import TOTAL, Method, TermError, Terms, total_of
+from fastkd.distill.method import Method
 from fastkd.distill.sharing import check_apart
+from fastkd.errors import NonFiniteLossError, Preempted, TrainError
 
 from . import distributed
-from .batches import Batch, Batches, micro_batches
+from .batches import Batch, Batches
 from .ema import make_ema
-from .errors import NonFiniteLossError, Preempted, TrainError
+from .epoch import Epoch
 from .evaluation import evaluate, try_validation, validate
 from .freezing import frozen
-from .meters import LossMeter, PassTimer, Stopwatch
-from .precision import autocast, compile_networks, dtype_of, make_scaler
-from .preflight import (
-    check_channels_last,
-    check_loaders,
-    check_optimizer,
-    check_options,
-    check_scheduler,
-)
-from .random_state import get_random_state, set_random_state
-from .restore import restore
+from .meters import LossMeter, PassTimer
+from .precision import Numerics, compile_networks, make_scaler, place
+from .preflight import check_loaders, check_optimizer, check_options, check_scheduler
 from .signals import Control
+from .state import Training, load_state, save_state
+from .step import StepOptions, train_step
 from .trial import Sizes
+from .watcher import Record, Shielded, Watcher
 
 __all__ = ["FitResult", "Watcher", "evaluate", "fit", "fit_method"]
 
 # (student_logits, teacher_logits or None, target) -> loss, or (loss, terms)
 Loss = Callable[[Tensor, Any, Tensor], Any]
 Loader = Iterable[Batch]
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -69,33 +64,6 @@ class FitResult:
     def seconds(self) -> dict[str, float]:
         """Seconds over all epochs, by part."""
         return {part: sum(r["seconds"][part] for r in self.history) for part in self.last["seconds"]}
-
-
-class Watcher:
-    """What ``fit`` tells while it runs; subclass to show or to store. Every method may be left out.
-
-    With several ranks each has a watcher of its own; the first one's is the place to write and print.
-    """
-
-    def __enter__(self) -> Watcher:
-        return self
-
-    def __exit__(self, *exception: object) -> None: ...
-
-    def note(self, text: str) -> None: ...
-
-    def epoch_started(self, epoch: int, epochs: int, batches: int | None) -> None: ...
-
-    def batch_done(self, meter: LossMeter) -> None: ...
-
-    def epoch_done(self, record: Record, state: Callable[[], dict[str, Any]]) -> None:
-        """``state()`` is what ``fit(resume=…)`` takes to go on after this epoch."""
-
-    def checkpoint(self, epoch: int, step: int, state: Callable[[], dict[str, Any]]) -> None:
-        """In the middle of an epoch, after ``step`` of it: ``state()`` goes on from there."""
-
-    def not_finite(self, error: NonFiniteLossError, batch: Batch | None) -> None:
-        """The loss of a batch was not finite, and training stops. The batch is that of all ranks."""
 
 
 def fit(
@@ -189,178 +157,112 @@ def fit_method(
         TrainError: a loader yields nothing or something else, or the loss does not depend on the student.
     """
     check_options(epochs, scheduler_interval, accumulate, ema, nonfinite)
-    student = method.student
     check_loaders(train_loader, val_loader, epochs)
+    student = method.student
     device = torch.device(device) if device is not None else _device_of(student)
-    method.to(device)
-    if channels_last:
-        check_channels_last(method)
-        method.to(memory_format=torch.channels_last)
-    if teacher_precision is not None:
-        method.teacher_dtype = dtype_of(teacher_precision, "teacher_precision") or torch.float32
-    scaler = make_scaler(device, precision)
+    numerics = Numerics(device, precision, channels_last)
+    place(method, numerics, teacher_precision)
     own_optimizer = optimizer is None
     optimizer = torch.optim.AdamW(method.parameters(), lr=1e-3) if optimizer is None else optimizer
     check_optimizer(method, optimizer)
-    average = make_ema(student, ema) if ema is not None else None
-    if watcher is None:
-        watcher = _default_watcher(progress)
+    train = Batches(train_loader, device, even=True, channels_last=channels_last)
+    training = Training(
+        method,
+        optimizer,
+        scheduler,
+        scheduler_interval,
+        scaler=make_scaler(device, precision),
+        average=make_ema(student, ema) if ema is not None else None,
+        batches=train.length,
+    )
+    watcher = _default_watcher(progress) if watcher is None else watcher
     for note in compile_networks(method, "inductor" if compile is True else compile) if compile else ():
         watcher.note(note)
-
-    train = Batches(train_loader, device, even=True, channels_last=channels_last)
-    history: list[Record] = []
     if resume is not None:
-        history = restore(
-            resume,
-            method=method,
-            optimizer=optimizer,
-            epochs=epochs,
-            batches=train.length,
-            parts={"scheduler": scheduler, "scaler": scaler, "ema": average},
-        )
-        set_random_state(_of_this_rank(resume["random"]))
-    runner = distributed.wrap(method)
-    buffers = list(method.buffers())
-    steps = 1 if scheduler_interval == "epoch" else train.length
+        load_state(training, resume, epochs)
+    training.runner = distributed.wrap(method)
     check_scheduler(
         scheduler,
         optimizer,
         own_optimizer=own_optimizer,
         interval=scheduler_interval,
-        total=None if steps is None else steps * epochs,
+        epochs=epochs,
+        batches=train.length,
     )
-    try_validation(student, val_loader, device, precision, channels_last)
+    try_validation(student, val_loader, numerics)
 
-    def state(**position: Any) -> Callable[[], dict[str, Any]]:
-        # Here and not in the function: all ranks take part, only the first one writes.
-        distributed.share_buffers(method)
-        randoms = distributed.of_all_ranks(get_random_state())
-        return lambda: {
-            "student": student.state_dict(),
-            "method": method.parts_state(),
-            "optimizer": optimizer.state_dict(),
-            "scheduler": None if scheduler is None else scheduler.state_dict(),
-            "scaler": None if scaler is None else scaler.state_dict(),
-            "ema": None if average is None else average.state_dict(),
-            "history": list(history),
-            "random": randoms,
-            "position": position or None,
-            "batches": train.length,
-        }
-
+    options = StepOptions(numerics, accumulate, clip_norm, skip_nonfinite=nonfinite == "skip")
     sizes = Sizes(method, precision, accumulate, watcher.note)
     with watcher:
-        for epoch in range(len(history), epochs):
-            train.set_epoch(epoch)
-            method.set_epoch(epoch)
-            watcher.epoch_started(epoch + 1, epochs, train.length)
-            meter = LossMeter(device, epoch + 1, log_every)
-            within = resume.get("position") if resume and epoch == len(resume["history"]) else None
-            watch = Stopwatch(device, within["seconds"] if within else None)
-            control = Control(checkpoint_every, stop, meter.interval)
-            random_now = random_at_start = get_random_state()
-            if within:  # a loader that draws its order from the global generator draws the same again
-                random_at_start = _of_this_rank(within["random"])
-                set_random_state(random_at_start)
-            batches = train.start(within["meter"]["steps"] if within else 0)
-            if within:
-                meter.load_state(within["meter"])
-                set_random_state(random_now)
-            method.train()
-            with PassTimer(student, method.teacher, watch) as passes, _saving(watcher, train):
-                for batch in batches:
-                    watch.lap("data")
-                    if not sizes.take(batch, resumed=within is not None):
-                        meter.skip_step()
-                        if scheduler is not None and scheduler_interval == "step":
-                            scheduler.step()
-                        continue
-                    optimizer.zero_grad(set_to_none=True)
-                    kept = [buffer.clone() for buffer in buffers] if nonfinite == "skip" else []
-                    parts = micro_batches(batch, accumulate)
-                    for number, (part, share) in enumerate(parts, start=1):
-                        # Ranks exchange gradients once a step.
-                        with distributed.without_sync(runner, number < len(parts)):
-                            with autocast(device, precision):
-                                terms = _terms(runner, part)
-                            watch.lap("loss")
-                            meter.add(total_of(terms).detach(), _logged(terms), passes.logits, part[1])
-                            watch.lap("other")
-                            method.backward(terms, scaler=scaler, micro_batches=share)
-                    if nonfinite == "skip" and not meter.step_is_finite():
-                        meter.skip_step()
-                        method.finish_gradients()  # what it keeps between backward passes is not for the next
-                        _restore(buffers, kept)
-                    else:
-                        meter.end_step()
-                        if scaler is not None:
-                            scaler.unscale_(optimizer)
-                        method.finish_gradients()
-                        if clip_norm is not None:
-                            nn.utils.clip_grad_norm_(method.parameters(), clip_norm)
-                        if scaler is not None:
-                            scaler.step(optimizer)
-                            scaler.update()
-                        else:
-                            optimizer.step()
-                        if average is not None:
-                            average.update_parameters(student)
-                    if scheduler is not None and scheduler_interval == "step":
-                        scheduler.step()
-                    watch.lap("student")
-                    meter.waited = train.waited
-                    watcher.batch_done(meter)
-                    save, ask_to_stop = control.after_step(meter.steps)
-                    if save:
-                        position = {"meter": meter.state(), "seconds": watch.seconds()}
-                        start = distributed.of_all_ranks(random_at_start)
-                        watcher.checkpoint(epoch + 1, meter.steps, state(**position, random=start))
-                    if ask_to_stop:
-                        distributed.barrier()  # who ends early has the others killed, as they write
-                        raise Preempted(f"stopped in epoch {epoch + 1} after step {meter.steps}")
-                    watch.lap("other")
-                meter.drain()
-
-            if train.left_out and not history:
+        for number in range(len(training.history), epochs):
+            train.set_epoch(number)
+            method.set_epoch(number)
+            watcher.epoch_started(number + 1, epochs, train.length)
+            epoch = Epoch(number, device, log_every, training.position)
+            training.position = None
+            control = Control(checkpoint_every, stop, epoch.meter.interval)
+            _train_epoch(training, options, epoch, train, sizes, control, watcher)
+            if train.left_out and not training.history:
                 watcher.note(
                     f"left out in each epoch: {train.left_out} batches of under two images per process"
                 )
-            if meter.rows == 0:
-                raise TrainError(_nothing_came(epoch, meter))
-            if scheduler is not None and scheduler_interval == "epoch":
-                scheduler.step()
+            if epoch.meter.rows == 0:
+                raise TrainError(_nothing_came(number, epoch.meter))
+            training.step_scheduler("epoch")
+            epoch.watch.lap("other")
+            validated = validate(student, training.average, val_loader, numerics)
+            epoch.watch.lap("validation")
+            training.history.append(epoch.record(validated, optimizer.param_groups[0]["lr"]))
+            watcher.epoch_done(training.history[-1], save_state(training))
+    return FitResult(training.history)
+
+
+def _train_epoch(
+    training: Training,
+    options: StepOptions,
+    epoch: Epoch,
+    train: Batches,
+    sizes: Sizes,
+    control: Control,
+    watcher: Watcher,
+) -> None:
+    """Train on the remaining batches of ``epoch``. Raises what ``train_step`` raises, and ``Preempted``."""
+    method, meter, watch = training.method, epoch.meter, epoch.watch
+    batches = epoch.batches(train)
+    method.train()
+    with PassTimer(method.student, method.teacher, watch) as passes, _reporting(watcher, train):
+        for batch in batches:
+            watch.lap("data")
+            if not sizes.take(batch, resumed=epoch.resumed):
+                meter.skip_step()
+                training.step_scheduler("step")
+                continue
+            train_step(training, options, batch, meter, watch, passes)
+            training.step_scheduler("step")
+            watch.lap("student")
+            meter.waited = train.waited
+            watcher.batch_done(meter)
+            save, ask_to_stop = control.after_step(meter.steps)
+            if save:
+                watcher.checkpoint(epoch.number, meter.steps, save_state(training, epoch.position()))
+            if ask_to_stop:
+                # The launcher kills the other ranks once one has exited; all must have written by then.
+                distributed.barrier()
+                raise Preempted(f"stopped in epoch {epoch.number} after step {meter.steps}")
             watch.lap("other")
-            validated = validate(student, average, val_loader, device, precision, channels_last)
-            watch.lap("validation")
-            history.append(
-                {
-                    "epoch": epoch + 1,
-                    "loss": meter.loss,
-                    "terms": meter.terms,
-                    "train_accuracy": meter.accuracy,
-                    "rows": meter.rows,
-                    "skipped": meter.skipped,
-                    **validated,
-                    "lr": optimizer.param_groups[0]["lr"],
-                    "seconds": watch.seconds(),
-                }
-            )
-            watcher.epoch_done(history[-1], state())
-    return FitResult(history)
+        meter.drain()
 
 
 def _default_watcher(progress: bool) -> Watcher:
     if not progress or not distributed.is_first():
         return Watcher()
-    from .console import ConsoleProgress  # rich is wanted only here
-    from .forwarding import Shielded
+    from .display.console import ConsoleProgress  # rich is wanted only here
 
     return Shielded(ConsoleProgress())
 
 
 @contextlib.contextmanager
-def _saving(watcher: Watcher, train: Batches) -> Iterator[None]:
+def _reporting(watcher: Watcher, train: Batches) -> Iterator[None]:
     """Hands the watcher the batch of a loss that is not finite: read anew, since losses are fetched late."""
     try:
         yield
@@ -369,37 +271,11 @@ def _saving(watcher: Watcher, train: Batches) -> Iterator[None]:
         raise
 
 
-@torch.no_grad()
-def _restore(buffers: list[Tensor], kept: list[Tensor]) -> None:
-    # Running statistics have seen the batch that is skipped.
-    for buffer, before in zip(buffers, kept, strict=True):
-        buffer.copy_(before)
-
-
-def _of_this_rank(states: list[Any]) -> Any:
-    """Its random state; with other ranks than then there is none, and the present one stays."""
-    return states[distributed.rank()] if len(states) == distributed.world() else get_random_state()
-
-
 def _nothing_came(epoch: int, meter: LossMeter) -> str:
     if meter.skipped:
         return f"no loss was finite in all of epoch {epoch + 1}: {meter.skipped} steps skipped"
     again = "; a generator can be iterated once only: give a list or a DataLoader" if epoch else ""
     return f"the train loader yielded no batch in epoch {epoch + 1}{again}"
-
-
-def _terms(runner: nn.Module, batch: Batch) -> Terms:
-    try:
-        terms: Terms = runner(batch)
-    except TermError as error:
-        raise TrainError(str(error)) from None
-    if not total_of(terms).requires_grad:
-        raise TrainError("the loss does not depend on student_logits: there is nothing to train")
-    return terms
-
-
-def _logged(terms: Terms) -> Terms:
-    return {name: value.detach() for name, value in terms.items() if name != TOTAL}
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fastkd.distill.taps import named_logits
+from fastkd.errors import NonFiniteLossError
 
 from . import distributed
-from .errors import NonFiniteLossError
 
 PARTS = ("data", "teacher", "student", "loss", "other", "validation")
 

@@ -8,8 +8,7 @@ import torch
 from torch.optim import lr_scheduler
 
 from fastkd.distill import Method
-
-from .recipe import Optimization
+from fastkd.recipe.schema import Optimization
 
 # Fused: one kernel over all parameters; a large linear layer makes it a tenth of a CPU step otherwise.
 _FUSED_ON = ("cpu", "cuda", "mps", "xpu")

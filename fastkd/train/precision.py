@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import nn
 from torch.amp import GradScaler
 
 from fastkd.distill.method import Method
+
+from .preflight import check_channels_last
 
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -24,6 +27,28 @@ def dtype_of(precision: str, name: str = "precision") -> torch.dtype | None:
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
     dtype = dtype_of(precision)
     return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """Where networks are computed, in which number format and in which memory format."""
+
+    device: torch.device
+    precision: str = "float32"
+    channels_last: bool = False
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return autocast(self.device, self.precision)
+
+
+def place(method: Method, numerics: Numerics, teacher_precision: str | None) -> None:
+    """Move the method's networks to their device and formats; ``teacher_precision`` None: as the student."""
+    method.to(numerics.device)
+    if numerics.channels_last:
+        check_channels_last(method)
+        method.to(memory_format=torch.channels_last)
+    if teacher_precision is not None:
+        method.teacher_dtype = dtype_of(teacher_precision, "teacher_precision") or torch.float32
 
 
 def make_scaler(device: torch.device, precision: str) -> GradScaler | None:

@@ -12,9 +12,9 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 
 from fastkd.distill.method import Method
+from fastkd.errors import TrainError
 from fastkd.messages import kind_and_text, some
 
-from .errors import TrainError
 from .random_state import get_random_state, set_random_state
 
 _LISTED = 4
@@ -74,12 +74,22 @@ def check_optimizer(method: Method, optimizer: Any) -> None:
 
 
 def check_scheduler(
-    scheduler: Any, optimizer: torch.optim.Optimizer, *, own_optimizer: bool, interval: str, total: int | None
+    scheduler: Any,
+    optimizer: torch.optim.Optimizer,
+    *,
+    own_optimizer: bool,
+    interval: str,
+    epochs: int,
+    batches: int | None,
 ) -> None:
-    """It must change this optimizer's learning rate, for ``total`` calls of ``step()``. Raises
-    ``ValueError``."""
+    """The scheduler must change this optimizer's learning rate, up to the end of training.
+
+    ``own_optimizer``: the caller gave none. ``batches``: per epoch. Raises ``ValueError``.
+    """
     if scheduler is None:
         return
+    per_epoch = 1 if interval == "epoch" else batches
+    total = None if per_epoch is None else per_epoch * epochs
     if own_optimizer:
         raise ValueError("scheduler is given, but the optimizer it belongs to is not: give optimizer too")
     if not callable(getattr(scheduler, "step", None)):

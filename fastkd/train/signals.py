@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, ClassVar
+
+from fastkd.data.workers import stop_signals
+from fastkd.recipe.durations import seconds_of
 
 from . import distributed
 
 # EX_TEMPFAIL of sysexits.h: "try again later". Schedulers requeue on it; docs/launch.md.
 REQUEUE_STATUS = 75
-_SIGNALS = ("SIGTERM", "SIGUSR1")
 
 
 class StopSignals:
@@ -39,7 +39,7 @@ class StopSignals:
         if active._depth == 1:
             StopSignals._outer = active
             if threading.current_thread() is threading.main_thread():  # Python allows handlers there only
-                for number in _numbers():
+                for number in stop_signals():
                     handler = signal.signal(number, active._receive)
                     StopSignals._before.setdefault(number, handler)
         return active
@@ -72,52 +72,6 @@ def restore_handlers() -> None:
     StopSignals._before.clear()
 
 
-_WAITS = hasattr(signal, "sigtimedwait")  # not on macOS and Windows
-
-
-@contextlib.contextmanager
-def held_back() -> Iterator[None]:
-    """SIGTERM and SIGUSR1 come after the block; for good not to processes and threads started in it."""
-    if not _WAITS:
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _numbers())
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def from_one_process_only(process: int, worker: int) -> None:
-    """For data workers started under ``held_back``: SIGTERM ends one only if ``process`` sent it.
-
-    That is the process that asked for the worker, with which it ends: its parent may be a fork server.
-
-    Schedulers signal every process of a job. That stops the training by its first process; a worker that died
-    of it would end the training before the checkpoint is written.
-    """
-    if not _WAITS:
-        return
-    numbers = _numbers()
-
-    def watch() -> None:
-        while True:
-            received = signal.sigtimedwait(numbers, 5.0)
-            if received is None:
-                try:
-                    os.kill(process, 0)
-                except ProcessLookupError:  # torch looks at the parent, and a fork server lives on
-                    os._exit(0)
-            elif received.si_signo == signal.SIGTERM and received.si_pid == process:
-                os._exit(0)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _numbers() -> list[int]:
-    return [getattr(signal, name) for name in _SIGNALS if hasattr(signal, name)]
-
-
 class Control:
     """After each step: is a checkpoint due, shall we stop? Every rank gets the same answer.
 
@@ -147,17 +101,3 @@ class Control:
         if late:
             self._last = time.monotonic()
         return due or late or stop, stop
-
-
-def seconds_of(text: str) -> float:
-    """Of ``"15min"``, ``"900s"``, ``"2h"``. Raises ``ValueError``."""
-    for unit, seconds in (("min", 60.0), ("s", 1.0), ("h", 3600.0)):
-        number = text.removesuffix(unit)
-        if number != text:
-            try:
-                value = float(number) * seconds
-            except ValueError:
-                break
-            if 0 < value < float("inf"):
-                return value
-    raise ValueError(f"expected a number of steps, or a time such as 15min, 900s, 2h, got {text!r}")

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 import fastkd
+from fastkd.cli import main
 from fastkd.environment import EnvironmentValueError
 from fastkd.integrations.liger import JSD, KLDivLoss
 from fastkd.integrations.mdistiller import from_mdistiller
 from fastkd.integrations.modelopt import LogitsDistillationLoss
 from fastkd.integrations.trl import generalized_jsd_loss
 from fastkd.ops import backend
-from fastkd.train.cli import main
 from tests.bad_inputs import Gives, Line, Refused
 
 from .common import S, T, W, Y, dkd, group, pairs_step, same_as, step

@@ -19,9 +19,9 @@ WORLD = 2
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
-        "fastkd.train.run",
-        "fastkd.train.results",
-        "fastkd.train.image_data",
+        "fastkd.train.run.run",
+        "fastkd.train.run.results",
+        "fastkd.data.arrays",
         "matplotlib.figure",
         "torch._dynamo",
     ]

@@ -11,14 +11,15 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
+from fastkd.data.order import rows_of
+from fastkd.errors import RecipeError
+from fastkd.recipe.schema import load_recipe
 from fastkd.train import FitResult, distributed, evaluate, fit_method
-from fastkd.train.epoch_order import rows_of
-from fastkd.train.errors import RecipeError
-from fastkd.train.recipe import load_recipe
-from fastkd.train.run import check_shares
-from fastkd.train.sync_batchnorm import synchronised
+from fastkd.train.run import build
+from fastkd.train.run.run import check_ranks
 
 from .ranks import on_two_ranks
+from .sync_batchnorm import synchronised
 from .tiny import VARIANTS, Loader, Net, make_method
 
 CPU = torch.device("cpu")
@@ -26,7 +27,7 @@ CPU = torch.device("cpu")
 
 def train(variant: str, norm: bool = True, **options: Any) -> tuple[dict[str, torch.Tensor], FitResult]:
     """A short training in whatever process group there is; heads and student with synchronised statistics."""
-    method = make_method(variant, lambda module: synchronised(module, CPU), norm=norm)
+    method = make_method(variant, synchronised, norm=norm)
     optimizer = torch.optim.SGD(method.parameters(), lr=0.05, momentum=0.9)
     options = {"epochs": 2, "optimizer": optimizer, "progress": False, "clip_norm": 5.0, **options}
     result = fit_method(method, Loader(), Loader(17, 4, shuffle=False), **options)
@@ -130,7 +131,21 @@ def test_a_layer_that_does_more_than_normalise_is_not_replaced(monkeypatch: pyte
 
     monkeypatch.setattr(distributed, "world", lambda: 2)
     with pytest.raises(RecipeError, match=r"layer '1' is a WithActivation"):
-        synchronised(nn.Sequential(nn.Conv2d(3, 3, 1), WithActivation(3)), CPU)
+        build.synchronised(nn.Sequential(nn.Conv2d(3, 3, 1), WithActivation(3)))
+
+
+def test_batch_normalisation_is_synchronised_on_gpus_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    _, recipe = load_recipe("fashion-mnist/student", ["train.sync_batchnorm=true"])
+    assert build.synchronised(layers) is layers  # with one rank it is what it was
+    check_ranks(recipe, CPU)
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    with pytest.raises(RecipeError, match=r"SyncBatchNorm runs on GPUs, but train.device is cpu"):
+        check_ranks(recipe, CPU)
+    check_ranks(recipe, torch.device("cuda"))
+    converted = build.synchronised(layers)
+    assert isinstance(converted, nn.Sequential)
+    assert [type(layer) for layer in converted] == [nn.Conv2d, nn.SyncBatchNorm]
 
 
 def normalised(mine: slice) -> Any:
@@ -139,7 +154,7 @@ def normalised(mine: slice) -> Any:
     images = torch.randn(16, 3, 4, 4)
     weights = torch.randn(16, 3, 4, 4)[mine]
     part = images[mine].clone().requires_grad_()
-    layer = synchronised(nn.BatchNorm2d(3), CPU).train()
+    layer = synchronised(nn.BatchNorm2d(3)).train()
     output = layer(part)
     (output * weights).sum().backward()
     return dict(layer.state_dict()), output.detach(), part.grad
@@ -156,10 +171,10 @@ def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(distributed, "world", lambda: 3)
     _, recipe = load_recipe("fashion-mnist/student", ["train.batch_size=16"])
     with pytest.raises(RecipeError, match="batch_size = 16 cannot be shared among 3 processes"):
-        check_shares(recipe)
+        check_ranks(recipe, CPU)
     monkeypatch.setattr(distributed, "world", lambda: 16)
     with pytest.raises(RecipeError, match="two images or more to each"):
-        check_shares(recipe)
+        check_ranks(recipe, CPU)
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 16])

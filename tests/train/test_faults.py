@@ -17,16 +17,16 @@ from typing import Any
 import pytest
 import torch
 
+from fastkd.cli import main
+from fastkd.errors import NonFiniteLossError, StorageError
 from fastkd.models import build_model
 from fastkd.train import Watcher, fit_method
-from fastkd.train.checkpoint import load_checkpoint
-from fastkd.train.cli import main
-from fastkd.train.console import ConsoleProgress
-from fastkd.train.errors import NonFiniteLossError, StorageError
-from fastkd.train.run_folder import RunRecorder
-from fastkd.train.run_lock import locked
+from fastkd.train.display.console import ConsoleProgress
+from fastkd.train.run.checkpoint import load_checkpoint
+from fastkd.train.run.folder import RunRecorder
+from fastkd.train.run.lock import locked
+from tests.data.image_trees import make_tree
 
-from .image_trees import make_tree
 from .ranks import finish, start
 from .tiny import Loader, make_method
 

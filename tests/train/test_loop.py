@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastkd
+from fastkd.data.glyphs.loader import GlyphData, load_glyph_data
 from fastkd.distill import Method, find_method
+from fastkd.errors import NonFiniteLossError, TrainError
 from fastkd.models import GlyphCNN
+from fastkd.recipe.schema import GlyphsData
 from fastkd.train import FitResult, Watcher, evaluate, fit, fit_method
-from fastkd.train.checkpoint import load_checkpoint, save_checkpoint
-from fastkd.train.errors import NonFiniteLossError, TrainError
-from fastkd.train.glyph_data import GlyphData, load_glyph_data
 from fastkd.train.meters import PARTS, LossMeter
-from fastkd.train.recipe import GlyphsData
+from fastkd.train.run.checkpoint import load_checkpoint, save_checkpoint
 
 from .tiny import VARIANTS, Loader, make_method
 

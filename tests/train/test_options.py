@@ -13,17 +13,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastkd.cli import main
 from fastkd.distill import CrossEntropy
+from fastkd.errors import RecipeError
+from fastkd.recipe.schema import load_recipe
 from fastkd.train import Watcher, evaluate, fit_method
 from fastkd.train.batches import Batches, micro_batches
-from fastkd.train.checkpoint import load_checkpoint
-from fastkd.train.cli import main
-from fastkd.train.console import ConsoleProgress, make_console
-from fastkd.train.errors import RecipeError
+from fastkd.train.display.console import ConsoleProgress, make_console
 from fastkd.train.meters import LossMeter
 from fastkd.train.optimization import build_optimizer, build_scheduler
-from fastkd.train.recipe import load_recipe
-from fastkd.train.run_folder import averaged_weights
+from fastkd.train.run.checkpoint import load_checkpoint
+from fastkd.train.run.folder import averaged_weights
 
 from .tiny import Loader, Net, make_method
 
@@ -258,7 +258,7 @@ def test_tensorboard_has_the_curves() -> None:
 
 
 def test_the_progress_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastkd.train.console._LOG_SECONDS", 0.0)
+    monkeypatch.setattr("fastkd.train.display.console._LOG_SECONDS", 0.0)
     shown = ConsoleProgress("student", make_console())
     meter = LossMeter(CPU, epoch=2)
     shown.epoch_started(2, 3, 10)

@@ -12,8 +12,8 @@ from torch.optim import SGD, lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastkd
+from fastkd.errors import TrainError
 from fastkd.train import fit, fit_method
-from fastkd.train.errors import TrainError
 
 from .tiny import CLASSES, Loader, Net, make_method
 

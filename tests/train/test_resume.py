@@ -14,10 +14,11 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastkd.distill import Method, find_method
+from fastkd.errors import CheckpointError, Preempted
+from fastkd.recipe.durations import seconds_of
 from fastkd.train import FitResult, Watcher, fit_method
-from fastkd.train.checkpoint import load_checkpoint, save_checkpoint
-from fastkd.train.errors import CheckpointError, Preempted
-from fastkd.train.signals import Control, StopSignals, restore_handlers, seconds_of
+from fastkd.train.run.checkpoint import load_checkpoint, save_checkpoint
+from fastkd.train.signals import Control, StopSignals, restore_handlers
 
 from .tiny import VARIANTS, Loader, Net, make_method
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastkd.cli import main
 from fastkd.models import build_model
 from fastkd.train import Watcher, fit_method
 from fastkd.train.batches import micro_batches
-from fastkd.train.cli import main
 from fastkd.train.random_state import get_random_state
 from fastkd.train.trial import try_step
 
@@ -271,6 +271,8 @@ def test_a_last_batch_of_one_in_a_recipe(capsys: pytest.CaptureFixture[str]) -> 
 def test_the_trial_is_of_the_first_and_the_last_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[int] = []
 
-    monkeypatch.setattr("fastkd.train.build.try_step", lambda method, batch, *_: tried.append(len(batch[0])))
+    monkeypatch.setattr(
+        "fastkd.train.run.build.try_step", lambda method, batch, *_: tried.append(len(batch[0]))
+    )
     assert train("teacher.batch_size=32") == 0
     assert tried == [32, 1, 64, 1]

@@ -1,0 +1,350 @@
+"""Images that are decoded as they are needed, by worker processes: ImageFolder trees and tar shards."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import io
+import logging
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fastkd.errors import DataError
+from fastkd.messages import one_line
+from fastkd.recipe.schema import FolderData, ShardData
+
+from .order import Chosen, EpochOrder, OrderedLoader
+from .pixels import to_rgb
+from .sources import FolderSource, ShardSource, Source
+from .transforms import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Mixing,
+    Normalize,
+    Transform,
+    central_crop,
+    keyed_randomness,
+    random_crop,
+)
+from .workers import from_one_process_only, held_back
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Corrupt:
+    """An image that could not be read, in place of its pixels."""
+
+    name: str
+    reason: str
+    machine: bool = False  # that could not read it: the image may be intact
+
+
+# Of errors in reading, those that are about one file. The others (too many open files, no memory, a disk or a
+# mount that fails) would meet any image.
+_OF_THE_FILE = (
+    errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG,
+    None,
+)  # fmt: skip
+
+
+class CorruptImages(dict[str, str]):
+    """Names and reasons of the images that were skipped, each once; more than ``limit`` end the run."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def add(self, image: Corrupt) -> None:
+        if image.name in self:
+            return
+        self[image.name] = image.reason
+        if len(self) > self.limit:
+            listed = "\n".join(f"  {name}: {reason}" for name, reason in list(self.items())[:20])
+            raise DataError(
+                f"{len(self)} images cannot be read, more than data.corrupt_limit = {self.limit}:\n{listed}"
+            )
+        _log.warning("skipped %s (%d of at most %d): %s", image.name, len(self), self.limit, image.reason)
+
+
+class Samples(Dataset[tuple[Tensor, int, int] | Corrupt]):
+    """What a worker process does: ``samples[epoch, index]`` is (uint8 pixels, label, index)."""
+
+    def __init__(self, source: Source, chosen: np.ndarray, transform: Transform, seed: int) -> None:
+        self._source, self._chosen, self._transform, self._seed = source, chosen, transform, seed
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int] | Corrupt:
+        from PIL import Image
+
+        epoch, index = key
+        position = int(self._chosen[index])
+        try:
+            content = self._source.read(position)
+        except OSError as error:
+            machine = error.errno not in _OF_THE_FILE
+            return Corrupt(self._source.name(position), error.strerror or str(error), machine)
+        try:
+            with Image.open(io.BytesIO(content)) as image:
+                pixels = to_rgb(image)
+        except MemoryError:
+            return Corrupt(self._source.name(position), "no memory is left to decode it", machine=True)
+        except Exception as error:  # what Pillow raises for broken files of its many formats
+            reason = str(error).replace("\n", " ") or type(error).__name__
+            return Corrupt(self._source.name(position), reason)
+        with keyed_randomness(self._seed, epoch, index):
+            return self._transform(pixels), int(self._source.labels[position]), index
+
+
+Batch = tuple[Tensor, Tensor, Tensor, list[Corrupt]]  # pixels, labels, indices, what is missing
+
+
+def collate(rows: list[tuple[Tensor, int, int] | Corrupt]) -> Batch:
+    good = [row for row in rows if not isinstance(row, Corrupt)]
+    pixels = torch.stack([row[0] for row in good]) if good else torch.empty(0, dtype=torch.uint8)
+    labels = torch.tensor([row[1] for row in good], dtype=torch.int64)
+    indices = torch.tensor([row[2] for row in good], dtype=torch.int64)
+    return pixels, labels, indices, [row for row in rows if isinstance(row, Corrupt)]
+
+
+class FileLoader(OrderedLoader):
+    """Batches of ``(images, target)`` on the device, normalised and mixed; epoch k is always the same."""
+
+    def __init__(
+        self,
+        samples: Samples,
+        batch_size: int,
+        workers: int,
+        device: torch.device,
+        corrupt: CorruptImages,
+        *,
+        seed: int | None = None,
+        mixing: Mixing | None = None,
+    ) -> None:
+        super().__init__(EpochOrder(len(samples), batch_size, seed))
+        self._seed, self._mixing, self._corrupt, self._device = seed or 0, mixing, corrupt, device
+        self._normalize = Normalize(IMAGENET_MEAN, IMAGENET_STD, device)
+        self._keys = _Keys()
+        self._loader: DataLoader[Any] = DataLoader(
+            samples,
+            batch_sampler=self._keys,
+            collate_fn=collate,
+            num_workers=workers,
+            pin_memory=device.type == "cuda",
+            persistent_workers=workers > 0,
+            worker_init_fn=functools.partial(from_one_process_only, os.getpid()),
+            generator=torch.Generator(),  # its own: else each pass would draw from the global one
+        )
+
+    def indexed(
+        self, start: int = 0, rank: int = 0, world: int = 1, even: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """``(images, target, sample indices)``; images that cannot be read are left out.
+
+        For ``even`` shares another image of the share takes the place of each.
+        """
+        epoch = self._order.epoch
+        chosen = list(self._order.batches(start, rank, world, even, borrow=bool(self._mixing)))
+        self._keys.epoch, self._keys.batches = epoch, chosen
+        for batch, (pixels, labels, indices, missing) in zip(chosen, self._started(), strict=True):
+            for image in missing:
+                if image.machine:
+                    raise DataError(
+                        f"{image.name} cannot be read: {image.reason} (an error of this machine, not of the "
+                        "image)"
+                    )
+                self._corrupt.add(image)
+            borrowed = batch.borrowed and bool(len(indices)) and bool(indices[0] == batch.samples[0])
+            if missing and even and world > 1:
+                # Ranks share gathered features and averaged gradients: each needs as many rows as the others.
+                wanted = len(batch.samples) - int(batch.borrowed and not borrowed)
+                pixels, labels, indices = _filled(wanted, pixels, labels, indices, missing)
+            if not len(labels):
+                continue
+            images = self._normalize(pixels)
+            target = labels.to(self._device, non_blocking=True)
+            if self._mixing:
+                images, target = self._mixing(images, target, self._seed, epoch, batch.position)
+            own = slice(int(borrowed), None)
+            yield images[own], target[own], indices[own]
+
+    def _started(self) -> Iterator[Any]:
+        try:
+            with held_back():
+                return iter(self._loader)
+        except (OSError, RuntimeError) as error:  # of processes, of their pipes, of threads
+            if isinstance(error, RuntimeError) and of_workers(error) is not None:
+                raise
+            raise DataError(
+                f"data.workers = {self._loader.num_workers}: this machine cannot start them: {error}"
+            ) from None
+
+
+def of_workers(error: RuntimeError) -> str | None:
+    """Of an error that a ``DataLoader`` raises, at any place, when a worker was killed; None of another."""
+    text = one_line(error)
+    if re.search(r"DataLoader worker \(pid", text):
+        reason = re.search(r"(is killed by signal: [\w ]+|exited unexpectedly)", text)
+        return (
+            f"a data worker {reason[1] if reason else 'ended'}, often for want of memory (fewer "
+            "data.workers, or a smaller batch, need less); what was written is kept: go on with --resume"
+        )
+    if re.search(r"shared memory|</torch_\w+>", text):
+        return (
+            "the data workers have no room in /dev/shm: fewer data.workers need less, or give the container "
+            "more; what was written is kept: go on with --resume"
+        )
+    return None
+
+
+def _filled(
+    wanted: int, pixels: Tensor, labels: Tensor, indices: Tensor, missing: list[Corrupt]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """So many rows, images of the same share again in place of the missing ones."""
+    if not len(labels):
+        raise DataError(f"no image of a batch's share can be read: {missing[0].name} …")
+    again = torch.arange(wanted) % len(labels)
+    return pixels[again], labels[again], indices[again]
+
+
+class _Keys:
+    """What the ``DataLoader`` asks its samples for in a pass: lists of (epoch, index)."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+        self.batches: list[Chosen] = []
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for batch in self.batches:
+            yield [(self.epoch, int(index)) for index in batch.samples]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+@dataclass(frozen=True)
+class FileData:
+    """Encoded images, decoded on the way; see ``load_file_data``."""
+
+    config: FolderData | ShardData
+    source: Source = field(repr=False)
+    val_source: Source = field(repr=False)
+    train: np.ndarray = field(repr=False)  # positions in source
+    val: np.ndarray = field(repr=False)  # positions in val_source
+    corrupt: CorruptImages = field(repr=False)
+    notes: tuple[str, ...] = ()
+    channels: int = 3
+
+    @property
+    def num_classes(self) -> int:
+        return self.source.num_classes
+
+    @property
+    def mixing(self) -> Mixing:
+        return Mixing(self.config.mixup, self.config.cutmix, self.num_classes)
+
+    @property
+    def _resize(self) -> int:
+        return self.config.resize or self.config.size * 8 // 7
+
+    @property
+    def augmentation(self) -> dict[str, object]:
+        """All that decides what a network is shown of a training image, but for the seed."""
+        crop = "random_resized_crop_flip" if self.config.augment else f"central_crop_of_{self._resize}"
+        mixed = {"mixup": self.config.mixup, "cutmix": self.config.cutmix}
+        return {"crop": crop, "size": self.config.size, **mixed}
+
+    @property
+    def content(self) -> list[object]:
+        """The training images."""
+        return [self.source.digest(), len(self.train)]
+
+    @property
+    def samples(self) -> int:
+        return len(self.train)
+
+    @property
+    def varies(self) -> bool:
+        return self.config.augment or bool(self.mixing)
+
+    @property
+    def fingerprint(self) -> list[object]:
+        return [*self.content, self.val_source.digest(), len(self.val), self._resize, self.augmentation]
+
+    def describe(self) -> str:
+        counts = f"{len(self.train):,} training images, {len(self.val):,} to validate"
+        return f"{self.config.root} ({self.config.name}), {self.num_classes:,} classes, {counts}"
+
+    def train_loader(self, batch_size: int, seed: int, device: torch.device) -> FileLoader:
+        transform = random_crop(self.config.size) if self.config.augment else self._central()
+        samples = Samples(self.source, self.train, transform, seed)
+        return FileLoader(
+            samples, batch_size, self.config.workers, device, self.corrupt, seed=seed, mixing=self.mixing
+        )
+
+    def val_loader(self, device: torch.device, batch_size: int = 256) -> FileLoader:
+        samples = Samples(self.val_source, self.val, self._central(), 0)
+        return FileLoader(samples, batch_size, self.config.workers, device, self.corrupt)
+
+    def _central(self) -> Transform:
+        return central_crop(self.config.size, self._resize)
+
+    def example(self) -> tuple[Tensor, Tensor]:
+        """Two images as a network sees them in training, and their labels."""
+        device = torch.device("cpu")
+        two = Samples(self.source, self.train[:64], self._central(), 0)
+        loader = FileLoader(two, 2, 0, device, self.corrupt, mixing=self.mixing)
+        for images, target in loader:
+            return images, target
+        raise DataError(f"none of the first {len(two)} training images can be read; {self.describe()}")
+
+
+def load_file_data(config: FolderData | ShardData) -> FileData:
+    """The images below ``data.root``. Raises ``DataError``."""
+    assert config.root is not None
+    root = Path(config.root)
+    if not root.is_dir():
+        raise DataError(f"data.root: {root} is no folder")
+    corrupt = CorruptImages(config.corrupt_limit)
+    source: FolderSource | ShardSource
+    val_source: FolderSource | ShardSource
+    notes: tuple[str, ...]
+    if isinstance(config, FolderData):
+        source = FolderSource(root / config.train)
+        if config.holdout is not None:
+            count = len(source.labels)
+            if config.holdout >= count:
+                raise DataError(f"data.holdout = {config.holdout} leaves none of {count} training images")
+            order = np.random.default_rng(0).permutation(count)
+            train, val = order[config.holdout :], order[: config.holdout]
+            return FileData(config, source, source, np.sort(train), np.sort(val), corrupt, source.notes)
+        val_source = FolderSource(root / config.val)
+        if source.classes != val_source.classes:
+            odd = sorted(set(source.classes) ^ set(val_source.classes))
+            raise DataError(
+                f"data.root: {config.train} and {config.val} of {root} have different class folders: "
+                + ", ".join(odd[:10])
+            )
+        notes = (*source.notes, *val_source.notes)
+    else:
+        notes = ()
+        source = ShardSource(root, config.train, config.classes)
+        val_source = ShardSource(root, config.val, config.classes)
+        if val_source.num_classes > source.num_classes:
+            raise DataError(
+                f"data.root: the shards {config.val} have labels up to {val_source.num_classes - 1}, "
+                f"but {config.train} up to {source.num_classes - 1}; data.classes says how many there are"
+            )
+    train, val = np.arange(len(source.labels)), np.arange(len(val_source.labels))
+    return FileData(config, source, val_source, train, val, corrupt, notes)

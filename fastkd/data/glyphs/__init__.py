@@ -1,0 +1,1 @@
+"""Characters rendered from font files, as a data set."""

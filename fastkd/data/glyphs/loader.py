@@ -1,0 +1,156 @@
+"""The glyph data set as batches: split by face, augmented on the whole batch, reproducible from a seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastkd.data.order import EpochOrder
+from fastkd.errors import DataError
+from fastkd.recipe.schema import GlyphsData
+
+from .fonts import DEJAVU_HOLDOUT, split_faces
+from .render import GlyphSet, load_glyphs
+
+# Largest changes at strength 1.
+_ROTATION = math.radians(8)
+_SCALE = 0.10
+_SHEAR = 0.10
+_SHIFT = 2 / 16  # of half the side: two pixels
+_NOISE = 0.08  # standard deviation, ink is 1
+
+
+@dataclass(frozen=True)
+class GlyphData:
+    """Rendered glyphs and how they are split; see ``load_glyph_data``."""
+
+    glyphs: GlyphSet
+    images: NDArray[np.uint8]  # [faces, classes, 32, 32]
+    train_faces: list[int]
+    val_faces: list[int]
+    augment: float
+
+    @property
+    def num_classes(self) -> int:
+        return self.images.shape[1]
+
+    @property
+    def channels(self) -> int:
+        return 1
+
+    @property
+    def notes(self) -> list[str]:
+        return self.glyphs.notes
+
+    @property
+    def fingerprint(self) -> list[object]:
+        """What a network trained on these data depends on, apart from its own settings."""
+        return [self.glyphs.digest, self.train_faces, self.val_faces, self.augment]
+
+    def describe(self) -> str:
+        return (
+            f"{self.num_classes:,} classes, {len(self.train_faces)} training faces, "
+            f"{len(self.val_faces)} held out: "
+            + ", ".join(self.glyphs.faces[i] for i in self.val_faces[:6])
+            + (", …" if len(self.val_faces) > 6 else "")
+        )
+
+    def train_loader(self, batch_size: int, seed: int, device: torch.device) -> GlyphLoader:
+        return GlyphLoader(
+            self.images, self.train_faces, batch_size, device=device, seed=seed, augment=self.augment
+        )
+
+    def val_loader(self, device: torch.device, batch_size: int = 512) -> GlyphLoader:
+        return GlyphLoader(self.images, self.val_faces, batch_size, device=device)
+
+    def example(self) -> tuple[Tensor, Tensor]:
+        """Two images as a network sees them, and their labels."""
+        return next(iter(self.val_loader(torch.device("cpu"), batch_size=2)))
+
+
+def load_glyph_data(config: GlyphsData) -> GlyphData:
+    """Render (or read from the cache) and split. Raises ``DataError``."""
+    glyphs, images = load_glyphs(config.fonts, config.characters, config.coverage)
+    holdout = config.holdout
+    if holdout is None and config.fonts is None:
+        # Some may be excluded or lack too many of the characters: who named no face is told of none.
+        left = [face for face in glyphs.faces if face not in (config.exclude or ())]
+        holdout = [face for face in DEJAVU_HOLDOUT if face in left]
+        if not 0 < len(holdout) < len(left):
+            holdout = None
+    train, val = split_faces(glyphs.faces, glyphs.files, holdout, config.exclude)
+    return GlyphData(glyphs, images, train, val, config.augment)
+
+
+class GlyphLoader:
+    """Batches of ``(images, target)``: float32 ``[N, 1, 32, 32]`` with ink 1, and int64 classes ``[N]``.
+
+    With a ``seed`` the images are shuffled and augmented anew each epoch; epoch k of a seed is
+    always the same, whatever was drawn before. Without a seed they come in order and as rendered.
+    """
+
+    def __init__(
+        self,
+        images: NDArray[np.uint8],
+        faces: list[int],
+        batch_size: int,
+        *,
+        device: torch.device,
+        seed: int | None = None,
+        augment: float = 0.0,
+    ) -> None:
+        if not faces:
+            raise DataError("no faces to load")
+        self._images = images
+        self._faces = np.asarray(faces)
+        self._device = device
+        self._seed = seed
+        self._augment = augment
+        self._order = EpochOrder(len(faces) * images.shape[1], batch_size, seed)
+
+    def set_epoch(self, epoch: int) -> None:
+        self._order.epoch = epoch
+
+    def sizes(self) -> list[int]:
+        return self._order.sizes()
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        classes = self._images.shape[1]
+        generator = torch.Generator(self._device)
+        # Distinct for every seed below 2**31 and epoch below 2**20.
+        generator.manual_seed((self._seed or 0) * 2**20 + self._order.epoch)
+        for batch in self._order.batches():
+            face, target = np.divmod(batch.samples, classes)
+            pixels = torch.from_numpy(self._images[self._faces[face], target])
+            images = pixels.to(self._device, non_blocking=True).unsqueeze(1).float().div_(255)
+            if self._augment and self._seed is not None:
+                images = augment_batch(images, self._augment, generator)
+            yield images, torch.from_numpy(target).to(self._device, non_blocking=True)
+
+
+def augment_batch(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    """A small random affine map and Gaussian noise for each image of ``[N, 1, H, W]``, without a loop."""
+    n, device = len(images), images.device
+    # One draw of [N, 5]: rotation, scale, shear and two shifts, uniform in -strength..strength.
+    uniform = (torch.rand(n, 5, generator=generator, device=device) * 2 - 1) * strength
+    angle, scale, shear, shift_x, shift_y = uniform.unbind(1)
+    scale = 1 + scale * _SCALE
+    cos, sin = (angle * _ROTATION).cos() * scale, (angle * _ROTATION).sin() * scale
+    rows = (
+        torch.stack([cos, -sin + shear * _SHEAR, shift_x * _SHIFT], dim=1),
+        torch.stack([sin, cos, shift_y * _SHIFT], dim=1),
+    )
+    grid = F.affine_grid(torch.stack(rows, dim=1), list(images.shape), align_corners=False)
+    warped = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    noise = torch.randn(images.shape, generator=generator, device=device)
+    return warped.add_(noise, alpha=_NOISE * strength)

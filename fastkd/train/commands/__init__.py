@@ -1,0 +1,1 @@
+"""The commands of `fastkd` that train or work on runs."""

@@ -1,0 +1,170 @@
+"""`fastkd plot`: several runs in one picture."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastkd.errors import TrainError
+from fastkd.files.atomic import write_atomically
+from fastkd.files.regular import read_regular
+from fastkd.train.display.console import make_console
+from fastkd.train.display.curves import COLOURS, make_figure
+from fastkd.train.run.folder import read_json
+
+Records = list[dict[str, Any]]
+# Of the parts of time; no colour of a run among them.
+_SHADES = ("#cfd4dc", "#9aa5b5", "#5c6b80", "#2b3442", "#e8e2d4", "#bfb59a")
+
+
+class PlotError(TrainError):
+    """A folder without results, or a picture in the way."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A line of the picture: one run, or the seeds of a group."""
+
+    label: str
+    runs: list[Records]
+
+    def mean(self, key: str) -> tuple[list[int], list[float], list[float], list[float]]:
+        """Epochs, and mean, least and largest value over the seeds that have come so far."""
+        epochs = [record["epoch"] for record in max(self.runs, key=len)]
+        values = [
+            [records[number][key] for records in self.runs if number < len(records)]
+            for number in range(len(epochs))
+        ]
+        return (
+            epochs,
+            [statistics.mean(v) for v in values],
+            [min(v) for v in values],
+            [max(v) for v in values],
+        )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folders", nargs="+", type=Path, metavar="RUN", help="run folders, or groups of seeds"
+    )
+    parser.add_argument(
+        "--to", type=Path, default=Path("comparison.png"), metavar="FILE", help="default: comparison.png"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.to.exists():
+        raise PlotError(f"{args.to} exists and is not written over; --to names another file")
+    if args.to.suffix not in (".png", ".svg", ".pdf"):
+        raise PlotError(f"--to {args.to}: expected a .png, .svg or .pdf file")
+    shown = [read_shown(folder) for folder in args.folders]
+    try:
+        plot(_told_apart(shown, args.folders), args.to)
+    except TrainError:
+        raise
+    except Exception as error:  # of matplotlib, its fonts and settings
+        raise PlotError(f"{args.to} cannot be drawn: {type(error).__name__}: {error}") from error
+    make_console().print(str(args.to), markup=False, soft_wrap=True)
+    return 0
+
+
+def read_shown(folder: Path) -> Shown:
+    """What a run folder or a group of seeds holds so far. Raises ``PlotError``."""
+    members = sorted(folder.glob("seed-*")) if (folder / "seeds.json").exists() else [folder]
+    runs = [records for member in members if (records := _records(member))]
+    if not runs:
+        raise PlotError(f"{folder} holds no metrics.jsonl with a finished epoch; expected a run folder")
+    facts = read_json(folder / "run.json")
+    name = str(facts["name"]) if isinstance(facts, dict) and "name" in facts else folder.name
+    return Shown(f"{name}, {len(runs)} seeds" if len(runs) > 1 else name, runs)
+
+
+def _records(folder: Path) -> Records:
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    try:
+        records = [json.loads(line) for line in read_regular(path).decode("utf-8").splitlines()]
+    except (OSError, ValueError, RecursionError) as error:
+        raise PlotError(f"{path} cannot be read: {error}") from None
+    for number, record in enumerate(records, start=1):
+        if (key := _missing(record)) is not None:
+            raise PlotError(f"{path}: line {number} has no number {key!r}; it is no line of a run's metrics")
+    return records
+
+
+def _missing(record: Any) -> str | None:
+    """The first key of a record whose value cannot be drawn."""
+    if not isinstance(record, dict):
+        return "epoch"
+    for key in ("epoch", "val_accuracy", "val_loss"):
+        if not _is_number(record.get(key)):
+            return key
+    seconds = record.get("seconds")
+    if not isinstance(seconds, dict) or not all(map(_is_number, seconds.values())):
+        return "seconds"
+    return None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _told_apart(shown: Sequence[Shown], folders: Sequence[Path]) -> list[Shown]:
+    labels = [one.label for one in shown]
+    return [
+        Shown(f"{one.label} ({folder.name})", one.runs) if labels.count(one.label) > 1 else one
+        for one, folder in zip(shown, folders, strict=True)
+    ]
+
+
+def plot(shown: Sequence[Shown], path: Path) -> None:
+    """Accuracy, validation loss and time of each; a band spans the seeds of a group."""
+    figure = make_figure(figsize=(13, 4.2), layout="constrained")
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    accuracy, losses, seconds = figure.subplots(1, 3, width_ratios=(1.3, 1.3, 1))
+    for number, one in enumerate(shown):
+        colour = COLOURS[number % len(COLOURS)]
+        style = {"color": colour, "linestyle": ("-", "--", ":")[number // len(COLOURS) % 3]}
+        for axes, key in ((accuracy, "val_accuracy"), (losses, "val_loss")):
+            epochs, mean, least, largest = one.mean(key)
+            marker = "o" if len(epochs) < 40 else ""
+            # Dollar signs would be read as mathematics.
+            label = f"{number + 1}  {one.label}  {mean[-1]:.2%}".replace("$", r"\$")
+            axes.plot(epochs, mean, marker=marker, markersize=3.5, label=label, **style)
+            if len(one.runs) > 1:
+                axes.fill_between(epochs, least, largest, color=colour, alpha=0.18, linewidth=0)
+    accuracy.set(title="validation accuracy (last epoch in the legend)", xlabel="epoch")
+    accuracy.yaxis.set_major_formatter(PercentFormatter(1.0))
+    losses.set(title="validation cross-entropy", xlabel="epoch")
+    heights = [value for one in shown for value in one.mean("val_loss")[1]]
+    if min(heights) > 0 and max(heights) > 20 * min(heights):
+        losses.set_yscale("log")  # one run that went astray must not flatten the others
+    places = range(len(shown))
+    left = [0.0] * len(shown)
+    parts = list(shown[0].runs[0][0]["seconds"])
+    for part, colour in zip(parts, _SHADES, strict=False):
+        values = [_seconds(one, part) for one in shown]
+        seconds.barh(places, values, left=left, color=colour, label=part)
+        left = [low + value for low, value in zip(left, values, strict=True)]
+    seconds.set(title="seconds an epoch", xlim=(0, 1.05 * max(left)))
+    seconds.set_yticks(list(places), [f"{number + 1}" for number in places])
+    seconds.invert_yaxis()
+    figure.legend(*accuracy.get_legend_handles_labels(), loc="outside lower left", frameon=False, ncols=2)
+    figure.legend(*seconds.get_legend_handles_labels(), loc="outside lower right", frameon=False, ncols=3)
+    for axes in (accuracy, losses):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.grid(axis="y", alpha=0.25)
+    for axes in (accuracy, losses, seconds):
+        axes.spines[["top", "right"]].set_visible(False)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120))
+
+
+def _seconds(one: Shown, part: str) -> float:
+    return statistics.mean(record["seconds"].get(part, 0.0) for records in one.runs for record in records)

@@ -1,0 +1,1 @@
+"""What a person sees of a training run: console, curves, TensorBoard."""

@@ -1,0 +1,52 @@
+"""Curves for TensorBoard, if it is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fastkd.errors import RecipeError
+from fastkd.train.watcher import ForwardingWatcher, Record, Watcher
+
+
+def require_tensorboard() -> Any:
+    """TensorBoard's writer. Raises ``RecipeError`` where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise RecipeError(
+            "train.tensorboard needs TensorBoard: pip install 'fastkd[tensorboard]', or leave it out"
+        ) from None
+    return SummaryWriter
+
+
+class TensorBoard(ForwardingWatcher):
+    """Writes the scalars of every epoch to ``folder`` and passes everything on to ``shown``."""
+
+    def __init__(self, folder: Path, shown: Watcher) -> None:
+        super().__init__(shown)
+        self._writer: Any = require_tensorboard()(str(folder))
+
+    def __exit__(self, *exception: object) -> None:
+        self._write(lambda writer: writer.close())
+        super().__exit__(*exception)
+
+    def epoch_done(self, record: Record, state: Callable[[], dict[str, Any]]) -> None:
+        def write(writer: Any) -> None:
+            for group, values in (("", record), ("terms/", record["terms"]), ("seconds/", record["seconds"])):
+                for name, value in values.items():
+                    if isinstance(value, int | float) and name != "epoch":
+                        writer.add_scalar(group + name, value, record["epoch"])
+
+        self._write(write)
+        super().epoch_done(record, state)
+
+    def _write(self, write: Callable[[Any], None]) -> None:
+        if self._writer is None:
+            return
+        try:
+            write(self._writer)
+        except Exception as error:  # of the writer and its thread: curves end no run
+            self._writer = None
+            self.note(f"nothing more is written for TensorBoard: {type(error).__name__}: {error}")

@@ -1,0 +1,167 @@
+"""Networks and methods of a recipe, built and tried on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastkd.data.data import Data
+from fastkd.distill import CrossEntropy, Method, find_method
+from fastkd.distill.heads import RowBatchNorm
+from fastkd.errors import RecipeError, TrainError
+from fastkd.messages import kind_and_text
+from fastkd.models import build_model
+from fastkd.recipe.schema import Model, Optimization, Recipe
+from fastkd.train import distributed
+from fastkd.train.batches import Batch
+from fastkd.train.random_state import get_random_state, set_random_state
+from fastkd.train.trial import left_out, repeated, try_step
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` is a CUDA device if there is one. Raises ``RecipeError`` for one that cannot be used."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and distributed.world() > 1:
+        return distributed.local_device()
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except Exception as error:  # each backend raises its own kind
+        reason = str(error).strip().splitlines()[0]
+        raise RecipeError(f"train.device = {name!r} cannot be used here: {reason}") from None
+    return device
+
+
+def build_network(config: Model, data: Data) -> nn.Module:
+    """A fresh network for the data. Raises ``RecipeError`` if it takes other images."""
+    size = data.example()[0].shape[-1]
+    try:
+        return build_model(
+            config.name, num_classes=data.num_classes, width=config.width, channels=data.channels, size=size
+        )
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+
+
+def build_method(
+    recipe: Recipe, student: nn.Module, teacher: nn.Module | None, data: Data, device: torch.device
+) -> Method:
+    """The recipe's method on ``device``. Raises ``RecipeError`` if it does not fit the networks."""
+    example, _ = data.example()
+    if teacher is not None:
+        teacher.to(device)
+    try:
+        method = find_method(recipe.method)(student, teacher, example=example.to(device), **recipe.options)
+    except ValueError as error:
+        raise RecipeError(f"method {recipe.method}: {error}") from None
+    return method.to(device)
+
+
+def synchronised(module: nn.Module) -> nn.Module:
+    """``module`` with torch's SyncBatchNorm for every BatchNorm; unchanged with one rank.
+
+    A method holds references to layers: convert the student before it is given to one. Raises ``RecipeError``
+    for a layer that does more than normalise, which SyncBatchNorm would lose.
+    """
+    if distributed.world() == 1:
+        return module
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and type(layer).forward not in _NORMALISE_ONLY:
+            raise RecipeError(
+                f"train.sync_batchnorm: layer {name!r} is a {type(layer).__name__}, with a forward of its "
+                "own; only torch's BatchNorm can be synchronised"
+            )
+    return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+
+
+# A head's RowBatchNorm differs only for a batch of one row, which all ranks together never have.
+_NORMALISE_ONLY = tuple(
+    kind.forward for kind in (nn.modules.batchnorm._BatchNorm, RowBatchNorm, nn.SyncBatchNorm)
+)
+
+
+def try_method(
+    recipe: Recipe,
+    data: Data,
+    device: torch.device,
+    *,
+    cached: bool = False,
+    teacher: nn.Module | None = None,
+) -> list[str]:
+    """Training steps as the run will make them, with an untrained student: before anything is trained.
+
+    A teacher that is still to be trained takes its steps too. The steps are as large as the first and the
+    last batch of an epoch. Returns notes on last batches that will be left out.
+
+    ``cached``: the teacher will be a cache of logits, which has no layers. ``teacher``: the trained one.
+    Raises ``RecipeError``.
+    """
+    config = recipe.teacher
+    randoms = get_random_state()
+    notes: list[str] = []
+    try:
+        if config is not None and teacher is None:
+            teacher = tried(f"teacher {config.name}", build_network, config, data)
+            if config.checkpoint is None and config.weights is None and config.cache is None:
+                method: Method = CrossEntropy(teacher.to(device))
+                notes += _try_steps(f"teacher {config.name}", method, config, "float32", 1, data, device)
+        student = tried(f"student {recipe.student.name}", build_network, recipe.student, data)
+        what = f"method {recipe.method}"
+        method = tried(what, build_method, recipe, student.to(device), teacher, data, device)
+        images, target = (part.to(device) for part in data.example())
+        logits = torch.zeros(len(target), data.num_classes, device=device)
+        tried(what, method.check, (images, target, logits) if cached else (images, target))
+        train = recipe.train
+        notes += _try_steps(what, method, train, train.precision, train.accumulate, data, device, cached)
+    finally:
+        set_random_state(randoms)
+    return notes
+
+
+def _try_steps(
+    what: str,
+    method: Method,
+    config: Optimization,
+    precision: str,
+    accumulate: int,
+    data: Data,
+    device: torch.device,
+    cached: bool = False,
+) -> list[str]:
+    images, target = (part.to(device) for part in data.example())
+    notes = []
+    loader = data.train_loader(config.batch_size, config.seed, device)
+    for number, size in enumerate(loader.sizes()):
+        rows = size // distributed.world()
+        if number and distributed.world() > 1 and rows < 2:
+            notes.append(f"{what}: {left_out(size, f'{distributed.world()} processes need two each')}")
+            continue
+        batch: Batch = (repeated(images, rows), repeated(target, rows))
+        if cached:
+            batch = (*batch, torch.zeros(rows, data.num_classes, device=device))
+        try:
+            try_step(method, batch, precision, accumulate)
+        except Exception as error:  # of any layer
+            if number:
+                notes.append(f"{what}: {left_out(size, kind_and_text(error))}")
+                continue
+            raise RecipeError(
+                f"{what}: a training step on images {list(batch[0].shape)} fails: {kind_and_text(error)}"
+            ) from error
+    return notes
+
+
+def tried(what: str, do: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """``do(…)``, whose errors become ``RecipeError``."""
+    try:
+        return do(*arguments, **options)
+    except TrainError:
+        raise
+    except ValueError as error:
+        raise RecipeError(f"{what}: {error}") from error
+    except Exception as error:  # of any layer, and of networks of the user's own
+        raise RecipeError(f"{what}: {kind_and_text(error)}") from error

@@ -1,0 +1,76 @@
+"""Checkpoints: written whole or not at all, read as plain tensors and values only.
+
+A checkpoint is torch's zip archive with the SHA-256 of its bytes in the archive's comment, where torch and
+zip tools look past it. torch's reader checks little itself: an entry whose directory bit is set, say, is
+taken for read, and its tensor is whatever the memory held.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastkd.errors import CheckpointError
+from fastkd.files.atomic import write_atomically
+from fastkd.files.plain import load_plain
+from fastkd.files.regular import open_regular
+from fastkd.files.sealed import Damage, check_sealed, seal
+
+_FORMAT = "fastkd-2"
+_WITHOUT_DIGEST = "fastkd-1"  # what fastkd wrote before
+
+
+def save_checkpoint(path: Path, content: Mapping[str, Any], *, keep_as: Path | None = None) -> None:
+    # Through memory: of a failed write torch's own writer tells nothing but its position.
+    buffer = io.BytesIO()
+    torch.save({**content, "format": _FORMAT}, buffer)
+    seal(buffer)
+    write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()), keep_as=keep_as)
+
+
+def load_checkpoint(path: Path, *, remedy: str) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU. ``remedy`` ends the message when it cannot be read.
+
+    Raises ``CheckpointError``.
+    """
+    if not path.exists():
+        raise CheckpointError(f"no checkpoint {path}; {remedy}")
+    try:
+        # One opening for check and reading: the file of this name may be exchanged in between.
+        with open(open_regular(path), "rb") as file:
+            sealed = check_sealed(file)
+            content = load_plain(file)
+    except Damage as damage:
+        raise CheckpointError(f"checkpoint {path} is damaged: {damage}; {remedy}") from None
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"checkpoint {path} is damaged or holds more than tensors: {error}; {remedy}"
+        ) from None
+    except MemoryError:
+        raise
+    except Exception as error:  # what a damaged pickle leads to is without end
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"checkpoint {path} is truncated or damaged: {reason}; {remedy}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"checkpoint {path} holds a {type(content).__name__}, expected a dict; {remedy}"
+        )
+    _check_format(path, content.get("format"), sealed, remedy)
+    return content
+
+
+def _check_format(path: Path, name: object, sealed: bool, remedy: str) -> None:
+    if not (isinstance(name, str) and name.startswith("fastkd-")):
+        return  # another program's
+    if name not in (_FORMAT, _WITHOUT_DIGEST):
+        raise CheckpointError(
+            f"checkpoint {path} has the format {name!r}, but this fastkd reads {_FORMAT} and "
+            f"{_WITHOUT_DIGEST}: a newer fastkd wrote it, or it is damaged; {remedy}"
+        )
+    if name == _FORMAT and not sealed:
+        raise CheckpointError(f"checkpoint {path} is damaged: its SHA-256 is missing; {remedy}")

@@ -1,0 +1,121 @@
+"""A training in a folder of its own: student or teacher, recorded there, resumed from there."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from fastkd.data.data import Data
+from fastkd.distill import Method
+from fastkd.files.sealed import short_digest_of
+from fastkd.recipe.schema import Optimization, Train
+from fastkd.train import distributed
+from fastkd.train.display.console import ConsoleProgress
+from fastkd.train.display.tensorboard import TensorBoard
+from fastkd.train.loop import FitResult, fit_method
+from fastkd.train.optimization import build_optimizer, build_scheduler
+from fastkd.train.signals import StopSignals
+from fastkd.train.watcher import Shielded, Watcher
+
+from .folder import RunRecorder, read_resume_state
+from .lock import locked
+from .teacher_cache import CachedLoader, TeacherCache
+
+
+@contextlib.contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """The folder is this training's; its first rank holds the lock."""
+    with locked(folder) if distributed.is_first() else contextlib.nullcontext():
+        yield
+
+
+def read_state(folder: Path, role: str, console: Console) -> dict[str, Any] | None:
+    """The newest state in ``folder``, if there is one; ``console`` is told of damaged ones."""
+    return read_resume_state(
+        folder, lambda text: console.print(f"{role}: {text}", markup=False, soft_wrap=True)
+    )
+
+
+def fit_in_folder(
+    folder: Path,
+    role: str,
+    method: Method,
+    optimization: Optimization,
+    data: Data,
+    device: torch.device,
+    console: Console,
+    *,
+    title: str,
+    resume: dict[str, Any] | None,
+    known_as: dict[str, Any] | None = None,
+    teacher_accuracy: float | None = None,
+    cache: TeacherCache | None = None,
+) -> FitResult:
+    """Train with one method, from ``resume`` if there is such a state; ``known_as`` goes into the next ones.
+
+    A teacher's section says nothing of how to compute: it is trained in float32, saved after every epoch.
+    """
+    train = optimization if isinstance(optimization, Train) else Train(epochs=optimization.epochs)
+    train_loader: Any = data.train_loader(optimization.batch_size, optimization.seed, device)
+    if cache is not None:
+        train_loader = CachedLoader(train_loader, cache)
+    optimizer = build_optimizer(method, optimization)
+    if resume is not None:
+        console.print(f"{role}: going on after {_reached(resume)} of {optimization.epochs}")
+    watcher = Watcher()
+    if distributed.is_first():
+        watcher = RunRecorder(
+            folder,
+            _shown(folder, role, console, tensorboard=train.tensorboard),
+            facts={
+                "num_classes": data.num_classes,
+                "data": short_digest_of(data.fingerprint),
+                "input": list(data.example()[0].shape[1:]),
+            },
+            title=title,
+            teacher_accuracy=teacher_accuracy,
+            keep_every=train.keep_every,
+            known_as=known_as or {},
+            history=resume["history"] if resume else (),
+        )
+    # The same weights on every rank, but other dropout.
+    if distributed.rank():
+        torch.manual_seed(optimization.seed + 2**32 * distributed.rank())
+    with StopSignals() as stop:
+        return fit_method(
+            method,
+            train_loader,
+            data.val_loader(device, train.val_batch_size or optimization.batch_size),
+            epochs=optimization.epochs,
+            optimizer=optimizer,
+            scheduler=build_scheduler(optimizer, optimization, len(train_loader)),
+            device=device,
+            watcher=watcher,
+            resume=resume,
+            stop=stop,
+            **{name: getattr(train, name) for name in _OF_THE_LOOP},
+        )
+
+
+# Settings of a recipe that are arguments of ``fit_method`` by the same names.
+_OF_THE_LOOP = (
+    "clip_norm", "precision", "teacher_precision", "channels_last", "compile", "accumulate", "ema",
+    "nonfinite", "log_every", "checkpoint_every",
+)  # fmt: skip
+
+
+def _reached(state: dict[str, Any]) -> str:
+    position = state.get("position")
+    step = f"step {position['meter']['steps']} of epoch {len(state['history']) + 1}" if position else None
+    return step or f"epoch {len(state['history'])}"
+
+
+def _shown(folder: Path, role: str, console: Console, *, tensorboard: bool) -> Watcher:
+    shown = ConsoleProgress(role, console)
+    # Each by itself: without TensorBoard the console goes on.
+    return TensorBoard(folder / "tensorboard", Shielded(shown)) if tensorboard else Shielded(shown)

@@ -1,0 +1,226 @@
+"""Run folders: one a run, numbered, never written over, valid at every moment.
+
+recipe.yaml     the resolved recipe; `fastkd train FOLDER/recipe.yaml` runs it again
+run.json        the recipe's name
+last.pt         all that `--resume` needs, after every epoch and whenever one was due within
+previous.pt     the one before, should the last be damaged
+epoch-NNNN.pt   every `train.keep_every` epochs
+best.pt         the weights of the best epoch (their average, with `train.ema`)
+metrics.jsonl   one line an epoch
+curves.png      accuracy, loss terms, time
+summary.json    written when the run is finished
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor
+
+from fastkd.errors import CheckpointError, NonFiniteLossError, StorageError
+from fastkd.files.atomic import write_atomically
+from fastkd.files.regular import read_regular
+from fastkd.recipe.files import dump_flat_yaml
+from fastkd.recipe.schema import Recipe
+from fastkd.train.batches import Batch
+from fastkd.train.display.curves import plot_curves
+from fastkd.train.watcher import ForwardingWatcher, Record, Watcher
+
+from .checkpoint import load_checkpoint, save_checkpoint
+
+_PREVIOUS = "previous.pt"
+
+
+def create_run_folder(runs: Path, name: str) -> Path:
+    """A new folder ``runs/NAME-NNN``, numbered after those that exist. Raises ``StorageError``."""
+    number = max(_folders_of(runs, name), default=0) + 1
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        while True:
+            folder = runs / f"{_stem(name)}-{number:03d}"
+            with contextlib.suppress(FileExistsError):  # another process took it since
+                folder.mkdir()
+                return folder
+            number += 1
+    except OSError as error:
+        raise StorageError(
+            f"no run folder can be made in {runs}: {error.strerror}; --runs FOLDER chooses another place"
+        ) from None
+
+
+def find_run(runs: Path, name: str, recipe: Recipe) -> Path | None:
+    """The newest run folder of this very recipe, finished or not; None if there is none."""
+    text = dump_flat_yaml(recipe.flat())
+    for _, folder in sorted(_folders_of(runs, name).items(), reverse=True):
+        try:
+            if read_regular(folder / "recipe.yaml") == text.encode():
+                return folder
+        except OSError:
+            continue
+    return None
+
+
+def _stem(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", name)
+
+
+def _folders_of(runs: Path, name: str) -> dict[int, Path]:
+    """Run folders by number."""
+    if not runs.is_dir():
+        return {}
+    named = re.compile(re.escape(_stem(name)) + r"-(\d+)")
+    return {int(match.group(1)): path for path in runs.iterdir() if (match := named.fullmatch(path.name))}
+
+
+def write_recipe(folder: Path, name: str, recipe: Recipe) -> None:
+    write_text(folder / "recipe.yaml", dump_flat_yaml(recipe.flat()))
+    write_json(folder / "run.json", {"name": name})
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The content, or None if the file is missing or damaged."""
+    try:
+        return json.loads(read_regular(path))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def is_summary(content: Any) -> bool:
+    """Whether a summary.json has what others read of it."""
+    try:
+        numbers = [content[which]["val_accuracy"] for which in ("best", "last")]
+        numbers += [content["seed"], *content["seconds"].values()]
+        return all(isinstance(number, int | float) for number in numbers) and all(
+            isinstance(content[name], str) for name in ("name", "method", "comparison")
+        )
+    except (AttributeError, KeyError, TypeError):
+        return False
+
+
+def read_resume_state(folder: Path, note: Callable[[str], None]) -> dict[str, Any] | None:
+    """The newest state that can be read; None if nothing was finished. Past a damaged one ``note`` tells.
+
+    Raises ``CheckpointError`` if there are states, but none that can be read.
+    """
+    kept = sorted(folder.glob("epoch-*.pt"), reverse=True)
+    paths = [path for path in (folder / "last.pt", folder / _PREVIOUS, *kept) if path.exists()]
+    remedy = "delete it to start this run from its first epoch"
+    for path in paths:
+        try:
+            state = load_checkpoint(path, remedy=remedy)
+            missing = [key for key in ("student", "optimizer", "history", "random") if key not in state]
+            if missing:
+                raise CheckpointError(f"checkpoint {path} is no state of a run: {missing[0]} is missing")
+        except CheckpointError as error:
+            if path == paths[-1]:
+                raise
+            note(f"{str(error).removesuffix('; ' + remedy)}; taking the one before")
+            continue
+        if isinstance(state["random"], dict):  # written before there were ranks
+            state["random"] = [state["random"]]
+        return state
+    return None
+
+
+class RunRecorder(ForwardingWatcher):
+    """Writes checkpoints and metrics after every epoch, the curves at the end (however it comes).
+
+    Everything is passed on to ``shown``. ``facts`` go into the checkpoints beside the weights, ``known_as``
+    into the states; ``keep_every``: epochs between states that are kept for good; ``history``: of a run that
+    is resumed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        shown: Watcher,
+        *,
+        facts: dict[str, Any],
+        title: str,
+        teacher_accuracy: float | None = None,
+        keep_every: int | None = None,
+        known_as: Mapping[str, Any] = MappingProxyType({}),
+        history: Sequence[Record] = (),
+    ) -> None:
+        super().__init__(shown)
+        self._folder = folder
+        self._facts = facts
+        self._title = title
+        self._teacher_accuracy = teacher_accuracy
+        self._keep_every = keep_every
+        self._known_as = known_as
+        self._history = list(history)
+
+    def __enter__(self) -> Watcher:
+        if self._history:  # what ended the run may have come between the state and these lines
+            self._write_metrics()
+        return super().__enter__()
+
+    def __exit__(self, *exception: object) -> None:
+        super().__exit__(*exception)
+        if self._history:
+            picture = self._folder / "curves.png"
+            try:
+                plot_curves(
+                    self._history, picture, title=self._title, teacher_accuracy=self._teacher_accuracy
+                )
+            except Exception as error:  # a full disk, matplotlib's settings, a font: no picture ends a run
+                self.note(f"{picture} is not drawn: {type(error).__name__}: {error}")
+
+    def epoch_done(self, record: Record, state: Callable[[], dict[str, Any]]) -> None:
+        resume = {**state(), **self._known_as}
+        self._history = history = list(resume["history"])
+        # Best before last: an interrupt in between repeats the epoch, which gives the same weights again.
+        if all(record["val_accuracy"] > earlier["val_accuracy"] for earlier in history[:-1]):
+            weights = resume["student"] if resume["ema"] is None else averaged_weights(resume["ema"])
+            best = {"model": weights, "epoch": record["epoch"], **self._facts}
+            save_checkpoint(self._folder / "best.pt", {**best, "val_accuracy": record["val_accuracy"]})
+        if self._keep_every is not None and record["epoch"] % self._keep_every == 0:
+            save_checkpoint(self._folder / f"epoch-{record['epoch']:04d}.pt", resume)
+        self._save(resume)
+        self._write_metrics()
+        super().epoch_done(record, state)
+
+    def checkpoint(self, epoch: int, step: int, state: Callable[[], dict[str, Any]]) -> None:
+        self._save({**state(), **self._known_as})
+        super().checkpoint(epoch, step, state)
+
+    def not_finite(self, error: NonFiniteLossError, batch: Batch | None) -> None:
+        if batch is None:
+            return
+        path = self._folder / f"not-finite-epoch-{error.epoch:04d}-step-{error.step:06d}.pt"
+        images, target = batch[:2]
+        content = {"epoch": error.epoch, "step": error.step, "terms": dict(error.terms)}
+        try:
+            save_checkpoint(path, {**content, "images": images.cpu(), "target": target.cpu()})
+        except StorageError as full:  # must not hide why the run ended
+            error.args = (f"{error}; its batch could not be kept: {full}",)
+            return
+        error.args = (f"{error}; its batch is in {path}",)
+
+    def _write_metrics(self) -> None:
+        # Whole, from the history: a line that an interrupt left out or doubled would stay so.
+        lines = "".join(json.dumps(record) + "\n" for record in self._history)
+        write_text(self._folder / "metrics.jsonl", lines)
+
+    def _save(self, state: dict[str, Any]) -> None:
+        save_checkpoint(self._folder / "last.pt", state, keep_as=self._folder / _PREVIOUS)
+
+
+def averaged_weights(ema: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of a student from that of its average."""
+    return {key.removeprefix("module."): value for key, value in ema.items() if key.startswith("module.")}

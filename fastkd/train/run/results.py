@@ -1,0 +1,97 @@
+"""The results of a run or of several seeds, beside teacher and student alone."""
+
+from __future__ import annotations
+
+import shlex
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from fastkd.recipe.files import dump_scalar, shipped_recipes
+from fastkd.recipe.schema import Recipe, load_recipe
+from fastkd.train.display.console import results_table, time_table
+
+from .folder import is_summary, read_json
+
+_ALONE = ("data.", "student.", "train.")  # what a student alone has in common with a distilled one
+
+
+def print_results(
+    summaries: Sequence[dict[str, Any]], recipe: Recipe, folder: Path, runs: Path, console: Console
+) -> None:
+    """Tables of accuracy (mean ± sample standard deviation over seeds) and of where the time went.
+
+    ``folder`` is the run's, or the group's of seeds.
+    """
+    first = summaries[0]
+    rows = []
+    if first["teacher"]:
+        best = first["teacher"].get("best_val_accuracy")
+        last = first["teacher"]["val_accuracy"]
+        rows.append(("teacher", "" if best is None else f"{best * 100:.2f}", f"{last * 100:.2f}"))
+    if first["method"] != "cross_entropy":
+        alone = student_alone(runs, first["comparison"])
+        label = "student alone" + _over(alone)
+        rows.append(
+            (label, _mean(alone, "best"), _mean(alone, "last")) if alone else (label, "not known", "")
+        )
+        if not alone:
+            console.print(
+                "student alone is not known for these data and settings: run "
+                f"`{student_alone_command(first['name'], recipe, folder, runs)}`",
+                soft_wrap=True,
+                markup=False,
+            )
+    rows.append((f"{first['name']}{_over(summaries)}", _mean(summaries, "best"), _mean(summaries, "last")))
+    console.print(results_table("results", rows))
+    parts = first["seconds"]
+    console.print(time_table({p: statistics.mean(s["seconds"][p] for s in summaries) for p in parts}))
+
+
+def student_alone_command(name: str, recipe: Recipe, folder: Path, runs: Path) -> str:
+    """What trains the same student on the same data in the same way, without a teacher."""
+    words = ["fastkd", "train"]
+    alone = f"{name.partition('/')[0]}/student"
+    if alone in shipped_recipes():
+        base = load_recipe(alone)[1].flat()
+        wanted = {key: value for key, value in recipe.flat().items() if key.startswith(_ALONE)}
+        given = {key: value for key, value in wanted.items() if base.get(key) != value}
+        given |= {key: None for key in base if key.startswith(_ALONE) and key not in wanted}
+        words += [alone, *(f"{key}={dump_scalar(value)}" for key, value in given.items())]
+    else:
+        words += [str(folder / "recipe.yaml"), "method=cross_entropy"]
+    if runs != Path("runs"):
+        words += ["--runs", str(runs)]
+    return shlex.join(words)
+
+
+def student_alone(runs: Path, comparison: str) -> list[dict[str, Any]]:
+    """Finished cross-entropy runs that differ from this one in the method only, the newest of each seed."""
+    newest: dict[int, tuple[float, dict[str, Any]]] = {}
+    for path in runs.glob("**/summary.json"):
+        summary = read_json(path)
+        if (
+            is_summary(summary)
+            and summary["method"] == "cross_entropy"
+            and summary["comparison"] == comparison
+        ):
+            made = path.stat().st_mtime
+            if made >= newest.get(summary["seed"], (made, {}))[0]:
+                newest[summary["seed"]] = (made, summary)
+    return [summary for _, (_, summary) in sorted(newest.items())]
+
+
+def _mean(summaries: Sequence[dict[str, Any]], which: str) -> str:
+    values = [100 * summary[which]["val_accuracy"] for summary in summaries]
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+def _over(summaries: Sequence[dict[str, Any]]) -> str:
+    if len(summaries) < 2:
+        return ""
+    return f", seeds {', '.join(str(summary['seed']) for summary in summaries)}"

@@ -1,0 +1,119 @@
+"""Whether a run can be resumed with a recipe: what differs from the one that its state was made with."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastkd.distill import find_method
+from fastkd.distill.options import options_of
+from fastkd.errors import CheckpointError
+from fastkd.recipe.schema import Recipe, Teacher, Train, load_recipe
+
+
+def identity(recipe: Recipe, data: str, teacher: str | None) -> dict[str, Any]:
+    """What a state is kept with, to be known by: ``data`` and ``teacher`` are hashes of their contents."""
+    return {"recipe": recipe.flat(), "data": data, "teacher": teacher}
+
+
+# Of a recipe: where and how a run is computed and what is written of it. Data and teacher are compared by
+# what they are, wherever they lie.
+_FREE = {
+    "device", "threads", "channels_last", "compile", "accumulate", "nonfinite", "log_every",
+    "checkpoint_every", "keep_every", "tensorboard", "epochs",
+}  # fmt: skip
+# The learning rate of every step depends on how many there will be.
+_SPREAD = ("one_cycle", "cosine")
+
+
+def check_recipe(state: Mapping[str, Any], now: Mapping[str, Any], recipe: Recipe, folder: Path) -> list[str]:
+    """Notes on what may differ between a state of ``folder`` and ``identity(…)`` as it is now.
+
+    Raises ``CheckpointError`` that names each difference with which the run cannot be resumed.
+    """
+    was, is_ = state.get("recipe"), now["recipe"]
+    if was is None and (folder / "recipe.yaml").is_file():  # written before states said so
+        was = load_recipe(str(folder / "recipe.yaml"))[1].flat()
+    if not isinstance(was, dict):
+        return []
+    refused: list[str] = []
+    for section in ("data", "teacher"):
+        if section not in state or state[section] != now[section]:
+            keys = _differences(was, is_, (section,), recipe)
+            unnamed = [f"{section}: its content is not what it was"] if section in state else []
+            refused += keys or unnamed
+    refused += [
+        text
+        for text in _differences(was, is_, ("student", "method", "train"), recipe)
+        if text.partition(":")[0] not in {f"train.{name}" for name in _FREE}
+    ]
+    before, after = was.get("train.epochs"), is_["train.epochs"]
+    if before != after and (reason := _cannot_extend(state, recipe)) is not None:
+        refused.append(f"train.epochs: {before} → {after} ({reason})")
+    if refused:
+        raise CheckpointError(
+            f"{folder} cannot be resumed with another recipe: {'; '.join(refused)}; "
+            "start a new run for it, without --resume"
+        )
+    return [f"train.epochs: {before} → {after}"] if before != after else []
+
+
+def _cannot_extend(state: Mapping[str, Any], recipe: Recipe) -> str | None:
+    trained = len(state["history"]) + bool(state.get("position"))
+    if recipe.train.epochs < trained:
+        return f"{trained} are trained or begun"
+    if recipe.train.schedule in _SPREAD:
+        return (
+            f"train.schedule {recipe.train.schedule} is spread over all epochs, so the first ones would have "
+            "been trained otherwise; constant and steps can be extended"
+        )
+    return None
+
+
+def _differences(
+    was: Mapping[str, Any], is_: Mapping[str, Any], sections: tuple[str, ...], recipe: Recipe
+) -> list[str]:
+    defaults = _defaults(recipe)
+    found = []
+    for key in dict.fromkeys((*was, *is_)):
+        if key.partition(".")[0] not in sections:
+            continue
+        before, after = was.get(key), is_.get(key)
+        # A setting that there was not yet when the state was written is at its default.
+        if before != after and not (key not in was and after == defaults.get(key)):
+            found.append(f"{key}: {_shown(before)} → {_shown(after)}")
+    return found
+
+
+def _defaults(recipe: Recipe) -> dict[str, Any]:
+    sections: dict[str, type[Any]] = {
+        "data": type(recipe.data),
+        "student": type(recipe.student),
+        "teacher": Teacher,
+        "train": Train,
+    }
+    defaults = {
+        f"{name}.{key}": field.default
+        for name, section in sections.items()
+        for key, field in section.model_fields.items()
+    }
+    options = options_of(find_method(recipe.method))
+    return defaults | {f"method.{key}": option.default for key, option in options.items()}
+
+
+def _shown(value: object) -> str:
+    return "not set" if value is None else str(value)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of a network's weights."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:12]

@@ -1,0 +1,207 @@
+"""From a recipe to a finished run: data, teacher, student, results."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from fastkd.data.data import Data, load_data
+from fastkd.errors import DataError, NonFiniteLossError, Preempted, RecipeError, StorageError
+from fastkd.files.sealed import short_digest_of
+from fastkd.recipe.schema import Recipe
+from fastkd.train import distributed
+from fastkd.train.display.tensorboard import require_tensorboard
+from fastkd.train.signals import StopSignals
+
+from .build import build_method, build_network, resolve_device, synchronised, try_method
+from .fitting import fit_in_folder, owned, read_state
+from .folder import create_run_folder, write_json, write_recipe
+from .resume import check_recipe, identity
+from .teacher_cache import TeacherCache
+from .teachers import (
+    TeacherInUse,
+    cached_teacher,
+    load_given_teacher,
+    open_cache,
+    own_teacher,
+    teacher_hash,
+    what_matters,
+)
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C after a run folder was made; ``folder`` is what ``--resume`` takes."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+
+def run_recipe(
+    name: str, recipe: Recipe, *, runs: Path, console: Console, folder: Path | None = None
+) -> dict[str, Any]:
+    """Train the teacher if its checkpoint is not there yet, then the student; returns the summary.
+
+    A new run folder is made under ``runs``, unless ``folder`` names one to go on with.
+
+    Raises ``TrainError`` for what a user can mend and ``Stopped`` at Ctrl-C.
+    """
+    try:
+        device = resolve_device(recipe.train.device)
+        if recipe.train.threads is not None:
+            torch.set_num_threads(recipe.train.threads)
+        console.print(f"{name}: {recipe.description}", markup=False)
+        check_ranks(recipe, device)
+        if recipe.train.tensorboard:
+            require_tensorboard()
+        with distributed.first_rank_first():
+            data = load_data(recipe.data)
+        console.print(f"data: {data.describe()}", markup=False)
+        for note in data.notes:
+            console.print(f"  {note}", markup=False)
+        # An unusable checkpoint or layer must be found before anything is trained or written.
+        cache = open_cache(recipe, data)
+        teacher = None
+        if cache is not None:
+            teacher = cached_teacher(cache)
+        elif recipe.teacher is not None:
+            teacher = load_given_teacher(recipe.teacher, data, device, console)
+        ready = None if cache is not None or teacher is None else teacher.model
+        for note in try_method(recipe, data, device, cached=cache is not None, teacher=ready):
+            console.print(note, markup=False)
+        if folder is None:
+            folder = distributed.from_first(create_run_folder(runs, name) if distributed.is_first() else None)
+        with StopSignals(), owned(folder):
+            made_by = teacher_hash(recipe, data, teacher, cache)
+            known_as = identity(recipe, short_digest_of(data.fingerprint), made_by)
+            resume = read_state(folder, "student", console)
+            for note in check_recipe(resume, known_as, recipe, folder) if resume else ():
+                console.print(note, markup=False)
+            if distributed.is_first():
+                write_recipe(folder, name, recipe)
+            if recipe.teacher is not None and teacher is None:
+                teacher = own_teacher(recipe.teacher, data, runs, device, console)
+            if teacher is not None:
+                accuracy, path = teacher.summary["val_accuracy"], teacher.summary["checkpoint"]
+                console.print(f"teacher: {accuracy:.2%}, {path}", markup=False)
+            summary = _distil(name, recipe, data, teacher, folder, device, console, cache, resume, known_as)
+    except KeyboardInterrupt:
+        if folder is None:
+            raise
+        raise Stopped(folder) from None
+    except Preempted as error:
+        raise Preempted(f"{error}; to go on: fastkd train --resume {folder}") from None
+    except (NonFiniteLossError, DataError) as error:
+        if folder is None:
+            raise
+        raise type(error)(f"{error}; the run folder {folder} keeps the epochs before") from None
+    except StorageError as error:
+        if folder is None or not (folder / "recipe.yaml").exists():
+            if folder is not None:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()  # it has nothing in it
+            raise
+        raise StorageError(f"{error}; then go on with --resume {folder}") from None
+    return {**summary, "folder": str(folder)}
+
+
+def check_ranks(recipe: Recipe, device: torch.device) -> None:
+    """Raise ``RecipeError`` for what several ranks cannot do: uneven shares, SyncBatchNorm on CPUs."""
+    world = distributed.world()
+    if world == 1:
+        return
+    if recipe.train.sync_batchnorm and device.type != "cuda":
+        raise RecipeError(
+            f"train.sync_batchnorm: torch's SyncBatchNorm runs on GPUs, but train.device is {device.type}"
+        )
+    for key, section in (("train", recipe.train), ("teacher", recipe.teacher)):
+        if section is None:
+            continue
+        if section.batch_size % world or section.batch_size < 2 * world:
+            raise RecipeError(
+                f"{key}.batch_size = {section.batch_size} cannot be shared among {world} processes evenly, "
+                "two images or more to each; it counts the images of a step over all of them"
+            )
+
+
+def _distil(
+    name: str,
+    recipe: Recipe,
+    data: Data,
+    teacher: TeacherInUse | None,
+    folder: Path,
+    device: torch.device,
+    console: Console,
+    cache: TeacherCache | None,
+    resume: dict[str, Any] | None,
+    known_as: dict[str, Any],
+) -> dict[str, Any]:
+    """Train the student and write the summary."""
+    # Seeded here, so that a student does not depend on whether its teacher was trained or read.
+    torch.manual_seed(recipe.train.seed)
+    student = build_network(recipe.student, data).to(device)
+    if recipe.train.sync_batchnorm:
+        student = synchronised(student)
+    method = build_method(recipe, student, teacher.model if teacher else None, data, device)
+    if recipe.train.sync_batchnorm:
+        for part, module in method.named_children():
+            if part != "student":
+                setattr(method, part, synchronised(module))
+    result = fit_in_folder(
+        folder,
+        "student",
+        method,
+        recipe.train,
+        data,
+        device,
+        console,
+        title=f"{name}, seed {recipe.train.seed}",
+        teacher_accuracy=teacher.summary["val_accuracy"] if teacher else None,
+        cache=cache,
+        resume=resume,
+        known_as=known_as,
+    )
+    summary = {
+        "name": name,
+        "method": recipe.method,
+        "seed": recipe.train.seed,
+        "comparison": comparison_key(recipe, data),
+        "num_classes": data.num_classes,
+        "best": {"epoch": result.best["epoch"], "val_accuracy": result.best["val_accuracy"]},
+        "last": {"epoch": result.last["epoch"], "val_accuracy": result.last["val_accuracy"]},
+        "seconds": result.seconds,
+        "teacher": teacher.summary if teacher else None,
+        "corrupt_images": dict(getattr(data, "corrupt", {})),
+        "made_with": _versions(device),
+    }
+    if distributed.is_first():
+        write_json(folder / "summary.json", summary)
+    return summary
+
+
+def comparison_key(recipe: Recipe, data: Data) -> str:
+    """Equal for runs that differ in method, teacher or seed only, so that their results can be compared."""
+    train = what_matters(recipe.train, _NO_MATTER)
+    return short_digest_of([data.fingerprint, recipe.student.model_dump(), train])
+
+
+# Of a run's results: where and how it is computed, and what is written.
+_NO_MATTER = {
+    "seed", "device", "threads", "teacher_precision", "channels_last", "compile", "accumulate",
+    "nonfinite", "log_every", "checkpoint_every", "keep_every", "tensorboard", "val_batch_size",
+}  # fmt: skip
+
+
+def _versions(device: torch.device) -> dict[str, str]:
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": f"{device.type}: {where}",
+        "threads": str(torch.get_num_threads()),
+    }

@@ -1,0 +1,57 @@
+"""One recipe over several seeds: a folder of runs that can be gone on with as a whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from fastkd.errors import RecipeError
+from fastkd.files.atomic import make_folder
+from fastkd.recipe.schema import Recipe
+
+from .folder import create_run_folder, is_summary, read_json, write_json, write_recipe
+from .run import Stopped, run_recipe
+
+_GROUP = "seeds.json"
+
+
+def is_seed_group(folder: Path) -> bool:
+    return (folder / _GROUP).exists()
+
+
+def run_seeds(
+    name: str, recipe: Recipe, count: int, *, runs: Path, console: Console, folder: Path | None = None
+) -> tuple[Path, list[dict[str, Any]]]:
+    """Run seeds ``train.seed`` … ``train.seed + count - 1``; finished ones of ``folder`` are read, not run.
+
+    Returns the folder of the group and the summaries. Raises what ``run_recipe`` raises; ``Stopped`` names
+    the group.
+    """
+    if folder is None:
+        folder = create_run_folder(runs, name)
+        write_recipe(folder, name, recipe)
+        write_json(folder / _GROUP, {"count": count})
+    summaries = []
+    for seed in range(recipe.train.seed, recipe.train.seed + count):
+        run = folder / f"seed-{seed}"
+        make_folder(run)
+        summary = read_json(run / "summary.json")
+        if not is_summary(summary):
+            seeded = recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": seed})})
+            try:
+                summary = run_recipe(name, seeded, runs=runs, console=console, folder=run)
+            except KeyboardInterrupt:
+                raise Stopped(folder) from None
+        summaries.append(summary)
+    return folder, summaries
+
+
+def seed_count(folder: Path) -> int:
+    """Raises ``RecipeError`` if the group's file does not say so."""
+    content = read_json(folder / _GROUP)
+    count = content.get("count") if isinstance(content, dict) else None
+    if type(count) is not int or count < 1:
+        raise RecipeError(f"{folder / _GROUP} is damaged: count = {count!r}, expected a number of seeds")
+    return count

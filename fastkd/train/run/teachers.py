@@ -1,0 +1,177 @@
+"""The teacher of a recipe: given as a file or by torchvision, read from an earlier run, or trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from fastkd.data.data import Data
+from fastkd.distill import CrossEntropy
+from fastkd.errors import TrainError
+from fastkd.files.atomic import make_folder
+from fastkd.files.sealed import short_digest_of
+from fastkd.recipe.schema import Optimization, Recipe, Teacher
+from fastkd.train import distributed
+from fastkd.train.evaluation import evaluate
+
+from .build import build_network, tried
+from .checkpoint import save_checkpoint
+from .fitting import fit_in_folder, owned, read_state
+from .folder import write_json
+from .resume import fingerprint
+from .teacher_cache import CachedTeacher, TeacherCache, wanted_facts
+from .torchvision_weights import torchvision_network
+from .weights import load_weights
+
+
+@dataclass(frozen=True)
+class TeacherInUse:
+    """A trained teacher and what is known of it."""
+
+    model: nn.Module
+    summary: dict[str, Any]  # checkpoint, val_accuracy (last epoch), best_val_accuracy where known
+
+
+def load_given_teacher(
+    config: Teacher, data: Data, device: torch.device, console: Console
+) -> TeacherInUse | None:
+    if config.checkpoint is None and config.weights is None:
+        return None
+    if config.weights is not None:
+        model, notes = torchvision_network(
+            config.name,
+            config.weights,
+            num_classes=data.num_classes,
+            size=data.example()[0].shape[-1],
+        )
+        for note in notes:
+            console.print(f"teacher: {note}", markup=False)
+        measured = _accuracy(config, model, data, device)
+        return TeacherInUse(model, {"checkpoint": config.weights, "val_accuracy": measured})
+    model = build_network(config, data)
+    assert config.checkpoint is not None
+    path = Path(config.checkpoint)
+    facts = load_weights(
+        model,
+        path,
+        num_classes=data.num_classes,
+        remedy="teacher.checkpoint must be of this architecture and data; leave it out to train a teacher",
+    )
+    accuracy = facts.get("val_accuracy")
+    if facts.get("data") != short_digest_of(data.fingerprint) or accuracy is None:
+        accuracy = _accuracy(config, model, data, device)
+    return TeacherInUse(model, {"checkpoint": str(path), "val_accuracy": accuracy})
+
+
+def _accuracy(config: Teacher, model: nn.Module, data: Data, device: torch.device) -> float:
+    what, loader = (
+        f"teacher {config.name} on the validation images",
+        data.val_loader(device, config.batch_size),
+    )
+    accuracy: float = tried(what, evaluate, model.to(device), loader, device=device)[0]
+    return accuracy
+
+
+def find_teacher(
+    config: Teacher, data: Data, runs: Path, device: torch.device, console: Console
+) -> TeacherInUse:
+    """The teacher of a recipe, trained if it must be. Raises ``TrainError``."""
+    return load_given_teacher(config, data, device, console) or own_teacher(
+        config, data, runs, device, console
+    )
+
+
+def _settings_of(config: Teacher) -> dict[str, Any]:
+    return what_matters(config, {"checkpoint", "weights", "cache"})
+
+
+def _key_of(config: Teacher, data: Data) -> str:
+    return short_digest_of([data.fingerprint, _settings_of(config)])
+
+
+# Left out where they are at their defaults: runs made before there were such settings are still the same.
+_LATER = {"warmup_epochs": 0.0, "sync_batchnorm": False, "ema": None}
+
+
+def what_matters(config: Optimization, leave_out: set[str]) -> dict[str, Any]:
+    values = config.model_dump(exclude=leave_out)
+    return {key: value for key, value in values.items() if key not in _LATER or value != _LATER[key]}
+
+
+def teacher_hash(
+    recipe: Recipe, data: Data, teacher: TeacherInUse | None, cache: TeacherCache | None
+) -> str | None:
+    """Tells one teacher from another, one that is yet to be trained too."""
+    if cache is not None:
+        return short_digest_of(cache.facts)
+    if teacher is not None:
+        return fingerprint(teacher.model)
+    return None if recipe.teacher is None else _key_of(recipe.teacher, data)
+
+
+def own_teacher(
+    config: Teacher, data: Data, runs: Path, device: torch.device, console: Console
+) -> TeacherInUse:
+    """The teacher of this data and configuration: read, gone on with, or trained."""
+    # The hash holds all that determines the weights: other data never meet this teacher.
+    settings, key = _settings_of(config), _key_of(config, data)
+    label = config.name.replace("/", "-") + (f"-{config.width}" if config.width else "")
+    folder = runs / "teachers" / f"{label}-{key}"
+    path = folder / "teacher.pt"
+    torch.manual_seed(config.seed)
+    model = build_network(config, data)
+    if not distributed.from_first(path.exists()):
+        make_folder(folder)
+        facts = {"name": "teacher", "settings": settings, "data": data.describe()}
+        with owned(folder):
+            if distributed.is_first():
+                write_json(folder / "run.json", facts)
+            result = fit_in_folder(
+                folder,
+                "teacher",
+                CrossEntropy(model.to(device)),
+                config,
+                data,
+                device,
+                console,
+                title=f"teacher {label}",
+                resume=read_state(folder, "teacher", console),
+            )
+            # The last epoch, not the best: picking by validation accuracy would flatter the teacher.
+            content = {
+                "model": model.state_dict(),
+                "num_classes": data.num_classes,
+                "data": short_digest_of(data.fingerprint),
+                "val_accuracy": result.last["val_accuracy"],
+                "best_val_accuracy": result.best["val_accuracy"],
+            }
+            if distributed.is_first():
+                save_checkpoint(path, content)
+        distributed.barrier()
+    facts = load_weights(
+        model, path, num_classes=data.num_classes, remedy="delete it to have the teacher trained again"
+    )
+    known: dict[str, Any] = {
+        name: facts[name] for name in ("val_accuracy", "best_val_accuracy") if name in facts
+    }
+    if "val_accuracy" not in known:
+        raise TrainError(f"checkpoint {path} lacks its accuracy; delete it to have the teacher trained again")
+    return TeacherInUse(model, {"checkpoint": str(path), **known})
+
+
+def open_cache(recipe: Recipe, data: Data) -> TeacherCache | None:
+    if recipe.teacher is None or recipe.teacher.cache is None:
+        return None
+    cache = TeacherCache(Path(recipe.teacher.cache))
+    cache.check_fits(wanted_facts(recipe, data))
+    return cache
+
+
+def cached_teacher(cache: TeacherCache) -> TeacherInUse:
+    summary = {"checkpoint": f"cache {cache.folder}", "val_accuracy": cache.facts["val_accuracy"]}
+    return TeacherInUse(CachedTeacher(), summary)

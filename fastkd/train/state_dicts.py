@@ -1,0 +1,60 @@
+"""Loading a state dict, checked name by name before anything changes."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastkd.errors import CheckpointError
+from fastkd.messages import some
+
+COUNTER = "num_batches_tracked"  # of batch normalisation; torch too loads files without it
+_AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # of GoogLeNet and Inception
+_LISTED = 20
+
+
+def fill(model: nn.Module, weights: Mapping[str, Tensor], origin: str, remedy: str) -> None:
+    """``load_state_dict``, with a ``CheckpointError`` that names ``origin`` and all that does not fit."""
+    expected: Any = model.state_dict()
+    weights = {**{key: value for key, value in expected.items() if key.endswith(COUNTER)}, **weights}
+    if getattr(model, "aux_logits", None) is False:  # heads that fastkd leaves out, see build_model
+        weights = {k: v for k, v in weights.items() if k in expected or not k.startswith(_AUXILIARY)}
+    shapes = [
+        f"{key} has shape {list(weights[key].shape)}, expected {list(value.shape)}"
+        for key, value in expected.items()
+        if key in weights and weights[key].shape != value.shape
+    ]
+    faults = {
+        "missing": [key for key in expected if key not in weights],
+        "not in this model": [key for key in weights if key not in expected],
+        "of another shape": shapes,
+        "no plain tensors of the kind expected": [
+            f"{key} is {kind}"
+            for key, value in weights.items()
+            if key in expected and (kind := _other_kind(value, expected[key])) is not None
+        ],
+    }
+    listed = [f"{len(names)} {fault}: {some(names, _LISTED)}" for fault, names in faults.items() if names]
+    if listed:
+        raise CheckpointError(f"{origin} does not fit the model: {'; '.join(listed)}; {remedy}")
+    # Layers ask for the version of their own format there; what was missing is filled in by now.
+    weights = OrderedDict(weights)
+    weights._metadata = expected._metadata  # type: ignore[attr-defined]
+    model.load_state_dict(weights)
+
+
+def _other_kind(value: Tensor, expected: Tensor) -> str | None:
+    """Why ``value`` cannot be copied as what it means: torch would fail, or convert it in silence."""
+    if value.is_meta:
+        return "without content (meta)"
+    if value.is_quantized:
+        return f"quantised ({str(value.dtype).removeprefix('torch.')})"
+    if value.layout != torch.strided or value.is_nested:
+        return f"sparse ({str(value.layout).removeprefix('torch.')})"
+    if expected.is_floating_point() and not value.is_floating_point():
+        return f"of {str(value.dtype).removeprefix('torch.')}"
+    return None

@@ -1,0 +1,95 @@
+"""One training step: forward, backward and the optimizer's step on a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastkd.distill.method import TOTAL, TermError, Terms, total_of
+from fastkd.errors import TrainError
+
+from . import distributed
+from .batches import Batch, micro_batches
+from .meters import LossMeter, PassTimer, Stopwatch
+from .precision import Numerics
+from .state import Training
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """How a step is computed; see ``fit_method``."""
+
+    numerics: Numerics
+    accumulate: int = 1
+    clip_norm: float | None = None
+    skip_nonfinite: bool = False
+
+
+def train_step(
+    training: Training,
+    options: StepOptions,
+    batch: Batch,
+    meter: LossMeter,
+    watch: Stopwatch,
+    passes: PassTimer,
+) -> None:
+    """Train on ``batch``. With ``skip_nonfinite`` a step whose loss is not finite changes nothing.
+
+    Otherwise the meter raises ``NonFiniteLossError`` when it fetches the loss. Raises ``TrainError`` for a
+    loss that does not depend on the student.
+    """
+    method, optimizer, scaler = training.method, training.optimizer, training.scaler
+    optimizer.zero_grad(set_to_none=True)
+    before = [buffer.clone() for buffer in method.buffers()] if options.skip_nonfinite else []
+    parts = micro_batches(batch, options.accumulate)
+    for number, (part, share) in enumerate(parts, start=1):
+        # Ranks exchange gradients once per step.
+        with distributed.without_sync(training.runner, number < len(parts)):
+            with options.numerics.autocast():
+                terms = _terms(training.runner, part)
+            watch.lap("loss")
+            meter.add(total_of(terms).detach(), _logged(terms), passes.logits, part[1])
+            watch.lap("other")
+            method.backward(terms, scaler=scaler, micro_batches=share)
+    if options.skip_nonfinite and not meter.step_is_finite():
+        meter.skip_step()
+        method.finish_gradients()  # clears what the method keeps between backward passes
+        _restore(method.buffers(), before)
+        return
+    meter.end_step()
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    method.finish_gradients()
+    if options.clip_norm is not None:
+        nn.utils.clip_grad_norm_(method.parameters(), options.clip_norm)
+    if scaler is not None:
+        scaler.step(optimizer)
+        scaler.update()
+    else:
+        optimizer.step()
+    if training.average is not None:
+        training.average.update_parameters(method.student)
+
+
+def _terms(runner: nn.Module, batch: Batch) -> Terms:
+    try:
+        terms: Terms = runner(batch)
+    except TermError as error:
+        raise TrainError(str(error)) from None
+    if not total_of(terms).requires_grad:
+        raise TrainError("the loss does not depend on student_logits: there is nothing to train")
+    return terms
+
+
+def _logged(terms: Terms) -> Terms:
+    return {name: value.detach() for name, value in terms.items() if name != TOTAL}
+
+
+@torch.no_grad()
+def _restore(buffers: Iterable[Tensor], before: list[Tensor]) -> None:
+    # The forward pass has updated the running statistics.
+    for buffer, value in zip(buffers, before, strict=True):
+        buffer.copy_(value)

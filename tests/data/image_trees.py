@@ -1,0 +1,30 @@
+"""Real JPEG files for tests, made by the script that makes them for people too."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+
+def load_script() -> ModuleType:
+    path = Path(__file__).resolve().parents[2] / "tools" / "make_imagefolder.py"
+    spec = importlib.util.spec_from_file_location("make_imagefolder", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+SCRIPT = load_script()
+
+
+def make_tree(folder: Path, classes: int = 3, train: int = 4, val: int = 2) -> Path:
+    SCRIPT.make_tree(folder, classes, train, val, scale=0.15)
+    return folder
+
+
+def make_shards(folder: Path, classes: int = 3, train: int = 4, val: int = 2) -> Path:
+    SCRIPT.make_shards(folder, classes, train, val, 2, scale=0.15)
+    return folder

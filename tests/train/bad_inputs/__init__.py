@@ -1,0 +1,20 @@
+"""Bad inputs to the trainer and what becomes of them.
+
+`python -m tests.train.bad_inputs > docs/trainer-bad-inputs.md` makes a table of it. ROWS are (input, what
+must happen, function that makes it happen in an empty working directory and returns what happened).
+`test_bad_inputs.py` runs each.
+"""
+
+from __future__ import annotations
+
+from .common import NotTriedError, Row, happened
+from .disk import DISK
+from .files import OTHER_FILES
+from .images import IMAGES
+from .models import ROWS as OF_MODELS
+from .recipes import RECIPES
+from .resuming import RESUME
+
+__all__ = ["ROWS", "NotTriedError", "happened"]
+
+ROWS: list[Row] = [*RECIPES, *IMAGES, *RESUME, *OTHER_FILES, *DISK, *OF_MODELS]

@@ -1,0 +1,153 @@
+"""What comes after a run: its student elsewhere, and its curves beside others'."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fastkd.cli import main
+from fastkd.models import build_model
+from fastkd.train.commands.export import ExportError, export, load_student
+
+SHORT = ["data.synthetic=40", "train.batch_size=8", "train.epochs=2", "teacher.epochs=1", "train.device=cpu"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("place") / "runs"
+    assert main(["train", "fashion-mnist/dhkd", *SHORT, "--runs", str(place)]) == 0
+    student = [word for word in SHORT if not word.startswith("teacher")]
+    assert main(["train", "fashion-mnist/student", *student, "--runs", str(place), "--seeds", "2"]) == 0
+    return place
+
+
+@pytest.mark.parametrize(
+    ("form", "which"),
+    [("state_dict", "best"), ("state_dict", "last"), ("torch-export", "best"), ("onnx", "best")],
+)
+def test_the_student_elsewhere(runs: Path, tmp_path: Path, form: str, which: str) -> None:
+    if form == "onnx":
+        onnxruntime = pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    run, path = runs / "fashion-mnist-dhkd-001", tmp_path / "deep" / "student.bin"
+    assert main(["export", str(run), "--format", form, "--weights", which, "--to", str(path)]) == 0
+    # The reference is built from the checkpoint by other means than the export's.
+    content = torch.load(run / f"{which}.pt", weights_only=True)
+    width = content.get("model", content.get("student"))["fc.weight"].shape[1] // 4
+    network = build_model("small_cnn", num_classes=10, width=width, channels=1)
+    network.load_state_dict(content.get("model", content.get("student")))
+    for count in (1, 5):
+        images = torch.randn(count, 1, 28, 28)
+        with torch.no_grad():
+            expected = network.eval()(images)
+            if form == "state_dict":
+                again = build_model("small_cnn", num_classes=10, width=width, channels=1).eval()
+                again.load_state_dict(torch.load(path, weights_only=True))  # no trace of the auxiliary head
+                got = again(images)
+            elif form == "torch-export":
+                got = torch.export.load(path).module()(images)
+            else:
+                session = onnxruntime.InferenceSession(str(path))
+                got = torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_refused_exports(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, path = runs / "fashion-mnist-dhkd-001", tmp_path / "s.pt"
+
+    def refused(*words: str) -> str:
+        capsys.readouterr()
+        assert main(["export", *words]) == 2
+        return capsys.readouterr().err
+
+    path.write_text("mine")
+    assert "is not written over" in refused(str(run), "--to", str(path))
+    assert path.read_text() == "mine"
+    assert "is a group of seeds" in refused(str(runs / "fashion-mnist-student-001"))
+    assert "is no run folder" in refused(str(tmp_path))
+
+
+class Moody(nn.Module):
+    """Another network each time it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 2)
+        self.calls = 0
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.fc(images) * self.calls
+
+
+def test_an_export_with_other_outputs_leaves_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="outputs differ by"):
+        export(Moody().eval(), [4], "state_dict", tmp_path / "s.pt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_student_of_a_run(runs: Path) -> None:
+    model, shape = load_student(runs / "fashion-mnist-dhkd-001")
+    assert shape == [1, 28, 28]
+    assert not model.training
+    assert not any(name.startswith("head") for name in model.state_dict())
+
+
+def test_runs_in_one_picture(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [str(runs / name) for name in ("fashion-mnist-dhkd-001", "fashion-mnist-student-001")]
+    pictures = []
+    for number, chosen in enumerate((folders, folders[:1])):
+        path = tmp_path / f"{number}.png"
+        assert main(["plot", *chosen, "--to", str(path)]) == 0
+        assert str(path) in capsys.readouterr().out
+        pictures.append(matplotlib.image.imread(path))
+        assert pictures[-1].std() > 0.05
+    assert pictures[0].shape != pictures[1].shape or not np.array_equal(*pictures)
+
+
+def test_refused_pictures(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, there = str(runs / "fashion-mnist-dhkd-001"), tmp_path / "there.png"
+    there.write_text("mine")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "metrics.jsonl").write_text(json.dumps({"epoch": 1})[:-3])
+    cases: dict[str, list[Any]] = {
+        "is not written over": [run, "--to", there],
+        "expected a .png, .svg or .pdf file": [run, "--to", tmp_path / "a.jpeg"],
+        "holds no metrics.jsonl with a finished epoch": [tmp_path, "--to", tmp_path / "a.png"],
+        "metrics.jsonl cannot be read": [broken, "--to", tmp_path / "a.png"],
+    }
+    for words, arguments in cases.items():
+        assert main(["plot", *map(str, arguments)]) == 2
+        assert words in capsys.readouterr().err
+    assert there.read_text() == "mine"
+    assert not (tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize("form", ["state_dict", "torch-export"])
+def test_a_student_that_names_its_logits(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("named.py").write_text(
+        "from torch import nn\n"
+        "class Named(nn.Module):\n"
+        "    def __init__(self, num_classes):\n"
+        "        super().__init__()\n"
+        "        self.fc = nn.Linear(784, num_classes)\n"
+        "    def forward(self, images):\n"
+        "        return {'logits': self.fc(images.flatten(1)), 'features': images}\n"
+    )
+    short = ["data.synthetic=8", "train.epochs=1", "train.device=cpu"]
+    assert main(["train", "fashion-mnist/student", "student.name=named:Named", *short]) == 0
+    (run,) = Path("runs").iterdir()
+    assert main(["export", str(run), "--format", form]) == 0
+    if form == "torch-export":
+        program = torch.export.load(run / "student.pt2").module()
+        assert program(torch.zeros(4, 1, 28, 28)).shape == (4, 10)

@@ -1,0 +1,122 @@
+"""Make a tree of JPEG files like ImageNet's, to try the ImageNet recipes where ImageNet is not at hand.
+
+    python tools/make_imagefolder.py FOLDER             # 1000 classes, 4 images of each, 400 MB
+    python tools/make_imagefolder.py FOLDER --tiny      # 4 classes of small images, for tests
+    python tools/make_imagefolder.py FOLDER --shards 4  # tar shards in WebDataset's format
+
+Sizes are drawn as ImageNet's are: half of its pictures are 500 x 375, most of the others have a longer side
+of 500, and the rest spread about 400 x 350; a file has about 95 kB. Each class has colours and a grain of its
+own, so that there is something to learn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+# (width, height) and the share of ImageNet's pictures that have about this size.
+COMMON = {(500, 375): 0.48, (375, 500): 0.12, (500, 333): 0.11, (333, 500): 0.04, (500, 400): 0.03}
+
+
+def draw_size(random: np.random.Generator, scale: float) -> tuple[int, int]:
+    """Width and height of one picture."""
+    chosen = random.choice(len(COMMON) + 1, p=[*COMMON.values(), 1 - sum(COMMON.values())])
+    sizes = [*COMMON, np.clip(random.lognormal((6.0, 5.85), 0.45), 60, 3000)]
+    width, height = sizes[chosen]
+    return max(8, round(width * scale)), max(8, round(height * scale))
+
+
+def draw_picture(random: np.random.Generator, label: int, size: tuple[int, int]) -> Image.Image:
+    """Smooth shapes with detail on every scale, as photographs have; colours and grain are the class's."""
+    width, height = size
+    of_class = np.random.default_rng([label, 7])
+    colour, grain = of_class.uniform(40, 215, 3), of_class.uniform(0.76, 0.88)
+    pixels = np.zeros((height, width, 3), np.float32) + colour.astype(np.float32)
+    strength, cells = 55.0, 3
+    while cells < max(size):
+        rough = random.normal(0, strength, (cells, cells, 3)).clip(-127, 127) + 128
+        smooth = Image.fromarray(rough.astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
+        pixels += np.asarray(smooth, np.float32) - 128
+        strength, cells = strength * grain, cells * 2
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def pictures(
+    part: int, classes: int, count: int, scale: float, seed: int
+) -> Iterator[tuple[int, int, bytes]]:
+    """(label, number, JPEG file) of each picture of a part."""
+    for label in range(classes):
+        for number in range(count):
+            random = np.random.default_rng([seed, part, label, number])
+            file = io.BytesIO()
+            picture = draw_picture(random, label, draw_size(random, scale))
+            picture.save(file, "JPEG", quality=int(random.integers(88, 97)))
+            yield label, number, file.getvalue()
+
+
+def make_tree(folder: Path, classes: int, train: int, val: int, *, scale: float = 1.0, seed: int = 0) -> int:
+    """``folder/train/CLASS/*.JPEG`` and ``folder/val/CLASS/*.JPEG``; returns the bytes written."""
+    total = 0
+    for part, (name, count) in enumerate((("train", train), ("val", val))):
+        for label, number, content in pictures(part, classes, count, scale, seed):
+            path = folder / name / f"n{label:08d}" / f"{name}_{label}_{number}.JPEG"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+            total += len(content)
+    return total
+
+
+def make_shards(
+    folder: Path, classes: int, train: int, val: int, shards: int, *, scale: float = 1.0, seed: int = 0
+) -> int:
+    """``folder/train-0000.tar`` … and ``folder/val-0000.tar`` …; returns the bytes written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    total = 0
+    for part, (name, count) in enumerate((("train", train), ("val", val))):
+        with contextlib.ExitStack() as opened:
+            names = [folder / f"{name}-{shard:04d}.tar" for shard in range(shards)]
+            archives = [opened.enter_context(tarfile.open(path, "w")) for path in names]
+            for turn, (label, number, content) in enumerate(pictures(part, classes, count, scale, seed)):
+                for suffix, data in (("jpg", content), ("cls", str(label).encode())):
+                    member = tarfile.TarInfo(f"{label:04d}_{number:04d}.{suffix}")
+                    member.size = len(data)
+                    archives[turn % shards].addfile(member, io.BytesIO(data))
+                total += len(content)
+    return total
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--classes", type=int, default=1000)
+    parser.add_argument("--train", type=int, default=3, help="training images of each class")
+    parser.add_argument("--val", type=int, default=1, help="validation images of each class")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the sides")
+    parser.add_argument("--shards", type=int, metavar="N", help="N tar shards a part in place of a tree")
+    parser.add_argument("--tiny", action="store_true", help="4 classes, 4 + 2 images, sides a fifth")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.folder.exists() and any(args.folder.iterdir()):
+        print(f"{args.folder} is not empty; name a new folder", file=sys.stderr)
+        return 2
+    counts = (4, 4, 2) if args.tiny else (args.classes, args.train, args.val)
+    scale = 0.2 if args.tiny else args.scale
+    if args.shards:
+        total = make_shards(args.folder, *counts, args.shards, scale=scale, seed=args.seed)
+    else:
+        total = make_tree(args.folder, *counts, scale=scale, seed=args.seed)
+    images = counts[0] * (counts[1] + counts[2])
+    print(f"{args.folder}: {counts[0]} classes, {images:,} images, {total / 1e6:.1f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
