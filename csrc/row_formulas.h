@@ -269,7 +269,7 @@ FASTKD_ROW_FUNCTION SoftmaxResult<Real> formula_of(const LossOptions& options, c
 // and ScalarMath of cuda/scalar_math.h.
 
 // What a class adds to its row's loss, and q times the derivative of the loss in q: from that, h_i, the gradient is
-// (q h_i - q sum of q h) / T. A constant may be added to h; without what is common to all classes nothing cancels.
+// q (h_i - mean of h under q) / T. A constant may be added to h; without what is common to all classes nothing cancels.
 template <class V>
 struct MixtureTerm {
   V value, weighted_slope;
@@ -290,6 +290,19 @@ struct JSD {
     const V q_log = M::times_log_ratio(q, m, -beta * difference);
     const V p_log = M::times_log_ratio(p, m, rest * difference);
     return {beta * p_log + rest * q_log, rest * q_log};
+  }
+};
+
+// 1/2 |p - q|; h = 1/2 sign(q - p).
+struct TVD {
+  static constexpr const char* kName = "tvd";
+  typedef MixtureFamily Family;
+  FASTKD_OPTIONS(temperature);
+
+  template <class M, class V>
+  FASTKD_FORMULA MixtureTerm<V> formula(const Options&, V q, V, V difference) {
+    const V half = 0.5f * q, negative = M::select(difference < 0.0f, half, M::number(0.0f));
+    return {0.5f * M::absolute(difference), M::select(difference > 0.0f, -half, negative)};
   }
 };
 
@@ -348,7 +361,7 @@ struct BinaryKLNorm {
 template <class... Loss>
 struct LossList {};
 // In the order of LOSSES in fastkd/ops/spec.py.
-typedef LossList<Softmax, NKD, TTM, ReverseKL, JSD, BinaryKL, BinaryKLNorm> Losses;
+typedef LossList<Softmax, NKD, TTM, ReverseKL, JSD, TVD, BinaryKL, BinaryKLNorm> Losses;
 
 // visit(Loss()) for the loss with this place in the list; Result() where there is none.
 template <class Result, class Visit, class... Loss>

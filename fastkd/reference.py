@@ -150,6 +150,16 @@ def jsd_rows(
     return row, no_terms(row)
 
 
+def tvd_rows(
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Total variation distance: 1/2 sum_i |p_i - q_i|, without T^2."""
+    q = (as_float(student_logits) / temperature).softmax(-1)
+    p = (as_float(teacher_logits) / temperature).softmax(-1)
+    row = (p - q).abs().sum(-1) / 2
+    return row, no_terms(row)
+
+
 def no_terms(row: Tensor) -> Tensor:
     return row.new_zeros(0, row.shape[0])
 

@@ -8,24 +8,25 @@ namespace fastkd {
 namespace FASTKD_ISA {
 
 struct MixtureSums {
-  double value, slope;
+  double value, slope, q;
 };
 
-// Of a block, from its exponentials times `factor`: q to `to_q`, q h to `to_slope`, and the sums of loss and q h.
+// Of a block, from its exponentials times `factor`: q to `to_q`, q h to `to_slope`, and the sums of loss, q h and q.
 template <class Loss>
 FASTKD_INLINE MixtureSums mix_block(const typename Loss::Options& options, const float* exp_u, const float* exp_v,
                                     double factor_s, double factor_t, int padded, float* to_q, float* to_slope) {
   const vf a = broadcast(float(factor_s)), b = broadcast(float(factor_t));
-  vf value = {}, slope = {};
+  vf value = {}, slope = {}, q_sum = {};
   for (int i = 0; i < padded; i += kLanes) {
     const vf q = a * load(exp_u + i), p = b * load(exp_v + i);
     const MixtureTerm<vf> term = Loss::template formula<VectorMath>(options, q, p, rounded(p) - rounded(q));
     value += term.value;
     slope += term.weighted_slope;
+    q_sum += q;
     store(to_q + i, q);
     store(to_slope + i, term.weighted_slope);
   }
-  return {horizontal_sum(value), horizontal_sum(slope)};
+  return {horizontal_sum(value), horizontal_sum(slope), horizontal_sum(q_sum)};
 }
 
 // The block at `offset` of a row whose exponentials were not cached, into `q` and `slope`.
@@ -65,14 +66,16 @@ static void mixture_pass(const RowJob& job, int64_t begin, int64_t end, RowPart&
     }
     part.value_sum += of_block.value;
     part.slope_sum += of_block.slope;
+    part.q_sum += of_block.q;
   }
 }
 
 static void combine_mixture(RowJob& job, const RowPart* parts, int count) {
-  double value = 0;
-  job.mean_slope = 0;
-  for (int i = 0; i < count; i++) value += parts[i].value_sum, job.mean_slope += parts[i].slope_sum;
-  job.mean_slope += 0 * value;  // a NaN of the teacher's makes the gradient NaN too
+  double value = 0, slope = 0, q = 0;
+  for (int i = 0; i < count; i++) value += parts[i].value_sum, slope += parts[i].slope_sum, q += parts[i].q_sum;
+  // Divided by the sum of the very q: what rounding did to all of them cancels in q (h - mean). A teacher's NaN makes the
+  // gradient NaN too.
+  job.mean_slope = slope / q + 0 * value;
   write_loss(job, value);
 }
 

@@ -17,7 +17,7 @@ struct RowPart {
   Moments student, teacher;
   SoftmaxStatistics<double> sums;
   RowLabel label;
-  double value_sum, slope_sum;
+  double value_sum, slope_sum, q_sum;
 };
 
 // What a pass caches of a whole row for a later one, so that no exponential is computed twice. Null where that would take
@@ -35,7 +35,7 @@ struct RowJob {
   int64_t index, label_class;  // -1: no label
   Row<double> row;
   SoftmaxGradient<double> gradient;
-  double mean_slope;  // of a mixture loss: the sum of q h
+  double mean_slope;  // of a mixture loss: the mean of h under q
   Cached cached;
 };
 

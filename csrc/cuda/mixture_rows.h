@@ -27,17 +27,19 @@ FASTKD_KERNEL mixture_rows(FASTKD_PARAMETER RowLossArguments arguments) {
   const float scale_s = 1.0f / row.sums.sum_s, scale_t = 1.0f / row.sums.sum_t;
   const auto q_of = [&](float s) { return power_of_two((s - max_s) * power) * scale_s; };
   const auto p_of = [&](float t) { return power_of_two((t - max_t) * power) * scale_t; };
-  float totals[] = {0.0f, 0.0f};  // of the loss, and of q h
+  float totals[] = {0.0f, 0.0f, 0.0f};  // of the loss, q h and q
   share.next_pass([&](int, float (&s)[kVector], float (&t)[kVector]) {
-    float value = 0, slope = 0;  // signed terms: summed a vector at a time, they lose less
+    float value = 0, slope = 0, q_sum = 0;  // signed terms: summed a vector at a time, they lose less
     for (int i = 0; i < kVector; i++) {
       const float q = q_of(s[i]), p = p_of(t[i]);
       const MixtureTerm<float> term = Loss::template formula<ScalarMath>(values, q, p, p - q);
       value += term.value;
       slope += term.weighted_slope;
+      q_sum += q;
     }
     totals[0] += value;
     totals[1] += slope;
+    totals[2] += q_sum;
   });
   team.all(totals, Sum());
   team.done_exchanging();
@@ -48,14 +50,15 @@ FASTKD_KERNEL mixture_rows(FASTKD_PARAMETER RowLossArguments arguments) {
     write_losses(team, rows, index, head.weight * totals[0], {});
     if (rows.gradient.data != nullptr) {
       const RowPointer gradient = gradient_row(rows, index, share);
-      const float scale = head.weight * row.student.slope;
-      const float mean_slope = totals[1] + 0.0f * totals[0];  // a NaN of the teacher's makes the gradient NaN too
+      // The mean of h is totals[1] / totals[2], of the very q: what rounding did to all of them cancels in h - mean. A NaN
+      // of the teacher's makes the gradient NaN too.
+      const float scale = head.weight * row.student.slope / (totals[2] + 0.0f * totals[0]);
       share.next_pass([&](int column, float (&s)[kVector], float (&t)[kVector]) {
         float gradients[kVector];
         for (int i = 0; i < kVector; i++) {
           const float q = q_of(s[i]), p = p_of(t[i]);
           const MixtureTerm<float> term = Loss::template formula<ScalarMath>(values, q, p, p - q);
-          gradients[i] = scale * fused(q, -mean_slope, term.weighted_slope);
+          gradients[i] = scale * fused(q, -totals[1], term.weighted_slope * totals[2]);
         }
         store_vector(gradient, column, classes, gradients);
       });

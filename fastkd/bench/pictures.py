@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastkd.bench.cases import LOSSES
 from fastkd.bench.peers import VARIANTS
 from fastkd.bench.results import Record
 
@@ -20,7 +22,7 @@ COLOURS = {
     "quack": "#CC79A7",
 }
 PART_COLOURS = ("#F0E442", "#E69F00", "#56B4E9", "#D55E00", "#009E73", "#999999")
-MARKERS = {"kd": "o", "dkd": "s", "binary-kl-norm": "^", "ce-kd": "D", "lskd": "v", "jsd": "P"}
+MARKERS = dict(zip(LOSSES, itertools.cycle("os^DvPX*<>ph"), strict=False))
 WORDS = {"forward": "loss alone", "forward+backward": "loss and gradient"}
 
 

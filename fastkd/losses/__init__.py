@@ -9,8 +9,8 @@ Common to all of them:
 - Several pairs of logits of equal shape, such as the heads of a multi-head student, go through one call as
   two lists: one launch on a GPU, and a result with a first dimension for the pairs (``[H]``, or ``[H, ...]``
   for "none"). ``target`` and ``weight`` apply to every pair. Heads with other classes need separate calls.
-- T^2 is included, so that a weight means the same at every temperature; not in ``reverse_kl_loss`` and
-  ``jsd_loss``, as is the custom for language models, and ``ttm_loss`` has no T.
+- T^2 is included, so that a weight means the same at every temperature; not in the
+  divergences of ``losses/divergences.py``, as is the custom for language models, and ``ttm_loss`` has no T.
 - ``reduction``: ``"batchmean"`` (sum over the non-ignored rows, divided by their number), ``"sum"``, or
   ``"none"`` (one value per row, in the shape of the leading dimensions). ``"mean"`` is refused.
 - ``weight`` [...], if given, multiplies each row's loss; "batchmean" still divides by the number of rows.
@@ -28,7 +28,7 @@ Common to all of them:
 """
 
 from .binary_kl import BinaryKLLoss, BinaryKLNormLoss, binary_kl_loss, binary_kl_norm_loss
-from .divergences import JSDLoss, ReverseKLLoss, jsd_loss, reverse_kl_loss
+from .divergences import JSDLoss, ReverseKLLoss, TVDLoss, jsd_loss, reverse_kl_loss, tvd_loss
 from .nkd import NKDLoss, nkd_loss
 from .softmax import (
     DCKDLoss,
@@ -53,6 +53,7 @@ __all__ = [
     "NKDLoss",
     "ReverseKLLoss",
     "TTMLoss",
+    "TVDLoss",
     "binary_kl_loss",
     "binary_kl_norm_loss",
     "dckd_loss",
@@ -63,4 +64,5 @@ __all__ = [
     "nkd_loss",
     "reverse_kl_loss",
     "ttm_loss",
+    "tvd_loss",
 ]

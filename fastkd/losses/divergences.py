@@ -1,4 +1,4 @@
-"""Divergences of the two softmax distributions that use no label: reverse KL and JSD."""
+"""Divergences of the two softmax distributions that use no label."""
 
 from dataclasses import dataclass
 
@@ -79,3 +79,33 @@ class JSDLoss(LossModule):
         self, student_logits: Logits, teacher_logits: Logits, *, weight: Tensor | None = None
     ) -> Tensor:
         return jsd_loss(student_logits, teacher_logits, weight=weight, **self.options)
+
+
+def tvd_loss(
+    student_logits: Logits,
+    teacher_logits: Logits,
+    *,
+    temperature: float = 1.0,
+    weight: Tensor | None = None,
+    reduction: str = "batchmean",
+) -> Tensor:
+    """1/2 sum_i |p_i - q_i|, from 0 to 1: the total variation distance, as in DistiLLM. No T^2.
+
+    Its gradient jumps at classes where p_i = q_i; there it is that of |x| at 0 taken as 0.
+    """
+    check_temperature(temperature)
+    options = TemperatureOptions(temperature)
+    return reduced_loss("tvd", options, student_logits, teacher_logits, weight=weight, reduction=reduction)[0]
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class TVDLoss(LossModule):
+    """Module of ``fastkd.tvd_loss``: 1/2 sum_i |p_i - q_i|."""
+
+    temperature: float = 1.0
+    reduction: str = "batchmean"
+
+    def forward(
+        self, student_logits: Logits, teacher_logits: Logits, *, weight: Tensor | None = None
+    ) -> Tensor:
+        return tvd_loss(student_logits, teacher_logits, weight=weight, **self.options)

@@ -247,6 +247,14 @@ _ROWS = (
         ),
     ),
     Loss(
+        "tvd",
+        "mixture",
+        reference.tvd_rows,
+        TemperatureOptions,
+        _MIXTURE,
+        (_case("tvd", "tvd_loss", TemperatureOptions(1.0), benchmarked=True),),
+    ),
+    Loss(
         "binary_kl",
         "pointwise",
         reference.binary_kl_rows,

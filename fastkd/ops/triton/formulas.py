@@ -243,7 +243,7 @@ def reverse_kl(row, numbers, NEEDS: tl.constexpr):
 
 # ---- the mixture family --------------------------------------------------------------------------------
 # A formula returns what a class adds to its row's loss, and q times the derivative h of the loss in q: the
-# gradient is (q h_i - q sum of q h) / T. A constant may be added to h.
+# gradient is q (h_i - mean of h under q) / T. A constant may be added to h.
 
 
 class Probabilities(NamedTuple):
@@ -275,6 +275,13 @@ def jsd(at, numbers):
     log_q, log_p = logs_over_mixture(at.d, beta)
     weighted_slope = (1.0 - beta) * (at.q * log_q)
     return beta * (at.p * log_p) + weighted_slope, weighted_slope
+
+
+@triton.jit
+def tvd(at, numbers):
+    """1/2 |p - q|; h = 1/2 sign(q - p)."""
+    sign = tl.where(at.d > 0, -0.5, tl.where(at.d < 0, 0.5, 0.0))
+    return 0.5 * tl.abs(at.difference), sign * at.q
 
 
 # ---- the pointwise family ------------------------------------------------------------------------------

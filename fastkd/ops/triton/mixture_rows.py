@@ -36,7 +36,7 @@ from fastkd.ops.triton.tiles import (
 MIXTURE = tl.constexpr(4)
 NEEDS = tl.constexpr(DISTILLS.value | SUMS_ONLY.value)
 # Numbers that a part of a row hands on in that phase.
-TOTALS = tl.constexpr(2)
+TOTALS = tl.constexpr(3)
 
 
 @triton.jit
@@ -109,31 +109,37 @@ def mixture_block(
         store_partial(sums_pointer + partial * WIDTH, sums, exists)
     else:
         loss = tl.zeros((ROWS, 1), tl.float32)
-        mean_slope = tl.zeros((ROWS, 1), tl.float32)
+        slope_sum = tl.zeros((ROWS, 1), tl.float32)
+        q_sum = tl.zeros((ROWS, 1), tl.float32)
         if PHASE == GRADIENT:
             totals_of_row = totals_pointer + result * parts * TOTALS
             loss = combine_total(totals_of_row, parts, PARTS)
-            mean_slope = combine_total(totals_of_row + 1, parts, PARTS)
+            slope_sum = combine_total(totals_of_row + 1, parts, PARTS)
+            q_sum = combine_total(totals_of_row + 2, parts, PARTS)
         else:
             for tile in range(first_tile, end_tile):
                 columns = tile * TILE + tl.arange(0, TILE)[None, :]
                 at = probabilities_of(rows, columns, classes, read, sums, slope, "evict_last")
                 value, weighted_slope = FORMULA(at, numbers)
                 loss += tl.sum(value, 1, keep_dims=True)
-                mean_slope += tl.sum(weighted_slope, 1, keep_dims=True)
+                slope_sum += tl.sum(weighted_slope, 1, keep_dims=True)
+                q_sum += tl.sum(at.q, 1, keep_dims=True)
 
         if PHASE == MIXTURE:
-            store_partial(totals_pointer + partial * TOTALS, (loss, mean_slope), exists)
+            store_partial(totals_pointer + partial * TOTALS, (loss, slope_sum, q_sum), exists)
         else:
             if part == 0:
                 tl.store(loss_pointer + result, tl.where(weight == 0.0, 0.0, weight * loss), mask=exists)
             if WITH_GRADIENT:
+                # The mean of h is slope_sum / q_sum, of the very q: what rounding did to all of them cancels
+                # in h - mean. A NaN of the teacher's makes the gradient NaN too.
+                factor = weight * slope / tl.where(loss == loss, q_sum, loss)
                 gradient_rows = gradient_pointer + multiple(result * gradient_stride, VECTOR)
                 for tile in range(first_tile, end_tile):
                     columns = tile * TILE + tl.arange(0, TILE)[None, :]
                     at = probabilities_of(rows, columns, classes, read, sums, slope, "evict_first")
                     _, weighted_slope = FORMULA(at, numbers)
-                    value = weight * slope * (weighted_slope - at.q * mean_slope)
+                    value = factor * (weighted_slope * q_sum - at.q * slope_sum)
                     store_tile(gradient_rows, columns, classes, exists, value, weight, False)
 
 
