@@ -275,6 +275,18 @@ struct MixtureTerm {
   V value, weighted_slope;
 };
 
+// share p + (1 - share) q, from the difference p - q: at p = q it is q exactly, and a logarithm of q / m is 0.
+template <class M, class V>
+FASTKD_FORMULA V mixture_of(float share, V q, V p, V difference) {
+  return share <= 0.5f ? M::fused(difference, M::number(share), q) : M::fused(difference, M::number(share - 1.0f), p);
+}
+
+// x y / m, 0 where m is.
+template <class M, class V>
+FASTKD_FORMULA V share_of(V x, V m, V y) {
+  return M::quotient(x * y, M::select(m > 0.0f, m, M::number(1.0f)));
+}
+
 // beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q; h = (1 - beta) log(q / m).
 struct JSD {
   static constexpr const char* kName = "jsd";
@@ -285,8 +297,7 @@ struct JSD {
   template <class M, class V>
   FASTKD_FORMULA MixtureTerm<V> formula(const Options& options, V q, V p, V difference) {
     const float beta = options.beta, rest = 1.0f - beta;
-    // m from the difference: at p = q it is q exactly, and both logarithms are 0.
-    const V m = beta <= 0.5f ? M::fused(difference, M::number(beta), q) : M::fused(difference, M::number(-rest), p);
+    const V m = mixture_of<M>(beta, q, p, difference);
     const V q_log = M::times_log_ratio(q, m, -beta * difference);
     const V p_log = M::times_log_ratio(p, m, rest * difference);
     return {beta * p_log + rest * q_log, rest * q_log};
@@ -303,6 +314,36 @@ struct TVD {
   FASTKD_FORMULA MixtureTerm<V> formula(const Options&, V q, V, V difference) {
     const V half = 0.5f * q, negative = M::select(difference < 0.0f, half, M::number(0.0f));
     return {0.5f * M::absolute(difference), M::select(difference > 0.0f, -half, negative)};
+  }
+};
+
+// KL(p || m), m = skew p + (1 - skew) q; h = (1 - skew) (1 - p / m).
+struct SkewKL {
+  static constexpr const char* kName = "skew_kl";
+  typedef MixtureFamily Family;
+  FASTKD_OPTIONS(temperature, skew);
+
+  template <class M, class V>
+  FASTKD_FORMULA MixtureTerm<V> formula(const Options& options, V q, V p, V difference) {
+    const float rest = 1.0f - options.skew;
+    const V m = mixture_of<M>(options.skew, q, p, difference), above = rest * difference;  // p - m
+    // The sum of m - p is 0; with it each class's number is positive, and near equality nothing cancels.
+    return {M::times_log_ratio(p, m, above) - above, -rest * share_of<M>(q, m, above)};
+  }
+};
+
+// KL(q || m), m = (1 - skew) p + skew q; h = log(q / m) + skew (1 - q / m).
+struct SkewReverseKL {
+  static constexpr const char* kName = "skew_reverse_kl";
+  typedef MixtureFamily Family;
+  FASTKD_OPTIONS(temperature, skew);
+
+  template <class M, class V>
+  FASTKD_FORMULA MixtureTerm<V> formula(const Options& options, V q, V p, V difference) {
+    const float rest = 1.0f - options.skew;
+    const V m = mixture_of<M>(rest, q, p, difference), below = rest * difference;  // m - q
+    const V q_log = M::times_log_ratio(q, m, -below);
+    return {q_log + below, q_log + options.skew * share_of<M>(q, m, below)};
   }
 };
 
@@ -361,7 +402,7 @@ struct BinaryKLNorm {
 template <class... Loss>
 struct LossList {};
 // In the order of LOSSES in fastkd/ops/spec.py.
-typedef LossList<Softmax, NKD, TTM, ReverseKL, JSD, TVD, BinaryKL, BinaryKLNorm> Losses;
+typedef LossList<Softmax, NKD, TTM, ReverseKL, JSD, TVD, SkewKL, SkewReverseKL, BinaryKL, BinaryKLNorm> Losses;
 
 // visit(Loss()) for the loss with this place in the list; Result() where there is none.
 template <class Result, class Visit, class... Loss>

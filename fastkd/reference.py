@@ -160,6 +160,32 @@ def tvd_rows(
     return row, no_terms(row)
 
 
+def skew_kl_rows(
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None, temperature: float, skew: float
+) -> tuple[Tensor, Tensor]:
+    """Skew KL: KL(p || m), m = skew p + (1 - skew) q, without T^2. Ko et al. 2024 (DistiLLM)."""
+    return _kl_from_mixture(teacher_logits, student_logits, temperature, skew)
+
+
+def skew_reverse_kl_rows(
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None, temperature: float, skew: float
+) -> tuple[Tensor, Tensor]:
+    """Skew reverse KL: KL(q || m), m = (1 - skew) p + skew q, without T^2. Ko et al. 2024 (DistiLLM)."""
+    return _kl_from_mixture(student_logits, teacher_logits, temperature, skew)
+
+
+def _kl_from_mixture(
+    logits: Tensor, other_logits: Tensor, temperature: float, skew: float
+) -> tuple[Tensor, Tensor]:
+    """KL of the first distribution from skew times itself plus (1 - skew) times the other."""
+    log_x = (as_float(logits) / temperature).log_softmax(-1)
+    log_y = (as_float(other_logits) / temperature).log_softmax(-1)
+    share = log_x.new_ones(()) * skew
+    log_m = torch.logaddexp(log_x + share.log(), log_y + (-share).log1p())
+    row = (log_x.exp() * (log_x - log_m)).sum(-1)
+    return row, no_terms(row)
+
+
 def no_terms(row: Tensor) -> Tensor:
     return row.new_zeros(0, row.shape[0])
 

@@ -28,7 +28,16 @@ Common to all of them:
 """
 
 from .binary_kl import BinaryKLLoss, BinaryKLNormLoss, binary_kl_loss, binary_kl_norm_loss
-from .divergences import JSDLoss, ReverseKLLoss, TVDLoss, jsd_loss, reverse_kl_loss, tvd_loss
+from .divergences import (
+    JSDLoss,
+    ReverseKLLoss,
+    SkewKLLoss,
+    TVDLoss,
+    jsd_loss,
+    reverse_kl_loss,
+    skew_kl_loss,
+    tvd_loss,
+)
 from .nkd import NKDLoss, nkd_loss
 from .softmax import (
     DCKDLoss,
@@ -52,6 +61,7 @@ __all__ = [
     "KDLoss",
     "NKDLoss",
     "ReverseKLLoss",
+    "SkewKLLoss",
     "TTMLoss",
     "TVDLoss",
     "binary_kl_loss",
@@ -63,6 +73,7 @@ __all__ = [
     "kd_loss",
     "nkd_loss",
     "reverse_kl_loss",
+    "skew_kl_loss",
     "ttm_loss",
     "tvd_loss",
 ]

@@ -190,9 +190,10 @@ def check_label_smoothing(label_smoothing: float) -> None:
 _OF_OPTION: dict[str, Callable[[str, Any], None]] = {
     "temperature": lambda name, value: check_temperature(value),
     "label_smoothing": lambda name, value: check_label_smoothing(value),
+    "skew": lambda name, value: check_skew(value),
     "ignore_index": lambda name, value: check_ignore_index(value),
     "reduction": lambda name, value: check_reduction(value),
-    **dict.fromkeys(("standardize", "fix_acquired", "weighted"), check_flag),
+    **dict.fromkeys(("standardize", "fix_acquired", "weighted", "reverse"), check_flag),
 }
 
 
@@ -206,6 +207,12 @@ def check_beta_of_jsd(beta: float) -> None:
     check_number("beta", beta)
     if not 0.0 <= beta <= 1.0:
         raise ValueError(f"beta is {beta!r}; expected a number from 0 to 1")
+
+
+def check_skew(skew: float) -> None:
+    check_number("skew", skew)
+    if not 0.0 <= skew < 1.0:
+        raise ValueError(f"skew is {skew!r}; expected a number from 0 to below 1, where the loss is always 0")
 
 
 def check_reduction(reduction: str) -> None:

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fastkd.ops.spec import JSDOptions, SoftmaxOptions, TemperatureOptions
+from fastkd.ops.spec import JSDOptions, SkewOptions, SoftmaxOptions, TemperatureOptions
 
-from .arguments import check_beta_of_jsd, check_temperature
+from .arguments import check_beta_of_jsd, check_flag, check_skew, check_temperature
 from .dispatch import Logits, reduced_loss
 from .module import LossModule
 
@@ -109,3 +109,45 @@ class TVDLoss(LossModule):
         self, student_logits: Logits, teacher_logits: Logits, *, weight: Tensor | None = None
     ) -> Tensor:
         return tvd_loss(student_logits, teacher_logits, weight=weight, **self.options)
+
+
+def skew_kl_loss(
+    student_logits: Logits,
+    teacher_logits: Logits,
+    *,
+    skew: float = 0.1,
+    reverse: bool = False,
+    temperature: float = 1.0,
+    weight: Tensor | None = None,
+    reduction: str = "batchmean",
+) -> Tensor:
+    """KL(p || skew p + (1 - skew) q), or with ``reverse`` KL(q || (1 - skew) p + skew q) (Ko et al. 2024).
+
+    The KL stays bounded, by -log skew, where the other distribution is 0. ``skew`` is from 0, which is the
+    plain KL, to below 1; DistiLLM uses 0.1. No T^2.
+    """
+    check_skew(skew)
+    check_flag("reverse", reverse)
+    check_temperature(temperature)
+    name = "skew_reverse_kl" if reverse else "skew_kl"
+    loss: tuple[str, tuple[float, ...]] = name, SkewOptions(temperature, skew)
+    if skew == 0.0 and reverse:
+        loss = "reverse_kl", TemperatureOptions(temperature)
+    elif skew == 0.0:
+        loss = "softmax", SoftmaxOptions(temperature, kd_weight=1.0 / temperature**2)
+    return reduced_loss(*loss, student_logits, teacher_logits, weight=weight, reduction=reduction)[0]
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class SkewKLLoss(LossModule):
+    """Module of ``fastkd.skew_kl_loss``: KL(p || skew p + (1 - skew) q), or its reverse."""
+
+    skew: float = 0.1
+    reverse: bool = False
+    temperature: float = 1.0
+    reduction: str = "batchmean"
+
+    def forward(
+        self, student_logits: Logits, teacher_logits: Logits, *, weight: Tensor | None = None
+    ) -> Tensor:
+        return skew_kl_loss(student_logits, teacher_logits, weight=weight, **self.options)

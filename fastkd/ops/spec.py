@@ -72,6 +72,11 @@ class JSDOptions(NamedTuple):
     beta: float
 
 
+class SkewOptions(NamedTuple):
+    temperature: float
+    skew: float
+
+
 class Case(NamedTuple):
     """A loss as users call it, and what it asks of the kernels. The cases together reach all kernel code."""
 
@@ -253,6 +258,25 @@ _ROWS = (
         TemperatureOptions,
         _MIXTURE,
         (_case("tvd", "tvd_loss", TemperatureOptions(1.0), benchmarked=True),),
+    ),
+    Loss(
+        "skew_kl",
+        "mixture",
+        reference.skew_kl_rows,
+        SkewOptions,
+        _MIXTURE,
+        (
+            _case("skew-kl", "skew_kl_loss", SkewOptions(1.0, 0.1), benchmarked=True),
+            _case("skew-kl-0.7", "skew_kl_loss", SkewOptions(2.0, 0.7), temperature=2.0, skew=0.7),
+        ),
+    ),
+    Loss(
+        "skew_reverse_kl",
+        "mixture",
+        reference.skew_reverse_kl_rows,
+        SkewOptions,
+        _MIXTURE,
+        (_case("skew-reverse-kl", "skew_kl_loss", SkewOptions(1.0, 0.1), reverse=True),),
     ),
     Loss(
         "binary_kl",

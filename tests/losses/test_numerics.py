@@ -32,17 +32,22 @@ def assert_as_exact(case, student, teacher, target=None):
     """Over the rows of a regime the worst row and the rows together are in the range of eager's.
 
     The factors are what the order of a sum makes of a result that cancels: sums in four lanes against torch's
-    in sixteen. Eager is at times exact by luck, so a rounding of the result is allowed besides.
+    in sixteen. Eager is at times exact by luck, so a rounding of the result is allowed besides; and of a
+    mixture loss, where one class has nearly all of q, a rounding of the slopes h, of size 1: their
+    differences are the gradient.
     """
     rows = len(student)
     grad_output = torch.rand(rows, device=student.device) + 0.5
     if target is None:
         target = torch.randint(0, student.shape[1], (rows,), device=student.device)
     ours, eager, truth = errors(case, student, teacher, target, grad_output)
+    dominated = student.double().softmax(-1).amax(-1) > 0.9
+    of_slopes = 6e-8 * grad_output.double() * dominated if case.family == "mixture" else torch.zeros(rows)
     for what, mine, theirs, size in zip(("loss", "gradient"), ours, eager, truth, strict=True):
+        slopes = of_slopes.to(mine) if what == "gradient" else torch.zeros_like(mine)
         assert mine.isfinite().all(), what
-        assert mine.max() <= 4 * theirs.max() + 2e-7 * size.max(), what
-        assert mine.norm() <= 3 * theirs.norm() + 2e-7 * size.norm(), what
+        assert mine.max() <= 4 * theirs.max() + 2e-7 * size.max() + slopes.max(), what
+        assert mine.norm() <= 3 * theirs.norm() + 2e-7 * size.norm() + slopes.norm(), what
 
 
 REGIMES = {

@@ -17,6 +17,7 @@ RANGES = {
     "temperature, ce": lambda value: 3 * value,
     "label_smoothing": lambda value: value / 3,
     "beta, jsd": lambda value: value / 3,
+    "skew": lambda value: value / 3,
 }
 
 # Each loss as a function of one option that changes.
@@ -35,6 +36,7 @@ SCHEDULED = {
     "gamma, ttm": lambda s, t, y, w: fastkd.ttm_loss(s, t, gamma=w, weighted=True),
     "temperature, reverse kl": lambda s, t, y, w: fastkd.reverse_kl_loss(s, t, temperature=w),
     "beta, jsd": lambda s, t, y, w: fastkd.jsd_loss(s, t, beta=w),
+    "skew": lambda s, t, y, w: fastkd.skew_kl_loss(s, t, skew=w),
     "temperature, binary kl": lambda s, t, y, w: fastkd.binary_kl_loss(s, t, temperature=w),
     "temperature, binary kl norm": lambda s, t, y, w: fastkd.binary_kl_norm_loss(s, t, temperature=w),
 }

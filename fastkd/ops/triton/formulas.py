@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fastkd.ops.spec import JSDOptions, NKDOptions, SoftmaxOptions, TTMOptions
+from fastkd.ops.spec import JSDOptions, NKDOptions, SkewOptions, SoftmaxOptions, TTMOptions
 from fastkd.ops.triton.statistics import CROSS_ENTROPY, DISTILLS, LABELLED, STANDARDIZED
 
 
@@ -282,6 +282,28 @@ def tvd(at, numbers):
     """1/2 |p - q|; h = 1/2 sign(q - p)."""
     sign = tl.where(at.d > 0, -0.5, tl.where(at.d < 0, 0.5, 0.0))
     return 0.5 * tl.abs(at.difference), sign * at.q
+
+
+@triton.jit
+def skew_kl(at, numbers):
+    """KL(p || m), m = skew p + (1 - skew) q; h = (1 - skew) (1 - p / m)."""
+    skew = SkewOptions(*numbers).skew
+    log_q, log_p = logs_over_mixture(at.d, skew)
+    rest = 1.0 - skew
+    # q / m = e^log(q / m); 1 - p / m = (m - p) / m, and m - p = -rest (p - q).
+    slope = -(rest * rest) * (tl.exp(log_q) * at.difference)
+    # The sum of m - p is 0; with it each class's number is positive, and near equality nothing cancels.
+    return at.p * log_p - rest * at.difference, slope
+
+
+@triton.jit
+def skew_reverse_kl(at, numbers):
+    """KL(q || m), m = (1 - skew) p + skew q; h = log(q / m) + skew (1 - q / m)."""
+    skew = SkewOptions(*numbers).skew
+    rest = 1.0 - skew
+    log_q, log_p = logs_over_mixture(at.d, rest)
+    q_log = at.q * log_q
+    return q_log + rest * at.difference, q_log + (skew * rest) * (tl.exp(log_q) * at.difference)
 
 
 # ---- the pointwise family ------------------------------------------------------------------------------
