@@ -1,4 +1,4 @@
-"""The `fastkd` command."""
+"""The `fastkd` command line."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from fastkd.messages import one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status.
 
-    0; 2 for bad input; 75 after SIGTERM or SIGUSR1, with a checkpoint to go on from; 130 after Ctrl-C; 141
-    where the reader of the output has closed it.
+    0 on success; 2 for bad input; 75 after SIGTERM or SIGUSR1, with a checkpoint written; 130 after Ctrl-C;
+    141 if the reader of the output has closed the pipe.
     """
     return run_command(lambda: _main(argv))
 
@@ -25,9 +25,9 @@ def _main(argv: Sequence[str] | None) -> int:
     parser = _parser()
     args, extra = parser.parse_known_args(argv)
     if args.command in ("train", "cache-teacher"):
-        # argparse gives up on key=value words that follow an option; they are meant all the same.
+        # argparse does not collect key=value words that follow an option.
         args.words += [word for word in extra if not word.startswith("-")]
-        # key=value behind --resume is no folder, unless there is one of that name.
+        # key=value after --resume is an override, unless a folder has that name.
         if getattr(args, "resume", None) and "=" in args.resume and not os.path.isdir(args.resume):
             args.words, args.resume = [*args.words, args.resume], ""
         extra = [word for word in extra if word.startswith("-")]
@@ -50,7 +50,7 @@ def _main(argv: Sequence[str] | None) -> int:
         print(f"fastkd{process}: {stop}", file=sys.stderr)
         return REQUEUE_STATUS
     except BrokenPipeError:
-        raise  # the reader has seen enough: see run_command
+        raise  # see run_command
     except (OSError, RuntimeError, MemoryError) as error:
         if (text := _of_the_machine(error)) is None:
             raise
@@ -59,14 +59,14 @@ def _main(argv: Sequence[str] | None) -> int:
     except KeyboardInterrupt as stop:
         folder = getattr(stop, "folder", None)
         print(
-            f"\nstopped; to go on: fastkd train --resume {folder}"
+            f"\nstopped; to resume: fastkd train --resume {folder}"
             if folder
             else "\nstopped before anything was written",
             file=sys.stderr,
         )
         return 130
     finally:
-        if argv is not None:  # called from Python, which goes on; a process that ends ignores late signals
+        if argv is not None:  # called from Python; a process that ends keeps ignoring signals
             from fastkd.train.signals import restore_handlers
 
             restore_handlers()
@@ -74,7 +74,7 @@ def _main(argv: Sequence[str] | None) -> int:
 
 
 def _of_the_machine(error: Exception) -> str | None:
-    """What the machine refused, in one line; None for an error of another kind."""
+    """The message, in one line, for an error of the machine such as full memory; None for other errors."""
     from fastkd.data.files import of_workers
 
     text = one_line(error)
@@ -82,7 +82,7 @@ def _of_the_machine(error: Exception) -> str | None:
         return text if error.errno is not None else None
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
         asked = text.partition("DefaultCPUAllocator: ")[2].partition(" Error")[0] or text
-        return f"no memory is left{': ' + asked if asked else ''}"
+        return f"out of memory{': ' + asked if asked else ''}"
     return of_workers(error) if isinstance(error, RuntimeError) else None
 
 
@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = commands.add_parser(
-        "train", help="train a recipe: the teacher if it is not there yet, then the student"
+        "train", help="train a recipe: first the teacher if it is not trained yet, then the student"
     )
     train.add_argument(
         "words",
@@ -112,28 +112,30 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         const="",
         metavar="RUN_FOLDER",
-        help="go on with a run that was stopped; without a folder: with the newest run of the recipe",
+        help="resume a stopped run; without a folder, the newest run of the recipe",
     )
     train.add_argument(
         "--eval-only",
         action="store_true",
-        help="train nothing: validate the networks of --resume RUN_FOLDER, or teacher.checkpoint",
+        help="only validate the networks of --resume RUN_FOLDER or teacher.checkpoint",
     )
     train.add_argument(
         "--runs",
         type=Path,
         default=Path("runs"),
         metavar="FOLDER",
-        help="where run folders go (default: runs)",
+        help="where run folders are created (default: runs)",
     )
     train.set_defaults(run=_train)
 
     from fastkd.train.commands import cache_teacher, export, plot
 
-    caching = commands.add_parser("cache-teacher", help="store the teacher's logits, to train without it")
+    caching = commands.add_parser(
+        "cache-teacher", help="store the teacher's logits, to train without the teacher"
+    )
     cache_teacher.add_arguments(caching)
     caching.set_defaults(run=cache_teacher.run)
-    plotting = commands.add_parser("plot", help="compare runs in one picture")
+    plotting = commands.add_parser("plot", help="compare runs in one figure")
     plot.add_arguments(plotting)
     plotting.set_defaults(run=plot.run)
     exporting = commands.add_parser("export", help="write the student as a state dict, program or ONNX model")
@@ -142,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
 
     recipes = commands.add_parser("recipes", help="list the recipes that come with fastkd")
     recipes.set_defaults(run=_recipes)
-    doctor = commands.add_parser("doctor", help="say which backends work here, and why others do not")
+    doctor = commands.add_parser("doctor", help="show which backends work here, and why others do not")
     doctor.set_defaults(run=_doctor)
 
     check = commands.add_parser("check", help="check every loss on every backend here against float64")
@@ -176,20 +178,20 @@ def _train_launched(args: argparse.Namespace) -> int:
     folder: Path | None = Path(args.resume) if args.resume else None
     count: int | None = args.seeds
     if count and distributed.world() > 1:
-        raise RecipeError("--seeds is for one process; start each seed by itself: train.seed=…")
+        raise RecipeError("--seeds needs a single process; start each seed on its own: train.seed=…")
     if folder is not None:
         if count or any("=" not in word for word in args.words):
             raise RecipeError(
-                "--resume RUN_FOLDER takes no recipe and no seeds, which are in it; train.epochs=N may follow"
+                "--resume RUN_FOLDER takes neither a recipe nor --seeds; train.epochs=N may follow"
             )
         if not (folder / "recipe.yaml").is_file():
-            raise RecipeError(f"--resume {folder}: no run folder (it has no recipe.yaml)")
+            raise RecipeError(f"--resume {folder}: not a run folder (it has no recipe.yaml)")
         if args.words and is_seed_group(folder):
             raise RecipeError(
-                f"--resume {folder}: a group of seeds; extend each by itself, --resume {folder}/seed-0 …"
+                f"--resume {folder}: a group of seeds; extend each run on its own, --resume {folder}/seed-0 …"
             )
         name, recipe = load_recipe(str(folder / "recipe.yaml"), args.words)
-        # A teacher is kept beside the runs that use it.
+        # Teachers are stored beside the runs that use them.
         runs = folder.parent
         count = seed_count(folder) if is_seed_group(folder) else None
         if is_seed_group(runs):
@@ -197,16 +199,16 @@ def _train_launched(args: argparse.Namespace) -> int:
     else:
         if not args.words or "=" in args.words[0]:
             raise RecipeError(
-                "which recipe? `fastkd recipes` lists them, for instance: fastkd train glyphs/kd"
+                "the recipe is missing; `fastkd recipes` lists them, for example: fastkd train glyphs/kd"
             )
         name, recipe = load_recipe(args.words[0], args.words[1:])
         for note in without_effect(recipe, args.words[1:]):
             console.print(note, markup=False)
         if args.resume is not None:
             if count:
-                raise RecipeError("--resume with --seeds takes the run folder")
+                raise RecipeError("--resume with --seeds needs the run folder")
             folder = distributed.from_first(find_run(runs, name, recipe) if distributed.is_first() else None)
-            console.print(f"going on with {folder}" if folder else "no run of this recipe yet", markup=False)
+            console.print(f"resuming {folder}" if folder else "no run of this recipe yet", markup=False)
     if args.eval_only:
         from fastkd.train.commands.evaluate import evaluate_networks
 
@@ -220,8 +222,10 @@ def _train_launched(args: argparse.Namespace) -> int:
         folder, summaries = run_seeds(name, recipe, count, runs=runs, console=console, folder=folder)
     try:
         print_results(summaries, recipe, folder, runs, console)
-    except Exception as error:  # the run is whole: what cannot be shown does not make it a failure
-        console.print(f"no table of results: {type(error).__name__}: {error}", markup=False)
+    except Exception as error:  # the run is complete: a table must not make it fail
+        console.print(
+            f"the table of results could not be shown: {type(error).__name__}: {error}", markup=False
+        )
     console.print(f"run folder: {folder}", soft_wrap=True, markup=False)
     return 0
 

@@ -1,4 +1,4 @@
-"""What every command line of fastkd does around its work: environment errors in a line, closed pipes."""
+"""Shared by all command lines of fastkd: errors of the environment in one line, closed pipes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ BROKEN_PIPE_STATUS = 141  # of a process that SIGPIPE ended, as the shell report
 
 
 def run_command(work: Callable[[], int]) -> int:
-    """The exit status of ``work()``; 2 and a line where the environment holds a value that fastkd refuses.
+    """The exit status of ``work()``; 2 and one line on stderr for an invalid environment variable.
 
-    A reader that has seen enough (``fastkd recipes | head -1``) closes the pipe, which Python reports at the
-    next write or when it flushes at exit: the command then ends without a word.
+    When a reader closes the pipe (``fastkd recipes | head -1``), Python raises at the next write or at the
+    flush on exit; the command then ends silently.
     """
     try:
         try:
@@ -34,7 +34,7 @@ def run_command(work: Callable[[], int]) -> int:
 
 
 def discard(*streams: TextIO) -> None:
-    """What is left in their buffers has no reader: Python would end with an error of its own at exit."""
+    """Discard what is left in their buffers; otherwise Python fails when it flushes them at exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in streams:
         os.dup2(nowhere, stream.fileno())

@@ -1,4 +1,4 @@
-"""Environment variables are read strictly: an unknown value is an error, an empty one counts as unset."""
+"""Reading environment variables strictly: an unknown value is an error, an empty one counts as unset."""
 
 from __future__ import annotations
 

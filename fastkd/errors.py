@@ -1,4 +1,4 @@
-"""Errors whose message is written for the person at the keyboard: the command line prints them bare."""
+"""Errors caused by input or environment; the command line prints their message without a traceback."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from types import MappingProxyType
 
 
 class TrainError(Exception):
-    """Base of every error a user can cause and mend; its text says what is wrong and what to do."""
+    """Base of the errors that a user can fix; the message says what is wrong and what to do."""
 
 
 class RecipeError(TrainError):
-    """A recipe that cannot be found, read or validated."""
+    """A recipe cannot be found, read or validated."""
 
 
 class DataError(TrainError):
-    """A data folder that is missing or does not hold what is expected."""
+    """A data folder is missing or does not contain what is expected."""
 
 
 class CheckpointError(TrainError):
-    """A checkpoint that is missing, truncated or made for something else."""
+    """A checkpoint is missing, damaged or belongs to something else."""
 
 
 class NonFiniteLossError(TrainError):
@@ -41,12 +41,12 @@ class NonFiniteLossError(TrainError):
 
 
 class StorageError(TrainError):
-    """A file that cannot be written: a full disk, a folder that is read-only."""
+    """A file cannot be written: a full disk, a read-only folder."""
 
 
 class FolderInUseError(TrainError):
-    """A run folder that another process writes to."""
+    """Another process is writing to the run folder."""
 
 
 class Preempted(Exception):
-    """SIGTERM or SIGUSR1: a checkpoint was written, and the process ends with a status to requeue on."""
+    """SIGTERM or SIGUSR1 stopped training after a checkpoint; the exit status asks for a requeue."""

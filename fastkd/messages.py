@@ -1,22 +1,32 @@
-"""How messages list names and shorten what other code raised."""
+"""Helpers for messages: lists of names, other errors in one line."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 
 def some(items: Sequence[str], count: int = 5) -> str:
-    """The first ``count`` of them, and how many more there are."""
+    """The first ``count`` items, and how many more there are."""
     more = f" and {len(items) - count} more" if len(items) > count else ""
     return ", ".join(items[:count]) + more
 
 
 def one_line(error: BaseException) -> str:
-    """Its text, or its kind where it has none."""
+    """The text of the error in one line, or its type if it has none."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def kind_and_text(error: BaseException) -> str:
-    """``ValueError: its text``, in one line; the kind alone where there is no text."""
+    """``ValueError: its text`` in one line; only the type if there is no text."""
     kind, text = type(error).__name__, " ".join(str(error).split())
     return f"{kind}: {text}" if text else kind
+
+
+def nearest(word: str, possible: Iterable[str]) -> str:
+    """`` (did you mean a, b?)``, or an empty string if no name is similar."""
+    possible = list(possible)
+    # A bare option name (`epochs`) is far from `train.epochs` by edit distance.
+    near = [name for name in possible if name.endswith((f".{word}", f"/{word}"))]
+    near += [n for n in difflib.get_close_matches(word, possible, n=3, cutoff=0.6) if n not in near]
+    return f" (did you mean {', '.join(near)}?)" if near else ""

@@ -1,4 +1,4 @@
-"""Real fonts, few of them and few characters, so that a whole run takes a second."""
+"""Fixtures with a few real fonts and characters, so that a complete run takes a second."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def cache(shared_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Never the user's cache; shared, so that each font folder is rendered once."""
+    """A cache shared by the tests, so that each font folder is rendered once; never the user's."""
     monkeypatch.setenv("FASTKD_CACHE", str(shared_cache))
     return shared_cache
 

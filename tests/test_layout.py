@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -168,18 +168,9 @@ sys.exit(", ".join(failed) or 0)
 """
 
 
-def import_each(names: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", IMPORT_EACH, *names]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-
 def test_every_module_can_be_imported_first() -> None:
     names = [name for name in modules() if not name.endswith("__main__")]  # those are run, not imported
-    done = import_each(names)
-    assert done.returncode == 0, done.stderr
-
-
-def test_a_module_that_cannot_be_imported_is_named() -> None:
-    done = import_each(["fastkd.version", "fastkd.no_such_module"])
-    assert done.returncode == 1
-    assert "fastkd.no_such_module" in done.stderr
+    command = [sys.executable, "-c", IMPORT_EACH, *names, "fastkd.no_such_module"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    # The last one shows that a failure is noticed.
+    assert done.stderr.splitlines()[-1] == "fastkd.no_such_module", done.stderr

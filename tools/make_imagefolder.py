@@ -1,12 +1,12 @@
-"""Make a tree of JPEG files like ImageNet's, to try the ImageNet recipes where ImageNet is not at hand.
+"""Make a tree of JPEG files like ImageNet's, to try the ImageNet recipes without ImageNet.
 
     python tools/make_imagefolder.py FOLDER             # 1000 classes, 4 images of each, 400 MB
     python tools/make_imagefolder.py FOLDER --tiny      # 4 classes of small images, for tests
     python tools/make_imagefolder.py FOLDER --shards 4  # tar shards in WebDataset's format
 
-Sizes are drawn as ImageNet's are: half of its pictures are 500 x 375, most of the others have a longer side
-of 500, and the rest spread about 400 x 350; a file has about 95 kB. Each class has colours and a grain of its
-own, so that there is something to learn.
+Sizes are distributed like ImageNet's: half of the images are 500 x 375, most of the others have a longer side
+of 500, and the rest are around 400 x 350; a file has about 95 kB. Each class has its own colours and grain,
+so that there is something to learn.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-# (width, height) and the share of ImageNet's pictures that have about this size.
+# (width, height) and the share of ImageNet's images with about this size.
 COMMON = {(500, 375): 0.48, (375, 500): 0.12, (500, 333): 0.11, (333, 500): 0.04, (500, 400): 0.03}
 
 
 def draw_size(random: np.random.Generator, scale: float) -> tuple[int, int]:
-    """Width and height of one picture."""
+    """Width and height of one image."""
     chosen = random.choice(len(COMMON) + 1, p=[*COMMON.values(), 1 - sum(COMMON.values())])
     sizes = [*COMMON, np.clip(random.lognormal((6.0, 5.85), 0.45), 60, 3000)]
     width, height = sizes[chosen]
@@ -35,7 +35,7 @@ def draw_size(random: np.random.Generator, scale: float) -> tuple[int, int]:
 
 
 def draw_picture(random: np.random.Generator, label: int, size: tuple[int, int]) -> Image.Image:
-    """Smooth shapes with detail on every scale, as photographs have; colours and grain are the class's."""
+    """Smooth shapes with detail on every scale, like photographs; colours and grain depend on the class."""
     width, height = size
     of_class = np.random.default_rng([label, 7])
     colour, grain = of_class.uniform(40, 215, 3), of_class.uniform(0.76, 0.88)
@@ -52,7 +52,7 @@ def draw_picture(random: np.random.Generator, label: int, size: tuple[int, int])
 def pictures(
     part: int, classes: int, count: int, scale: float, seed: int
 ) -> Iterator[tuple[int, int, bytes]]:
-    """(label, number, JPEG file) of each picture of a part."""
+    """(label, number, JPEG file) of each image of a part."""
     for label in range(classes):
         for number in range(count):
             random = np.random.default_rng([seed, part, label, number])
@@ -63,7 +63,7 @@ def pictures(
 
 
 def make_tree(folder: Path, classes: int, train: int, val: int, *, scale: float = 1.0, seed: int = 0) -> int:
-    """``folder/train/CLASS/*.JPEG`` and ``folder/val/CLASS/*.JPEG``; returns the bytes written."""
+    """``folder/train/CLASS/*.JPEG`` and ``folder/val/CLASS/*.JPEG``; returns the number of bytes written."""
     total = 0
     for part, (name, count) in enumerate((("train", train), ("val", val))):
         for label, number, content in pictures(part, classes, count, scale, seed):
@@ -77,7 +77,7 @@ def make_tree(folder: Path, classes: int, train: int, val: int, *, scale: float 
 def make_shards(
     folder: Path, classes: int, train: int, val: int, shards: int, *, scale: float = 1.0, seed: int = 0
 ) -> int:
-    """``folder/train-0000.tar`` … and ``folder/val-0000.tar`` …; returns the bytes written."""
+    """``folder/train-0000.tar`` … and ``folder/val-0000.tar`` …; returns the number of bytes written."""
     folder.mkdir(parents=True, exist_ok=True)
     total = 0
     for part, (name, count) in enumerate((("train", train), ("val", val))):

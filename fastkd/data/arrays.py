@@ -1,4 +1,4 @@
-"""Images that fit into memory, as batches: Fashion-MNIST, CIFAR-100, random ones for trials."""
+"""Data sets that fit into memory: Fashion-MNIST, CIFAR-100, and random images."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from torch.nn import functional as F
 from fastkd.errors import DataError
 from fastkd.recipe.schema import FolderData, ImageData, ShardData, SyntheticData
 
-from .order import EpochOrder, OrderedLoader
+from .order import EpochOrder, IndexedLoader
 from .transforms import IMAGENET_MEAN, IMAGENET_STD, Mixing, Normalize
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """What is fixed for a data set: mean and standard deviation of pixels in 0..1, and the sizes."""
+    """Constants of a data set: its sizes, and mean and standard deviation of pixels in 0..1."""
 
     title: str
     classes: int
@@ -50,7 +50,7 @@ class ArrayData:
     train: tuple[Tensor, Tensor] = field(repr=False)
     val: tuple[Tensor, Tensor] = field(repr=False)
     augment: bool
-    where: str  # for people
+    where: str  # description of the source
     mixing: Mixing
     notes: tuple[str, ...] = ()
 
@@ -64,13 +64,11 @@ class ArrayData:
 
     @property
     def augmentation(self) -> dict[str, object]:
-        """All that decides what a network is shown of a training image, but for the seed."""
         crop = f"shift_{self.kind.padding}_flip" if self.augment else "none"
         return {"crop": crop, "mixup": self.mixing.mixup, "cutmix": self.mixing.cutmix}
 
     @property
     def content(self) -> list[object]:
-        """The training images."""
         return [self.kind.title, _digest(self.train), len(self.train[1])]
 
     @property
@@ -97,15 +95,15 @@ class ArrayData:
         return ArrayLoader(self.kind, *self.val, batch_size, device)
 
     def example(self) -> tuple[Tensor, Tensor]:
-        """Two images as a network sees them in training, and their labels."""
+        """Two images and their labels, as a network gets them in training."""
         images, target = next(iter(self.val_loader(torch.device("cpu"), 2)))
         return self.mixing(images, target, 0)
 
 
-class ArrayLoader(OrderedLoader):
-    """Batches of ``(images, target)``, normalised; with a seed shuffled, cropped and flipped anew each epoch.
+class ArrayLoader(IndexedLoader):
+    """Normalised batches of ``(images, target)``; with a seed shuffled, cropped and flipped in each epoch.
 
-    Epoch k of a seed is always the same, and so is the crop of an image in it.
+    Epoch k of a seed is always the same, including the crop of each image.
     """
 
     def __init__(
@@ -132,7 +130,7 @@ class ArrayLoader(OrderedLoader):
         """``(images, target, sample indices)``."""
         epoch, training = self._order.epoch, self._seed is not None
         generator = torch.Generator().manual_seed((self._seed or 0) * 2**20 + epoch)
-        # Drawn for all images in their own order: an image's crop does not depend on its batch.
+        # Drawn for all images in data set order: an image's crop does not depend on its batch.
         moves = draw_moves(len(self._target), self._padding, generator)
         for batch in self._order.batches(start, rank, world, even, borrow=bool(self._mixing)):
             chosen = torch.from_numpy(batch.samples)
@@ -153,7 +151,7 @@ def draw_moves(count: int, padding: int, generator: torch.Generator) -> Tensor:
 
 
 def crop_and_flip(images: Tensor, padding: int, moves: Tensor) -> Tensor:
-    """Shifts by up to ``padding`` pixels, black moving in, and horizontal flips; see ``draw_moves``."""
+    """Shift by up to ``padding`` pixels, filling with black, and flip horizontally; see ``draw_moves``."""
     n, channels, height, width = images.shape
     down, right, flip = moves[:, :, None].unbind(1)
     rows = down + torch.arange(height)
@@ -166,7 +164,7 @@ def crop_and_flip(images: Tensor, padding: int, moves: Tensor) -> Tensor:
 
 
 def random_images(config: ImageData | FolderData | ShardData | SyntheticData) -> ArrayData:
-    """Random images and labels; in place of a data set's, of its shape."""
+    """Random images and labels, with the shape of the data set that they replace."""
     if isinstance(config, SyntheticData):
         count, mixing = config.images, Mixing(0.0, 0.0, config.classes)
         half = (0.5,) * config.channels
@@ -182,31 +180,31 @@ def random_images(config: ImageData | FolderData | ShardData | SyntheticData) ->
     generator = torch.Generator().manual_seed(0)
     train, val = (_random_images(kind, count, generator) for _ in range(2))
     augment = isinstance(config, ImageData) and config.augment
-    return ArrayData(kind, train, val, augment, "random images, for trials only", mixing)
+    return ArrayData(kind, train, val, augment, "random images", mixing)
 
 
 def load_image_data(config: ImageData) -> ArrayData:
-    """The data set that a recipe names. Raises ``DataError``."""
+    """Load Fashion-MNIST or CIFAR-100. Raises ``DataError``."""
     kind = KINDS[config.name]
     if config.folder is None:
         raise DataError(
-            f"data.folder is missing: where {kind.title} is (data.synthetic=64 tries a recipe without it)"
+            f"data.folder is missing: the folder of {kind.title} (data.synthetic=64 works without it)"
         )
     folder = Path(config.folder)
     if not folder.is_dir() and not config.download:
         raise DataError(
-            f"data.folder: {folder} is no folder; data.download=true downloads {kind.title} to it"
+            f"data.folder: {folder} is not a folder; data.download=true downloads {kind.title} to it"
         )
     read = _fashion_mnist if config.name == "fashion_mnist" else _cifar100
     train, test = (read(folder, part, config.download) for part in (True, False))
     mixing = Mixing(config.mixup, config.cutmix, kind.classes)
     if config.holdout is None:
-        return ArrayData(kind, train, test, config.augment, "its test images validate", mixing)
+        return ArrayData(kind, train, test, config.augment, "validated on its test images", mixing)
     if config.holdout >= len(train[1]):
         raise DataError(f"data.holdout = {config.holdout} leaves none of {len(train[1])} training images")
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(train[1])))
     held, kept = order[: config.holdout], order[config.holdout :]
-    where = "part of its training images validates, the test images are left alone"
+    where = "validated on some of its training images, test images unused"
     parts = (train[0][kept], train[1][kept]), (train[0][held], train[1][held])
     return ArrayData(kind, *parts, config.augment, where, mixing)
 
@@ -248,7 +246,7 @@ def _fashion_mnist(folder: Path, train: bool, download: bool) -> tuple[Tensor, T
 
 
 def _read_idx(folder: Path, name: str, dimensions: int) -> Tensor:
-    """A file of the MNIST format, plain or gzipped, in ``folder`` or where torchvision puts it below."""
+    """Read a file of the MNIST format, plain or gzipped, from ``folder`` or torchvision's subfolder of it."""
     for path in (
         place / (name + end) for place in (folder, folder / "FashionMNIST" / "raw") for end in ("", ".gz")
     ):
@@ -264,10 +262,10 @@ def _read_idx(folder: Path, name: str, dimensions: int) -> Tensor:
         sizes = [int(size) for size in np.frombuffer(content[4:start].ljust(start - 4, b"\0"), ">i4")]
         whole = min(sizes) >= 0 and len(content) - start == math.prod(sizes)
         if content[:4] != bytes([0, 0, 8, dimensions]) or not whole:
-            raise DataError(f"data.folder: {path} is damaged or no file of the MNIST format")
+            raise DataError(f"data.folder: {path} is damaged or not in the MNIST format")
         return torch.from_numpy(np.frombuffer(content, np.uint8, offset=start).reshape(sizes).copy())
     raise DataError(
-        f"data.folder: {folder} has no {name} or {name}.gz, nor has FashionMNIST/raw below it; "
+        f"data.folder: {folder} has no {name} or {name}.gz, and neither has its FashionMNIST/raw; "
         "data.download=true downloads Fashion-MNIST"
     )
 
@@ -279,6 +277,6 @@ def _cifar100(folder: Path, train: bool, download: bool) -> tuple[Tensor, Tensor
         data = CIFAR100(str(folder), train=train, download=download)
     except (RuntimeError, OSError) as error:
         raise DataError(
-            f"data.folder: {folder} holds no intact CIFAR-100 ({error}); data.download=true downloads it"
+            f"data.folder: {folder} has no intact CIFAR-100 ({error}); data.download=true downloads it"
         ) from None
     return torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets)

@@ -1,4 +1,4 @@
-"""What training needs of a data set, and which one a recipe means."""
+"""The interface of data sets, and loading the one that a recipe names."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch import Tensor
 from fastkd.errors import DataError
 from fastkd.recipe.schema import DataSection, GlyphsData, ImageData, SyntheticData
 
+from .order import IndexedLoader
+
 
 class Loader(Protocol):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
@@ -20,16 +22,7 @@ class Loader(Protocol):
     def set_epoch(self, epoch: int) -> None: ...
 
     def sizes(self) -> list[int]:
-        """Images of the first and of the last batch of an epoch; see ``EpochOrder.sizes``."""
-
-
-class IndexedLoader(Loader, Protocol):
-    """A loader whose images are a function of (seed, epoch, sample index), so that they can be cached for."""
-
-    def indexed(
-        self, start: int = 0, rank: int = 0, world: int = 1, even: bool = False
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """``(images, target, int64 sample indices [N])``; see ``EpochOrder.batches``."""
+        """Sizes of the first and the last batch of an epoch; see ``EpochOrder.sizes``."""
 
 
 class Data(Protocol):
@@ -44,7 +37,7 @@ class Data(Protocol):
 
     @property
     def fingerprint(self) -> list[object]:
-        """What a network trained on these data depends on, apart from its own settings."""
+        """Everything about the data that a trained network depends on."""
 
     def describe(self) -> str: ...
 
@@ -61,25 +54,25 @@ class CacheableData(Data, Protocol):
 
     @property
     def content(self) -> list[object]:
-        """Tells these training images from others."""
+        """Identifies the training images."""
 
     @property
     def augmentation(self) -> dict[str, object]:
-        """All that decides what a network is shown of a training image, but for the seed."""
+        """Every setting that decides how a training image is shown, except the seed."""
 
     @property
     def samples(self) -> int:
-        """How many training images there are."""
+        """Number of training images."""
 
     @property
     def varies(self) -> bool:
-        """Whether an image looks different in each epoch."""
+        """Whether images differ between epochs."""
 
     def train_loader(self, batch_size: int, seed: int, device: torch.device) -> IndexedLoader: ...
 
 
 def load_data(config: DataSection) -> Data:
-    """The data that a recipe names. Raises ``DataError``."""
+    """Load the data that a recipe names. Raises ``DataError``."""
     if isinstance(config, GlyphsData):
         from .glyphs.loader import load_glyph_data
 
@@ -92,7 +85,7 @@ def load_data(config: DataSection) -> Data:
         return load_image_data(config)
     if config.root is None:
         raise DataError(
-            "data.root is missing: where the images are (data.synthetic=64 tries a recipe without)"
+            "data.root is missing: the folder of the images (data.synthetic=64 tries a recipe without data)"
         )
     from .files import load_file_data
 

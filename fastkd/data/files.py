@@ -1,4 +1,4 @@
-"""Images that are decoded as they are needed, by worker processes: ImageFolder trees and tar shards."""
+"""Data sets that worker processes decode on demand: ImageFolder trees and tar shards."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fastkd.errors import DataError
 from fastkd.messages import one_line
 from fastkd.recipe.schema import FolderData, ShardData
 
-from .order import Chosen, EpochOrder, OrderedLoader
+from .order import Chosen, EpochOrder, IndexedLoader
 from .pixels import to_rgb
 from .sources import FolderSource, ShardSource, Source
 from .transforms import (
@@ -42,15 +42,15 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Corrupt:
-    """An image that could not be read, in place of its pixels."""
+    """Returned in place of the pixels of an image that could not be read."""
 
     name: str
     reason: str
-    machine: bool = False  # that could not read it: the image may be intact
+    machine: bool = False  # an error of the machine; the image may be intact
 
 
-# Of errors in reading, those that are about one file. The others (too many open files, no memory, a disk or a
-# mount that fails) would meet any image.
+# Read errors that concern a single file. The others (too many open files, no memory, a failing disk or mount)
+# would affect any image.
 _OF_THE_FILE = (
     errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG,
     None,
@@ -58,7 +58,7 @@ _OF_THE_FILE = (
 
 
 class CorruptImages(dict[str, str]):
-    """Names and reasons of the images that were skipped, each once; more than ``limit`` end the run."""
+    """Skipped images and the reasons, by name; more than ``limit`` end the run."""
 
     def __init__(self, limit: int) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class CorruptImages(dict[str, str]):
 
 
 class Samples(Dataset[tuple[Tensor, int, int] | Corrupt]):
-    """What a worker process does: ``samples[epoch, index]`` is (uint8 pixels, label, index)."""
+    """Runs in worker processes: ``samples[epoch, index]`` is (uint8 pixels, label, index)."""
 
     def __init__(self, source: Source, chosen: np.ndarray, transform: Transform, seed: int) -> None:
         self._source, self._chosen, self._transform, self._seed = source, chosen, transform, seed
@@ -99,15 +99,15 @@ class Samples(Dataset[tuple[Tensor, int, int] | Corrupt]):
             with Image.open(io.BytesIO(content)) as image:
                 pixels = to_rgb(image)
         except MemoryError:
-            return Corrupt(self._source.name(position), "no memory is left to decode it", machine=True)
-        except Exception as error:  # what Pillow raises for broken files of its many formats
+            return Corrupt(self._source.name(position), "out of memory while decoding it", machine=True)
+        except Exception as error:  # Pillow raises many types for broken files
             reason = str(error).replace("\n", " ") or type(error).__name__
             return Corrupt(self._source.name(position), reason)
         with keyed_randomness(self._seed, epoch, index):
             return self._transform(pixels), int(self._source.labels[position]), index
 
 
-Batch = tuple[Tensor, Tensor, Tensor, list[Corrupt]]  # pixels, labels, indices, what is missing
+Batch = tuple[Tensor, Tensor, Tensor, list[Corrupt]]  # pixels, labels, indices, unreadable images
 
 
 def collate(rows: list[tuple[Tensor, int, int] | Corrupt]) -> Batch:
@@ -118,8 +118,8 @@ def collate(rows: list[tuple[Tensor, int, int] | Corrupt]) -> Batch:
     return pixels, labels, indices, [row for row in rows if isinstance(row, Corrupt)]
 
 
-class FileLoader(OrderedLoader):
-    """Batches of ``(images, target)`` on the device, normalised and mixed; epoch k is always the same."""
+class FileLoader(IndexedLoader):
+    """Batches of ``(images, target)`` on the device, normalised and mixed; epoch k never changes."""
 
     def __init__(
         self,
@@ -144,15 +144,15 @@ class FileLoader(OrderedLoader):
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
             worker_init_fn=functools.partial(from_one_process_only, os.getpid()),
-            generator=torch.Generator(),  # its own: else each pass would draw from the global one
+            generator=torch.Generator(),  # its own: otherwise each pass would draw from the global generator
         )
 
     def indexed(
         self, start: int = 0, rank: int = 0, world: int = 1, even: bool = False
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """``(images, target, sample indices)``; images that cannot be read are left out.
+        """``(images, target, sample indices)``, without unreadable images.
 
-        For ``even`` shares another image of the share takes the place of each.
+        For ``even`` shares each of them is replaced by another image of the same share.
         """
         epoch = self._order.epoch
         chosen = list(self._order.batches(start, rank, world, even, borrow=bool(self._mixing)))
@@ -167,7 +167,7 @@ class FileLoader(OrderedLoader):
                 self._corrupt.add(image)
             borrowed = batch.borrowed and bool(len(indices)) and bool(indices[0] == batch.samples[0])
             if missing and even and world > 1:
-                # Ranks share gathered features and averaged gradients: each needs as many rows as the others.
+                # Ranks gather features and average gradients, so all need the same number of rows.
                 wanted = len(batch.samples) - int(batch.borrowed and not borrowed)
                 pixels, labels, indices = _filled(wanted, pixels, labels, indices, missing)
             if not len(labels):
@@ -183,7 +183,7 @@ class FileLoader(OrderedLoader):
         try:
             with held_back():
                 return iter(self._loader)
-        except (OSError, RuntimeError) as error:  # of processes, of their pipes, of threads
+        except (OSError, RuntimeError) as error:  # processes, pipes or threads cannot be created
             if isinstance(error, RuntimeError) and of_workers(error) is not None:
                 raise
             raise DataError(
@@ -192,18 +192,18 @@ class FileLoader(OrderedLoader):
 
 
 def of_workers(error: RuntimeError) -> str | None:
-    """Of an error that a ``DataLoader`` raises, at any place, when a worker was killed; None of another."""
+    """The message for a ``DataLoader`` error caused by a killed worker; None for any other error."""
     text = one_line(error)
     if re.search(r"DataLoader worker \(pid", text):
         reason = re.search(r"(is killed by signal: [\w ]+|exited unexpectedly)", text)
         return (
-            f"a data worker {reason[1] if reason else 'ended'}, often for want of memory (fewer "
-            "data.workers, or a smaller batch, need less); what was written is kept: go on with --resume"
+            f"a data worker {reason[1] if reason else 'ended'}, often because memory ran out (use fewer "
+            "data.workers or a smaller batch); what was written is kept: continue with --resume"
         )
     if re.search(r"shared memory|</torch_\w+>", text):
         return (
-            "the data workers have no room in /dev/shm: fewer data.workers need less, or give the container "
-            "more; what was written is kept: go on with --resume"
+            "/dev/shm is too small for the data workers: use fewer data.workers, or give the container more; "
+            "what was written is kept: continue with --resume"
         )
     return None
 
@@ -211,15 +211,15 @@ def of_workers(error: RuntimeError) -> str | None:
 def _filled(
     wanted: int, pixels: Tensor, labels: Tensor, indices: Tensor, missing: list[Corrupt]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """So many rows, images of the same share again in place of the missing ones."""
+    """``wanted`` rows, where images of the same share are repeated in place of the missing ones."""
     if not len(labels):
-        raise DataError(f"no image of a batch's share can be read: {missing[0].name} …")
+        raise DataError(f"no image in this rank's share of a batch can be read: {missing[0].name} …")
     again = torch.arange(wanted) % len(labels)
     return pixels[again], labels[again], indices[again]
 
 
 class _Keys:
-    """What the ``DataLoader`` asks its samples for in a pass: lists of (epoch, index)."""
+    """Batch sampler of one pass: lists of (epoch, index)."""
 
     def __init__(self) -> None:
         self.epoch = 0
@@ -235,7 +235,7 @@ class _Keys:
 
 @dataclass(frozen=True)
 class FileData:
-    """Encoded images, decoded on the way; see ``load_file_data``."""
+    """Encoded images, decoded on demand; see ``load_file_data``."""
 
     config: FolderData | ShardData
     source: Source = field(repr=False)
@@ -260,14 +260,12 @@ class FileData:
 
     @property
     def augmentation(self) -> dict[str, object]:
-        """All that decides what a network is shown of a training image, but for the seed."""
         crop = "random_resized_crop_flip" if self.config.augment else f"central_crop_of_{self._resize}"
         mixed = {"mixup": self.config.mixup, "cutmix": self.config.cutmix}
         return {"crop": crop, "size": self.config.size, **mixed}
 
     @property
     def content(self) -> list[object]:
-        """The training images."""
         return [self.source.digest(), len(self.train)]
 
     @property
@@ -301,7 +299,7 @@ class FileData:
         return central_crop(self.config.size, self._resize)
 
     def example(self) -> tuple[Tensor, Tensor]:
-        """Two images as a network sees them in training, and their labels."""
+        """Two images and their labels, as a network gets them in training."""
         device = torch.device("cpu")
         two = Samples(self.source, self.train[:64], self._central(), 0)
         loader = FileLoader(two, 2, 0, device, self.corrupt, mixing=self.mixing)
@@ -311,11 +309,11 @@ class FileData:
 
 
 def load_file_data(config: FolderData | ShardData) -> FileData:
-    """The images below ``data.root``. Raises ``DataError``."""
+    """Find the images below ``data.root``. Raises ``DataError``."""
     assert config.root is not None
     root = Path(config.root)
     if not root.is_dir():
-        raise DataError(f"data.root: {root} is no folder")
+        raise DataError(f"data.root: {root} is not a folder")
     corrupt = CorruptImages(config.corrupt_limit)
     source: FolderSource | ShardSource
     val_source: FolderSource | ShardSource

@@ -1,4 +1,4 @@
-"""Which samples make each batch of an epoch, from any batch on, for one rank of several; loaders of them."""
+"""The order of samples in an epoch: its batches, starting anywhere, divided among ranks."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 
 def rows_of(count: int, rank: int, world: int, *, even: bool) -> slice:
-    """The rows of a batch of ``count`` that belong to a rank; together they are the batch.
+    """The rows of a batch of ``count`` that belong to a rank; together the ranks have the whole batch.
 
-    ``even``, for training: the same number for each rank, as an average of gradients over ranks wants it;
-    up to ``world - 1`` rows at the end are left out.
+    ``even``, for training: every rank gets the same number of rows, which averaging gradients over ranks
+    requires; up to ``world - 1`` rows at the end are dropped.
     """
     if even:
         share = count // world
@@ -29,13 +29,11 @@ class Chosen:
 
     position: int  # of the batch in its epoch, from 0
     samples: np.ndarray  # indices
-    borrowed: bool = (
-        False  # the first sample is the one before this rank's: mixing wants it, training does not
-    )
+    borrowed: bool = False  # the first sample belongs to the rank before: used for mixing, not trained on
 
 
 class EpochOrder:
-    """The order of an epoch, shuffled where there is a seed; it depends on seed and epoch alone."""
+    """The order of an epoch, shuffled if there is a seed; it depends only on seed and epoch."""
 
     def __init__(self, count: int, batch_size: int, seed: int | None) -> None:
         self._count, self._batch_size, self._seed = count, batch_size, seed
@@ -45,17 +43,17 @@ class EpochOrder:
         return math.ceil(self._count / self._batch_size)
 
     def sizes(self) -> list[int]:
-        """Of the first and the last batch, over all ranks; one, if they are the same."""
+        """Sizes of the first and the last batch over all ranks; a single size if they are equal."""
         last = self._count - (len(self) - 1) * self._batch_size
         return list(dict.fromkeys((min(self._batch_size, self._count), last)))
 
     def batches(
         self, start: int = 0, rank: int = 0, world: int = 1, even: bool = False, borrow: bool = False
     ) -> Iterator[Chosen]:
-        """Batches from ``start`` on, of each the rows of ``rank``.
+        """This rank's rows of each batch, from batch ``start`` on.
 
-        ``even`` as in ``rows_of``. ``borrow``: the row before a rank's own comes along, so that MixUp pairs
-        the rows as in one process.
+        ``even`` as in ``rows_of``. ``borrow``: also yield the row before this rank's first one, so that MixUp
+        pairs the rows as in one process.
         """
         order = np.arange(self._count)
         if self._seed is not None:
@@ -70,8 +68,8 @@ class EpochOrder:
                 yield Chosen(position, samples)
 
 
-class OrderedLoader(ABC):
-    """Batches in an ``EpochOrder``; a kind of data adds what becomes of the samples."""
+class EpochLoader:
+    """A loader of batches in an ``EpochOrder``."""
 
     def __init__(self, order: EpochOrder) -> None:
         self._order = order
@@ -85,13 +83,20 @@ class OrderedLoader(ABC):
     def __len__(self) -> int:
         return len(self._order)
 
+
+class IndexedLoader(EpochLoader, ABC):
+    """A loader whose images depend only on (seed, epoch, sample index), so that they can be cached for.
+
+    Subclasses implement ``indexed``.
+    """
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self.batches()
 
     def batches(
         self, start: int = 0, rank: int = 0, world: int = 1, even: bool = False
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """``(images, target)`` from batch ``start`` of the epoch on, of each the rows of ``rank``."""
+        """This rank's rows of ``(images, target)``, from batch ``start`` of the epoch on."""
         for images, target, _ in self.indexed(start, rank, world, even):
             yield images, target
 
@@ -99,4 +104,4 @@ class OrderedLoader(ABC):
     def indexed(
         self, start: int = 0, rank: int = 0, world: int = 1, even: bool = False
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """``(images, target, sample indices)``, as ``batches``."""
+        """``(images, target, sample indices)``; arguments as for ``batches``."""

@@ -1,4 +1,4 @@
-"""Where encoded images lie: folders of files, or tar shards. Both are read by sample index."""
+"""Encoded images in folders of files or in tar shards, read by sample index."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from fastkd.errors import DataError
 from fastkd.files.regular import open_regular, read_regular
 
 _MOST_SHARDS = 1_000_000
-_LARGEST_LABEL = 2**24 - 1  # a network has an output for each label up to the largest
+_LARGEST_LABEL = 2**24 - 1  # a network has one output per label up to the largest
 SUFFIXES = ("jpg", "jpeg", "png", "webp", "ppm", "bmp")  # of images in shards
 
 
 class Source(Protocol):
-    """Encoded images and their labels ``[N]``; goes to worker processes by pickling or forking."""
+    """Encoded images and their labels ``[N]``; copied to worker processes by pickling or forking."""
 
     labels: np.ndarray
     num_classes: int
@@ -33,13 +33,13 @@ class Source(Protocol):
     def name(self, index: int) -> str: ...
 
     def digest(self) -> str:
-        """Tells this content from another; the pixels themselves are not read."""
+        """Identifies the content by names, sizes and labels; pixels are not read."""
 
 
 class FolderSource:
-    """``ROOT/CLASS/*.jpeg``, classes in alphabetical order, as torchvision's ``ImageFolder`` has them.
+    """``ROOT/CLASS/*.jpeg``, classes in alphabetical order as in torchvision's ``ImageFolder``.
 
-    Hidden folders and files (``.ipynb_checkpoints``, macOS's ``._NAME``) are neither classes nor images.
+    Hidden folders and files (``.ipynb_checkpoints``, macOS's ``._NAME``) are ignored.
     """
 
     def __init__(self, root: Path) -> None:
@@ -47,13 +47,13 @@ class FolderSource:
             found = _visible_folder(root)
         except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
             reason = str(error).splitlines()[0]
-            raise DataError(f"data.root: {root} must hold one folder of images a class: {reason}") from None
+            raise DataError(f"data.root: {root} must hold one folder of images per class: {reason}") from None
         hidden = sorted(path.name for path in root.iterdir() if path.is_dir() and _hidden(path.name))
-        self.notes = (f"{root}: hidden folders are no classes: {', '.join(hidden)}",) if hidden else ()
+        self.notes = (f"{root}: hidden folders are ignored: {', '.join(hidden)}",) if hidden else ()
         self.classes: list[str] = found.classes
         self.num_classes = len(found.classes)
         self._root = root
-        # Bytes, not a list of strings: forked workers would copy the list as they count references to it.
+        # Bytes, not a list of strings: reference counts would make forked workers copy the list.
         self._paths = np.array([os.fsencode(os.path.relpath(path, root)) for path, _ in found.samples])
         self.labels = np.array([label for _, label in found.samples], np.int64)
 
@@ -82,7 +82,7 @@ def _visible_folder(root: Path) -> Any:
                 raise FileNotFoundError(f"Couldn't find any class folder in {directory}.")
             return names, {name: number for number, name in enumerate(names)}
 
-    def visible(path: str) -> bool:  # also below a class
+    def visible(path: str) -> bool:  # checks folders below a class too
         inside = os.path.relpath(path, root).split(os.sep)
         return has_file_allowed_extension(path, IMG_EXTENSIONS) and not any(map(_hidden, inside))
 
@@ -92,9 +92,9 @@ def _visible_folder(root: Path) -> Any:
 class ShardSource:
     """Samples of tar shards in the WebDataset format, found by one pass over the tar headers.
 
-    The webdataset library expands the pattern and says which files make a sample; samples are read by offset
-    instead of as a stream, so that an epoch is shuffled as a whole, divided exactly over ranks and gone on
-    with at any step. Shards are files of a local or mounted file system.
+    The webdataset library expands the pattern and groups files into samples. Samples are read by offset, not
+    as a stream, so that an epoch can be shuffled as a whole, divided exactly over ranks and resumed at any
+    step. Shards are files on a local or mounted file system.
     """
 
     def __init__(self, root: Path, pattern: str, classes: int | None = None) -> None:
@@ -115,27 +115,27 @@ class ShardSource:
         if self.num_classes <= self.labels.max():
             largest = int(self.labels.max())
             raise DataError(f"data.classes = {classes}, but the shards {pattern} have a label {largest}")
-        self._files: dict[int, int] = {}  # descriptors of the shards read last, the oldest first
+        self._files: dict[int, int] = {}  # descriptors of open shards, least recently used first
 
     def read(self, index: int) -> bytes:
         shard = int(self._shard[index])
         file = self._files.pop(shard, None)
         if file is None:
-            # In random order a worker soon reads every shard, and there may be more than files it may open.
+            # In random order a worker soon reads every shard; there may be more of them than it may open.
             while len(self._files) >= _open_files():
                 os.close(self._files.pop(next(iter(self._files))))
             file = open_regular(self.shards[shard])
         self._files[shard] = file
-        # pread has no file position that forked workers would share.
+        # pread needs no file position, which forked workers would share.
         return os.pread(file, int(self._size[index]), int(self._offset[index]))
 
     def close(self) -> None:
-        """Close the shards; reading opens them again."""
+        """Close the shards; reading reopens them."""
         while self._files:
             os.close(self._files.popitem()[1])
 
     def __del__(self) -> None:
-        with contextlib.suppress(Exception):  # the interpreter may be ending, or __init__ have failed
+        with contextlib.suppress(Exception):  # at interpreter exit, or if __init__ failed
             self.close()
 
     def name(self, index: int) -> str:
@@ -149,7 +149,7 @@ class ShardSource:
 
 
 def _open_files() -> int:
-    """How many shards a process keeps open: a quarter of the files that it may open."""
+    """How many shards a process keeps open: at most 256, and a quarter of the files that it may open."""
     try:
         import resource
     except ImportError:  # Windows
@@ -167,12 +167,12 @@ def _expand(root: Path, pattern: str) -> list[Path]:
     )
     if len(pattern) > 4096 or names_of_it > _MOST_SHARDS:
         raise DataError(
-            f"the shard pattern {pattern[:80]!r} stands for {names_of_it:,} names; expected at most "
+            f"the shard pattern {pattern[:80]!r} expands to {names_of_it:,} names; expected at most "
             f"{_MOST_SHARDS:,}"
         )
     try:
         names = webdataset.shardlists.expand_urls(pattern)
-    except Exception as error:  # braceexpand raises its own kinds
+    except Exception as error:  # braceexpand raises types of its own
         raise DataError(f"the shard pattern {pattern!r} cannot be expanded: {error}") from None
     shards: list[Path] = []
     for name in names:
@@ -190,7 +190,7 @@ def _expand(root: Path, pattern: str) -> list[Path]:
 
 
 def _samples_of(shard: Path) -> Iterator[tuple[str, int, int, int]]:
-    """Key, offset and size of the image, and label of each sample that has both."""
+    """Key, offset and size of the image, and label, for each sample with an image and a label."""
     webdataset = _webdataset()
     end = shard.stat().st_size
     try:
@@ -218,7 +218,7 @@ def _samples_of(shard: Path) -> Iterator[tuple[str, int, int, int]]:
                 yield sample["__key__"], *image, int(text)
     except DataError:
         raise
-    except Exception as error:  # tarfile raises what a damaged header leads to
+    except Exception as error:  # tarfile raises many types for damaged headers
         raise DataError(f"the shard {shard} cannot be read: {error}") from None
 
 

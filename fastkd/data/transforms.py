@@ -1,8 +1,7 @@
-"""What happens to images between file and network: crops on the CPU, the rest on the device.
+"""Image transforms: crops on the CPU; normalisation and mixing on the device.
 
-All randomness is a function of (seed, epoch, sample index): the position in an epoch is all that a resumed
-run must know, the number of worker processes changes nothing, and a cached teacher meets the crops of its
-student.
+All randomness is a function of (seed, epoch, sample index). A resumed run therefore only needs its position
+in the epoch, the number of workers does not matter, and a cached teacher saw the same crops as the student.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @contextlib.contextmanager
 def keyed_randomness(*key: int) -> Iterator[None]:
-    """Inside, torch's CPU generator depends on ``key`` alone; afterwards it is as if nothing was drawn."""
+    """Seed torch's CPU generator from ``key`` inside the block, and restore its state afterwards."""
     state = torch.get_rng_state()
-    # SeedSequence tells (1, 23) from (12, 3), and neighbouring keys give unrelated streams.
+    # SeedSequence distinguishes (1, 23) from (12, 3), and neighbouring keys give unrelated streams.
     torch.default_generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
     try:
         yield
@@ -33,7 +32,7 @@ def keyed_randomness(*key: int) -> Iterator[None]:
 
 
 def random_crop(size: int) -> Transform:
-    """Inception's crop, as torchvision's references train ImageNet: 8 to 100 % of the area, then a flip."""
+    """Random crop of 8 to 100 % of the area, then a random flip, as in torchvision's ImageNet recipes."""
     from torchvision.transforms import v2
 
     return v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.PILToTensor()])
@@ -46,7 +45,7 @@ def central_crop(size: int, resize: int) -> Transform:
 
 
 class Normalize:
-    """uint8 ``[N, C, H, W]`` to float32 ``(x / 255 - mean) / std``, on ``device``: less is copied there."""
+    """uint8 ``[N, C, H, W]`` to float32 ``(x / 255 - mean) / std``, computed after the copy to ``device``."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
         self._device = device
@@ -60,7 +59,7 @@ class Normalize:
 
 @dataclass(frozen=True)
 class Mixing:
-    """torchvision's MixUp and CutMix on whole batches; with both, each batch gets one of the two."""
+    """torchvision's MixUp and CutMix on whole batches; if both are on, each batch gets one of them."""
 
     mixup: float
     cutmix: float
@@ -70,7 +69,7 @@ class Mixing:
         return self.mixup > 0 or self.cutmix > 0
 
     def __call__(self, images: Tensor, target: Tensor, *key: int) -> tuple[Tensor, Tensor]:
-        """Mixed float images and their labels as probabilities ``[N, C]``; random by ``key`` alone."""
+        """Mixed float images and labels as probabilities ``[N, C]``; randomness depends on ``key`` only."""
         if not self:
             return images, target
         from torchvision.transforms import v2

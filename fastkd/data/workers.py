@@ -1,4 +1,4 @@
-"""Data workers survive the signals that schedulers send to every process of a job."""
+"""Signal handling of data workers, which must survive the signals that schedulers send to a whole job."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _WAITS = hasattr(signal, "sigtimedwait")  # not on macOS and Windows
 
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
-    """SIGTERM and SIGUSR1 come after the block; for good not to processes and threads started in it."""
+    """Delay SIGTERM and SIGUSR1 until after the block; processes and threads started in it never get them."""
     if not _WAITS:
         yield
         return
@@ -25,12 +25,12 @@ def held_back() -> Iterator[None]:
 
 
 def from_one_process_only(process: int, worker: int) -> None:
-    """For data workers started under ``held_back``: SIGTERM ends one only if ``process`` sent it.
+    """In a data worker started under ``held_back``: exit on SIGTERM only if ``process`` sent it.
 
-    That is the process that asked for the worker, with which it ends: its parent may be a fork server.
+    ``process`` is the training process; the worker exits when it is gone. (Its parent may be a fork server.)
 
-    Schedulers signal every process of a job. That stops the training by its first process; a worker that died
-    of it would end the training before the checkpoint is written.
+    Schedulers signal every process of a job. The training process then stops by itself; a worker that died
+    first would end the training before the checkpoint is written.
     """
     if not _WAITS:
         return
@@ -42,7 +42,7 @@ def from_one_process_only(process: int, worker: int) -> None:
             if received is None:
                 try:
                     os.kill(process, 0)
-                except ProcessLookupError:  # torch looks at the parent, and a fork server lives on
+                except ProcessLookupError:  # torch only watches the parent, and a fork server stays alive
                     os._exit(0)
             elif received.si_signo == signal.SIGTERM and received.si_pid == process:
                 os._exit(0)

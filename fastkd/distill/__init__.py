@@ -1,4 +1,4 @@
-"""Distillation methods: two models, a loss with its options, and what it needs for training only."""
+"""Distillation methods: two models, a loss with its options, and modules that only training needs."""
 
 from .alignment import GradientAlignment
 from .classifier import find_classifier

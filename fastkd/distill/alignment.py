@@ -1,4 +1,4 @@
-"""Gradient alignment of DHKD: the logit loss may not undo what the cross-entropy does."""
+"""Gradient alignment of DHKD: removes the conflict of the KD gradient with the cross-entropy's."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from torch.amp import GradScaler
 class GradientAlignment:
     """Adds max(0, -<g1, g0> / |g0|^2) g0 to the gradient g0 + g1 of two losses (Yang et al. 2024).
 
-    g0 is the gradient of the ``first`` loss, g1 that of the rest; where they point against each other, g1's
-    part along g0 is taken out. ``.grad`` holds g0 + g1 as any training step leaves it there; only g0 is
-    computed apart, in one more backward through the student. So accumulation, unscaling and DDP's reduction
-    of ``.grad`` are torch's own, and g0, which ``add`` accumulates and unscales, is averaged over the ranks
-    in ``apply``.
+    g0 is the gradient of the ``first`` loss, g1 that of the rest. On conflict, the component of g1 along g0
+    is removed. ``.grad`` has g0 + g1 as after any backward pass; g0 is computed separately, by one more
+    backward pass through the student. So torch accumulates, unscales and reduces ``.grad`` as usual; ``add``
+    accumulates and unscales g0, and ``apply`` averages it over the ranks.
 
     Args:
-        scope: "all", as released: one vector over all parameters that the first loss reaches, among them its
-            own classifier, whose part of |g0|^2 makes the correction of the backbone too small. "shared":
-            over those that both losses reach.
+        scope: "all", as released: one vector over all parameters that the first loss reaches. It includes the
+            main classifier, whose share of |g0|^2 makes the correction of the backbone too small. "shared":
+            over the parameters that both losses reach.
     """
 
     def __init__(self, scope: str = "all") -> None:
@@ -33,7 +32,7 @@ class GradientAlignment:
         self._first: list[Tensor] | None = None  # g0 so far in this step
 
     def add(self, first: Tensor, rest: Sequence[Tensor], scaler: GradScaler | None = None) -> None:
-        """Accumulate g0, before the backward of the sum. ``first`` is unscaled, as is what is kept."""
+        """Accumulate g0, before the backward pass of the sum. ``first`` and the stored g0 are unscaled."""
         if not self._parameters:
             reached = parameters_of([first])
             wanted = set(parameters_of(rest)) if self.scope == "shared" else set(reached)
@@ -45,7 +44,7 @@ class GradientAlignment:
             loss, self._parameters, retain_graph=True, allow_unused=True, materialize_grads=True
         )
         if scaler is not None:
-            # A scaled one is the scale, without reading it back from the device.
+            # Scaling 1 gives the scale without a synchronisation.
             scale = scaler.scale(torch.ones_like(first))
             gradients = tuple(gradient / scale.to(gradient.dtype) for gradient in gradients)
         if self._first is None:
@@ -55,7 +54,7 @@ class GradientAlignment:
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Correct ``.grad``, which is reduced over the ranks and unscaled by now; g0 starts anew."""
+        """Correct ``.grad``, which must be reduced over ranks and unscaled, and reset g0."""
         if self._first is None:
             return
         first = torch.cat([gradient.flatten().float() for gradient in self._first])
@@ -66,7 +65,7 @@ class GradientAlignment:
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self._parameters]
         both = torch.cat([gradient.flatten().float() for gradient in gradients])
         square = first.dot(first)
-        # -<g1, g0> / |g0|^2 with g1 = both - first; without g0 there is nothing to hold against g1.
+        # -<g1, g0> / |g0|^2 with g1 = both - first; no correction where g0 = 0.
         correction = torch.where(square > 0, 1 - both.dot(first) / square, 0.0).clamp_min(0)
         for gradient, part in zip(
             gradients, (correction * first).split([g.numel() for g in gradients]), strict=True
@@ -75,7 +74,7 @@ class GradientAlignment:
 
 
 def parameters_of(losses: Iterable[Tensor]) -> list[nn.Parameter]:
-    """The leaves that the graphs of the losses end in: what a backward would give a gradient."""
+    """The parameters that a backward pass from the losses would give a gradient."""
     found: dict[nn.Parameter, None] = {}
     nodes = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
     seen = set(nodes)

@@ -1,4 +1,4 @@
-"""Where a network's classifier is, so that its input, the pooled features, can be read."""
+"""Finding a network's classifier, whose input is the pooled features."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from torch import nn
 
 from .taps import FeatureError, unwrapped
 
-# The attribute of torchvision's, timm's and fastkd's networks, in the order in which they are believed.
+# Attribute names in torchvision's, timm's and fastkd's networks, by priority.
 _NAMES = ("fc", "classifier", "head", "heads", "linear")
 
 
 def find_classifier(model: nn.Module, role: str = "student") -> tuple[str, nn.Linear]:
     """Path and module of the last linear layer of ``model``.
 
-    timm's networks say themselves (``get_classifier``); elsewhere it is the last ``nn.Linear`` in ``fc``,
-    ``classifier``, ``head``, ``heads`` or ``linear``, or the only one there is. Raises ``FeatureError``.
+    timm's networks have ``get_classifier``; for others it is the last ``nn.Linear`` in ``fc``,
+    ``classifier``, ``head``, ``heads`` or ``linear``, or the only one in the network. Raises
+    ``FeatureError``.
     """
     model = unwrapped(model)
     tell = getattr(model, "get_classifier", None)

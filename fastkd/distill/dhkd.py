@@ -1,4 +1,4 @@
-"""DHKD: the labels train one head, the teacher another, and both the backbone."""
+"""DHKD: labels train one head, the teacher another, and both train the backbone."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ class DHKD(Method):
     """ce_weight CE(main head, y) + alpha BinaryKL-Norm(auxiliary head, teacher): Dual-Head KD.
 
     BinaryKL-Norm is T^2 sum_i log cosh((z_s,i - z_t,i) / 2T), a sum over classes and mean over rows. The
-    auxiliary head, on the features that the student's classifier takes, is for training only; its loss
-    trains the backbone. Where the two gradients are against each other, the cross-entropy's prevails
-    (``GradientAlignment``), at the cost of one more backward of the student. Yang et al. 2024 (arXiv
+    auxiliary head, on the input of the student's classifier, is only used in training; its loss trains the
+    backbone. On conflict, the component of its gradient along the cross-entropy's is removed
+    (``GradientAlignment``), at the cost of one more backward pass of the student. Yang et al. 2024 (arXiv
     2411.08937) and their code.
 
     Args:
-        alpha: published: 1 for CIFAR-100, 0.1 for ImageNet. As the loss sums over classes, more classes want
-            less.
+        alpha: published: 1 for CIFAR-100, 0.1 for ImageNet. The loss sums over classes, so more classes need
+            a smaller weight.
         head: "linear", or "nonlinear": Linear(d, hidden), Dropout, BatchNorm, ReLU, Linear(hidden, C).
         align: scope of the alignment: "all" as released, "shared", or "none" (published for ImageNet).
-        stop_epoch: train this many epochs with the auxiliary head, then on the labels alone. Published: 50
-            of 100 for ImageNet. Under DDP it takes ``find_unused_parameters=True``, as the trainer knows.
+        stop_epoch: train this many epochs with the auxiliary head, then only on the labels. Published: 50 of
+            100 for ImageNet. Under DDP it needs ``find_unused_parameters=True``, which the trainer sets.
         feature: path of the layer whose output is the pooled features; by default the classifier's input.
             ``[N, D, H, W]`` is averaged over space. Needs ``example``.
 
-    A hint or relation term beside it counts as the logit loss's for the alignment.
+    For the alignment, hint and relation terms count as part of the logit loss.
     """
 
     def __init__(

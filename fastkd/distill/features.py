@@ -1,4 +1,4 @@
-"""Feature and relation terms, which any method can carry beside its own: FitNets' hint, RKD's relations."""
+"""Feature and relation terms that can be added to any method: FitNets' hint, RKD's relations."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from .taps import FeatureError, pooled, width_of
 
 
 class Hint(nn.Module):
-    """Mean squared error between a projection of the student's feature and the teacher's (Romero et al.
-    2015).
+    """Mean squared error between a projected student feature and the teacher's (Romero et al. 2015).
 
-    The projection is a 1x1 convolution for feature maps ``[N, D, H, W]``, a linear layer for ``[N, D]`` and
-    ``[N, L, D]``; it is for training only. Raises ``FeatureError`` where space or tokens differ.
+    The projection is a 1x1 convolution for feature maps ``[N, D, H, W]``, and a linear layer for ``[N, D]``
+    and ``[N, L, D]``. Raises ``FeatureError`` if spatial sizes or numbers of tokens differ.
     """
 
     def __init__(self, student: torch.Size, teacher: torch.Size, layers: tuple[str, str]) -> None:
@@ -44,14 +43,14 @@ def _sizes(shape: torch.Size) -> str:
 
 
 def over_all_ranks(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Pooled features of the batch of all ranks, which must have as many rows each; alone, the features.
+    """Pooled features of all ranks' rows, the same number on each; with one rank, the features unchanged.
 
-    The gradient reaches this rank's rows, times the number of ranks: DDP's average over ranks then is the
-    gradient of the one loss that all of them compute.
+    The gradient flows to this rank's rows, multiplied by the number of ranks: DDP's average over ranks is
+    then the gradient of the loss, which is the same on all ranks.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return student, teacher
-    if not torch.is_grad_enabled():  # a trial of shapes, which a rank may make alone
+    if not torch.is_grad_enabled():  # a check of shapes, which a rank may run alone
         return student, teacher
     world, rank = dist.get_world_size(), dist.get_rank()
     gathered = []
@@ -68,18 +67,17 @@ def over_all_ranks(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 def distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Huber loss of the pairwise distances, each divided by their mean (RKD-D, Park et al. 2019).
 
-    Features ``[N, D]``, maps are averaged over space; the widths need not agree.
+    Features are ``[N, D]``; feature maps are averaged over space. The widths may differ.
     """
-    with torch.autocast(
-        student.device.type, enabled=False
-    ):  # distances of near points cancel in half precision
+    # Distances of near points cancel in half precision.
+    with torch.autocast(student.device.type, enabled=False):
         return F.smooth_l1_loss(_distances(_flat(student)), _distances(_flat(teacher)))
 
 
 def angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Huber loss of the cosines of the angles that triples of the batch span (RKD-A, Park et al. 2019).
 
-    Takes memory of N^3 numbers.
+    Needs memory for N^3 numbers.
     """
     with torch.autocast(student.device.type, enabled=False):
         return F.smooth_l1_loss(_angles(_flat(student)), _angles(_flat(teacher)))

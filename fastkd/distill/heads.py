@@ -8,9 +8,9 @@ from .taps import pooled
 
 
 class RowBatchNorm(nn.BatchNorm1d):
-    """BatchNorm of ``[N, D]`` that takes a single row too, the last of an epoch for instance.
+    """BatchNorm of ``[N, D]`` that also accepts a single row, for example in the last batch of an epoch.
 
-    It has no variance, so that the running statistics serve.
+    A single row has no variance, so the running statistics are used.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -23,7 +23,7 @@ class RowBatchNorm(nn.BatchNorm1d):
 def pooled_head(
     kind: str, width: int, num_classes: int, *, hidden: int = 200, dropout: float = 0.1
 ) -> nn.Module:
-    """``[N, width]`` to logits: Linear; "nonlinear": Linear, Dropout, BatchNorm, ReLU, Linear."""
+    """From ``[N, width]`` to logits: Linear; "nonlinear": Linear, Dropout, BatchNorm, ReLU, Linear."""
     if kind == "linear":
         return nn.Linear(width, num_classes)
     return nn.Sequential(
@@ -36,9 +36,10 @@ def pooled_head(
 
 
 class MapHead(nn.Module):
-    """Two of 3x3 convolution, BatchNorm, ReLU at ``width`` channels, the mean over space, Linear.
+    """Twice 3x3 convolution, BatchNorm, ReLU with ``width`` channels; then the mean over space and Linear.
 
-    Features without space (``[N, D]``, or the mean over tokens of ``[N, L, D]``) meet linear layers instead.
+    For features without space (``[N, D]``, or the mean over tokens of ``[N, L, D]``) linear layers replace
+    the convolutions.
     """
 
     def __init__(self, shape: tuple[int, ...], num_classes: int, *, width: int = 256) -> None:

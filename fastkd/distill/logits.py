@@ -1,4 +1,4 @@
-"""Methods on the logits of one head, each a line or two over a fused loss; FitNets and RKD."""
+"""Methods on the logits of one head, each a few lines around a fused loss; FitNets and RKD."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) 
 
 
 class CrossEntropy(Method, name="cross_entropy"):
-    """ce_weight CE(z_s, y): the student on the labels alone, or with a hint or relation term."""
+    """ce_weight CE(z_s, y): only the labels, optionally with a hint or relation term."""
 
     uses_teacher = False
 
@@ -46,7 +46,7 @@ class CrossEntropy(Method, name="cross_entropy"):
 class FitNets(CrossEntropy):
     """CE + hint_weight MSE(projection of the student's feature, the teacher's) (Romero et al. 2015).
 
-    The hint trains together with the labels, as in CRD's benchmark, not in a stage of its own.
+    The hint is trained together with the labels, as in CRD's benchmark, not in a separate stage.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class RKD(CrossEntropy):
 
 
 class _Softmax(Method, abstract=True):
-    """CE and softmax distillation in one fused pass: what KD, LSKD, DKD and DCKD share."""
+    """CE and softmax distillation in one fused pass: the base of KD, LSKD, DKD and DCKD."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class _Softmax(Method, abstract=True):
 
     def distil(self, seen: Seen, ce_weight: float, distillation: dict[str, float], **options: Any) -> Terms:
         weights = {name: weight * self.warmup() for name, weight in distillation.items()}
-        if seen.target.is_floating_point():  # KD and LSKD only: the others need one label
+        if seen.target.is_floating_point():  # only KD and LSKD; the others need one label
             kd = losses.kd_loss(seen.student_logits, seen.teacher_logits, **options)
             ce = cross_entropy(seen.student_logits, seen.target, self.label_smoothing)
             return {"ce": ce_weight * ce, "kd": weights["kd"] * kd}
@@ -137,7 +137,7 @@ class KD(_Softmax):
 
 
 class LSKD(KD):
-    """KD of logits standardised to (z - mean) / std (Sun et al. 2024): 0.1 CE + 9 KD at T 2, as published."""
+    """KD on logits standardised to (z - mean) / std (Sun et al. 2024): 0.1 CE + 9 KD at T 2, as published."""
 
     def __init__(
         self,
@@ -162,7 +162,7 @@ class DKD(_Softmax):
     (LSKD): alpha and beta times 9 at T 2.
     """
 
-    needs_one_label = "it takes the label's class apart from the others, so an image must have one label"
+    needs_one_label = "it treats the target class separately, so an image must have one label"
 
     def __init__(
         self,
@@ -185,16 +185,16 @@ class DKD(_Softmax):
 
 
 class DCKD(DKD):
-    """DKD whose target term acts only where the teacher is the surer: T^2 (alpha g TCKD + beta NCKD).
+    """DKD whose target term acts only where the teacher is more confident: T^2 (alpha g TCKD + beta NCKD).
 
-    g is 1 where p_y > q_y (of the label y), else 0. A reading of Decoupled Classifier Knowledge Distillation
-    (doi 10.1371/journal.pone.0314267), of which the abstract alone was at hand; no equation was. It says to
-    decouple the classifier's output into "non-target classes learned by the student, and target classes
-    obtained by both the teacher and the student", and to "fix the correct knowledge that the student has
-    already acquired", so that the loss can be merged with feature- and relation-based methods. Read here as:
-    the target term, which takes both models, never pulls the student's certainty of the label back; NCKD is
-    on the student's own non-target distribution; hint and relation terms stand beside it by option.
-    ``fix_acquired=False`` is DKD, to the bit.
+    g is 1 where p_y > q_y for the label y, else 0. An interpretation of Decoupled Classifier Knowledge
+    Distillation (doi 10.1371/journal.pone.0314267), of which only the abstract was available, without
+    equations. It says to decouple the classifier's output into "non-target classes learned by the student,
+    and target classes obtained by both the teacher and the student", and to "fix the correct knowledge that
+    the student has already acquired", so that the loss can be merged with feature- and relation-based
+    methods. Here this means: the target term never reduces the student's confidence in the target class, NCKD
+    uses the student's own non-target distribution, and hint and relation terms are options.
+    ``fix_acquired=False`` is exactly DKD.
     """
 
     def __init__(
@@ -234,7 +234,7 @@ class NKD(Method):
 
 
 class BinaryKL(Method, name="binary_kl"):
-    """ce_weight CE + weight BinaryKL on the one head: what DHKD's auxiliary head is compared with."""
+    """ce_weight CE + weight BinaryKL on a single head, to compare with DHKD's auxiliary head."""
 
     distillation: Callable[..., Tensor] = staticmethod(losses.binary_kl_loss)
 
@@ -260,13 +260,13 @@ class BinaryKL(Method, name="binary_kl"):
 
 
 class BinaryKLNorm(BinaryKL, name="binary_kl_norm"):
-    """ce_weight CE + weight BinaryKL-Norm on the one head."""
+    """ce_weight CE + weight BinaryKL-Norm on a single head."""
 
     distillation = staticmethod(losses.binary_kl_norm_loss)
 
 
 class LossMethod(Method, abstract=True):
-    """A callable ``(student_logits, teacher_logits, target)`` that gives a scalar, or it and terms to log."""
+    """A loss of (student_logits, teacher_logits, target) that returns a scalar, or it and terms to log."""
 
     uses_teacher = False
 
@@ -288,7 +288,7 @@ class LossMethod(Method, abstract=True):
 
 
 def _check_loss(loss: Any) -> None:
-    """Raise ``ValueError`` for what cannot be called as a loss is."""
+    """Raise ``ValueError`` for a loss that cannot be called with three arguments."""
     arguments = "(student_logits, teacher_logits, target)"
     if not callable(loss):
         raise ValueError(f"loss is {loss!r}; expected a callable {arguments}")
@@ -300,14 +300,14 @@ def _check_loss(loss: Any) -> None:
             f"loss cannot be called with {arguments}: {error}; give a function of these three, such as "
             "lambda s, t, y: loss(s, t)"
         ) from None
-    except ValueError:  # a callable of C without a signature
+    except ValueError:  # implemented in C, without a signature
         pass
 
 
 def _without_teacher(loss: Any, student_logits: Tensor) -> Tensor | None:
-    """What a loss gets as teacher logits if there is no teacher: None, but a loss of fastkd needs a tensor.
+    """The teacher logits passed to ``loss`` without a teacher: None, or a placeholder for losses of fastkd.
 
-    Raises ``ValueError`` if it distils.
+    Raises ``ValueError`` if the loss needs a teacher.
     """
     if not isinstance(loss, LossModule):
         return None

@@ -1,4 +1,4 @@
-"""The base of every method: two models, the features they are asked for, named terms, one way to train.
+"""The base class of methods: two models, tapped features, named terms, and the training interface.
 
 A training step, with whatever around it::
 
@@ -19,57 +19,58 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from fastkd.imports import import_named
+from fastkd.messages import nearest
 
 from .classifier import find_classifier
 from .features import Hint, angle_loss, distance_loss, over_all_ranks
-from .options import GIVEN, Weight, check_options, nearest
+from .options import GIVEN, Weight, check_options
 from .sharing import check_apart
 from .taps import INPUT, Taps, eval_mode, logits_of, unwrapped
 
 Terms = dict[str, Tensor]
-Batch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]  # inputs, target, teacher's logits if known
-TOTAL = "loss"  # of a single term, beside which others are only logged
+Batch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]  # inputs, target, optional teacher logits
+TOTAL = "loss"  # name of a term that is the whole loss; other terms beside it are only logged
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What both models gave for a batch. Teacher logits are None without a teacher."""
+    """Outputs of both models for a batch. Teacher logits are None without a teacher."""
 
     student_logits: Tensor  # [N, C]
     teacher_logits: Any  # Tensor [N, C], without gradient
-    target: Tensor  # int64 [N], or probabilities [N, C] of mixed images
+    target: Tensor  # int64 [N], or probabilities [N, C] for mixed images
     student: dict[str, Tensor]  # features by path
     teacher: dict[str, Tensor]
 
 
 class Method(nn.Module):
-    """A way to train ``student`` with ``teacher``. Subclass it and define ``terms``; that is all.
+    """A way to train ``student`` with ``teacher``. Subclasses define ``terms``.
 
-    The class is known by its name in lower case, or by ``class MyMethod(Method, name="other")``; to a recipe
-    also by ``module:Class``, which is imported. The keyword arguments of ``__init__`` are the options; their
-    annotations (``fastkd.distill.Weight``, ``Literal[...]``, ...) are checked on construction.
+    A recipe names the class by its name in lower case, by the name given in ``class MyMethod(Method,
+    name="other")``, or by ``module:Class``, which is imported. The keyword arguments of ``__init__`` are the
+    options; their annotations (``fastkd.distill.Weight``, ``Literal[...]``, ...) are checked on construction.
 
     Args:
         student: any module from inputs to logits ``[N, C]``; trained in place.
         teacher: likewise, or None for a method that uses none. It is put into eval mode, runs without
-            gradient and is no submodule: not in ``parameters()`` or ``state_dict()``, never wrapped by DDP.
-        example: a batch of inputs, on the student's device; for methods that must know shapes of features.
-        hint_weight: weight of the hint of FitNets, the mean squared error between the teacher's feature and a
+            gradient and is not a submodule: not in ``parameters()`` or ``state_dict()``, not wrapped by DDP.
+        example: a batch of inputs on the student's device, for methods that need the shapes of features.
+        hint_weight: weight of FitNets' hint, the mean squared error between the teacher's feature and a
             projection of the student's. Published: 100 (CRD's benchmark).
         hint_layer, hint_teacher_layer: paths of the two layers; the teacher's is by default the student's.
         distance_weight, angle_weight: weights of RKD's relations. Published: 25 and 50.
-        relation_layer, relation_teacher_layer: paths of the features to relate; by default the pooled ones,
-            the inputs of the classifiers.
+        relation_layer, relation_teacher_layer: paths of the features for relations; by default the pooled
+            features, which are the inputs of the classifiers.
 
     Raises:
         OptionError: an unknown option or a bad value.
-        ValueError: no teacher where one is needed; parts that both models share.
-        FeatureError: a layer that does not exist or gives no features, spatial sizes that differ.
+        ValueError: a missing teacher, or parts that both models share.
+        FeatureError: a layer does not exist or returns no features, or spatial sizes differ.
     """
 
     name: ClassVar[str] = ""
     uses_teacher: ClassVar[bool] = True
-    needs_one_label: ClassVar[str] = ""  # why soft targets [N, C] are refused; empty where they are defined
+    needs_one_label: ClassVar[str] = ""  # why soft targets [N, C] are refused; empty if they are supported
     _known: ClassVar[dict[str, type[Method]]] = {}
 
     def __init_subclass__(cls, name: str | None = None, abstract: bool = False, **more: Any) -> None:
@@ -111,9 +112,9 @@ class Method(nn.Module):
         self.student = student
         self._example = example
         self.epoch = 0
-        # None: as the networks around it. Set by a trainer that runs the teacher in a format of its own.
+        # Set by a trainer that runs the teacher in another format; None: the current autocast.
         self.teacher_dtype: torch.dtype | None = None
-        # In a tuple, so that it is no submodule.
+        # In a tuple, so that it does not become a submodule.
         self._teacher = (None if teacher is None else teacher.eval(),)
         self.student_taps = Taps(student, "student")
         self.teacher_taps = Taps(teacher or nn.Identity(), "teacher")
@@ -140,100 +141,101 @@ class Method(nn.Module):
     def teacher(self) -> nn.Module | None:
         return self._teacher[0]
 
-    # What a subclass defines.
+    # Defined by subclasses.
 
     def terms(self, seen: Seen) -> Terms:
-        """The named scalar terms of a batch, weights included.
+        """The named scalar terms of a batch, including weights.
 
-        Those that require grad are summed and trained; a detached one is only logged. The terms of a fused
-        loss go through ``fused_terms``.
+        Those that require grad are summed and trained; detached ones are only logged. Terms of a fused loss
+        are wrapped by ``fused_terms``.
         """
         raise NotImplementedError
 
     def needs_teacher(self) -> bool:
-        """Whether this epoch's terms look at the teacher; if not, it does not run."""
+        """Whether this epoch's terms use the teacher; if not, it does not run."""
         return self.uses_teacher
 
     def leaves_parameters_out(self) -> bool:
-        """Whether some step may give a trained parameter no gradient, which DDP wants to know beforehand."""
+        """Whether a step may leave a trained parameter without gradient, which DDP must know in advance."""
         return False
 
-    # What a training loop calls.
+    # Called by training loops.
 
     def forward(self, batch: Batch) -> Terms:
         return self.loss(batch)
 
     def loss(self, batch: Batch) -> Terms:
-        """The named terms of ``(inputs, target)``, weighted: they add up to the loss. Both models run once.
+        """The weighted, named terms of ``(inputs, target)``, which sum to the loss. Both models run once.
 
-        ``target`` is int64 labels ``[N]`` or, as MixUp and CutMix give them, probabilities ``[N, C]``. A
-        third entry is the teacher's logits, as a cache keeps them; then the teacher does not run.
+        ``target`` is int64 labels ``[N]`` or, for MixUp and CutMix, probabilities ``[N, C]``. A third entry
+        is the teacher's logits, for example from a cache; then the teacher does not run.
 
-        Raises ``ValueError`` for soft targets where the loss needs one label, and for given logits where it
-        needs the teacher's features.
+        Raises ``ValueError`` for soft targets if the loss needs one label, and for given logits if it needs
+        the teacher's features.
         """
         inputs, target, *given = batch
         if self.needs_one_label and target.is_floating_point():
             raise ValueError(f"soft targets are not defined for {self.name}: {self.needs_one_label}")
-        carried = bool(self.hint or self._distance_weight or self._angle_weight)
+        has_extra = bool(self.hint or self._distance_weight or self._angle_weight)
         teacher_logits = None
         teacher_features: dict[str, Tensor] = {}
         if given:
             if self.teacher_taps.paths:
                 layers = ", ".join(self.teacher_taps.paths)
-                raise ValueError(f"it looks at the teacher's layers {layers}, but was given its logits only")
+                raise ValueError(f"it needs the teacher's layers {layers}, but got only its logits")
             (teacher_logits,) = given
-        elif self.teacher is not None and (carried or self.needs_teacher()):
+        elif self.teacher is not None and (has_extra or self.needs_teacher()):
             taps = self.teacher_taps.reading()
-            # Not inference mode: what a teacher caches there (a table of positions, for all models of its
-            # class) could not be used by a student whose backward keeps it.
+            # Not inference mode: tensors that a teacher caches for all models of its class (such as a table
+            # of positions) could not be used in a student's backward pass.
             with torch.no_grad(), self._teacher_format(inputs), taps as teacher_features:
                 teacher_logits = logits_of(self.teacher, inputs, "teacher")
         with self.student_taps.reading() as student_features:
             student_logits = logits_of(self.student, inputs, "student")
         terms = self.terms(Seen(student_logits, teacher_logits, target, student_features, teacher_features))
-        total_of(terms)  # what is no term is said here
-        carried_terms: Terms = {}
+        total_of(terms)  # raises for invalid terms
+        extra_terms: Terms = {}
         if self.hint is not None:
             student, teacher = self._hint_layers
-            carried_terms["hint"] = self._hint_weight * self.hint(
+            extra_terms["hint"] = self._hint_weight * self.hint(
                 student_features[student], teacher_features[teacher]
             )
         if self._distance_weight or self._angle_weight:
             student, teacher = self._relation_layers
-            # Pairs and triples of the whole batch, wherever its rows are.
+            # Pairs and triples of the whole batch, over all ranks.
             pair = over_all_ranks(student_features[student], teacher_features[teacher])
             if self._distance_weight:
-                carried_terms["distance"] = self._distance_weight * distance_loss(*pair)
+                extra_terms["distance"] = self._distance_weight * distance_loss(*pair)
             if self._angle_weight:
-                carried_terms["angle"] = self._angle_weight * angle_loss(*pair)
-        return {**terms, **carried_terms}
+                extra_terms["angle"] = self._angle_weight * angle_loss(*pair)
+        return {**terms, **extra_terms}
 
     def backward(self, terms: Terms, *, scaler: GradScaler | None = None, micro_batches: float = 1) -> Tensor:
-        """Adds the gradient of the terms to ``.grad``; returns the loss, detached.
+        """Add the gradient of the terms to ``.grad``; returns the detached loss.
 
         Args:
-            scaler: of mixed precision; call ``scaler.unscale_(optimizer)`` before ``finish_gradients``.
-            micro_batches: how many make a step; the gradient is divided by it. Where their sizes differ: the
-                rows of the step over the rows of this one.
+            scaler: for mixed precision; call ``scaler.unscale_(optimizer)`` before ``finish_gradients``.
+            micro_batches: micro-batches per step, by which the gradient is divided. If their sizes differ:
+            the
+                rows of the step divided by the rows of this one.
         """
         total = total_of(terms)
         scaled(total / micro_batches if micro_batches != 1 else total, scaler).backward()
         return total.detach()
 
     def finish_gradients(self) -> None:
-        """Once a step, after the last ``backward`` and unscaling, before clipping: the place of alignment."""
+        """Call once per step after the last ``backward`` and unscaling, before clipping; aligns gradients."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the epoch that begins, from 0, for warm-ups and stops."""
+        """Set the epoch that begins, from 0, for warm-ups and stops."""
         self.epoch = epoch
 
     def export(self) -> nn.Module:
-        """The plain student: the module that was given, freed of wrappers, nothing of the method in it."""
+        """The plain student: the module that was given, without wrappers or parts of the method."""
         return unwrapped(self.student)
 
     def parts_state(self) -> dict[str, Tensor]:
-        """State of everything beyond the student: heads and projections. ``load_parts_state`` reads it."""
+        """The state of everything but the student: heads and projections; see ``load_parts_state``."""
         return {key: value for key, value in self.state_dict().items() if not key.startswith("student.")}
 
     def load_parts_state(self, state: dict[str, Tensor]) -> None:
@@ -246,7 +248,7 @@ class Method(nn.Module):
 
     @torch.no_grad()
     def check(self, batch: Batch) -> None:
-        """A step in eval mode without gradient: what does not fit raises here, and nothing changes."""
+        """Run a step in eval mode without gradient or side effects; raises if something does not fit."""
         with eval_mode(self, self.teacher):
             self.loss(batch)
 
@@ -258,10 +260,10 @@ class Method(nn.Module):
             inputs.device.type, dtype=self.teacher_dtype if wanted else None, enabled=wanted
         )
 
-    # What a subclass may use.
+    # For use in subclasses.
 
     def tap_both(self, student_path: str, teacher_path: str | None) -> tuple[str, str]:
-        """Read a layer of each model in every forward pass; the teacher's is by default the student's."""
+        """Read a layer of each model in every forward pass; the teacher's path defaults to the student's."""
         return self.student_taps.add(student_path), self.teacher_taps.add(teacher_path or student_path)
 
     def all_shapes(self) -> tuple[tuple[dict[str, torch.Size], torch.Size], ...]:
@@ -272,7 +274,7 @@ class Method(nn.Module):
     def example(self) -> Tensor:
         if self._example is None:
             raise ValueError(
-                f"example is missing: {self.name} learns the shapes of features from it; give a batch of "
+                f"example is missing: {self.name} needs it for the shapes of features; give a batch of "
                 "inputs such as images[:2]"
             )
         return self._example
@@ -280,7 +282,7 @@ class Method(nn.Module):
     def train(self, mode: bool = True) -> Method:
         super().train(mode)
         if self.teacher is not None:
-            self.teacher.eval()  # also if someone has put it into train mode since
+            self.teacher.eval()  # in case it was put into train mode since
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Method:
@@ -291,7 +293,7 @@ class Method(nn.Module):
 
 
 class TermError(ValueError):
-    """What ``terms`` returned is no dict of scalars, or trains something twice."""
+    """``terms`` returned something other than a dict of scalars."""
 
 
 def total_of(terms: Terms) -> Tensor:
@@ -302,7 +304,7 @@ def total_of(terms: Terms) -> Tensor:
     if not isinstance(terms, dict):
         raise TermError(f"terms returned a {type(terms).__name__}; expected a dict of named scalars")
     if not terms:
-        raise TermError("terms is empty; expected one named scalar at least")
+        raise TermError("terms is empty; expected at least one named scalar")
     for name, value in terms.items():
         if not isinstance(value, Tensor) or value.ndim != 0:
             raise TermError(
@@ -314,7 +316,7 @@ def total_of(terms: Terms) -> Tensor:
 
 
 class _FusedTerms(torch.autograd.Function):
-    """Values of terms, all of which stand for one loss: their gradient, which they share, is the loss's."""
+    """Terms of one fused loss, whose common gradient is that of the loss."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
@@ -329,7 +331,7 @@ class _FusedTerms(torch.autograd.Function):
         first, *rest = given
         for gradient in rest:
             if first.device.type == "cpu" and not torch.equal(first, gradient):
-                raise RuntimeError("terms of a fused loss are weighted by its options, not behind it")
+                raise RuntimeError("terms of a fused loss must be weighted by its options, not afterwards")
             if first.device.type == "cuda":  # without waiting for the device
                 torch._assert_async(
                     torch.eq(first, gradient), "terms of a fused loss are weighted by its options"
@@ -338,10 +340,10 @@ class _FusedTerms(torch.autograd.Function):
 
 
 def fused_terms(loss: Tensor, terms: Terms) -> Terms:
-    """``terms``, detached and adding up to ``loss``, as terms that carry the gradient of ``loss``.
+    """Attach the gradient of ``loss`` to detached ``terms`` that sum to it.
 
-    A fused loss gives one gradient for all of them; that of one term alone, or of terms weighted anew, does
-    not exist and raises in backward.
+    A fused loss has one gradient for all terms. Backward raises for a single term, or if terms are weighted
+    again.
     """
     return dict(zip(terms, _FusedTerms.apply(loss, *terms.values()), strict=True))
 
@@ -351,7 +353,7 @@ def scaled(value: Tensor, scaler: GradScaler | None) -> Tensor:
 
 
 def find_method(name: str) -> type[Method]:
-    """The method called ``name``, or the class ``module:Class``, which is imported. Raises ``ValueError``."""
+    """The method with a name, or the class ``module:Class``, which is imported. Raises ``ValueError``."""
     if ":" not in name:
         if name not in Method._known:
             known = ", ".join(sorted(Method._known))

@@ -1,4 +1,4 @@
-"""MHKD: classifiers on inner layers of both models, distilled pair by pair."""
+"""MHKD: classifiers on inner layers of both models, distilled in pairs."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ class MHKD(Method):
     ce_weight CE(z_s, y) + alpha T^2 KL(z_t, z_s) + sum_h CE(teacher head h, y)
     + beta sum_h [head_kd T^2 KL(sg teacher head h, student head h) + (1 - head_kd) CE(student head h, y)]
 
-    Head: two of 3x3 convolution, BatchNorm, ReLU, then the mean over space and Linear. The teacher's
-    backbone is frozen and in eval mode; its heads learn from the labels alone, beside the student or before.
-    All heads and the final logits share one launch of the fused loss. Heads are for training only. Needs
+    Head: twice 3x3 convolution, BatchNorm, ReLU; then the mean over space and Linear. The teacher's backbone
+    is frozen and in eval mode; its heads learn only from the labels, together with the student or before. All
+    heads and the final logits share one launch of the fused loss. Heads are only used in training. Needs
     ``example``.
 
     Args:
-        layers: paths of the student's layers. Features of a pair have one spatial size; widths need not
-            agree.
+        layers: paths of the student's layers. Features of a pair must have the same spatial size; widths may
+            differ.
         teacher_layers: paths of the teacher's, in the same order; by default the student's.
         head_width: channels of the heads. Published: 256.
         teacher_heads: a checkpoint of an MHKD run (``last.pt``) whose teacher heads to use, frozen; by
-            default they train along.
+            default they are trained too.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class MHKD(Method):
                 head(seen.teacher[path])
                 for head, (_, path) in zip(self.teacher_heads, self.pairs, strict=True)
             ]
-        # Detached: what the student's heads have to say must not move the teacher's.
+        # Detached, so that the student's heads do not train the teacher's.
         teachers = [seen.teacher_logits, *(logits.detach() for logits in teacher)]
         students = _of_one_dtype([seen.student_logits, *student])
         kd = losses.kd_loss(students, _of_one_dtype(teachers), temperature=self.temperature)
@@ -139,7 +139,7 @@ class MHKD(Method):
 
 
 def _of_one_dtype(logits: list[Tensor]) -> list[Tensor]:
-    """For one launch; autocast may have been on for some of them only."""
+    """One dtype for one launch; autocast may have been on for only some of them."""
     return logits if len({one.dtype for one in logits}) == 1 else [one.float() for one in logits]
 
 

@@ -1,19 +1,20 @@
 """Options of a method: the keyword arguments of its ``__init__``, checked against its signature.
 
-The annotations are the one statement of what is valid: a recipe, a call from Python and the documentation of
-a method all go by them. ``**shared`` in a signature means "and those of the class above".
+The annotations define what is valid, for recipes, for calls from Python and for the documentation.
+``**shared`` in a signature means "and the options of the base class".
 """
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt
+
+from fastkd.messages import nearest
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -23,24 +24,24 @@ Positive = Annotated[float, Gt(0.0), Lt(float("inf"))]
 Fraction = Annotated[float, Ge(0.0), Le(1.0)]
 Count = Annotated[int, Ge(1)]
 Epochs = Annotated[int, Ge(0)]
-File = Annotated[str, "file"]  # a recipe makes it absolute, so that it means the same from any folder
+File = Annotated[str, "file"]  # made absolute in recipes, which must not depend on the working directory
 
-# What every method is given beside its options: the models, and a batch to learn shapes from.
+# Arguments of every method that are not options: the models, and a batch for shapes.
 GIVEN = ("self", "student", "teacher", "example")
 
 
 class OptionError(ValueError):
-    """An option that a method does not have, or a value that it cannot take."""
+    """An unknown option of a method, or an invalid value."""
 
 
 @dataclass(frozen=True)
 class Option:
     annotation: Any
-    default: Any  # ``inspect.Parameter.empty`` where there is none
+    default: Any  # ``inspect.Parameter.empty`` if there is none
 
 
 def options_of(cls: type) -> dict[str, Option]:
-    """Every option of a method class by name, its own first."""
+    """All options of a method class by name, its own first."""
     options: dict[str, Option] = {}
     for owner in cls.__mro__:
         if "__init__" not in owner.__dict__:
@@ -48,7 +49,7 @@ def options_of(cls: type) -> dict[str, Option]:
         init = owner.__dict__["__init__"]
         try:
             hints = get_type_hints(init, include_extras=True)
-        except NameError:  # names that only a type checker sees: such an option is not checked
+        except NameError:  # names imported only for type checkers: not checked
             hints = {}
         parameters = inspect.signature(init).parameters.values()
         for parameter in parameters:
@@ -66,12 +67,12 @@ def options_of(cls: type) -> dict[str, Option]:
 def check_options(
     cls: type, values: Mapping[str, Any], *, prefix: str = "", partial: bool = False
 ) -> dict[str, Any]:
-    """``values`` and, for what they leave out, the defaults. ``prefix`` stands before names in messages.
+    """Check ``values`` and add the defaults. ``prefix`` is put before names in messages.
 
-    ``partial``: an option without a default may be left out (it is given by position). Raises
-    ``OptionError``: an unknown option (with the nearest valid names), a missing one, a wrong type or value.
+    ``partial``: options without a default may be missing (they are given by position). Raises ``OptionError``
+    for an unknown option (with similar names), a missing one, or a wrong type or value.
     """
-    from pydantic import ValidationError  # wanted here only
+    from pydantic import ValidationError  # the only use of pydantic
 
     options = options_of(cls)
     for name in values:
@@ -85,7 +86,7 @@ def check_options(
     return {name: getattr(checked, _PREFIX + name) for name in options}
 
 
-# Before names of fields, which pydantic does not allow to be such as "model_x" or "copy".
+# Prefix of field names: pydantic forbids some, such as "model_x" and "copy".
 _PREFIX = "option_"
 
 
@@ -108,12 +109,6 @@ def _model_of(cls: type, partial: bool) -> type[BaseModel]:
 def is_file(annotation: Any) -> bool:
     """Whether ``File`` is in an annotation, such as ``File | None``."""
     return "file" in getattr(annotation, "__metadata__", ()) or any(map(is_file, get_args(annotation)))
-
-
-def nearest(word: str, possible: Iterable[str]) -> str:
-    """`` (did you mean a, b?)``, or nothing when no name is near."""
-    near = difflib.get_close_matches(word, list(possible), n=3, cutoff=0.6)
-    return f" (did you mean {', '.join(near)}?)" if near else ""
 
 
 def _explain(item: Any, prefix: str) -> str:

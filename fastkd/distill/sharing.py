@@ -1,4 +1,4 @@
-"""Parts that student and teacher have in common, which one training cannot treat as both want."""
+"""Checks that student and teacher share no trained or mode-dependent parts."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from fastkd.messages import some
 
 from .taps import unwrapped
 
-# Layers without parameters or buffers that train mode and eval mode tell apart.
+# Layers without parameters or buffers that behave differently in train and eval mode.
 _BY_MODE = (nn.modules.dropout._DropoutNd, nn.RReLU)
 
 
 def check_apart(student: nn.Module, teacher: nn.Module | None) -> None:
-    """Raise ``ValueError`` if the models share what trains, or what behaves otherwise in train mode.
+    """Raise ``ValueError`` if the models share trained parameters or layers that depend on train mode.
 
-    The teacher is put into eval mode and frozen: a shared layer would be so in the student too, without a
-    word. Frozen parameters and layers such as ``nn.ReLU`` may be shared.
+    The teacher is frozen and in eval mode, so shared layers would silently be so in the student as well.
+    Frozen parameters and layers such as ``nn.ReLU`` may be shared.
     """
     if teacher is None:
         return
@@ -32,5 +32,5 @@ def check_apart(student: nn.Module, teacher: nn.Module | None) -> None:
     if shared:
         raise ValueError(
             f"student and teacher share {some(shared, 4)} (of the student): the teacher is "
-            "frozen and in eval mode, the student trains; give the teacher a copy of its own (copy.deepcopy)"
+            "frozen and in eval mode, the student is trained; give the teacher its own copy (copy.deepcopy)"
         )

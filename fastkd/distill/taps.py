@@ -14,7 +14,7 @@ INPUT = ":input"
 
 
 class FeatureError(ValueError):
-    """A layer that does not exist, did not run, or gives something that is no tensor of features."""
+    """A layer does not exist, did not run, or does not return a tensor of features."""
 
 
 class Taps:
@@ -45,7 +45,7 @@ class Taps:
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[dict[str, Tensor]]:
-        """``with taps.reading() as features: model(inputs)``; ``features`` is whole when the block ends."""
+        """``with taps.reading() as features: model(inputs)``; ``features`` is complete after the block."""
         found: dict[str, Any] = {}
         versions: dict[str, int] = {}
 
@@ -66,7 +66,7 @@ class Taps:
         with contextlib.ExitStack() as hooks:
             for path, (layer, is_input) in self._layers.items():
                 if is_input:
-                    # Bound at once: a closure over the loop's variables would see their last values.
+                    # Default arguments: a closure would see the last values of the loop's variables.
                     handle = layer.register_forward_pre_hook(lambda _, args, path=path: keep(path, args))
                 else:
                     handle = layer.register_forward_hook(lambda _, __, output, path=path: keep(path, output))
@@ -83,7 +83,7 @@ class Taps:
 
     @torch.no_grad()
     def shapes(self, example: Tensor) -> tuple[dict[str, torch.Size], torch.Size]:
-        """Shapes of the features and of the logits for a batch; the model runs in eval mode, unchanged."""
+        """Shapes of features and logits for a batch; runs the model in eval mode without changing it."""
         with eval_mode(self._model), self.reading() as features:
             logits = logits_of(self._model, example, self._role)
         return {path: feature.shape for path, feature in features.items()}, logits.shape
@@ -104,8 +104,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def logits_of(model: nn.Module, inputs: Any, role: str) -> Tensor:
     """The logits ``[N, C]`` that ``model(inputs)`` is or names. Raises ``ValueError``.
 
-    An output with one entry ``logits`` (a dict, Hugging Face's ModelOutput) names them; of the other entries
-    of a tuple, such as auxiliary logits, it cannot be known what they are for.
+    A dict or Hugging Face's ModelOutput names them by an entry ``logits``. Tuples are refused, since the
+    meaning of further entries, such as auxiliary logits, is unknown.
     """
     output = model(inputs)
     value = named_logits(output)
@@ -127,13 +127,13 @@ def logits_of(model: nn.Module, inputs: Any, role: str) -> Tensor:
 
 
 def named_logits(output: Any) -> Any:
-    """``output["logits"]`` of a mapping (a ModelOutput is one); any other output as it is."""
+    """``output["logits"]`` of a mapping (such as a ModelOutput); any other output unchanged."""
     return output.get("logits", output) if isinstance(output, Mapping) else output
 
 
 @contextlib.contextmanager
 def eval_mode(*models: nn.Module | None) -> Iterator[None]:
-    """The models in eval mode; afterwards each module's mode is as it was."""
+    """Put the models into eval mode; restore each module's mode afterwards."""
     modes = {module: module.training for model in models if model is not None for module in model.modules()}
     try:
         for model in models:
@@ -146,7 +146,7 @@ def eval_mode(*models: nn.Module | None) -> Iterator[None]:
 
 
 def _version(value: Tensor) -> int:
-    return 0 if value.is_inference() else value._version  # tensors of inference mode keep no count
+    return 0 if value.is_inference() else value._version  # inference tensors have no version
 
 
 def _near(name: str, layers: Iterable[str]) -> str:
@@ -154,7 +154,7 @@ def _near(name: str, layers: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, paths, n=5, cutoff=0.3)
     if not near:
         near = [path for path in paths if "." not in path][:10]
-    return f"the nearest are {', '.join(near)}" if near else "it has no layers inside"
+    return f"the nearest are {', '.join(near)}" if near else "it has no inner layers"
 
 
 def _describe(value: Any) -> str:
@@ -166,7 +166,7 @@ def _describe(value: Any) -> str:
 
 
 def _entries(value: Any) -> str:
-    """What is in a mapping or a tuple, behind ``_describe``."""
+    """The entries of a mapping or a tuple, appended to ``_describe``."""
     if isinstance(value, Mapping):
         return f" with {', '.join(map(str, value)) or 'nothing'}"
     if not isinstance(value, tuple | list):

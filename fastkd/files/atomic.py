@@ -1,4 +1,4 @@
-"""Files on disk: written whole or not at all, never through a link, and read only where they are files."""
+"""Atomic writes: a file is written completely or not at all, and never through a symbolic link."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _NONBLOCK = getattr(os, "O_NONBLOCK", 0)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object], *, keep_as: Path | None = None) -> None:
-    """``write(temporary_path)``, flush to the disk, rename: a reader or a crash never meets half a file.
+    """Call ``write(temporary_path)``, flush to disk and rename, so that no half-written file is ever visible.
 
-    ``keep_as``: what was there before goes under that name. Raises ``StorageError``; then nothing changed.
+    ``keep_as``: keep the previous file under that name. Raises ``StorageError``; then nothing has changed.
     """
     temporary = path.with_name(_temporary_name(path))
     try:
-        # Made here, under a name that nobody can foresee, and only if nothing is there: ``write`` opens it
-        # by name, and a link put in its place beforehand would have it write over another file.
+        # Created exclusively and under a random name: ``write`` opens it by name, and a link planted there
+        # would make it overwrite another file.
         os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NOFOLLOW, 0o666))
         write(temporary)
-        # Else a power cut may leave the new name on an empty file.
+        # Without fsync a power failure can leave the new name on an empty file.
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         if keep_as is not None and path.exists():
@@ -44,41 +44,41 @@ def write_atomically(path: Path, write: Callable[[Path], object], *, keep_as: Pa
             "another folder"
         ) from None
     finally:
-        with contextlib.suppress(OSError):  # a folder that has become read-only: the first error tells it
+        with contextlib.suppress(OSError):  # a folder that became read-only: the first error is reported
             temporary.unlink(missing_ok=True)
 
 
 def _name_also(path: Path, other: Path) -> None:
-    """A second name for a file, so that ``path`` is there throughout; without links, another name."""
+    """Hard-link ``path`` as ``other``, so that ``path`` always exists; rename it if links are unsupported."""
     link = other.with_name(_temporary_name(other))
     try:
         os.link(path, link)
         os.replace(link, other)
-        link.unlink(missing_ok=True)  # it stays where both were the same file already
+        link.unlink(missing_ok=True)  # replace() leaves it if both names were already the same file
     except OSError:
         os.replace(path, other)
 
 
 def owner() -> str:
-    """Goes into names of temporary files, to tell those of running processes from abandoned ones."""
+    """Host and process, part of temporary names: tells running processes' files from abandoned ones."""
     return f"{re.sub(r'[^A-Za-z0-9-]', '-', socket.gethostname())[:40]}-{os.getpid()}"
 
 
 def _temporary_name(path: Path) -> str:
-    # The suffix stays last because savers choose the format by it.
+    # The suffix stays last because savers choose the format from it.
     return f".{path.stem[:100]}.{owner()}.{secrets.token_hex(4)}.tmp{path.suffix}"
 
 
-# Machine and the random part are missing in names that fastkd gave before.
+# Older versions wrote names without the host and the random part.
 _TEMPORARY = re.compile(
     r"\..+?\.(?:(?P<host>[A-Za-z0-9-]+)-)?(?P<process>\d+)\.(?:[0-9a-f]{8}\.)?tmp(?:\..*)?"
 )
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete temporary files of processes that have died; call it while the folder is locked.
+    """Delete temporary files of processes that no longer run; call it while the folder is locked.
 
-    A process of another machine counts as dead after a day.
+    Files of another machine count as abandoned after a day.
     """
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
@@ -88,16 +88,16 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def is_abandoned(path: Path, host: str | None, process: int) -> bool:
-    """Whether the process that made ``path`` is gone."""
+    """Whether the process that made ``path`` no longer runs."""
     if host is None or owner() == f"{host}-{os.getpid()}":
-        # In a restarted container this process may have the number of the one that made the file.
-        return process == os.getpid() or not _lives(process)
+        # In a restarted container this process may have the same id as the one that made the file.
+        return process == os.getpid() or not _runs(process)
     with contextlib.suppress(OSError):
         return time.time() - path.lstat().st_mtime > _DAY
     return False
 
 
-def _lives(process: int) -> bool:
+def _runs(process: int) -> bool:
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
@@ -108,23 +108,26 @@ def _lives(process: int) -> bool:
 
 
 def make_folder(path: Path) -> None:
-    """A folder and those above it. Raises ``StorageError``."""
+    """Create a folder and its parents. Raises ``StorageError``."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StorageError(f"the folder {path} cannot be made: {error.strerror or error}") from None
+        raise StorageError(f"cannot create the folder {path}: {error.strerror or error}") from None
 
 
 def take_room(path: Path) -> None:
-    """Let a full disk be an ``OSError`` now: a write to a mapped file without room kills by SIGBUS."""
+    """Allocate the file's blocks: raises ``OSError`` on a full disk, where a mapped write ends in SIGBUS."""
     size = path.stat().st_size
     with path.open("r+b") as file:
         try:
-            os.posix_fallocate(file.fileno(), 0, size)  # glibc writes where the file system cannot reserve
-        except (AttributeError, OSError) as error:  # macOS and Windows lack it, other C libraries may refuse
+            os.posix_fallocate(file.fileno(), 0, size)  # glibc writes zeros if the file system cannot
+        except (
+            AttributeError,
+            OSError,
+        ) as error:  # missing on macOS and Windows; other C libraries may refuse
             if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                 raise
-            for begin in range(0, size, 2**20):  # what is there, holes as zeros, is written again
+            for begin in range(0, size, 2**20):  # rewrite the content, holes as zeros
                 file.seek(begin)
                 content = file.read(2**20)
                 file.seek(begin)

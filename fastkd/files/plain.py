@@ -1,7 +1,7 @@
-"""Files of ``torch.save``, read as plain values: nothing in them is run.
+"""Reading files of ``torch.save`` as plain values, without running code from them.
 
-Beside tensors and Python's own values they may hold what training scripts put there: ``argparse.Namespace``
-and numbers and arrays of NumPy, which are built without running code of the file.
+Besides tensors and builtin values they may hold what training scripts often store:
+``argparse.Namespace``, and NumPy's numbers and arrays.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-# No object arrays, no text, no structures: numbers only.
+# Numbers only: no object arrays, text or structures.
 _NUMBERS = ["?", "b", "h", "i", "l", "q", "B", "H", "I", "L", "Q", "e", "f", "d", "F", "D"]
 
 
@@ -37,23 +37,23 @@ def _allowed() -> tuple[Any, ...]:
 def load_plain(file: str | Path | BinaryIO) -> Any:
     """The content of the file, on the CPU.
 
-    Raises ``pickle.UnpicklingError`` that names what is not read; for damaged files what ``torch.load``
+    Raises ``pickle.UnpicklingError`` that names the refused types; for damaged files whatever ``torch.load``
     raises.
     """
     if not isinstance(file, str | Path):
         file.seek(0)
     try:
         with torch.serialization.safe_globals(list(_allowed())), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on kinds of tensors that are refused by name where they come
+            warnings.simplefilter("ignore")  # on tensor types that callers refuse by name
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise pickle.UnpicklingError(_refused(file, str(error))) from None
 
 
 def _refused(file: str | Path | BinaryIO, text: str) -> str:
-    # Not torch's own words: they say how to run the code in the file.
+    # torch's own message explains how to run the code in the file.
     names: list[str] = []
-    with contextlib.suppress(Exception):  # of an older format, or damaged
+    with contextlib.suppress(Exception):  # an older format, or a damaged file
         if not isinstance(file, str | Path):
             file.seek(0)
         known = {name for _, name in (entry for entry in _allowed() if isinstance(entry, tuple))}
@@ -61,8 +61,8 @@ def _refused(file: str | Path | BinaryIO, text: str) -> str:
         names = [n for n in torch.serialization.get_unsafe_globals_in_checkpoint(file) if n not in known]
     names = names or re.findall(r"(?:GLOBAL |but got <class ')([\w.]+)", text)[:1]
     if not names:
-        return "it is no file of torch.save, or damaged"
+        return "it is not a file of torch.save, or it is damaged"
     return (
-        f"it holds {', '.join(sorted(set(names))[:5])}, which is not built, since that may run code of the "
-        "file; where the file was made, save the weights alone: torch.save(model.state_dict(), FILE)"
+        f"it holds {', '.join(sorted(set(names))[:5])}, which is not loaded, since that could run code from "
+        "the file; save only the weights instead: torch.save(model.state_dict(), FILE)"
     )

@@ -1,4 +1,4 @@
-"""Files that are files: no FIFO to wait at, no device that acts on being opened."""
+"""Opening regular files only, never FIFOs or devices."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ _NONBLOCK = getattr(os, "O_NONBLOCK", 0)
 
 
 def open_regular(path: Path) -> int:
-    """A descriptor to read from. Raises ``OSError``, also for what is no file.
+    """A descriptor to read from. Raises ``OSError``, also if ``path`` is not a regular file.
 
-    A FIFO would make its reader wait for ever, and a device may act on being opened.
+    Opening a FIFO blocks forever, and opening a device can have side effects.
     """
     _check_regular(path, os.stat(path))
     descriptor = os.open(path, os.O_RDONLY | _NONBLOCK)
     try:
-        _check_regular(path, os.fstat(descriptor))  # it may have been exchanged in between
+        _check_regular(path, os.fstat(descriptor))  # it may have been replaced in between
     except OSError:
         os.close(descriptor)
         raise
@@ -30,7 +30,7 @@ def read_regular(path: Path) -> bytes:
 
 
 class NotAFileError(OSError):
-    """A FIFO, a device, a socket or a folder where a file is expected."""
+    """The path is a FIFO, a device, a socket or a folder."""
 
 
 _KINDS = {
@@ -44,4 +44,5 @@ _KINDS = {
 
 def _check_regular(path: Path, status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
-        raise NotAFileError(f"{path} is {_KINDS.get(stat.S_IFMT(status.st_mode), 'no file')}, no file")
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "special")
+        raise NotAFileError(f"{path} is {kind}, not a regular file")

@@ -1,4 +1,4 @@
-"""SHA-256 of contents, at the end of files; and what torch's reader does not notice in a file without one."""
+"""SHA-256 digests at the end of files, and checks of archives without one."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _TRAILER = len(_MARK) + 64  # bytes at the end of the file
 
 
 class Damage(Exception):
-    """A file that is not what was written; the message says by what."""
+    """A file differs from what was written; the message says how that was found."""
 
 
 def digest_of(content: Any) -> str:
-    """Of what JSON can hold."""
+    """SHA-256 of anything that JSON can represent."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def short_digest_of(content: Any) -> str:
-    """Enough to tell contents apart that nobody forges."""
+    """Long enough to tell contents apart; not a protection against forgery."""
     return digest_of(content)[:12]
 
 
@@ -35,12 +35,12 @@ def append_digest(file: BinaryIO) -> None:
 
 
 def has_digest(file: BinaryIO) -> bool:
-    """Cheap: the digest is not compared."""
+    """Whether the file ends with a digest, without comparing it."""
     return _trailer(file).startswith(_MARK)
 
 
 def is_whole(file: BinaryIO) -> bool:
-    """Whether the file ends with the digest of what is before."""
+    """Whether the file ends with the digest of the bytes before it."""
     return _trailer(file) == _MARK + _digest_before(file, _TRAILER)
 
 
@@ -50,7 +50,7 @@ def _trailer(file: BinaryIO) -> bytes:
 
 
 def _digest_before(file: BinaryIO, end: int) -> bytes:
-    """In hexadecimal digits, of a file without its last ``end`` bytes."""
+    """Hexadecimal digest of a file without its last ``end`` bytes."""
     left = file.seek(0, os.SEEK_END) - end
     file.seek(0)
     digest = hashlib.sha256()
@@ -64,20 +64,22 @@ def _digest_before(file: BinaryIO, end: int) -> bytes:
 
 
 def seal(buffer: io.BytesIO) -> None:
-    """Append the digest of a zip archive without a comment, as its comment."""
+    """Append the digest to a zip archive, as the archive's comment."""
     with buffer.getbuffer() as view:
         view[-2:] = struct.pack("<H", _TRAILER)  # the comment's length ends the archive's last record
     append_digest(buffer)
 
 
 def check_sealed(file: BinaryIO) -> bool:
-    """Whether the content has a digest, which is right. Raises ``Damage``."""
+    """Whether the file has a digest. Raises ``Damage`` if the digest does not match."""
     if has_digest(file):
         if not is_whole(file):
-            raise Damage("it is not what was written, by its SHA-256")
+            raise Damage("its SHA-256 does not match")
         return True
     file.seek(0)
-    if zipfile.is_zipfile(file):  # else an older format of torch's, or no checkpoint: torch will tell
+    if zipfile.is_zipfile(
+        file
+    ):  # otherwise an older format of torch's, or not a checkpoint: torch reports it
         _check_archive(file)
     return False
 
@@ -86,7 +88,7 @@ _DIRECTORY, _ALLOWED_FLAGS = 0x10, 0x808  # names in UTF-8, sizes after the data
 
 
 def _check_archive(file: BinaryIO) -> None:
-    """Of an archive without a digest: what torch's reader would not notice. Raises ``Damage``."""
+    """Check an archive without a digest for damage that torch's reader misses. Raises ``Damage``."""
     try:
         with zipfile.ZipFile(file) as archive:
             for part in archive.infolist():
@@ -98,7 +100,7 @@ def _check_archive(file: BinaryIO) -> None:
                     or part.compress_size != part.file_size
                     or part.volume
                 ):
-                    raise Damage(f"the entry of {part.filename} is none that torch writes")
+                    raise Damage(f"torch does not write entries such as that of {part.filename}")
             wrong = archive.testzip()
     except Damage:
         raise

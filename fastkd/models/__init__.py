@@ -1,8 +1,7 @@
-"""Networks that the recipes name."""
+"""The networks that recipes can name."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from fastkd.imports import import_named
+from fastkd.messages import nearest
 
 from .cifar_resnet import ResNet, ResNet50, WideResNet
 from .cifar_vgg import VGG
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 _X4 = (32, 64, 128, 256)
-# Networks that have a width to choose, and those that do not: each is called with the number of classes.
+# Networks with a configurable width, and networks without; each is called with the number of classes.
 _SCALABLE: dict[str, Callable[..., nn.Module]] = {"glyph_cnn": GlyphCNN, "small_cnn": SmallCNN}
 _FIXED: dict[str, Callable[[int], nn.Module]] = {
     **{f"resnet{depth}": partial(ResNet, depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
@@ -50,11 +50,11 @@ _TORCHVISION, _TIMM = "torchvision/", "timm/"
 
 
 def check_model(name: str, width: int | None) -> None:
-    """Raise ``ValueError`` unless there is a network ``name``, and a width just where it takes one.
+    """Raise ``ValueError`` if there is no network ``name``, or for a missing or superfluous width.
 
-    Names of torchvision's, timm's and ``module:callable`` are believed until they are built.
+    Names of torchvision, timm and ``module:callable`` are checked when they are built.
     """
-    if ":" in name:  # a width is the callable's own affair
+    if ":" in name:  # the callable checks its width
         return
     if not name.startswith((_TORCHVISION, _TIMM)):
         _check_name(name, [*_SCALABLE, *_FIXED], list_all=True)
@@ -65,13 +65,14 @@ def check_model(name: str, width: int | None) -> None:
 def build_model(
     name: str, *, num_classes: int, width: int | None = None, channels: int = 3, size: int | None = None
 ) -> nn.Module:
-    """The network called ``name`` in recipes, untrained, for images of ``channels`` channels.
+    """Build the untrained network ``name`` for images with ``channels`` channels.
 
-    ``size``: side of the images, for torchvision's networks that are built for one (ViT, MaxViT). Auxiliary
-    classifiers (GoogLeNet, Inception) are left out: they are a loss of their own.
+    ``size``: side of the images, for torchvision's networks with a fixed size (ViT, MaxViT). Auxiliary
+    classifiers (GoogLeNet, Inception) are left out, since they need a loss of their own.
 
-    ``torchvision/NAME``, ``timm/NAME`` (timm must be installed), ``module:callable``, which is called with
-    ``num_classes=`` (and ``width=`` where one is given), or a network of fastkd's. Raises ``ValueError``.
+    ``name`` is a network of fastkd, ``torchvision/NAME``, ``timm/NAME`` (timm must be installed), or
+    ``module:callable``, which is called with ``num_classes=`` (and ``width=`` if given). Raises
+    ``ValueError``.
     """
     check_model(name, width)
     if ":" in name:
@@ -95,14 +96,12 @@ def build_model(
 
 def _check_name(name: str, names: list[str], list_all: bool = False) -> None:
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-        hint = f" (did you mean {', '.join(near)}?)" if near else ""
         rest = (
             f"; there are {', '.join(names)}; others are torchvision/NAME, timm/NAME or module:callable"
             if list_all
             else ""
         )
-        raise ValueError(f"unknown model {name!r}{hint}{rest}")
+        raise ValueError(f"unknown model {name!r}{nearest(name, names)}{rest}")
 
 
 def torchvision_builder(name: str) -> str:
@@ -138,7 +137,7 @@ def _call_named(name: str, num_classes: int, width: int | None) -> nn.Module:
     build = import_named(name, "the model")
     options = {"num_classes": num_classes} | ({} if width is None else {"width": width})
     if not callable(build):
-        raise ValueError(f"the model {name!r} is {build!r}; expected something to call with num_classes=")
+        raise ValueError(f"the model {name!r} is {build!r}; expected a callable with an argument num_classes")
     try:
         model = build(**options)
     except TypeError as error:

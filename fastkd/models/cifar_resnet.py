@@ -109,7 +109,7 @@ class PreActivationBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         active = self.norm1(x).relu()
-        # A shortcut that changes the shape starts after the activation, the others before it.
+        # A shortcut that changes the shape starts after the activation, the others start before it.
         passed = x if self.shortcut is None else self.shortcut(active)
         return passed + self.conv2(self.norm2(self.conv1(active)).relu())
 

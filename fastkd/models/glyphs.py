@@ -9,8 +9,8 @@ from torch import Tensor, nn
 class GlyphCNN(nn.Module):
     """Three stages of two 3x3 convolutions, then one linear layer over the 4x4 map of the last stage.
 
-    Stage k works on ``width * 2**k`` channels and halves the resolution first. The linear layer sees where
-    in the 4x4 map a stroke lies: global pooling would throw away what tells most characters apart.
+    Stage k has ``width * 2**k`` channels and halves the resolution first. There is no global pooling, since
+    the position of a stroke distinguishes most characters.
 
     Args:
         num_classes: number of classes C.

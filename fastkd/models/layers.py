@@ -1,4 +1,4 @@
-"""Pieces that several networks share."""
+"""Layers that several networks use."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def he_init(model: nn.Module, linear_std: float | None = None) -> None:
     """Convolutions normal with variance 2 / (kernel area x output channels), as in He et al. 2015."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
-            # Per output channel, also where they are grouped: the papers' code counts all of them.
+            # Counts all output channels even in grouped convolutions, like the papers' code.
             deviation = (2 / (module.kernel_size[0] * module.kernel_size[1] * module.out_channels)) ** 0.5
             nn.init.normal_(module.weight, 0.0, deviation)
             if module.bias is not None:

@@ -87,7 +87,7 @@ class ShuffleNetV1(nn.Module):
 class ShuffleV1Block(nn.Module):
     def __init__(self, channels_in: int, channels: int, stride: int, groups: int = 3) -> None:
         super().__init__()
-        # A strided block gives only what the shortcut, pooled and concatenated, does not.
+        # In a strided block the pooled shortcut is concatenated and provides channels_in channels.
         made = channels - channels_in if stride == 2 else channels
         inner = made // 4
         self.groups = 1 if channels_in == 24 else groups  # the stem is too narrow for groups

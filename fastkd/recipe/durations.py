@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def seconds_of(text: str) -> float:
-    """Of ``"15min"``, ``"900s"``, ``"2h"``. Raises ``ValueError``."""
+    """Seconds of ``"15min"``, ``"900s"`` or ``"2h"``. Raises ``ValueError``."""
     for unit, seconds in (("min", 60.0), ("s", 1.0), ("h", 3600.0)):
         number = text.removesuffix(unit)
         if number != text:

@@ -1,8 +1,7 @@
-"""Where recipes are found and how their flat YAML is read and written."""
+"""Finding recipe files, and reading and writing their flat YAML."""
 
 from __future__ import annotations
 
-import difflib
 import importlib.resources
 import json
 import math
@@ -16,6 +15,7 @@ import yaml
 
 from fastkd.errors import RecipeError
 from fastkd.files.regular import read_regular
+from fastkd.messages import nearest
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable  # from Python 3.11
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class RecipeFile:
     name: str  # "glyphs/kd", or the stem of a user's file
-    origin: str  # what errors call it
+    origin: str  # its name in errors
     text: str
 
 
 def find_recipe(name_or_path: str) -> RecipeFile:
-    """A user's file if there is one of that path, else the recipe of that name that ships with fastkd."""
+    """The recipe file at a path, or the recipe of that name that comes with fastkd."""
     path = Path(name_or_path).expanduser()
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
@@ -41,7 +41,7 @@ def find_recipe(name_or_path: str) -> RecipeFile:
     shipped = shipped_recipes()
     if name_or_path not in shipped:
         raise RecipeError(
-            f"unknown recipe {name_or_path!r}{suggest(name_or_path, shipped)}; "
+            f"unknown recipe {name_or_path!r}{nearest(name_or_path, shipped)}; "
             f"`fastkd recipes` lists them, and a path to a .yaml file is accepted too"
         )
     text = shipped[name_or_path].read_text(encoding="utf-8")
@@ -49,7 +49,7 @@ def find_recipe(name_or_path: str) -> RecipeFile:
 
 
 def _name_of(path: Path) -> str:
-    """A file's stem; for the resolved recipe in a run folder, the name of the recipe it came from."""
+    """The file's stem; for the recipe in a run folder, the name of the recipe it was made from."""
     if path.name == "recipe.yaml":
         try:
             name = json.loads(read_regular(path.parent / "run.json"))["name"]
@@ -61,14 +61,14 @@ def _name_of(path: Path) -> str:
 
 
 def shipped_recipes() -> dict[str, Traversable]:
-    """Name to file of every recipe that comes with fastkd, from the wheel or from a checkout."""
+    """The recipes that come with fastkd, by name, from the wheel or from a checkout."""
     root: Traversable
     try:
         root = importlib.resources.files("fastkd.recipes")
     except ModuleNotFoundError:
         checkout = Path(__file__).resolve().parents[2]
         root = checkout / "recipes"
-        # Without this a wheel that lost its recipes would read a stranger's site-packages/recipes.
+        # Otherwise a wheel without its recipes would read an unrelated site-packages/recipes.
         if not (checkout / "csrc").is_dir():
             return {}
     return dict(sorted(_walk(root, "")))
@@ -85,7 +85,7 @@ def _walk(folder: Traversable, prefix: str) -> Iterable[tuple[str, Traversable]]
 
 
 def parse_flat_yaml(text: str, origin: str) -> dict[str, Any]:
-    """The mapping in ``text``; duplicate keys and anything but a mapping are refused."""
+    """Parse a mapping; refuse duplicate keys and anything but a mapping."""
     values = _parse(text, origin)
     if not isinstance(values, dict):
         raise RecipeError(f"{origin}: expected lines of `key: value`, found {type(values).__name__}")
@@ -93,7 +93,7 @@ def parse_flat_yaml(text: str, origin: str) -> dict[str, Any]:
 
 
 def parse_scalar(text: str, key: str) -> Any:
-    """The value of a ``key=value`` override, read as YAML."""
+    """Parse the value of a ``key=value`` override as YAML."""
     return _parse(text, f"{key}={_short(text)}")
 
 
@@ -121,28 +121,19 @@ def dump_flat_yaml(values: Mapping[str, Any]) -> str:
 
 
 def dump_scalar(value: Any) -> str:
-    """A value as it stands behind ``key=`` on the command line."""
+    """A value as it is written after ``key=`` on the command line."""
     text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=10_000)
     return text.removesuffix("\n").removesuffix("\n...")
 
 
-def suggest(word: str, possible: Iterable[str]) -> str:
-    """`` (did you mean a, b?)``, or nothing when no name is near."""
-    possible = list(possible)
-    # A bare option name (`epochs`) is far from `train.epochs` by edit distance, yet is what was meant.
-    near = [name for name in possible if name.endswith((f".{word}", f"/{word}"))]
-    near += [n for n in difflib.get_close_matches(word, possible, n=3, cutoff=0.6) if n not in near]
-    return f" (did you mean {', '.join(near)}?)" if near else ""
-
-
 class _Loader(yaml.SafeLoader):
-    """YAML without what has no place in a recipe: anchors, tags, deep nesting, numbers in other notations.
+    """Loads YAML without anchors, tags, deep nesting and non-decimal numbers.
 
-    A scalar is null, true or false, a decimal number, or else the text as it is written: ``0x1``, ``01``,
-    ``1_0``, ``1:30``, ``yes`` and ``2024-01-02`` are texts, which a key that wants a number refuses.
+    A scalar is null, true or false, a decimal number, or a string: ``0x1``, ``01``, ``1_0``, ``1:30`` and
+    ``yes`` are strings, which are refused where a number is expected.
     """
 
-    yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {}  # not those of YAML 1.1
+    yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {}  # without the defaults of YAML 1.1
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -151,10 +142,10 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
-            # Ten lines of them can stand for more values than there is memory.
-            raise _refused("anchors and aliases (&, *) have no place in a recipe", event.start_mark)
+            # Ten lines of aliases can expand to more values than fit into memory.
+            raise _refused("anchors and aliases (&, *) are not allowed in a recipe", event.start_mark)
         if getattr(event, "tag", None) is not None:
-            raise _refused(f"tags such as {event.tag[:40]!r} have no place in a recipe", event.start_mark)
+            raise _refused(f"tags such as {event.tag[:40]!r} are not allowed in a recipe", event.start_mark)
         self._depth += 1
         if self._depth > _MOST_NESTED:
             raise _refused("lists or mappings are nested too deeply", event.start_mark)
@@ -178,13 +169,15 @@ class _Loader(yaml.SafeLoader):
         number = float(node.value)
         digits = node.value.lower().partition("e")[0]
         if math.isinf(number) or (number == 0 and any(digit in digits for digit in "123456789")):
-            raise _refused(f"the number {_short(node.value)!r} is beyond those of float64", node.start_mark)
+            raise _refused(
+                f"the number {_short(node.value)!r} is beyond the range of float64", node.start_mark
+            )
         return number
 
 
 _MOST_NESTED = 8
 _INTEGER = re.compile(r"[-+]?(?:0|[1-9][0-9]*)")
-# Integers of more than 18 digits are no numbers of a recipe: they stay texts, which their keys refuse.
+# Integers of more than 18 digits stay strings, which are refused where a number is expected.
 _NUMBER = re.compile(
     r"[-+]?(?:(?:0|[1-9][0-9]{0,17})"
     r"|(?:0|[1-9][0-9]*)(?:\.[0-9]*)?[eE][-+]?[0-9]+|(?:0|[1-9][0-9]*)\.[0-9]*|\.[0-9]+(?:[eE][-+]?[0-9]+)?)$"

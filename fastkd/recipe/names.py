@@ -1,4 +1,4 @@
-"""What a recipe with overrides is called: its name and description must not tell of another run."""
+"""Names and descriptions of recipes with overrides, so that they describe the actual run."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from fastkd.distill.method import find_method
 
 from .files import dump_scalar
 
-# What a recipe is named after.
+# Overrides of these keys become part of the name.
 _NAMING = ("method", "student.name", "teacher.name")
-# Where data lie and how a run is computed: nothing that a description tells of.
+# Locations, and how a run is computed: not part of a description.
 _ASIDE = {
     "data.root", "data.folder", "data.fonts", "data.download", "data.workers", "data.corrupt_limit",
     "teacher.checkpoint", "teacher.cache", "train.device", "train.threads", "train.channels_last",
@@ -21,7 +21,7 @@ _ASIDE = {
 
 
 def name_of(name: str, changed: Mapping[str, Any]) -> str:
-    """``glyphs/kd method=dkd``: the recipe's name, and what of its name no longer holds."""
+    """``glyphs/kd method=dkd``: the recipe's name and the overrides that contradict it."""
     words = name.split(" ")
     labels = [word for word in words if word.partition("=")[0] in _NAMING and "=" in word]
     parts = dict(label.split("=", 1) for label in labels)
@@ -31,12 +31,12 @@ def name_of(name: str, changed: Mapping[str, Any]) -> str:
 
 
 def description_of(name: str, description: str, method: str, changed: Mapping[str, Any]) -> str:
-    """The recipe's ``description``, or that of ``method`` where it is another, and what was changed."""
-    told = {key: value for key, value in changed.items() if key not in _ASIDE}
-    if not told:
+    """The recipe's ``description``, or that of ``method`` if it was overridden, and the other overrides."""
+    shown = {key: value for key, value in changed.items() if key not in _ASIDE}
+    if not shown:
         return description
-    listed = ", ".join(f"{key}={dump_scalar(value)}" for key, value in told.items())
-    if "method" not in told:
+    listed = ", ".join(f"{key}={dump_scalar(value)}" for key, value in shown.items())
+    if "method" not in shown:
         return f"{description}; with {listed}"
     document = (find_method(method).__doc__ or "").strip().partition("\n")[0].rstrip(".")
     return f"{document or method}; {name.partition(' ')[0]} with {listed}"

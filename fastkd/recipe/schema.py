@@ -1,7 +1,7 @@
-"""Recipes: what one training run is, as frozen and validated values.
+"""The values of a recipe: frozen, validated models of everything that defines a training run.
 
-A recipe file is flat YAML, one dotted key a line (``train.epochs: 6``). It is data only: nothing in it is
-evaluated, unknown keys are refused, and values are never silently converted.
+A recipe file is flat YAML, one dotted key per line (``train.epochs: 6``). Nothing in it is evaluated, unknown
+keys are refused, and values are never converted silently.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from fastkd.distill.method import Method, find_method
 from fastkd.distill.options import OptionError, check_options, is_file, options_of
 from fastkd.errors import RecipeError
+from fastkd.messages import nearest
 
 from .durations import seconds_of
-from .files import find_recipe, parse_flat_yaml, parse_scalar, suggest
+from .files import find_recipe, parse_flat_yaml, parse_scalar
 from .names import description_of, name_of
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -37,27 +38,27 @@ class GlyphsData(_Section):
 
     name: Literal["glyphs"] = "glyphs"
     fonts: str | None = None  # folder of TTF, OTF, TTC; None: the DejaVu faces that matplotlib ships
-    holdout: list[str] | None = None  # names of the validation faces; None: see glyph_fonts.split_faces
+    holdout: list[str] | None = None  # names of the validation faces; None: see data.glyphs.fonts.split_faces
     exclude: list[str] | None = None  # names of faces to leave out altogether
     characters: str | None = None  # "4E00-9FA5", several ranges with commas; None: all common characters
     coverage: Fraction = 0.95  # a face with a smaller share of `characters` is left out
-    augment: Annotated[float, Field(ge=0.0, le=4.0)] = 1.0  # strength of affine and noise; 0 is none
+    augment: Annotated[float, Field(ge=0.0, le=4.0)] = 1.0  # strength of distortion and noise; 0: none
 
 
 class _Images(_Section):
     augment: bool = True  # random crops and flips
-    mixup: Weight = 0.0  # alpha of MixUp's beta distribution; 0 is none
-    cutmix: Weight = 0.0  # likewise; with both, each batch gets one of the two
-    synthetic: Count | None = None  # this many random images of the same shape in place of the files
+    mixup: Weight = 0.0  # alpha of MixUp's beta distribution; 0: off
+    cutmix: Weight = 0.0  # alpha of CutMix; if both are on, each batch gets one of them
+    synthetic: Count | None = None  # this many random images of the same shape, without the files
 
 
 class ImageData(_Images):
-    """A data set of torchvision's that fits into memory."""
+    """A torchvision data set that fits into memory."""
 
     name: Literal["fashion_mnist", "cifar100"]
     folder: str | None = None
-    download: bool = False  # to the folder, if it is not there
-    holdout: Count | None = None  # validate on this many training images, not on the test images
+    download: bool = False  # into the folder, if it is missing
+    holdout: Count | None = None  # validate on this many training images instead of the test images
 
 
 class SyntheticData(_Section):
@@ -72,19 +73,19 @@ class SyntheticData(_Section):
 
 class _FileImages(_Images):
     root: str | None = None
-    size: Count = 224  # side of what the networks see
-    resize: Count | None = None  # of the shorter side before the central crop; None: 8/7 of size
-    workers: Annotated[int, Field(ge=0, le=256)] = 8  # processes, each with pipes and memory of its own
-    corrupt_limit: Annotated[int, Field(ge=0)] = 10  # images that cannot be read are skipped, up to this many
+    size: Count = 224  # side of the images that networks get
+    resize: Count | None = None  # shorter side before the central crop; None: 8/7 of size
+    workers: Annotated[int, Field(ge=0, le=256)] = 8  # processes that decode images
+    corrupt_limit: Annotated[int, Field(ge=0)] = 10  # unreadable images to skip before giving up
 
 
 class FolderData(_FileImages):
-    """Folders of image files, one folder a class."""
+    """Folders of image files, one folder per class."""
 
     name: Literal["imagefolder"]
     train: str = "train"  # below root; "." is root itself
     val: str = "val"
-    holdout: Count | None = None  # validate on this many training images; `val` is left alone
+    holdout: Count | None = None  # validate on this many training images instead of `val`
 
 
 class ShardData(_FileImages):
@@ -93,7 +94,7 @@ class ShardData(_FileImages):
     name: Literal["webdataset"]
     train: str = "train-*.tar"  # below root; patterns such as train-{0000..0127}.tar too
     val: str = "val-*.tar"
-    classes: Annotated[int, Field(ge=2)] | None = None  # None: the largest label, and one
+    classes: Annotated[int, Field(ge=2)] | None = None  # None: the largest label + 1
 
 
 DataSection = GlyphsData | ImageData | FolderData | ShardData | SyntheticData
@@ -101,7 +102,7 @@ DataSection = GlyphsData | ImageData | FolderData | ShardData | SyntheticData
 
 class Model(_Section):
     name: str = "glyph_cnn"  # of fastkd.models, torchvision/NAME, timm/NAME or module:callable
-    width: Count | None = None  # of the networks that have one
+    width: Count | None = None  # for networks that have one
 
     @model_validator(mode="after")
     def _exists(self) -> Model:
@@ -113,16 +114,14 @@ class Model(_Section):
 
 class Optimization(_Section):
     epochs: Count
-    batch_size: Count = 256  # of a step, over all ranks
+    batch_size: Count = 256  # per step, over all ranks
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: Positive = 6e-3
     momentum: Fraction = 0.9  # of sgd
     weight_decay: Weight = 1e-2
     schedule: Literal["one_cycle", "cosine", "steps", "constant"] = "one_cycle"
-    milestones: list[Count] = []  # of steps: the learning rate is a tenth after each of these epochs
-    warmup_epochs: Annotated[float, Field(ge=0.0)] = (
-        0.0  # the learning rate grows linearly, then as scheduled
-    )
+    milestones: list[Count] = []  # for steps: divide the learning rate by 10 after each of these epochs
+    warmup_epochs: Annotated[float, Field(ge=0.0)] = 0.0  # epochs of linear growth at the start
     seed: Seed = 0
 
     @model_validator(mode="after")
@@ -133,35 +132,37 @@ class Optimization(_Section):
 
 
 class Teacher(Optimization, Model):
-    checkpoint: str | None = None  # a file to load instead of training one
-    weights: str | None = None  # likewise: a member of torchvision's weights enum, such as IMAGENET1K_V1
-    cache: str | None = None  # folder of `fastkd cache-teacher`: its logits in place of the teacher
+    checkpoint: str | None = None  # a file to load instead of training
+    weights: str | None = None  # or: a member of torchvision's weights enum, such as IMAGENET1K_V1
+    cache: str | None = None  # folder of `fastkd cache-teacher`, used in place of the teacher
 
     @model_validator(mode="after")
     def _one_source(self) -> Teacher:
         if self.checkpoint is not None and self.weights is not None:
-            raise ValueError("give one of teacher.checkpoint and teacher.weights")
+            raise ValueError("give either teacher.checkpoint or teacher.weights, not both")
         if self.weights is not None and not self.name.startswith("torchvision/"):
             raise ValueError(f"teacher.weights are torchvision's, but teacher.name is {self.name}")
         return self
 
 
 class Train(Optimization):
-    clip_norm: Positive | None = None  # largest norm of the gradient, after a method's own work on it
+    clip_norm: Positive | None = None  # largest gradient norm, clipped after the method's gradient alignment
     device: str = "auto"
     precision: Precision = "float32"
-    teacher_precision: Precision | None = None  # None: as precision
+    teacher_precision: Precision | None = None  # None: same as precision
     threads: Count | None = None  # CPU threads; None: torch's choice
     channels_last: bool = False
     compile: bool = False  # networks whose inner layers the method does not read
-    accumulate: Count = 1  # parts that each rank's batch is computed in
+    accumulate: Count = 1  # micro-batches per step and rank
     sync_batchnorm: bool = False  # statistics over the batch of all ranks; on GPUs
-    ema: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None  # decay of averaged weights, then validated
-    nonfinite: Literal["stop", "skip"] = "stop"  # of a loss that is NaN or infinite
+    ema: Annotated[float, Field(gt=0.0, lt=1.0)] | None = (
+        None  # decay of averaged weights, which are then validated
+    )
+    nonfinite: Literal["stop", "skip"] = "stop"  # what to do when the loss is NaN or infinite
     log_every: Count | None = None  # steps between fetching losses; None: 1 on a CPU, else 20
     checkpoint_every: Annotated[int | str, Field(union_mode="left_to_right")] | None = None  # steps, "15min"
-    keep_every: Count | None = None  # epochs between states kept for good
-    val_batch_size: Count | None = None  # of validation, over all ranks; None: as batch_size, which fits
+    keep_every: Count | None = None  # epochs between states that are never deleted
+    val_batch_size: Count | None = None  # for validation, over all ranks; None: same as batch_size
     tensorboard: bool = False
 
     @field_validator("checkpoint_every")
@@ -198,7 +199,7 @@ class Recipe(_Section):
         return self
 
     def flat(self) -> dict[str, Any]:
-        """Every value under its dotted key, in the order of declaration."""
+        """All values by dotted key, in order of declaration."""
         flat: dict[str, Any] = {}
         for key, value in self.model_dump(exclude_none=True).items():
             if isinstance(value, dict):
@@ -215,12 +216,12 @@ _DATA: dict[str, type[_Section]] = {
     for name in get_args(section.model_fields["name"].annotation)
 }
 _SECTIONS = ("data", "student", "teacher", "method", "train")
-# What the teacher's section leaves out is as in train, so that a recipe states it once.
+# The teacher's section defaults to these values of train.
 _SHARED = [name for name in Optimization.model_fields if name != "seed"]
 
 
 def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> tuple[str, Recipe]:
-    """Read a recipe by name (``glyphs/kd``) or path, apply ``key=value`` overrides, validate.
+    """Read a recipe by name (``glyphs/kd``) or path, apply ``key=value`` overrides, and validate it.
 
     Returns the recipe's name and the recipe. Raises ``RecipeError``.
     """
@@ -241,11 +242,11 @@ def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> tuple[str, 
 
 
 def _overridden(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """``values`` with those ``given``; what a recipe says of a thing goes with the thing."""
+    """``values`` overridden by ``given``; options of a replaced method, network or source are dropped."""
     kept = dict(values)
-    if "method" in given:  # its own defaults: the options were for another method
+    if "method" in given:  # the options in the recipe are for its own method
         kept = {key: value for key, value in kept.items() if not key.startswith("method.")}
-    if "teacher.checkpoint" in given:  # in place of the recipe's
+    if "teacher.checkpoint" in given:
         kept.pop("teacher.weights", None)
     for section in ("student", "teacher"):
         if f"{section}.name" in given and given[f"{section}.name"] != values.get(f"{section}.name"):
@@ -254,22 +255,22 @@ def _overridden(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str
 
 
 def without_effect(recipe: Recipe, overrides: Iterable[str]) -> list[str]:
-    """Overrides of how the teacher is trained, where it comes ready-made."""
+    """Notes on overrides of the teacher's training when the teacher is not trained."""
     teacher = recipe.teacher
     made = ("cache", "checkpoint", "weights")
     source = next((key for key in made if teacher is not None and getattr(teacher, key) is not None), None)
     keys = [override.partition("=")[0] for override in overrides]
-    # Its batches are those that it is validated in.
+    # batch_size is used to validate it.
     training = [f"teacher.{name}" for name in Optimization.model_fields if name != "batch_size"]
     return [
-        f"{key} has no effect: the teacher is that of teacher.{source}"
+        f"{key} has no effect: the teacher comes from teacher.{source}"
         for key in keys
         if source is not None and key in training
     ]
 
 
 def make_recipe(values: Mapping[str, Any], origin: str) -> Recipe:
-    """Validate flat dotted values; ``origin`` is named in errors. Raises ``RecipeError``."""
+    """Validate flat dotted values. Errors (``RecipeError``) begin with ``origin``."""
     method, data = _choices(values, origin)
     valid = _valid_keys(method, data)
     nested: dict[str, Any] = {}
@@ -282,11 +283,11 @@ def make_recipe(values: Mapping[str, Any], origin: str) -> Recipe:
                 nested[section] = value
         elif isinstance(value, Mapping) and key in _SECTIONS:
             raise RecipeError(
-                f"{origin}: {key}: recipes are flat, one dotted key a line, for instance "
+                f"{origin}: {key}: recipes are flat, one dotted key per line, for instance "
                 f"`{key}.{next(iter(value), 'name')}: …`"
             )
         else:
-            raise RecipeError(f"{origin}: unknown key {key!r}{suggest(key, valid)}")
+            raise RecipeError(f"{origin}: unknown key {key!r}{nearest(key, valid)}")
     if "teacher" in nested:
         if nested["teacher"].get("name") is None:
             option = next((f"teacher.{key}" for key in nested["teacher"]), "teacher")
@@ -309,21 +310,23 @@ def make_recipe(values: Mapping[str, Any], origin: str) -> Recipe:
 
 
 def _choices(values: Mapping[str, Any], origin: str) -> tuple[type[Method], type[_Section]]:
-    """The method and the data set, which decide what other keys there may be."""
+    """The classes of the method and the data section, which decide the other valid keys."""
     name = values.get("method")
     if isinstance(name, Mapping):
         raise RecipeError(
             f"{origin}: method: recipes are flat: `method: dkd`, and `method.alpha: 1.0` for its options"
         )
     if not isinstance(name, str):
-        raise RecipeError(f"{origin}: method " + ("is missing" if name is None else f"= {name!r} is no name"))
+        raise RecipeError(
+            f"{origin}: method " + ("is missing" if name is None else f"= {name!r}: not a name")
+        )
     try:
         method = find_method(name)
     except ValueError as error:
         raise RecipeError(f"{origin}: {error}") from None
     data = values.get("data.name", "glyphs")
     if not isinstance(data, str) or data not in _DATA:
-        near = suggest(str(data), _DATA)
+        near = nearest(str(data), _DATA)
         raise RecipeError(
             f"{origin}: data.name = {data!r} is unknown{near}; expected one of {', '.join(_DATA)}"
         )
@@ -345,8 +348,7 @@ def _valid_keys(method: type[Method], data: type[_Section]) -> list[str]:
 def _explain(error: ValidationError, origin: str) -> str:
     lines = []
     for item in error.errors():
-        # The discriminator's tag appears in the location of a data option, behind "data"; it is no part of
-        # the key, which may have the same name.
+        # For data options pydantic inserts the discriminator's tag after "data"; it is not part of the key.
         parts = [str(part) for part in item["loc"]]
         if parts[:1] == ["data"] and len(parts) > 1:
             del parts[1]
@@ -365,7 +367,7 @@ def _explain(error: ValidationError, origin: str) -> str:
 
 
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
-    # The resolved recipe in a run folder must mean the same from any working directory.
+    # The recipe in a run folder must not depend on the working directory.
     def absolute(section: _Section, key: str) -> _Section:
         value = getattr(section, key, None)
         return section.model_copy(update={key: _absolute(value)}) if value is not None else section

@@ -1,4 +1,4 @@
-"""Training: recipes, the loop, the `fastkd` command. Imported lazily: a loss needs none of its libraries."""
+"""The trainer. Imported lazily, because the losses need none of its libraries."""
 
 from __future__ import annotations
 

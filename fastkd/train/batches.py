@@ -1,7 +1,7 @@
-"""Any loader as the loop wants it: this rank's rows of each batch, from any position, on the device.
+"""Adapts any loader to the training loop: this rank's rows of each batch, from any position, on the device.
 
-Position k of an epoch means the same batch whoever asks, since order and augmentation of fastkd's loaders
-follow from seed, epoch and sample alone. So a checkpoint keeps a number, not the state of workers.
+The order and augmentation of fastkd's loaders depend only on seed, epoch and sample, so position k of an
+epoch always means the same batch. A checkpoint therefore stores a number instead of the state of workers.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from fastkd.data.transforms import Normalize
 from . import distributed
 from .preflight import checked_batch
 
-Batch = tuple[Tensor, ...]  # images, target and whatever else the method takes
+Batch = tuple[Tensor, ...]  # images, target and further inputs of the method
 
 
 class Batches:
-    """``loader`` for one rank.
+    """The batches of ``loader`` for one rank.
 
-    The loader yields batches for all ranks together, of which this rank takes its rows; a loader with a
-    method ``batches(start, rank, world, even)`` makes only those (and does not touch torch's global
-    generator). A ``DataLoader`` with a ``DistributedSampler`` yields this rank's rows already; in validation
-    the copies that its sampler pads with are left out.
+    A loader yields batches for all ranks, and each rank takes its rows. A loader with a method
+    ``batches(start, rank, world, even)`` makes only these rows (and must not use torch's global generator). A
+    ``DataLoader`` with a ``DistributedSampler`` already yields this rank's rows; in validation the duplicates
+    that its sampler pads with are dropped.
 
-    Images of uint8 are brought to 0..1 on the device, then normalised by the loader's ``mean`` and ``std`` of
-    channels, where it has them.
+    uint8 images are scaled to 0..1 on the device and, if the loader has ``mean`` and ``std`` per channel,
+    normalised.
 
     Args:
         even: for training, see ``rows_of``.
-        channels_last: give the images this memory format.
-        name: of the loader, for messages.
+        channels_last: convert images to this memory format.
+        name: the loader's name in messages.
     """
 
     def __init__(
@@ -52,8 +52,8 @@ class Batches:
         name: str = "train_loader",
     ) -> None:
         self._name = name
-        self.waited = 0.0  # seconds of this epoch that the host spent waiting for the loader
-        self.left_out = 0  # batches of one row or none to a rank
+        self.waited = 0.0  # seconds in this epoch that the host waited for the loader
+        self.left_out = 0  # batches with fewer than two rows per rank
         self._loader, self._device, self._even = loader, device, even
         self._channels_last = channels_last
         mean, std = getattr(loader, "mean", None), getattr(loader, "std", None)
@@ -67,7 +67,7 @@ class Batches:
             return None
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the loader, or its sampler, which epoch comes: the convention of DistributedSampler."""
+        """Call ``set_epoch`` of the loader and its samplers, as is done for DistributedSampler."""
         for name in ("", "sampler", "batch_sampler"):
             owner = getattr(self._loader, name, None) if name else self._loader
             tell = getattr(owner, "set_epoch", None)
@@ -75,12 +75,12 @@ class Batches:
                 tell(epoch)
 
     def start(self, position: int = 0) -> Iterator[Batch]:
-        """An epoch from batch ``position`` on; what has to be skipped is skipped at once."""
+        """Start an epoch at batch ``position``; earlier batches of a plain loader are skipped here."""
         self.waited = 0.0
         return self._timed(self._rows(position))
 
     def whole(self, position: int) -> Batch | None:
-        """Batch ``position`` of all ranks, as loaded; None for an iterator that is used up."""
+        """Batch ``position`` of all ranks as loaded; None if the loader is an exhausted iterator."""
         return next(itertools.islice(iter(self._loader), position, None), None)
 
     def _rows(self, position: int) -> Iterator[Batch]:
@@ -110,7 +110,7 @@ class Batches:
             if batch is None:
                 return
             images, *rest = checked_batch(batch, self._name)
-            # A rank of one row or none: batch normalisation needs two.
+            # Batch normalisation needs two rows.
             if self._even and distributed.world() > 1 and len(images) < 2:
                 self.left_out += 1
                 continue
@@ -129,19 +129,19 @@ class Batches:
 
 
 def micro_batches(batch: Batch, count: int) -> list[tuple[Batch, float]]:
-    """A batch in ``count`` parts (fewer, if they had less than two rows), and what to divide each loss by.
+    """``count`` parts of a batch (fewer if they had less than two rows), and the divisor of each part's loss.
 
-    The losses are means over rows, so that a part of r of n rows counts r/n.
+    Losses are means over rows, so a part with r of n rows has the divisor n / r.
     """
     rows = len(batch[0])
-    # Of almost equal sizes: `split` would leave a last part of one row, which batch normalisation refuses.
+    # Parts of nearly equal size: `split` could leave a last part with one row, too few for BatchNorm.
     number = max(1, min(count, rows // 2))
     parts = zip(*(entry.tensor_split(number) for entry in batch), strict=True)
     return [(part, rows / len(part[0])) for part in parts]
 
 
 def _without_padding(batches: Iterator[Batch], sampler: DistributedSampler[Any]) -> Iterator[Batch]:
-    # Of n samples rank r has those at r, r + world, ...; what comes after these are copies.
+    # Rank r has the samples r, r + world, ... of n; the rest are duplicates.
     left = math.ceil((len(sampler.dataset) - sampler.rank) / sampler.num_replicas)  # type: ignore[arg-type]
     for batch in batches:
         if left > 0:

@@ -1,6 +1,6 @@
-"""Several processes, one training: torchrun's environment, DDP, and what ranks tell each other.
+"""Training with several processes: torchrun's environment, DDP, and collectives.
 
-Without a process group every function here is that of a single rank, so that the loop has one form.
+Without a process group every function behaves as with a single rank, so that the loop needs no cases.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ def world() -> int:
 
 
 def is_first() -> bool:
-    """Whether this rank writes files and talks to people."""
+    """Whether this rank writes files and prints."""
     return rank() == 0
 
 
 @contextlib.contextmanager
 def launched() -> Iterator[None]:
-    """The process group that torchrun's environment variables describe, if there are any.
+    """Create the process group that torchrun's environment variables describe, if they are set.
 
-    Tensors on GPUs go by NCCL, those on CPUs by gloo. Raises ``RecipeError`` for an environment in part.
+    GPU tensors use NCCL, CPU tensors gloo. Raises ``RecipeError`` if only some of the variables are set.
     """
     if _active() or number("WORLD_SIZE", 1, least=1) < 2:
         yield
@@ -61,7 +61,7 @@ def launched() -> Iterator[None]:
 
 
 def local_device() -> torch.device:
-    """The GPU of this process: one for each rank of a machine."""
+    """The GPU of this process: one per rank of a machine."""
     local, count = number("LOCAL_RANK", 0), torch.cuda.device_count()
     if local >= count:
         raise RecipeError(
@@ -73,7 +73,7 @@ def local_device() -> torch.device:
 
 @contextlib.contextmanager
 def first_rank_first() -> Iterator[None]:
-    """The first rank runs the block alone, then the others: for caches that one process fills."""
+    """Run the block on the first rank, then on the others: for caches that one process fills."""
     if not is_first():
         barrier()
     yield
@@ -87,16 +87,16 @@ def barrier() -> None:
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """The sum of a tensor over all ranks, on the CPU where there is gloo."""
+    """The sum of a tensor over all ranks, reduced on the CPU if there is gloo."""
     if world() == 1:
         return values
-    values = values.to(_talking_device(), copy=True)
+    values = values.to(_collective_device(), copy=True)
     dist.all_reduce(values)
     return values.cpu()
 
 
 def any_over_ranks(*flags: bool) -> list[bool]:
-    """For each flag, whether it is set on some rank."""
+    """For each flag, whether it is set on any rank."""
     if world() == 1:
         return list(flags)
     return [count > 0 for count in sum_over_ranks(torch.tensor(flags, dtype=torch.float32)).tolist()]
@@ -107,7 +107,7 @@ def from_first(value: Any = None) -> Any:
     if world() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, device=_talking_device())
+    dist.broadcast_object_list(box, device=_collective_device())
     return box[0]
 
 
@@ -121,7 +121,7 @@ def of_all_ranks(value: Any) -> list[Any]:
 
 
 def wrap(method: Method) -> nn.Module:
-    """``method`` under DDP, if there are several ranks: the student and the heads, never the teacher."""
+    """``method`` under DDP if there are several ranks; it has the student and the heads, not the teacher."""
     if world() == 1 or not any(parameter.requires_grad for parameter in method.parameters()):
         return method
     device = next(method.parameters()).device
@@ -134,7 +134,7 @@ def wrap(method: Method) -> nn.Module:
 
 
 def without_sync(runner: nn.Module, wanted: bool) -> contextlib.AbstractContextManager[Any]:
-    """Gradients stay with their rank: for all micro-batches of a step but the last."""
+    """Skip DDP's gradient reduction if ``wanted``: for all micro-batches of a step but the last."""
     if wanted and isinstance(runner, nn.parallel.DistributedDataParallel):
         return runner.no_sync()
     return contextlib.nullcontext()
@@ -142,9 +142,9 @@ def without_sync(runner: nn.Module, wanted: bool) -> contextlib.AbstractContextM
 
 @torch.no_grad()
 def share_buffers(module: nn.Module) -> None:
-    """The first rank's buffers everywhere: without SyncBatchNorm each rank has running statistics of its own.
+    """Copy the first rank's buffers to all ranks, so that the validated network is the saved one.
 
-    What is validated is then what is saved.
+    Without SyncBatchNorm each rank has its own running statistics.
     """
     if world() > 1:
         for buffer in module.buffers():
@@ -166,8 +166,8 @@ def _active() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def _talking_device() -> torch.device:
-    # A group of the user's own may have NCCL alone, which knows no tensors on the CPU.
+def _collective_device() -> torch.device:
+    # A process group made by the user may have only NCCL, which does not support CPU tensors.
     backend = dist.get_backend_config(None)
     return (
         torch.device("cpu") if "gloo" in str(backend) else torch.device("cuda", torch.cuda.current_device())

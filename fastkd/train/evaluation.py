@@ -1,4 +1,4 @@
-"""Accuracy and loss of a network over a validation set, each image counted once whatever the ranks."""
+"""Accuracy and loss of a network on a validation set, counting each image once for any number of ranks."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def evaluate(
     precision: str = "float32",
     channels_last: bool = False,
 ) -> tuple[float, float]:
-    """Accuracy (a fraction) and mean cross-entropy of ``model`` over ``loader``; train/eval mode is kept.
+    """Accuracy (a fraction) and mean cross-entropy of ``model`` on ``loader``; train/eval mode is restored.
 
-    In a process group each rank takes its share of every batch; all get the result of the whole.
+    In a process group each rank computes its share of every batch, and all return the overall result.
     """
     accuracy, loss, _ = evaluate_rows(
         model, loader, device=device, precision=precision, channels_last=channels_last
@@ -45,7 +45,7 @@ def evaluate_rows(
     precision: str = "float32",
     channels_last: bool = False,
 ) -> tuple[float, float, int]:
-    """``evaluate`` and the number of images. Raises ``TrainError`` if there are none."""
+    """Like ``evaluate``, with the number of images. Raises ``TrainError`` if there are none."""
     device = torch.device(device)
     correct = torch.zeros((), dtype=torch.int64, device=device)
     total = torch.zeros((), dtype=torch.float64, device="cpu" if device.type == "mps" else device)
@@ -54,7 +54,7 @@ def evaluate_rows(
         for images, target, *_ in Batches(
             loader, device, even=False, channels_last=channels_last, name="val_loader"
         ).start():
-            if len(target) == 0:  # a rank without rows of this batch
+            if len(target) == 0:  # this rank has no rows of the batch
                 continue
             with autocast(device, precision):
                 logits = logits_of(model, images, "network")
@@ -69,7 +69,7 @@ def evaluate_rows(
 
 
 def try_validation(student: nn.Module, loader: Any, numerics: Numerics) -> None:
-    """Validate on the loader's first batch, where it can be had twice: before an epoch has been trained.
+    """Validate on the loader's first batch before training, if the loader can be read twice.
 
     Raises ``TrainError``.
     """

@@ -20,7 +20,6 @@ from .batches import Batch, Batches
 from .ema import make_ema
 from .epoch import Epoch
 from .evaluation import evaluate, try_validation, validate
-from .freezing import frozen
 from .meters import LossMeter, PassTimer
 from .precision import Numerics, compile_networks, make_scaler, place
 from .preflight import check_loaders, check_optimizer, check_options, check_scheduler
@@ -41,7 +40,7 @@ Loader = Iterable[Batch]
 class FitResult:
     """What ``fit`` returns. Accuracies are fractions of the validation set.
 
-    ``history`` holds one record an epoch: ``epoch`` (from 1), ``loss``, ``terms``, ``train_accuracy``,
+    ``history`` has one record per epoch: ``epoch`` (from 1), ``loss``, ``terms``, ``train_accuracy``,
     ``rows`` (images trained on, over all ranks), ``skipped`` (steps left out), ``val_accuracy``,
     ``val_loss``, ``val_rows``, ``lr`` (after the epoch) and ``seconds`` (data, teacher, student, loss, other,
     validation).
@@ -57,12 +56,12 @@ class FitResult:
 
     @property
     def best(self) -> Record:
-        """The first epoch of the highest validation accuracy."""
+        """The first epoch with the highest validation accuracy."""
         return max(self.history, key=lambda record: record["val_accuracy"])
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds over all epochs, by part."""
+        """Total seconds by part."""
         return {part: sum(r["seconds"][part] for r in self.history) for part in self.last["seconds"]}
 
 
@@ -76,19 +75,19 @@ def fit(
     device: torch.device | str | None = None,
     **options: Any,
 ) -> FitResult:
-    """Train ``student`` on ``train_loader`` with a loss of its logits and, when there is one, ``teacher``'s.
+    """Train ``student`` with a loss on its logits and those of ``teacher``, if there is one.
 
     Args:
         student: maps a batch of images to logits ``[N, C]``; trained in place.
-        teacher: likewise, or None. Frozen, in eval mode and without gradient while training; its modes and
-            ``requires_grad`` flags are as before afterwards.
+        teacher: likewise, or None. In eval mode and without gradients during training; its modes and
+            ``requires_grad`` flags are restored afterwards.
         loss: callable ``(student_logits, teacher_logits, target)`` that returns a scalar, or a scalar and a
             dict of detached scalar terms to log. If it is a module, its parameters are trained too.
-        **options: those of ``fit_method``, whose other arguments and errors these are.
+        **options: those of ``fit_method``. Its other arguments and errors apply as well.
     """
-    check_apart(student, teacher)  # before the teacher, and what is shared, is frozen
+    check_apart(student, teacher)  # before freezing the teacher and what it shares
     device = torch.device(device) if device is not None else _device_of(student)
-    with frozen(teacher, device):
+    with _frozen(teacher, device):
         method = LossMethod(student, teacher, loss)
         return fit_method(method, train_loader, val_loader, device=device, **options)
 
@@ -118,43 +117,43 @@ def fit_method(
     progress: bool = True,
     resume: dict[str, Any] | None = None,
 ) -> FitResult:
-    """Train the student of ``method``, and what the method trains beside it; validate the plain student.
+    """Train the student of ``method`` and the method's heads; validate the student after each epoch.
 
-    A batch so small that the network cannot take it in train mode, such as a last one of a single row, is
-    left out; the watcher is told, and ``skipped`` counts it.
+    A batch that is too small for the network in train mode, such as a last one with a single row, is left
+    out; the watcher gets a note, and ``skipped`` counts it.
 
     In a ``torch.distributed`` process group the method runs under DDP, and each batch of the loaders is
-    shared among the ranks, so that n processes do what one does (see ``batches.Batches``).
+    divided among the ranks, so that n processes compute the same as one (see ``batches.Batches``).
 
     Args:
-        train_loader, val_loader: any iterables of ``(images, target)``, iterated anew each epoch, targets
-            int64 ``[N]``. A ``set_epoch(epoch)`` of the loader or of its sampler is called first, from 0.
-        optimizer: over ``method.parameters()``, heads among them; default AdamW, learning rate 1e-3.
+        train_loader, val_loader: iterables of ``(images, target)``, iterated once per epoch; int64 targets
+            ``[N]``. ``set_epoch(epoch)`` of the loader or its sampler is called first, counting from 0.
+        optimizer: of ``method.parameters()``, including heads; by default AdamW with learning rate 1e-3.
         scheduler: stepped after each optimizer step, or each epoch with ``scheduler_interval="epoch"``.
-        clip_norm: largest norm of the gradient over all parameters.
-        accumulate: compute each rank's batch in so many parts, to need less memory; the step is the same.
-        ema: decay of an average of the student's weights, which is then what is validated.
-        nonfinite: of a loss, ``"stop"`` or ``"skip"`` the step and count it; to skip, the host waits for
-            every step.
-        device: where to train; default, where the student's parameters are.
+        clip_norm: largest gradient norm over all parameters.
+        accumulate: number of micro-batches in which each rank computes its batch, to save memory.
+        ema: decay of an average of the student's weights, which is then validated instead.
+        nonfinite: what to do if the loss is not finite: ``"stop"``, or ``"skip"`` the step and count it, for
+            which the host waits at every step.
+        device: where to train; by default where the student's parameters are.
         precision: ``"float32"``, or ``"bfloat16"`` or ``"float16"`` to run networks and heads under autocast,
-            float16 with scaled gradients.
-        teacher_precision: that of the teacher, if it is another.
+            float16 with loss scaling.
+        teacher_precision: the teacher's precision, if it differs.
         channels_last: keep images and convolutions in that memory format.
-        compile: ``torch.compile`` both networks; a text names its backend.
-        log_every: steps between fetching losses from the device; default 1 on a CPU, else 20.
-        checkpoint_every: call ``watcher.checkpoint`` every so many steps, or every ``"15min"``.
-        stop: asked after each step whether to end early, with a last ``watcher.checkpoint``.
-        watcher: told of every batch and epoch.
-        progress: show a progress bar and a line an epoch; ignored when there is a ``watcher``.
-        resume: a state that an earlier call handed to ``watcher.epoch_done`` or ``watcher.checkpoint``.
+        compile: ``torch.compile`` both networks; a string names the backend.
+        log_every: steps between fetching losses from the device; by default 1 on a CPU, else 20.
+        checkpoint_every: steps between calls of ``watcher.checkpoint``, or a time such as ``"15min"``.
+        stop: called after each step; if it returns true, training stops after ``watcher.checkpoint``.
+        watcher: receives the progress.
+        progress: show a progress bar and one line per epoch; ignored if there is a ``watcher``.
+        resume: a state that an earlier call gave to ``watcher.epoch_done`` or ``watcher.checkpoint``.
 
     Raises:
         NonFiniteLossError: the loss became NaN or infinite.
-        Preempted: ``stop`` said so.
-        ValueError: an option, optimizer or scheduler that does not fit the method; found before training.
-        CheckpointError: ``resume`` is the state of another training.
-        TrainError: a loader yields nothing or something else, or the loss does not depend on the student.
+        Preempted: ``stop`` returned true.
+        ValueError: an option, optimizer or scheduler does not fit the method; raised before training.
+        CheckpointError: ``resume`` is not a state of this training.
+        TrainError: a loader yields no or wrong batches, or the loss does not depend on the student.
     """
     check_options(epochs, scheduler_interval, accumulate, ema, nonfinite)
     check_loaders(train_loader, val_loader, epochs)
@@ -253,17 +252,35 @@ def _train_epoch(
         meter.drain()
 
 
+@contextlib.contextmanager
+def _frozen(model: nn.Module | None, device: torch.device) -> Iterator[None]:
+    """Put ``model`` on ``device`` in eval mode without gradients; restore modes and flags afterwards."""
+    if model is None:
+        yield
+        return
+    modes = {module: module.training for module in model.modules()}
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        model.to(device).eval().requires_grad_(False)
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+
+
 def _default_watcher(progress: bool) -> Watcher:
     if not progress or not distributed.is_first():
         return Watcher()
-    from .display.console import ConsoleProgress  # rich is wanted only here
+    from .display.console import ConsoleProgress  # the only use of rich
 
     return Shielded(ConsoleProgress())
 
 
 @contextlib.contextmanager
 def _reporting(watcher: Watcher, train: Batches) -> Iterator[None]:
-    """Hands the watcher the batch of a loss that is not finite: read anew, since losses are fetched late."""
+    """Give the watcher the batch of a loss that is not finite, read again, since losses are fetched later."""
     try:
         yield
     except NonFiniteLossError as error:

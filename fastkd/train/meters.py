@@ -1,4 +1,4 @@
-"""What the loop measures as it runs, without making a GPU wait: loss terms, accuracy, time."""
+"""Measurements of the training loop that do not stall a GPU: loss terms, accuracy, time."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ class LossMeter:
     """Running means of loss, terms and accuracy over an epoch and over all ranks, weighted by rows.
 
     Values stay on the device and are fetched in one copy every ``interval`` steps: by default every step on a
-    CPU, where a value costs nothing, seldom on a GPU, where it costs a synchronisation. A loss that is not
-    finite is found when it is fetched, on every rank alike.
+    CPU and every 20 steps on a GPU, where fetching synchronises. A loss that is not finite is found when it
+    is fetched, at the same step on every rank.
     """
 
     def __init__(self, device: torch.device, epoch: int = 1, interval: int | None = None) -> None:
         self.interval = interval or (1 if device.type == "cpu" else 20)
         self.epoch = epoch
         self.steps = 0
-        self.skipped = 0  # of the steps, those left out for a loss that is not finite
-        self.rows = 0  # counted so far; the rest is pending
-        self.waited = 0.0  # seconds of the host's waiting for data
-        self._began = (time.perf_counter(), 0, 0)  # and steps and rows then
+        self.skipped = 0  # steps left out because the loss was not finite
+        self.rows = 0  # fetched so far; further ones are pending
+        self.waited = 0.0  # seconds that the host waited for data
+        self._began = (time.perf_counter(), 0, 0)  # with the steps and rows at that time
         self._names: tuple[str, ...] = ()
         self._step: Tensor | None = None
         self._pending: list[Tensor] = []
@@ -42,18 +42,18 @@ class LossMeter:
         self._correct = 0.0
 
     def add(self, loss: Tensor, terms: dict[str, Tensor], logits: Tensor, target: Tensor) -> None:
-        """Count a micro-batch: scalar loss and terms, logits [N, C], target [N] (or [N, C], mixed)."""
+        """Add a micro-batch: scalar loss and terms, logits [N, C], target [N] (or [N, C] if mixed)."""
         self._names = tuple(terms)
         labels = target.argmax(-1) if target.dim() == 2 else target
         correct = (logits.argmax(-1) == labels).sum()
-        # Not in the logits' dtype: bfloat16 counts to 256 only.
+        # Not in the logits' dtype: bfloat16 counts only to 256.
         means = torch.stack([value.detach().float() for value in (loss, *terms.values())])
         rows = torch.full_like(correct, len(target))
         values = torch.cat([means * len(target), torch.stack([correct, rows]).float()])
         self._step = values if self._step is None else self._step + values
 
     def end_step(self) -> None:
-        """What was added since the last time is a step. Raises ``NonFiniteLossError`` if it fetches one."""
+        """End the step to which micro-batches were added; may fetch. Raises ``NonFiniteLossError``."""
         assert self._step is not None
         self._pending.append(self._step)
         self._step = None
@@ -62,7 +62,7 @@ class LossMeter:
             self.drain()
 
     def step_is_finite(self) -> bool:
-        """Whether every loss of the step is finite on every rank: makes the host wait."""
+        """Whether every loss of the step is finite on every rank; makes the host wait."""
         assert self._step is not None
         return bool(distributed.sum_over_ranks(self._step).isfinite().all())
 
@@ -74,7 +74,7 @@ class LossMeter:
             self.drain()
 
     def drain(self) -> None:
-        """Fetch what is pending. Raises ``NonFiniteLossError``, naming step and terms."""
+        """Fetch the pending values. Raises ``NonFiniteLossError`` that names step and terms."""
         if not self._pending:
             return
         fetched = distributed.sum_over_ranks(torch.stack(self._pending).cpu().double()).tolist()
@@ -90,7 +90,7 @@ class LossMeter:
             self.rows += int(rows)
 
     def state(self) -> dict[str, Any]:
-        """Plain values, all of them fetched: ``load_state`` goes on from there."""
+        """The state as plain values, for ``load_state``; fetches the pending values."""
         self.drain()
         names = ("steps", "skipped", "rows", "_names", "_sums", "_correct")
         return {name: getattr(self, name) for name in names}
@@ -102,7 +102,7 @@ class LossMeter:
         self._began = (time.perf_counter(), self.steps, self.rows)
 
     def since_start(self) -> tuple[float, int, int]:
-        """Seconds, steps and images since the epoch began or was gone on with."""
+        """Seconds, steps and images since the epoch began or was resumed."""
         when, steps, rows = self._began
         return time.perf_counter() - when, self.steps - steps, self.rows - rows
 
@@ -122,17 +122,17 @@ class LossMeter:
 
 
 class Stopwatch:
-    """Seconds by part. ``lap(part)`` books the time since the last lap on ``part``.
+    """Seconds by part. ``lap(part)`` adds the time since the last lap to ``part``.
 
-    On a CUDA device laps are events on the current stream, read long after they happened, so that the
-    host never waits; time in which the GPU waits for data falls to the part ``data``, time in which data
-    are prepared while the GPU is busy to none. Elsewhere it is the host's clock.
+    On a CUDA device laps are events on the current stream that are read later, so that the host never waits.
+    Time in which the GPU waits for data counts as ``data``; preparing data while the GPU is busy does not
+    count. On other devices it is the host's clock.
     """
 
     _PENDING = 2048
 
     def __init__(self, device: torch.device, seconds: dict[str, float] | None = None) -> None:
-        """``seconds``: what a stopped run had measured."""
+        """``seconds``: measured by the run before it was stopped."""
         self._cuda = device.type == "cuda"
         self._seconds: defaultdict[str, float] = defaultdict(float, seconds or {})
         self._events: list[tuple[str, torch.cuda.Event]] = []
@@ -169,10 +169,10 @@ class Stopwatch:
 
 
 class PassTimer:
-    """Tells a stopwatch where, inside a method, teacher and student run, by hooks on the two modules.
+    """Takes laps where teacher and student run inside a method, by hooks on the two modules.
 
-    What lies between is the loss's: its forward, the heads', and their backward until the gradient reaches
-    the student's logits. Keeps the student's logits of the last pass.
+    The time between is the loss's: forward of loss and heads, and their backward down to the student's
+    logits. Keeps the student's logits of the last pass.
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None, watch: Stopwatch) -> None:
@@ -197,7 +197,7 @@ class PassTimer:
 
     def _after_student(self, module: nn.Module, inputs: object, output: object) -> None:
         logits = named_logits(output)
-        if not isinstance(logits, Tensor):  # the method says what came
+        if not isinstance(logits, Tensor):  # the method reports what it got
             return
         self.logits = logits.detach()
         self._backward_seen = False
@@ -205,6 +205,6 @@ class PassTimer:
             logits.register_hook(self._at_the_logits)
 
     def _at_the_logits(self, gradient: Tensor) -> None:
-        # A second backward, as alignment makes it, comes after the student's first one.
+        # The second backward pass of gradient alignment comes after the student's first one.
         self._watch.lap("student" if self._backward_seen else "loss")
         self._backward_seen = True

@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules of recipes, all of them torch's."""
+"""torch's optimizers and learning-rate schedules, as recipes name them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch.optim import lr_scheduler
 from fastkd.distill import Method
 from fastkd.recipe.schema import Optimization
 
-# Fused: one kernel over all parameters; a large linear layer makes it a tenth of a CPU step otherwise.
+# Fused: one kernel over all parameters. Unfused, a large linear layer makes it a tenth of a CPU step.
 _FUSED_ON = ("cpu", "cuda", "mps", "xpu")
 
 
 def build_optimizer(method: Method, config: Optimization) -> torch.optim.Optimizer:
-    """Over all that the method trains."""
+    """The optimizer of everything that the method trains."""
     parameters = [parameter for parameter in method.parameters() if parameter.requires_grad]
     fused = all(parameter.device.type in _FUSED_ON for parameter in parameters)
     options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": fused}
@@ -25,16 +25,15 @@ def build_optimizer(method: Method, config: Optimization) -> torch.optim.Optimiz
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, config: Optimization, batches: int) -> Any:
-    """To be stepped after each of ``batches`` steps an epoch; None for a constant learning rate.
+    """The scheduler, stepped after each of ``batches`` steps per epoch; None for a constant learning rate.
 
-    A warm-up multiplies the schedule, which counts from the first step, so that milestones stay where they
-    are.
+    A warm-up multiplies the schedule, which counts from the first step, so it does not shift milestones.
     """
     steps = batches * config.epochs
     if config.schedule == "one_cycle":
         return lr_scheduler.OneCycleLR(optimizer, max_lr=config.lr, total_steps=steps)
     schedulers: list[lr_scheduler.LRScheduler] = []
-    # Starts above 0: the first step is a step.
+    # Starts above 0, so that the first step has an effect.
     warmup = round(batches * config.warmup_epochs)
     if warmup:
         schedulers.append(lr_scheduler.LinearLR(optimizer, 1 / (warmup + 1), total_iters=warmup))

@@ -1,4 +1,4 @@
-"""Number formats of the networks: autocast, the scaler that float16 needs, compilation."""
+"""Number formats of networks: autocast, float16's loss scaling; and compilation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def dtype_of(precision: str, name: str = "precision") -> torch.dtype | None:
-    """None for float32, which is no autocast. Raises ``ValueError``."""
+    """The dtype for autocast; None for float32, which uses none. Raises ``ValueError``."""
     if precision not in DTYPES:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, DTYPES))}, got {precision!r}")
     return DTYPES[precision]
@@ -52,16 +52,15 @@ def place(method: Method, numerics: Numerics, teacher_precision: str | None) -> 
 
 
 def make_scaler(device: torch.device, precision: str) -> GradScaler | None:
-    """The loss scaling of float16, whose smallest gradients would be lost otherwise."""
+    """The loss scaler for float16, whose small gradients underflow otherwise."""
     return GradScaler(device.type) if precision == "float16" else None
 
 
 def compile_networks(method: Method, backend: str) -> list[str]:
     """Compile student and teacher in place; returns notes on those that stay eager.
 
-    Only ``forward`` is compiled, so that state dicts, hooks on the network and the exported student stay as
-    they are. A method that reads inner layers does so by hooks that exist for one pass, for which a compiler
-    would start anew each step.
+    Only ``forward`` is compiled, so that state dicts, hooks on the network and the exported student do not
+    change. Methods read inner layers by hooks that exist for one pass, which would recompile at each step.
     """
     notes = []
     for role, network, taps in (

@@ -1,4 +1,4 @@
-"""What ``fit`` looks at before it trains: faults that would train nothing without a word, or end it late."""
+"""Checks before training, for mistakes that would silently train nothing or fail late."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastkd.messages import kind_and_text, some
 from .random_state import get_random_state, set_random_state
 
 _LISTED = 4
-# What Python's own tools make: a second epoch would find it empty. Other iterators may begin anew.
+# Exhausted after one epoch. Other iterators may be able to restart.
 _ONCE = (types.GeneratorType, zip, map, filter, enumerate)
 _ENTRIES = "expected (images, target), or (images, target, teacher_logits) to train"
 
@@ -26,7 +26,7 @@ _ENTRIES = "expected (images, target), or (images, target, teacher_logits) to tr
 def check_options(
     epochs: int, scheduler_interval: str, accumulate: int, ema: float | None, nonfinite: str
 ) -> None:
-    """Raise ``ValueError`` for a number or a name that is none of those that there are."""
+    """Raise ``ValueError`` for an option that is out of range or unknown."""
     for name, count in (("epochs", epochs), ("accumulate", accumulate)):
         if count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}")
@@ -39,15 +39,15 @@ def check_options(
 
 
 def check_optimizer(method: Method, optimizer: Any) -> None:
-    """All that the method trains must be in ``optimizer``, and nothing else. Raises ``ValueError``.
+    """``optimizer`` must have exactly the parameters that the method trains. Raises ``ValueError``.
 
-    A parameter with ``requires_grad=False`` may be left out.
+    Parameters with ``requires_grad=False`` may be left out.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         several = isinstance(optimizer, list | tuple | dict)
         raise ValueError(
             f"optimizer is {_kind(optimizer)}; expected one torch.optim.Optimizer"
-            + (", with a parameter group for each of several settings" if several else "")
+            + (", with parameter groups for different settings" if several else "")
         )
     wanted = {p: name for name, p in method.named_parameters() if p.requires_grad}
     if not wanted:
@@ -69,7 +69,7 @@ def check_optimizer(method: Method, optimizer: Any) -> None:
     if faults:
         raise ValueError(
             f"optimizer: it {' and '.join(faults)}; give it method.parameters() (with fit: those of the "
-            "student and of the loss), and set requires_grad=False on what is to stay as it is"
+            "student and of the loss), and set requires_grad=False on parameters that must not change"
         )
 
 
@@ -102,10 +102,10 @@ def check_scheduler(
         bound = getattr(part, "optimizer", optimizer)
         if bound is not optimizer:
             raise ValueError(
-                f"scheduler: this {type(part).__name__} belongs to another optimizer, whose learning rate it "
-                "would change; make it with the optimizer that is given"
+                f"scheduler: this {type(part).__name__} belongs to another optimizer and "
+                "would change its learning rate; make it with the optimizer that is given"
             )
-        steps = getattr(part, "total_steps", None)  # OneCycleLR refuses to go beyond
+        steps = getattr(part, "total_steps", None)  # OneCycleLR raises beyond it
         if isinstance(steps, int) and total is not None and steps < total:
             raise ValueError(
                 f"scheduler: {type(part).__name__} ends after {steps} steps, but there are {total} "
@@ -120,7 +120,7 @@ def _parts(scheduler: Any) -> Iterable[Any]:
 
 
 def cannot_be_averaged(student: nn.Module, error: Exception) -> ValueError:
-    """What to say when ``copy.deepcopy(student)`` raised ``error``: an average begins as a copy."""
+    """The error for a student whose copy, with which an average starts, raised ``error``."""
     old = [
         name or type(module).__name__
         for name, module in student.named_modules()
@@ -128,16 +128,16 @@ def cannot_be_averaged(student: nn.Module, error: Exception) -> ValueError:
     ]
     if old:
         remedy = (
-            f"torch.nn.utils.weight_norm of {some(old, _LISTED)} makes the weight anew in each pass; "
+            f"torch.nn.utils.weight_norm of {some(old, _LISTED)} recomputes the weight in each pass; "
             "torch.nn.utils.parametrizations.weight_norm can be copied"
         )
     else:
         remedy = f"copy.deepcopy raises {kind_and_text(error)}"
-    return ValueError(f"ema: the student cannot be copied, and an average begins as its copy: {remedy}")
+    return ValueError(f"ema: the average starts as a copy of the student, which cannot be copied: {remedy}")
 
 
 def check_channels_last(method: Method) -> None:
-    """Raise ``ValueError`` for a network that is not one of ``[N, C, H, W]``."""
+    """Raise ``ValueError`` if a network has weights of 3-D convolutions."""
     for role, network in (("method", method), ("teacher", method.teacher)):
         for name, parameter in network.named_parameters() if network is not None else ():
             if isinstance(parameter, nn.UninitializedParameter) or parameter.dim() != 5:
@@ -150,10 +150,10 @@ def check_channels_last(method: Method) -> None:
 
 
 def check_loaders(train: Any, val: Any, epochs: int) -> None:
-    """Raise ``TrainError`` for what cannot be iterated, once an epoch, or is empty."""
+    """Raise ``TrainError`` for a loader that is empty or cannot be iterated once per epoch."""
     for name, loader in (("train_loader", train), ("val_loader", val)):
         if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
-            hint = "; each epoch is validated: give held-out batches, a few will do" if loader is None else ""
+            hint = "; each epoch is validated: give some held-out batches" if loader is None else ""
             raise TrainError(f"{name} is {_kind(loader)}; expected an iterable of (images, target){hint}")
         if isinstance(loader, Mapping | str | bytes | Tensor):
             raise TrainError(f"{name} is {_kind(loader)}; expected an iterable of batches (images, target)")
@@ -167,7 +167,7 @@ def check_loaders(train: Any, val: Any, epochs: int) -> None:
 
 
 def first_of(loader: Any) -> Any:
-    """The first batch of a list or a ``DataLoader`` without workers, as if nothing was drawn; else None."""
+    """The first batch of a list or of a ``DataLoader`` without workers, or None; restores random states."""
     if isinstance(loader, DataLoader):
         if loader.num_workers or isinstance(loader.dataset, torch.utils.data.IterableDataset):
             return None
@@ -189,7 +189,7 @@ def first_of(loader: Any) -> Any:
 
 
 def checked_batch(batch: Any, name: str) -> Sequence[Any]:
-    """``batch``, if it is images, a target and perhaps logits. Raises ``TrainError`` that names what came."""
+    """``batch`` if it is images, target and optional logits; else raises ``TrainError`` that describes it."""
     if isinstance(batch, Mapping):
         keys = list(map(str, batch))
         labels = next((key for key in ("labels", "label", "target") if key in keys), "labels")

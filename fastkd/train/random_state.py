@@ -1,4 +1,4 @@
-"""The state of the random generators that a training loop may draw from, as plain values."""
+"""Saving and restoring the state of random generators as plain values."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def get_random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put back what ``get_random_state`` returned; CUDA states only if there are as many devices now."""
+    """Restore a state of ``get_random_state``; CUDA states only if the number of devices is the same."""
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([generator.cpu() for generator in state["cuda"]])

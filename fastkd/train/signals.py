@@ -19,11 +19,11 @@ REQUEUE_STATUS = 75
 
 
 class StopSignals:
-    """``with StopSignals() as stop:``; ``stop()`` says whether SIGTERM or SIGUSR1 has come since.
+    """``with StopSignals() as stop:``; then ``stop()`` says whether SIGTERM or SIGUSR1 has arrived.
 
-    More of them change nothing: torchrun and schedulers send several, while the checkpoint is written and
-    while the process ends. So after a signal both stay ignored; ``restore_handlers`` undoes that. Within a
-    ``with`` another one is the same: a signal between teacher and student stops the student.
+    Further signals are ignored until the process ends, since torchrun and schedulers send several;
+    ``restore_handlers`` undoes that. Nested blocks share the state: a signal between the teacher's and the
+    student's training stops the student's.
     """
 
     _outer: StopSignals | None = None
@@ -38,7 +38,7 @@ class StopSignals:
         active._depth += 1
         if active._depth == 1:
             StopSignals._outer = active
-            if threading.current_thread() is threading.main_thread():  # Python allows handlers there only
+            if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
                 for number in stop_signals():
                     handler = signal.signal(number, active._receive)
                     StopSignals._before.setdefault(number, handler)
@@ -54,7 +54,7 @@ class StopSignals:
         if not active._received:
             restore_handlers()
         elif StopSignals._before:
-            # Not a handler of ours: Python puts the default back while it ends, and the process would die.
+            # Not our handler: Python restores the default at exit, and the signal would kill the process.
             for number in StopSignals._before:
                 signal.signal(number, signal.SIG_IGN)
 
@@ -66,20 +66,20 @@ class StopSignals:
 
 
 def restore_handlers() -> None:
-    """The handlers of before ``StopSignals``, for a process that goes on after it was asked to stop."""
+    """Restore the handlers from before ``StopSignals``, for a process that continues after a stop."""
     for number, handler in StopSignals._before.items():
         signal.signal(number, handler)
     StopSignals._before.clear()
 
 
 class Control:
-    """After each step: is a checkpoint due, shall we stop? Every rank gets the same answer.
+    """Decides after each step whether to write a checkpoint and whether to stop, the same on every rank.
 
     Args:
         every: steps (an int) or time (``"15min"``, ``"900s"``, ``"2h"``) between checkpoints; None: only when
             stopping.
-        stop: asked whether to stop.
-        interval: with several ranks, steps between the times when they ask each other.
+        stop: called to ask whether to stop.
+        interval: with several ranks, steps between their exchanges.
     """
 
     def __init__(self, every: int | str | None, stop: Callable[[], bool] | None, interval: int) -> None:

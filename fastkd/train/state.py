@@ -136,7 +136,7 @@ def _check_position(state: Mapping[str, Any], epochs: int, batches: int | None) 
         raise _unfit(f"it has {len(history)} epochs{begun}, but epochs = {epochs}")
     before = state.get("batches")
     if before is not None and batches is not None and before != batches:
-        raise _unfit(f"batches of an epoch: {before} → {batches}, of another batch size or other data")
+        raise _unfit(f"batches per epoch: {before} → {batches}, of another batch size or other data")
     if position:
         steps = position["meter"]["steps"]
         if not isinstance(steps, int) or steps < 0 or (batches is not None and steps > batches):

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from fastkd.errors import CheckpointError
 from fastkd.messages import some
 
-COUNTER = "num_batches_tracked"  # of batch normalisation; torch too loads files without it
+COUNTER = "num_batches_tracked"  # of batch normalisation; torch also loads files without it
 _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # of GoogLeNet and Inception
 _LISTED = 20
 
 
 def fill(model: nn.Module, weights: Mapping[str, Tensor], origin: str, remedy: str) -> None:
-    """``load_state_dict``, with a ``CheckpointError`` that names ``origin`` and all that does not fit."""
+    """``load_state_dict``, with a ``CheckpointError`` that names ``origin`` and every mismatch."""
     expected: Any = model.state_dict()
     weights = {**{key: value for key, value in expected.items() if key.endswith(COUNTER)}, **weights}
-    if getattr(model, "aux_logits", None) is False:  # heads that fastkd leaves out, see build_model
+    if getattr(model, "aux_logits", None) is False:  # build_model leaves auxiliary heads out
         weights = {k: v for k, v in weights.items() if k in expected or not k.startswith(_AUXILIARY)}
     shapes = [
         f"{key} has shape {list(weights[key].shape)}, expected {list(value.shape)}"
@@ -32,7 +32,7 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], origin: str, remedy: s
         "missing": [key for key in expected if key not in weights],
         "not in this model": [key for key in weights if key not in expected],
         "of another shape": shapes,
-        "no plain tensors of the kind expected": [
+        "of an unexpected kind": [
             f"{key} is {kind}"
             for key, value in weights.items()
             if key in expected and (kind := _other_kind(value, expected[key])) is not None
@@ -41,14 +41,14 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], origin: str, remedy: s
     listed = [f"{len(names)} {fault}: {some(names, _LISTED)}" for fault, names in faults.items() if names]
     if listed:
         raise CheckpointError(f"{origin} does not fit the model: {'; '.join(listed)}; {remedy}")
-    # Layers ask for the version of their own format there; what was missing is filled in by now.
+    # Layers look up their format version there; missing counters have been filled in above.
     weights = OrderedDict(weights)
     weights._metadata = expected._metadata  # type: ignore[attr-defined]
     model.load_state_dict(weights)
 
 
 def _other_kind(value: Tensor, expected: Tensor) -> str | None:
-    """Why ``value`` cannot be copied as what it means: torch would fail, or convert it in silence."""
+    """Why ``value`` cannot be copied: torch would fail, or convert it silently."""
     if value.is_meta:
         return "without content (meta)"
     if value.is_quantized:

@@ -1,4 +1,4 @@
-"""A training step that leaves no trace: whether a network takes batches of some size is seen early."""
+"""Trial steps without side effects, which show early whether a network accepts a batch size."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .random_state import get_random_state, set_random_state
 
 @contextlib.contextmanager
 def unchanged(*networks: nn.Module | None) -> Iterator[None]:
-    """Inside, buffers, modes and random generators may change; afterwards they are as before, to the bit."""
+    """Restore buffers, modes and random generators bit by bit after the block."""
     modules = [module for network in networks if network is not None for module in network.modules()]
     modes = [module.training for module in modules]
     buffers = [
@@ -44,7 +44,7 @@ def unchanged(*networks: nn.Module | None) -> Iterator[None]:
 
 
 def try_step(method: Method, batch: Batch, precision: str, accumulate: int = 1) -> None:
-    """A step in train mode, forward and backward, without effect. Raises whatever the step raises."""
+    """Forward and backward in train mode, without side effects. Raises whatever the step raises."""
     images = batch[0]
     with unchanged(method, method.teacher):
         method.train()
@@ -52,16 +52,16 @@ def try_step(method: Method, batch: Batch, precision: str, accumulate: int = 1) 
             with autocast(images.device, precision):
                 loss = total_of(method(part))
             wanted = [p for p in method.parameters() if p.requires_grad and not _lazy(p)]
-            # Not backward(): .grad, and DDP's hooks on it, are for real steps.
+            # Not backward(), which would change .grad and run DDP's hooks.
             if loss.requires_grad and wanted:
                 torch.autograd.grad(loss, wanted, allow_unused=True)
 
 
 class Sizes:
-    """Which batches the step takes. A size smaller than those before is tried on rows of the first one.
+    """Decides which batches to train on. A size smaller than all before is first tried on repeated rows.
 
-    So a fault of its own data still ends the run, while a size that the network cannot take (batch
-    normalisation of one row) is left out.
+    So a size that the network cannot take (one row with batch normalisation) is left out, while an error
+    caused by the batch's data still ends the run.
     """
 
     def __init__(self, method: Method, precision: str, accumulate: int, note: Callable[[str], None]) -> None:
@@ -72,7 +72,7 @@ class Sizes:
         self._rows: Batch | None = None
 
     def take(self, batch: Batch, *, resumed: bool = False) -> bool:
-        """Whether to train on ``batch``. ``resumed``: nothing is known of the batches before it."""
+        """Whether to train on ``batch``. ``resumed``: earlier batches of the epoch are unknown."""
         rows = len(batch[0])
         new = (self._smallest is None and resumed) or (self._smallest is not None and rows < self._smallest)
         if new and rows not in self._refused:
@@ -84,20 +84,20 @@ class Sizes:
         if rows in self._refused:
             return False
         self._smallest = rows if self._smallest is None else min(rows, self._smallest)
-        if self._rows is None:  # two, which take no memory worth the name
+        if self._rows is None:  # two rows, which take little memory
             self._rows = tuple(part[:2].clone() for part in batch)
         return True
 
     def _reason(self, batch: Batch) -> str | None:
         try:
             self._try(batch)
-        except Exception as error:  # of any layer
+        except Exception as error:  # layers can raise anything
             return kind_and_text(error)
         return None
 
 
 def left_out(rows: int, reason: str) -> str:
-    """What is said of a last batch that cannot be trained on."""
+    """The note about a last batch that cannot be trained on."""
     images = "1 image" if rows == 1 else f"{rows} images"
     return f"a batch of {images} cannot be trained on and is left out in each epoch: {reason}"
 
@@ -107,5 +107,5 @@ def _lazy(value: Any) -> bool:
 
 
 def repeated(part: Tensor, rows: int) -> Tensor:
-    """``rows`` rows: those of ``part`` again and again."""
+    """``rows`` rows, repeating those of ``part``."""
     return part[torch.arange(rows, device=part.device) % len(part)]

@@ -1,4 +1,4 @@
-"""What ``fit`` reports while it runs, and to whom."""
+"""Watchers: objects that ``fit`` reports to while it runs."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Record = dict[str, Any]
 
 
 class Watcher:
-    """What ``fit`` tells while it runs; subclass to show or to store. Every method may be left out.
+    """Receives the progress of ``fit``; subclasses override the methods that they need.
 
-    With several ranks each has a watcher of its own; the first one's is the place to write and print.
+    Each rank has its own watcher; only the first rank's should write files and print.
     """
 
     def __enter__(self) -> Watcher:
@@ -33,13 +33,13 @@ class Watcher:
     def batch_done(self, meter: LossMeter) -> None: ...
 
     def epoch_done(self, record: Record, state: Callable[[], dict[str, Any]]) -> None:
-        """``state()`` is what ``fit(resume=…)`` takes to go on after this epoch."""
+        """``state()`` returns the state with which ``fit(resume=…)`` continues after this epoch."""
 
     def checkpoint(self, epoch: int, step: int, state: Callable[[], dict[str, Any]]) -> None:
-        """In the middle of an epoch, after ``step`` of it: ``state()`` goes on from there."""
+        """In the middle of an epoch, after ``step`` of it; ``state()`` as in ``epoch_done``."""
 
     def not_finite(self, error: NonFiniteLossError, batch: Batch | None) -> None:
-        """The loss of a batch was not finite, and training stops. The batch is that of all ranks."""
+        """Training stops because the loss of a batch, that of all ranks, was not finite."""
 
 
 class ForwardingWatcher(Watcher):

@@ -1,4 +1,4 @@
-"""Real JPEG files for tests, made by the script that makes them for people too."""
+"""Real JPEG files for tests, made by tools/make_imagefolder.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Image data sets from files as they are found, and every image recipe on a few random images."""
+"""Image data sets from files, and every image recipe on a few random images."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_fashion_mnist_as_debian_and_as_torchvision_have_it(tmp_path: Path, belo
     expected = (content["t10k-images-idx3-ubyte"] / 255 - 0.2860) / 0.3530
     np.testing.assert_allclose(images[:, 0].numpy(), expected, rtol=1e-4, atol=1e-5)
     assert target.tolist() == content["t10k-labels-idx1-ubyte"].tolist()
-    assert "its test images validate" in data.describe()
+    assert "validated on its test images" in data.describe()
 
 
 def test_a_part_of_the_training_images_held_out(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_a_part_of_the_training_images_held_out(tmp_path: Path) -> None:
     rows = {row.numpy().tobytes() for row in both}
     assert rows == {row.tobytes() for row in content["train-images-idx3-ubyte"]}
     assert data.fingerprint != whole.fingerprint
-    assert "test images are left alone" in data.describe()
+    assert "test images unused" in data.describe()
     with pytest.raises(DataError, match=r"data\.holdout = 30 leaves none of 30"):
         load(tmp_path / "data", holdout=30)
 
@@ -129,7 +129,7 @@ def test_crops_and_flips() -> None:
 
 def test_bad_fashion_mnist(tmp_path: Path) -> None:
     folder = tmp_path / "data"
-    with pytest.raises(DataError, match=r"is no folder; data\.download=true"):
+    with pytest.raises(DataError, match=r"is not a folder; data\.download=true"):
         load(folder)
     fashion(folder, True)
     file = folder / "train-labels-idx1-ubyte.gz"
@@ -139,7 +139,7 @@ def test_bad_fashion_mnist(tmp_path: Path) -> None:
         load(folder)
     for damage in (b"", b"\0\0", idx(np.zeros((2, 3), np.uint8)), gzip.decompress(whole)[:-1]):
         file.write_bytes(gzip.compress(damage))
-        with pytest.raises(DataError, match="is damaged or no file of the MNIST format"):
+        with pytest.raises(DataError, match="is damaged or not in the MNIST format"):
             load(folder)
     file.write_bytes(gzip.compress(idx(np.zeros(3, np.uint8))))
     with pytest.raises(DataError, match="30 train images and 3 labels"):
@@ -162,7 +162,7 @@ def test_cifar100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = ImageData(name="cifar100", folder=str(tmp_path))
     with pytest.raises(DataError, match=r"no intact CIFAR-100 .*data\.download=true"):
         load_image_data(config)
-    # The files are torchvision's format; their checksums cannot be those of the real ones.
+    # The files have torchvision's format, but not the checksums of the real ones.
     monkeypatch.setattr("torchvision.datasets.CIFAR100._check_integrity", lambda self: True)
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
     data = load_image_data(config)
@@ -243,5 +243,5 @@ def test_image_recipes_from_the_command_line(
         "train.device=cpu",
     ]
     assert main(["train", name, *short]) == 0
-    assert "random images, for trials only" in capsys.readouterr().out
+    assert "(random images)" in capsys.readouterr().out
     assert len(list(tmp_path.glob("runs/*/summary.json"))) == 1

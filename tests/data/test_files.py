@@ -1,4 +1,4 @@
-"""Trees of image files and tar shards: what comes out, in what order, and what happens to broken ones."""
+"""Image folders and tar shards: content, order, and broken images."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_tree_of_images(tree: Path) -> None:
     assert [len(target) for _, target, _ in batches] == [5, 5, 2]
     labels = {int(i): int(y) for _, ys, indices in batches for i, y in zip(indices, ys, strict=True)}
     assert labels == {index: index // 4 for index in range(12)}
-    # In order, the central crop of the file itself, normalised as ImageNet's.
+    # In order; the central crop of the file, with ImageNet's normalisation.
     images, target = next(iter(data.val_loader(CPU)))
     assert target.tolist() == [0, 0, 1, 1, 2, 2]
     with Image.open(tree / "val/n00000000/val_0_0.JPEG") as file:
@@ -81,7 +81,7 @@ def test_crops_are_a_function_of_seed_epoch_and_sample(tree: Path) -> None:
     data = folder_data(tree)
     first = by_sample(epoch(data))
     before = torch.get_rng_state()
-    # Other batches, other processes, other draws in between: the same crops, and nobody's generator moved.
+    # Other batches, processes and draws in between: the same crops, and generators are unchanged.
     assert same(first, by_sample(epoch(data, batch_size=3)))
     assert torch.equal(before, torch.get_rng_state())
     torch.rand(5)
@@ -115,7 +115,7 @@ def test_mixed_images_and_their_labels(tree: Path) -> None:
     plain, mixed = epoch(folder_data(tree), batch_size=6), epoch(folder_data(tree, mixup=0.4), batch_size=6)
     for (images, labels, _), (both, target, _) in zip(plain, mixed, strict=True):
         hot = torch.nn.functional.one_hot(labels, 3).float()
-        # The share of the first image, from the pixels; then the labels must have the same.
+        # The share of the first image, computed from pixels; the labels must have the same.
         rolled = images.roll(1, 0)
         share = ((both - rolled) * (images - rolled)).sum() / (images - rolled).square().sum()
         torch.testing.assert_close(both, share * images + (1 - share) * rolled, rtol=1e-4, atol=1e-4)
@@ -146,9 +146,9 @@ def test_fingerprints_tell_data_and_augmentation_apart(tree: Path, tmp_path: Pat
 
 
 def test_faults_of_a_tree(tree: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"data\.root: .*nowhere is no folder"):
+    with pytest.raises(DataError, match=r"data\.root: .*nowhere is not a folder"):
         folder_data(tmp_path / "nowhere")
-    with pytest.raises(DataError, match="must hold one folder of images a class"):
+    with pytest.raises(DataError, match="must hold one folder of images per class"):
         folder_data(tmp_path)
     odd = make_tree(tmp_path / "odd")
     (odd / "val/n00000002").rename(odd / "val/bird")
@@ -247,7 +247,7 @@ def test_ranks_stay_even_where_images_are_corrupt(tmp_path: Path) -> None:
     data = folder_data(root, corrupt_limit=20)
     loader = data.train_loader(4, 1, CPU)
     batches = (batch for _ in range(9) for batch in loader.indexed(rank=1, world=2, even=True))
-    with pytest.raises(DataError, match="no image of a batch's share can be read"):
+    with pytest.raises(DataError, match="no image in this rank's share of a batch can be read"):
         list(batches)
 
 

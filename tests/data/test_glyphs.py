@@ -43,7 +43,7 @@ def test_images_are_the_glyphs(fonts: Path) -> None:
     sans = glyphs.faces.index("DejaVu Sans Book")
     j = glyphs.classes.index([ord("T")])
     image = images[sans, j]
-    # A T: one wide bar on top, a stem below it in the middle, nothing under the baseline.
+    # A T: a wide bar at the top, a stem below its middle, nothing under the baseline.
     top = int(np.argmax(image.any(axis=1)))
     assert (image[top + 1] > 128).sum() >= 14
     stem = image[20]
@@ -103,7 +103,7 @@ def test_collections_duplicates_and_damaged_files(tmp_path: Path) -> None:
     collection.save(tmp_path / "two.ttc")
     shutil.copy(DEJAVU / "DejaVuSansMono.ttf", tmp_path / "mono.TTF")
     shutil.copy(DEJAVU / "DejaVuSansMono.ttf", tmp_path / "copy.ttf")
-    # The same outlines in a file of other content: a face, but one that adds nothing.
+    # The same outlines in a different file: a face that adds nothing.
     shutil.copy(DEJAVU / "DejaVuSerif.ttf", tmp_path / "serif.ttf")
     (tmp_path / "broken.otf").write_bytes((DEJAVU / "DejaVuSans.ttf").read_bytes()[:5000])
     (tmp_path / "text.ttf").write_text("no font")

@@ -1,4 +1,4 @@
-"""Every mode that Pillow reads keeps its brightness; hidden folders and files are no data."""
+"""Every mode that Pillow reads keeps its brightness; hidden folders and files are ignored."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_one_bit() -> None:
 
 @pytest.mark.parametrize(
     ("mode", "words"),
-    [("F", "floating-point pixels .mode F. do not say which value"), ("I", "32-bit integer")],
+    [("F", "floating-point pixels .mode F. do not define which value"), ("I", "32-bit integer")],
 )
 def test_what_has_no_white(mode: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
@@ -155,7 +155,7 @@ def test_a_16_bit_image_in_a_tree(tmp_path: Path) -> None:
 
 
 def test_hidden_folders_and_files(tmp_path: Path) -> None:
-    root = tmp_path / ".data" / "tree"  # hidden above the root: the user's own affair
+    root = tmp_path / ".data" / "tree"  # hidden folders above the root do not matter
     make_tree(root, classes=2, train=3)
     plain = load_file_data(FolderData(name="imagefolder", root=str(root), workers=0))
     some = next((root / "train").rglob("*.JPEG"))
@@ -172,8 +172,8 @@ def test_hidden_folders_and_files(tmp_path: Path) -> None:
     assert data.source.classes == plain.source.classes
     assert data.source.digest() == plain.source.digest()
     assert data.fingerprint == plain.fingerprint
-    assert data.notes == (f"{root / 'train'}: hidden folders are no classes: .git, .ipynb_checkpoints",)
+    assert data.notes == (f"{root / 'train'}: hidden folders are ignored: .git, .ipynb_checkpoints",)
     shutil.rmtree(root / "val")
     (root / "val" / ".hidden").mkdir(parents=True)
-    with pytest.raises(DataError, match="must hold one folder of images a class"):
+    with pytest.raises(DataError, match="must hold one folder of images per class"):
         load_file_data(FolderData(name="imagefolder", root=str(root), workers=0))

@@ -1,4 +1,4 @@
-"""Small networks with every kind of layer that methods look at."""
+"""Small networks with every kind of layer that methods read."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def batch(rows: int = 8, seed: int = 1) -> tuple[Tensor, Tensor]:
     return images, torch.randint(0, CLASSES, (rows,), generator=generator)
 
 
-# Every method with options under which all its terms act on ``pair()``.
+# Every method with options that enable all its terms on ``pair()``.
 METHODS: dict[str, dict[str, object]] = {
     "cross_entropy": {"label_smoothing": 0.1},
     "kd": {"warmup_epochs": 4},

@@ -1,4 +1,4 @@
-"""DHKD: the head, the alignment in every setting it must work in, the stop."""
+"""DHKD: the head, the alignment in every supported setting, the stop."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def gradients(method: nn.Module) -> dict[str, Tensor]:
 def separate(
     method: DHKD, batches: list[tuple[Tensor, Tensor]]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """g0 and g1 by name, each by a backward of its own, averaged over the batches; 0 where there is none."""
+    """g0 and g1 by name, from separate backward passes, averaged over batches; 0 without a gradient."""
     both: list[dict[str, Tensor]] = []
     for term in ("ce", "binary_kl_norm"):
         method.zero_grad()
@@ -53,13 +53,13 @@ def aligned(g0: dict[str, Tensor], g1: dict[str, Tensor], scope: str) -> dict[st
 
 
 def conflicting(scope: str, **options: object) -> tuple[DHKD, tuple[Tensor, Tensor]]:
-    """A method, frozen in its randomness, on a batch where the gradients are against each other."""
+    """A deterministic method, on a batch where the gradients conflict."""
     student, teacher = pair()
     images, target = batch()
     with torch.no_grad():
         logits = teacher.eval()(images)
         teacher.fc.weight *= 30
-        # Labels that the teacher thinks least likely: what helps one loss hurts the other.
+        # Labels that the teacher considers least likely, so that the losses conflict.
         target = logits.argmin(1)
     method = DHKD(student, teacher, align=scope, dropout=0.0, head="linear", **options).eval()
     method.head.load_state_dict(student.fc.state_dict())
@@ -83,7 +83,7 @@ def test_the_released_formula(scope: str) -> None:
     method.backward(method(one))
     method.finish_gradients()
     matches(method, expected, rtol=1e-4, atol=1e-6)
-    # On the backbone the cross-entropy is no longer opposed, where the scope is the backbone.
+    # With the backbone as scope, no conflict remains there.
     after = gradients(method)
     dot = sum(((after[n] - g0[n]) * g0[n]).sum() for n in g0 if n.startswith("student.features"))
     before = sum((g1[n] * g0[n]).sum() for n in g0 if n.startswith("student.features"))
@@ -137,7 +137,7 @@ def test_accumulated_gradients_are_aligned_once_and_whole(scope: str) -> None:
     method, (images, target) = conflicting(scope)
     halves = [(images[:4], target[:4]), (images[4:], target[4:])]
     expected = aligned(*separate(method, halves), scope)
-    for _ in range(2):  # what is kept between the backward passes starts anew
+    for _ in range(2):  # the state between backward passes is reset
         method.zero_grad()
         for half in halves:
             method.backward(method(half), micro_batches=2)
@@ -164,7 +164,7 @@ def test_scaled_gradients_are_aligned_unscaled(scope: str) -> None:
     scaler.unscale_(optimizer)
     method.finish_gradients()
     weights = [p.clone() for p in method.parameters()]
-    scaler.step(optimizer)  # a step that overflowed is skipped as ever
+    scaler.step(optimizer)  # a step that overflowed is skipped as usual
     assert all(torch.equal(a, b) for a, b in zip(weights, method.parameters(), strict=True))
 
 
@@ -264,7 +264,7 @@ def test_the_stop() -> None:
         assert set(terms) == names
         method.backward(terms)
         method.finish_gradients()
-    assert len(calls) == 2  # a teacher that nobody asks does not run
+    assert len(calls) == 2  # an unused teacher does not run
 
 
 def test_a_weight_of_zero_is_the_student_alone() -> None:
@@ -291,7 +291,7 @@ def test_heads() -> None:
     assert isinstance(DHKD(student, teacher, head="linear").head, nn.Linear)
     by_path = DHKD(student, teacher, feature="features.1", head="linear", example=batch(2)[0])
     assert by_path.head.in_features == 8
-    # The mean of features.1 is what the classifier takes: the same features by either way.
+    # The mean of features.1 is the classifier's input: both ways give the same features.
     found = DHKD(student, teacher, head="linear")
     by_path.head.load_state_dict(found.head.state_dict())
     torch.testing.assert_close(by_path(batch())["binary_kl_norm"], found(batch())["binary_kl_norm"])

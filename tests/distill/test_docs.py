@@ -1,4 +1,4 @@
-"""The example of a method of one's own in docs/methods.md, as it stands there."""
+"""Runs the example of a custom method in docs/methods.md."""
 
 from __future__ import annotations
 

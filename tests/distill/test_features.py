@@ -1,4 +1,4 @@
-"""Features by path, classifiers that are found, hints and relations."""
+"""Features by path, finding classifiers, hints and relations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .models import batch, pair
 
 
 class Odd(nn.Module):
-    """Layers that give what cannot be a feature, or do not behave."""
+    """Layers whose output is not a feature tensor, or that run twice or not at all."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -166,10 +166,10 @@ def test_relations() -> None:
     torch.testing.assert_close(angle_loss(s, t), F.smooth_l1_loss(cosines(s), cosines(t)))
     for loss in (distance_loss, angle_loss):
         same = s.clone().requires_grad_()
-        assert loss(same, 7 * s).item() < 1e-10  # relations do not see scale
+        assert loss(same, 7 * s).item() < 1e-10  # relations are invariant to scale
         twins = s[[0, 0, 1, 1]].clone().requires_grad_()
         loss(twins, t[:4]).backward()
-        assert twins.grad.isfinite().all()  # equal points have no direction, and no NaN
+        assert twins.grad.isfinite().all()  # equal points have no direction, which must not give NaN
         single = s[:1].clone().requires_grad_()
         loss(single, t[:1]).backward()
         assert not single.grad.any()

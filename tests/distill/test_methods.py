@@ -1,4 +1,4 @@
-"""What holds for every method, and the formula of each."""
+"""Properties of every method, and the formula of each."""
 
 from __future__ import annotations
 
@@ -241,7 +241,7 @@ def test_warmup_counts_epochs_from_one() -> None:
 
 def test_gradient_accumulation_is_the_gradient_of_the_whole() -> None:
     images, target = batch(8)
-    whole = build("kd").eval()  # eval: batch normalisation would tell the halves apart
+    whole = build("kd").eval()  # eval mode, since batch normalisation would make the halves differ
     whole.backward(whole((images, target)))
     parts = build("kd").eval()
     for half in (slice(0, 4), slice(4, 8)):

@@ -56,7 +56,7 @@ def test_heads_of_unlike_widths() -> None:
 def test_the_teacher_stays_as_it_was_and_its_heads_learn() -> None:
     method = build().train()
     teacher = method.teacher
-    teacher.train()  # a user's mistake, put right by the next train()
+    teacher.train()  # a user's mistake, corrected by the next train()
     method.train()
     before, heads = copy.deepcopy(teacher.state_dict()), copy.deepcopy(method.teacher_heads.state_dict())
     optimizer = torch.optim.SGD(method.parameters(), lr=0.1)

@@ -1,4 +1,4 @@
-"""Outputs in other forms than a tensor, teachers that cache tensors, parts that both models share."""
+"""Outputs that are not tensors, teachers that cache tensors, parts that both models share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .models import Net, batch, pair
 
 
 class ModelOutput(OrderedDict):
-    """As transformers has it: a mapping, whose entries are attributes too."""
+    """Like an output of transformers: a mapping whose entries are also attributes."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -78,7 +78,7 @@ def test_an_output_that_does_not(form: Any, words: str, role: str) -> None:
 
 @functools.lru_cache(maxsize=1)
 def positions(side: int) -> Tensor:
-    """As ViTs and Swin cache theirs, for all models."""
+    """Caches a table for all models, as ViT and Swin do."""
     return torch.linspace(0, 1, side * side).view(1, 1, side, side)
 
 

@@ -1,4 +1,4 @@
-"""Targets of mixed images: probabilities over the classes in place of a label."""
+"""Targets of mixed images: probabilities over the classes instead of labels."""
 
 from __future__ import annotations
 

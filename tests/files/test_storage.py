@@ -1,4 +1,4 @@
-"""Files, locks and signals of a run, met by links, dead processes and several signals at once."""
+"""Files, locks and signals of a run: links, dead processes, several signals at once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.data.image_trees import make_tree
 
 
 def other_process(script: str, folder: Path) -> subprocess.Popen[str]:
-    """A Python that has told that it is ready."""
+    """A Python process that has reported that it is ready."""
     process = subprocess.Popen(
         [sys.executable, "-c", script], cwd=folder, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -58,7 +58,7 @@ def test_the_lock_ends_with_its_holder_though_its_workers_live(tmp_path: Path) -
             pass
         assert len(workers) == 2
         for worker in workers:
-            os.kill(worker, 0)  # it lives
+            os.kill(worker, 0)  # it is running
     finally:
         os.killpg(process.pid, signal.SIGKILL)
 
@@ -94,7 +94,7 @@ def test_the_lock_is_no_fifo(tmp_path: Path) -> None:
 def test_a_write_follows_no_link(tmp_path: Path) -> None:
     other, path = tmp_path / "other", tmp_path / "last.pt"
     other.write_text("precious")
-    # The name of the temporary file that fastkd once took, and the file itself.
+    # The name of temporary files in older versions, and the file itself.
     (tmp_path / f".last.{os.getpid()}.tmp.pt").symlink_to(other)
     path.symlink_to(other)
     write_atomically(path, lambda temporary: temporary.write_text("state"))
@@ -128,7 +128,7 @@ def test_what_the_dead_left_is_removed_at_the_next_start(tmp_path: Path) -> None
     dead.wait()
     (left,) = tmp_path.iterdir()
     assert re.fullmatch(r"\.last\..*\.tmp\.pt", left.name)
-    older = tmp_path / f".best.{dead.pid}.tmp.pt"  # as fastkd called them before
+    older = tmp_path / f".best.{dead.pid}.tmp.pt"  # names of older versions
     away = tmp_path / f".last.{owner().rpartition('-')[0]}x-{dead.pid}.00000000.tmp.pt"  # another machine's
     live = tmp_path / f".student.{owner().rpartition('-')[0]}-{os.getppid()}.00000000.tmp.pt"
     kept = [away, live, tmp_path / "last.pt", tmp_path / ".hidden.tmp", tmp_path / ".tmp"]
@@ -183,13 +183,13 @@ def python_m_fastkd(folder: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 def signalled_until_it_is_gone(process: subprocess.Popen[str], run: Path) -> str:
-    """What the process says, which must end with status 75; signals go to all of its processes."""
+    """Output of a process that must end with status 75; signals go to all of its processes."""
     try:
         while not (run / "last.pt").exists():
             assert process.poll() is None, process.stderr and process.stderr.read()
             time.sleep(0.02)
         deadline = time.monotonic() + 60
-        while process.poll() is None:  # the interpreter's end included
+        while process.poll() is None:  # including interpreter exit
             assert time.monotonic() < deadline
             os.killpg(process.pid, signal.SIGTERM)
             os.killpg(process.pid, signal.SIGUSR1)
@@ -206,7 +206,7 @@ def test_more_signals_do_not_cost_the_status(tmp_path: Path) -> None:
     process = python_m_fastkd(
         tmp_path, "fashion-mnist/student", "data.synthetic=60", "student.width=2", "train.schedule=constant"
     )
-    assert "to go on" in signalled_until_it_is_gone(process, tmp_path / "runs/fashion-mnist-student-001")
+    assert "to resume" in signalled_until_it_is_gone(process, tmp_path / "runs/fashion-mnist-student-001")
 
 
 def test_signals_to_data_workers_do_not_cost_the_checkpoint(tmp_path: Path) -> None:
@@ -216,4 +216,4 @@ def test_signals_to_data_workers_do_not_cost_the_checkpoint(tmp_path: Path) -> N
         "student.name=small_cnn", "student.width=2", "train.milestones=[1]",
     )  # fmt: skip
     run = tmp_path / "runs/imagenet-r18-student.name-small_cnn-001"
-    assert "to go on" in signalled_until_it_is_gone(process, run)
+    assert "to resume" in signalled_until_it_is_gone(process, run)

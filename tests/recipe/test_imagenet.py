@@ -33,7 +33,7 @@ def test_r18_dkd_as_people_run_it(place: Path, capsys: pytest.CaptureFixture[str
     done = subprocess.run(script, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "4 classes, 24 images" in done.stdout
-    assert subprocess.run(script, capture_output=True).returncode == 2  # a full folder is left alone
+    assert subprocess.run(script, capture_output=True).returncode == 2  # a non-empty folder is not changed
     teacher = build_model("torchvision/resnet34", num_classes=4)
     torch.save({"state_dict": {"module." + k: v for k, v in teacher.state_dict().items()}}, "teacher.pth")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -47,7 +47,7 @@ def test_r18_dkd_as_people_run_it(place: Path, capsys: pytest.CaptureFixture[str
     record = json.loads((run / "metrics.jsonl").read_text())
     assert set(record["terms"]) == {"ce", "tckd", "nckd"}
     assert torch.load(run / "best.pt", weights_only=True)["input"] == [3, 32, 32]
-    # The published teacher knows 1000 classes: said before anything is trained.
+    # The published teacher has 1000 classes: an error before training.
     assert main(["train", "imagenet/r18-dkd", "data.root=tree", *TINY]) == 2
     assert "they are for 1000 classes, but this data set has 4" in capsys.readouterr().err
 
@@ -102,6 +102,4 @@ def test_throughput_data(place: Path, capsys: pytest.CaptureFixture[str]) -> Non
         "train.epochs: 1\ntrain.device: cpu\n"
     )
     assert main(["train", str(path)]) == 0
-    assert (
-        "synthetic (random images, for trials only), 6 classes, 8 training images" in capsys.readouterr().out
-    )
+    assert "synthetic (random images), 6 classes, 8 training images" in capsys.readouterr().out

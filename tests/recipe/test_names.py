@@ -1,4 +1,4 @@
-"""What a run is called, and what it says, follow the overrides; settings that go with another setting."""
+"""Names and notes of a run follow the overrides; settings that depend on another setting."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_another_method_is_another_name(tiny: list[str], capsys: pytest.CaptureF
     assert read_shown(run).label == "glyphs/kd method=dkd"
     assert "decoupled distillation" in (run / "recipe.yaml").read_text()
     assert main(["train", "glyphs/kd", *short, "method=dkd", "--resume"]) == 0
-    assert "going on with runs/glyphs-kd-method-dkd-001" in capsys.readouterr().out
+    assert "resuming runs/glyphs-kd-method-dkd-001" in capsys.readouterr().out
     assert main(["train", str(run / "recipe.yaml")]) == 0
     assert Path("runs/glyphs-kd-method-dkd-002/recipe.yaml").read_text() == (run / "recipe.yaml").read_text()
 
@@ -111,8 +111,8 @@ def test_a_teacher_without_a_network(option: str) -> None:
 def test_settings_of_a_training_that_does_not_happen() -> None:
     words = ["teacher.epochs=3", "teacher.batch_size=4", "teacher.lr=0.1", "train.epochs=2"]
     assert without_effect(load_recipe("imagenet/r18-kd", words)[1], words) == [
-        "teacher.epochs has no effect: the teacher is that of teacher.weights",
-        "teacher.lr has no effect: the teacher is that of teacher.weights",
+        "teacher.epochs has no effect: the teacher comes from teacher.weights",
+        "teacher.lr has no effect: the teacher comes from teacher.weights",
     ]
     assert without_effect(load_recipe("glyphs/kd", words)[1], words) == []
     assert without_effect(load_recipe("glyphs/student")[1], words) == []
@@ -193,7 +193,7 @@ def test_an_empty_world_size_is_one_process(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_holdout_that_nobody_set() -> None:
-    # The holdout faces of DejaVu that are left out must not be asked for.
+    # DejaVu's holdout faces that are left out must not be required.
     few = {"characters": "41-5A,2B0-2FF,1D00-1DBF", "coverage": 0.9}
     for options in (few, {"characters": "41-5A", "exclude": ["DejaVu Serif Italic"]}):
         data = load_glyph_data(GlyphsData(**options))

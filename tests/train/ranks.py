@@ -1,4 +1,4 @@
-"""Processes that talk by gloo, as torchrun would start them."""
+"""Processes connected by gloo, started as torchrun does."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from fastkd.train import distributed
 
 WORLD = 2
-# A process that has imported everything and done nothing, of which each rank is a copy: seconds saved a rank.
+# Ranks are forked from a process that has only imported everything, which saves seconds per rank.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
@@ -35,7 +35,7 @@ def free_port() -> int:
 
 
 def start(ranks: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Processes that run ``work(*arguments)`` with the environment variables that torchrun sets."""
+    """Start processes that run ``work(*arguments)`` with torchrun's environment variables."""
     together = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = []
     for rank in range(ranks):
@@ -46,14 +46,14 @@ def start(ranks: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
 
 
 def finish(processes: list[Any]) -> list[int]:
-    """Exit statuses."""
+    """Wait for the processes; returns their exit statuses."""
     for process in processes:
         process.join(timeout=120)
     return [process.exitcode for process in processes]
 
 
 def on_two_ranks(work: Callable[..., Any], folder: Path) -> list[Any]:
-    """What ``work()`` returns on each rank; tensors and plain values."""
+    """Run ``work()`` on two ranks; returns the result of each, tensors and plain values."""
     assert finish(start(WORLD, _in_group, work, str(folder))) == [0] * WORLD
     return [torch.load(folder / f"rank-{rank}.pt") for rank in range(WORLD)]
 

@@ -1,4 +1,4 @@
-"""Runs the fault tests and writes what they saw: `python -m tests.train.reliability docs/reliability.md`."""
+"""Runs the fault tests and writes their results: `python -m tests.train.reliability docs/reliability.md`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 
 _HEAD = """# Reliability
 
-Each fault is made on purpose by a test of `tests/train/test_faults.py`; the last column is what the
-test run saw. This file is written by `python -m tests.train.reliability docs/reliability.md`.
+Each fault is caused by a test in `tests/train/test_faults.py`; the last column is what happened in the test
+run. This file is written by `python -m tests.train.reliability docs/reliability.md`.
 
 | fault | what must happen | what happened |
 |---|---|---|
@@ -22,11 +22,13 @@ class _Collector:
         self.rows: list[str] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        told = dict(report.user_properties)
+        properties = dict(report.user_properties)
         if report.failed:
-            self.rows.append(f"| {told.get('fault', report.nodeid)} | {told.get('must', '')} | **failed** |")
-        elif report.when == "call" and "fault" in told:
-            self.rows.append(f"| {told['fault']} | {told['must']} | {told['happened']} |")
+            self.rows.append(
+                f"| {properties.get('fault', report.nodeid)} | {properties.get('must', '')} | **failed** |"
+            )
+        elif report.when == "call" and "fault" in properties:
+            self.rows.append(f"| {properties['fault']} | {properties['must']} | {properties['happened']} |")
 
 
 def write_table(path: Path) -> int:

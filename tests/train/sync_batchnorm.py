@@ -22,7 +22,7 @@ def synchronised(module: nn.Module) -> nn.Module:
 
 
 class _SumOfRanks(torch.autograd.Function):
-    """All ranks use the sum, so that the gradient of each summand is the sum of their gradients."""
+    """A sum that all ranks use, so each summand's gradient is the sum of the ranks' gradients."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def _sum_of_ranks(values: Tensor) -> Tensor:
 
 
 class _Synchronised(nn.modules.batchnorm._BatchNorm):
-    """In training the sums, squared sums and counts of all ranks; otherwise the layer that it was."""
+    """Uses the sums, squared sums and counts of all ranks in train mode."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         if not self.training or not dist.is_initialized():
@@ -51,7 +51,7 @@ class _Synchronised(nn.modules.batchnorm._BatchNorm):
         over = [0, *range(2, inputs.dim())]
         values = inputs.float()
         count = torch.full((1,), values.numel() / values.shape[1], device=values.device)
-        # Differentiable: a rank's inputs act on the statistics that the others use.
+        # Differentiable: a rank's inputs affect the statistics of the others.
         total = _sum_of_ranks(torch.cat([values.sum(over), count]))
         count, mean = total[-1:].detach(), total[:-1] / total[-1].detach()
         centred = values - self._shaped(mean, values)

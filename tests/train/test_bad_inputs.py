@@ -1,4 +1,4 @@
-"""Each row of `bad_inputs.py`, which makes a table of them."""
+"""Runs each row of `bad_inputs`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two processes do what one does: every method's weights, metrics by the image, states and their ranks."""
+"""Two processes compute the same as one: weights of every method, metrics, statistics, shares of batches."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 def train(variant: str, norm: bool = True, **options: Any) -> tuple[dict[str, torch.Tensor], FitResult]:
-    """A short training in whatever process group there is; heads and student with synchronised statistics."""
+    """A short training in the current process group, with synchronised statistics in student and heads."""
     method = make_method(variant, synchronised, norm=norm)
     optimizer = torch.optim.SGD(method.parameters(), lr=0.05, momentum=0.9)
     options = {"epochs": 2, "optimizer": optimizer, "progress": False, "clip_norm": 5.0, **options}
@@ -137,7 +137,7 @@ def test_a_layer_that_does_more_than_normalise_is_not_replaced(monkeypatch: pyte
 def test_batch_normalisation_is_synchronised_on_gpus_only(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
     _, recipe = load_recipe("fashion-mnist/student", ["train.sync_batchnorm=true"])
-    assert build.synchronised(layers) is layers  # with one rank it is what it was
+    assert build.synchronised(layers) is layers  # unchanged with one rank
     check_ranks(recipe, CPU)
     monkeypatch.setattr(distributed, "world", lambda: 2)
     with pytest.raises(RecipeError, match=r"SyncBatchNorm runs on GPUs, but train.device is cpu"):

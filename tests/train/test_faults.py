@@ -1,4 +1,4 @@
-"""Faults that a week of training meets, made on purpose; `reliability.py` makes a table of them."""
+"""Faults of long trainings, caused deliberately; `reliability.py` makes a table of them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .ranks import finish, start
 from .tiny import Loader, make_method
 
 RUN = Path("runs/fashion-mnist-student-001")
-# 60 random images: 4 steps an epoch.
+# 60 random images: 4 steps per epoch.
 TINY = [
     "data.synthetic=60", "student.width=2", "train.epochs=3", "train.batch_size=16",
     "train.device=cpu", "train.threads=1", "train.checkpoint_every=1",
@@ -58,7 +58,7 @@ def tell(record_property: Callable[[str, object], None]) -> Callable[[str, str, 
 
 @pytest.fixture
 def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None]], None]:
-    """``at_step(n, act)``: ``act()`` after the n-th step from now on."""
+    """``at_step(n, act)``: call ``act()`` after the n-th step from now."""
     plan: dict[int, Callable[[], None]] = {}
     steps = 0
     original = ConsoleProgress.batch_done
@@ -95,12 +95,12 @@ def test_a_scheduler_takes_the_machine_away(name: str, tell: Any, at_step: Any, 
     at_step(6, lambda: signal.raise_signal(getattr(signal, name)))
     status = main(["train", *STUDENT])
     assert status == 75
-    assert f"after step 2; to go on: fastkd train --resume {RUN}" in capsys.readouterr().err
+    assert f"after step 2; to resume: fastkd train --resume {RUN}" in capsys.readouterr().err
     state = load_checkpoint(RUN / "last.pt", remedy="")
     assert (len(state["history"]), state["position"]["meter"]["steps"]) == (1, 2)
     # The same command line with --resume, as a requeued job runs it, finds the folder.
     assert main(["train", *STUDENT, "--resume"]) == 0
-    assert "going on after step 2 of epoch 2" in capsys.readouterr().out
+    assert "resuming after step 2 of epoch 2" in capsys.readouterr().out
     assert sorted(path.name for path in Path("runs").iterdir()) == [RUN.name]
     assert same_as_never_stopped(RUN)
     tell(
@@ -128,7 +128,7 @@ def test_sigterm_to_one_of_two_processes(tell: Any, workplace: Path) -> None:
     )
 
 
-# 4 steps an epoch as well.
+# Also 4 steps per epoch.
 SYNTHETIC = [*TINY, "teacher.width=4", "teacher.epochs=1", "train.epochs=10"]
 JPEG_FILES = [
     "data.root=tree", "data.size=32", "data.workers=1", "teacher.checkpoint=teacher.pth", "train.lr=0.01",
@@ -157,7 +157,7 @@ def test_sigkill_at_a_random_step(
     assert launch(ranks, workplace, [*arguments, "--runs", "whole"]) == [0] * ranks
     (whole,) = Path("whole").glob(f"{stem}-*")
     if options is SYNTHETIC:
-        Path("whole/teachers").rename("runs/teachers")  # so that the kill comes to the student
+        Path("whole/teachers").rename("runs/teachers")  # so that the student is killed
     steps = random.SystemRandom().randint(1, of // 2)  # not so late that it could end before
     processes = start(ranks, in_folder, str(workplace), [*arguments, "--resume"])
     deadline = time.monotonic() + 60
@@ -175,13 +175,13 @@ def test_sigkill_at_a_random_step(
     assert all(torch.equal(expected[key], got[key]) for key in expected)
     tell(
         f"SIGKILL at a random step, {ranks} process{'es' if ranks > 1 else ''} (`{recipe}`)",
-        "`--resume` ends with the weights of a run that was never killed, to the bit",
-        "resumed and ended with the same bits; the lock of the dead did not stand in the way",
+        "`--resume` ends with the same bits as a run that was never killed",
+        "resumed and ended with the same bits; the stale lock did not block the restart",
     )
 
 
 def steps_done(run: Path) -> int:
-    """By the newest state."""
+    """The number of epochs and steps in the newest state."""
     try:
         state = torch.load(run / "last.pt", weights_only=True)
     except (OSError, RuntimeError, EOFError):  # not there yet
@@ -230,8 +230,8 @@ def test_a_damaged_checkpoint(damage: Callable[[Path], None], tell: Any, at_step
     assert main(["train", "--resume", str(RUN)]) == 0
     out = capsys.readouterr().out
     assert f"checkpoint {RUN}/last.pt is" in out.replace("\n", "")
-    assert "taking the one before" in out
-    assert "going on after step 2 of epoch 2" in out
+    assert "using the previous one" in out
+    assert "resuming after step 2 of epoch 2" in out
     assert not Path("owned").exists()
     assert same_as_never_stopped(RUN)
     fault = {
@@ -241,7 +241,7 @@ def test_a_damaged_checkpoint(damage: Callable[[Path], None], tell: Any, at_step
     }[damage]
     tell(
         fault,
-        "it is named and refused, nothing in it is run, the one before is taken",
+        "it is named and refused, no code in it is run, the previous one is used",
         "named; resumed one step earlier, ended with the same bits",
     )
 
@@ -255,14 +255,14 @@ def test_no_checkpoint_can_be_read(tell: Any, at_step: Any, capsys: Any) -> None
     assert "delete it to start this run from its first epoch" in capsys.readouterr().err
     tell(
         "all checkpoints are damaged",
-        "an error, no silent start from nothing",
+        "an error, no silent restart from scratch",
         "status 2, says what to delete",
     )
 
 
 @contextlib.contextmanager
 def no_room() -> Iterator[None]:
-    """No file may grow beyond 2 kB: writes fail as on a full disk."""
+    """Limit files to 2 kB, so that writes fail as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
     try:
@@ -278,21 +278,21 @@ def test_the_disk_is_full(tell: Any, at_step: Any, capsys: Any) -> None:
     assert status == 2
     error = capsys.readouterr().err
     assert f"{RUN}/last.pt cannot be written" in error
-    assert "go on with --resume" in error
+    assert "continue with --resume" in error
     assert not list(RUN.glob(".*"))  # no half files, no lock
     assert main(["train", "--resume", str(RUN)]) == 0
-    assert "going on after step 1 of epoch 2" in capsys.readouterr().out
+    assert "resuming after step 1 of epoch 2" in capsys.readouterr().out
     assert same_as_never_stopped(RUN)
     tell(
         "the disk is full when a checkpoint is written",
-        "a clear error; the checkpoint before stays whole, no half files",
-        "status 2, names file and reason; resumed from the step before to the same bits",
+        "a clear error; the previous checkpoint stays intact, no partial files",
+        "status 2, names file and reason; resumed from the previous step to the same bits",
     )
 
 
 @contextlib.contextmanager
 def read_only(folder: Path) -> Iterator[None]:
-    """Nothing can be written to the folder; root is nobody meanwhile, whom permissions bind."""
+    """Make the folder read-only; root becomes nobody meanwhile, since permissions do not apply to root."""
     folder.chmod(0o555)
     root = os.geteuid() == 0
     if root:
@@ -327,8 +327,10 @@ def test_the_run_folder_becomes_read_only(tell: Any, at_step: Any, capsys: Any, 
 def test_runs_cannot_be_made(tell: Any, capsys: Any) -> None:
     Path("runs").write_text("a file")
     assert main(["train", *STUDENT]) == 2
-    assert "no run folder can be made in runs" in capsys.readouterr().err
-    tell("no run folder can be made", "a clear error before anything is trained", "status 2, names `--runs`")
+    assert "cannot create a run folder in runs" in capsys.readouterr().err
+    tell(
+        "no run folder can be created", "a clear error before anything is trained", "status 2, names `--runs`"
+    )
 
 
 def test_a_second_process_in_the_run_folder(tell: Any, at_step: Any, capsys: Any) -> None:
@@ -342,7 +344,7 @@ def test_a_second_process_in_the_run_folder(tell: Any, at_step: Any, capsys: Any
     assert main(["train", "--resume", str(RUN)]) == 0
     tell(
         "a second process in the same run folder",
-        "it is refused and told who holds the folder; the first one goes on",
+        "it is refused and the holder is named; the first one continues",
         "status 2, names process and machine; no file changed",
     )
 
@@ -373,7 +375,7 @@ def test_a_loss_that_is_not_finite_stops(log_every: int, tell: Any) -> None:
     assert torch.equal(saved["target"], expected[1])
     tell(
         f"the loss becomes NaN, losses fetched every {log_every} steps",
-        "stop; step, terms and batch are kept",
+        "stop; step, terms and batch are saved",
         "named step and terms, batch written to a file",
     )
 

@@ -46,7 +46,7 @@ def run(data: GlyphData, student: nn.Module, teacher: nn.Module | None, **option
 
 
 class StopAfter(Watcher):
-    """Keeps the state of an epoch and stops there, as Ctrl-C would."""
+    """Keeps the state of an epoch and stops there, like Ctrl-C."""
 
     def __init__(self, epoch: int, path: Path) -> None:
         self.epoch = epoch
@@ -139,7 +139,7 @@ def test_a_resumed_run_ends_the_same_to_the_bit(
     teacher = network(data, 4, 1)
 
     def start(**options: Any) -> tuple[nn.Module, Callable[[], FitResult]]:
-        # Dropout draws from the global generator, which has to be put back as well.
+        # Dropout draws from the global generator, which must be restored too.
         student = nn.Sequential(nn.Dropout(0.1), network(data))
         optimizer = torch.optim.AdamW(student.parameters(), lr=6e-3)
         steps = 3 * (len(data.train_loader(16, 0, CPU)) if interval == "step" else 1)

@@ -1,4 +1,4 @@
-"""Options of the loop, one by one, and what the loop itself costs."""
+"""Options of the loop, one by one, and the overhead of the loop."""
 
 from __future__ import annotations
 
@@ -231,7 +231,7 @@ def test_evaluating_nothing_is_an_error(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_resume_without_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *STUDENT, "--resume", "train.seed=3"]) == 0  # none yet: a new run
-    assert main(["train", *STUDENT, "train.seed=3", "--resume"]) == 0  # it is finished: its results
+    assert main(["train", *STUDENT, "train.seed=3", "--resume"]) == 0  # finished: shows its results
     assert main(["train", *STUDENT, "--resume"]) == 0  # another recipe
     assert [path.name[-3:] for path in sorted(Path("runs").iterdir())] == ["001", "002"]
 
@@ -281,7 +281,7 @@ class Linear(nn.Module):
 
 
 def test_the_loop_costs_less_than_a_millisecond_a_step() -> None:
-    """CPU time of the process a step, beyond that of the same model, loss and optimizer in a bare loop."""
+    """CPU time per step beyond that of the same model, loss and optimizer in a minimal loop."""
     batches = [(torch.randn(4, 8), torch.randint(0, 4, (4,))) for _ in range(300)]
 
     def prepared() -> tuple[CrossEntropy, torch.optim.Optimizer]:

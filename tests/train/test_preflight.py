@@ -33,7 +33,7 @@ def test_an_optimizer_without_the_methods_heads() -> None:
     with pytest.raises(ValueError, match=r"optimizer: it lacks head\.0\.weight, .* and \d+ more, which"):
         train(method, optimizer=SGD(method.student.parameters(), lr=0.1))
     assert all(torch.equal(value, before[key]) for key, value in method.state_dict().items())
-    method.head.requires_grad_(False)  # said on purpose
+    method.head.requires_grad_(False)  # given explicitly
     assert train(method, optimizer=SGD(method.student.parameters(), lr=0.1)).history
     assert torch.equal(method.head[0].weight, before["head.0.weight"])
 
@@ -152,7 +152,7 @@ def test_looking_at_the_validation_loader_changes_nothing() -> None:
         shuffled = DataLoader(data, batch_size=16, shuffle=True)
         return [record["loss"] for record in train(method, train=shuffled, val=val, epochs=2).history]
 
-    class Unseen:  # no list: its first batch is not fetched beforehand
+    class Unseen:  # not a list: its first batch is not read in advance
         def __init__(self, loader: Any) -> None:
             self.loader = loader
 

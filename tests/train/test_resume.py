@@ -1,4 +1,4 @@
-"""A training that is stopped at any step and gone on with ends with the same weights, to the bit."""
+"""A training that is stopped at any step and resumed ends with the same bits."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Killed(BaseException):
 
 
 class KillAfter(Watcher):
-    """Writes every state, and ends the training like a signal that cannot be caught."""
+    """Writes every state, and ends the training like an uncatchable signal."""
 
     def __init__(self, path: Path, epoch: int, step: int) -> None:
         self.path, self.when = path, (epoch, step)
@@ -76,7 +76,7 @@ def ends_the_same(
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_method_goes_on_within_an_epoch(variant: str, tmp_path: Path) -> None:
+def test_every_method_resumes_within_an_epoch(variant: str, tmp_path: Path) -> None:
     where = random.Random(variant)
     ends_the_same(tmp_path / "last.pt", variant, where.randint(1, 3), where.randint(1, STEPS))
 
@@ -94,7 +94,7 @@ def test_with_everything_else_switched_on(options: dict[str, Any], tmp_path: Pat
 
 
 def test_torchs_own_shuffling_loader(tmp_path: Path) -> None:
-    # Its order comes from the global generator, as it was when the epoch began.
+    # Its order comes from the global generator in the state of the epoch's start.
     data = TensorDataset(Loader().images, Loader().target)
     ends_the_same(tmp_path / "last.pt", "kd", 2, 2, lambda: DataLoader(data, 16, shuffle=True))
 
@@ -127,7 +127,7 @@ def test_signals_are_seen_and_given_back() -> None:
             assert not stop()
             signal.raise_signal(number)
             assert stop()
-        # The process is about to end, with a status that another signal must not change.
+        # Further signals must not change the exit status of the process.
         assert handlers() == [signal.SIG_IGN, signal.SIG_IGN]
         restore_handlers()
         assert handlers() == before
@@ -160,7 +160,7 @@ def test_times(text: str, seconds: float) -> None:
 
 
 @pytest.mark.parametrize("text", ["15", "min", "-1s", "0h", "a while", "infs", "nans"])
-def test_times_that_are_none(text: str) -> None:
+def test_invalid_times(text: str) -> None:
     with pytest.raises(ValueError, match="15min"):
         seconds_of(text)
 
@@ -191,7 +191,7 @@ def one_cycle(optimizer: torch.optim.Optimizer, steps: int, lr: float = 1e-2) ->
         ({"optimizer": sgd}, "optimizer: the state is of one with .*betas.*this one is SGD with .*momentum"),
         ({"steps": 6 * STEPS}, "learning-rate schedule: total_steps 12 → 24"),
         ({"lr": 0.5}, "learning-rate schedule: base_lrs"),
-        ({"loader": Loader(batch_size=8)}, "batches of an epoch: 4 → 7"),
+        ({"loader": Loader(batch_size=8)}, "batches per epoch: 4 → 7"),
         ({"width": 5}, r"features\.0\.0\.weight has shape \[4, 3, 3, 3\], expected \[5, 3, 3, 3\]"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -237,7 +237,7 @@ def test_a_state_of_another_training_is_refused(changed: dict[str, Any], words: 
     ],
     ids=str,
 )
-def test_a_state_that_is_none_is_refused_in_one_line(damage: dict[str, Any], tmp_path: Path) -> None:
+def test_a_damaged_state_is_refused_in_one_line(damage: dict[str, Any], tmp_path: Path) -> None:
     _, go = start("kd", resume={**state_of(tmp_path), **damage})
     with pytest.raises(CheckpointError, match="the state does not fit this training") as raised:
         go()

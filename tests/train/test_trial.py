@@ -1,4 +1,4 @@
-"""Batches that a network cannot take in train mode: found before training, or left out, which is said."""
+"""Batches that a network cannot take in train mode: found before training, or left out with a note."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Notes(Watcher):
 
 
 def normed() -> nn.Module:
-    """Batch normalisation of ``[N, D]``, which has no variance for one row."""
+    """A network with batch normalisation of ``[N, D]``, which has no variance for one row."""
     return nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.BatchNorm1d(12), nn.Linear(12, 7))
 
 
@@ -140,7 +140,7 @@ class NeedsThree(Net):
 
 
 def small_last_batches() -> list[Any]:
-    """On two ranks: a last batch of one row each, and one of two, which the network does not take."""
+    """On two ranks: a last batch with one row each, and one with two rows, which the network refuses."""
     done = []
     for rows, student in ((18, Net(4)), (20, NeedsThree(4))):
         method, watcher = make_method("cross_entropy"), Notes()

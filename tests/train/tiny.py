@@ -1,4 +1,4 @@
-"""A data set and networks of a few kilobytes, and every method on them: whole trainings in milliseconds."""
+"""A data set and networks of a few kilobytes, and every method on them: trainings that take milliseconds."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from fastkd.distill import Method, find_method
 
 CLASSES = 7
-ROWS, BATCH = 56, 16  # the last batch of an epoch has 8 rows: shared evenly, and smaller than the others
+ROWS, BATCH = (
+    56,
+    16,
+)  # the last batch of an epoch has 8 rows: fewer than the others, and divisible among ranks
 
 
 class Net(nn.Module):
-    """Two stages with BatchNorm, pooling, dropout where asked, a linear classifier."""
+    """Two stages with BatchNorm, pooling, optional dropout, a linear classifier."""
 
     def __init__(self, width: int, dropout: float = 0.0, norm: bool = True) -> None:
         super().__init__()
@@ -59,7 +62,7 @@ class Loader:
             yield images, self.target[chosen]
 
 
-# Every method, with options under which all its terms act; without dropout in heads.
+# Every method, with options that enable all its terms and without dropout in heads.
 METHODS: dict[str, dict[str, Any]] = {
     "cross_entropy": {"label_smoothing": 0.1},
     "kd": {"warmup_epochs": 2},
@@ -74,7 +77,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "dhkd": {"hidden": 8, "alpha": 0.5, "dropout": 0.0},
     "mhkd": {"layers": ["features.0"], "head_width": 4},
 }
-# DHKD in its other forms: the alignment of what both losses reach, and a stop, after which the head idles.
+# Variants of DHKD: alignment of shared parameters, and a stop, after which the head is unused.
 VARIANTS = {
     **{name: (name, options) for name, options in METHODS.items()},
     "dhkd shared": ("dhkd", {**METHODS["dhkd"], "align": "shared"}),
@@ -83,7 +86,7 @@ VARIANTS = {
 
 
 def make_method(variant: str, prepare: Callable[[nn.Module], nn.Module] = lambda m: m, **net: Any) -> Method:
-    """``prepare`` is done to the student before the method sees it, and to the method's own parts."""
+    """``prepare`` is applied to the student before the method gets it, and to the method's own parts."""
     name, options = VARIANTS[variant]
     torch.manual_seed(0)
     teacher, student = Net(6), prepare(Net(4, **net))

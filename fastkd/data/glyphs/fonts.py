@@ -1,4 +1,4 @@
-"""Fonts for the glyph data set: finding faces, reading what they cover, choosing which validate."""
+"""Fonts for the glyph data set: faces, their characters, and which of them are for validation."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class FontFile:
 
 
 def dejavu_files() -> list[FontFile]:
-    """The files of the 12 DejaVu faces that matplotlib ships."""
+    """The files of the 12 DejaVu faces that come with matplotlib."""
     folder = Path(import_matplotlib().get_data_path()) / "fonts" / "ttf"
     files = [path for path in sorted(folder.glob("DejaVu*.ttf")) if path.stem not in _TOO_FEW_CHARACTERS]
     if len(files) != 12:
@@ -63,14 +63,14 @@ def _with_digests(paths: Iterable[Path]) -> list[FontFile]:
     for path in paths:
         with contextlib.suppress(OSError):
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            files.setdefault(digest, FontFile(path, digest))  # links and copies count once
+            files.setdefault(digest, FontFile(path, digest))  # links and copies are used once
     return list(files.values())
 
 
 def read_faces(files: Sequence[FontFile], folder: Path) -> tuple[list[Face], list[str]]:
-    """Every face of the files, and the files that are no usable fonts (name and reason).
+    """Every face of the files, and the unusable files (name and reason).
 
-    Raises ``DataError``, naming ``folder``, if no face is left.
+    Raises ``DataError`` that names ``folder`` if there is no usable face.
     """
     faces: list[Face] = []
     skipped: list[str] = []
@@ -79,13 +79,13 @@ def read_faces(files: Sequence[FontFile], folder: Path) -> tuple[list[Face], lis
     for file in files:
         try:
             read = list(_faces_of(file.path))
-        except Exception as error:  # fontTools raises whatever the damage leads to
+        except Exception as error:  # fontTools raises many types for damaged files
             skipped.append(f"{file.path.name} ({type(error).__name__}: {str(error)[:80]})")
             continue
         for index, name, characters in read:
             unique = name if name not in names else f"{name} [{file.path.name}:{index}]"
             names.add(unique)
-            # The weights of a CJK family cover the same 45,000 characters: one set of megabytes for all.
+            # The weights of a CJK family cover the same 45,000 characters: share one large set.
             shared = coverages.setdefault(characters, characters)
             faces.append(Face(file.path, index, unique, shared))
     if not faces:
@@ -97,13 +97,13 @@ def _faces_of(path: Path) -> Iterable[tuple[int, str, frozenset[int]]]:
     from fontTools.ttLib import TTFont
     from PIL import ImageFont
 
-    logging.getLogger("fontTools").setLevel(logging.ERROR)  # it warns of harmless table versions
+    logging.getLogger("fontTools").setLevel(logging.ERROR)  # it warns about harmless table versions
     with path.open("rb") as file:
         header = file.read(12)
-    # A collection's header holds the number of its faces; a single font ignores fontNumber.
+    # A collection's header has the number of faces; a single font ignores fontNumber.
     count = int.from_bytes(header[8:12], "big") if header[:4] == b"ttcf" else 1
     for index in range(count):
-        # Pillow renders, so a face counts only if Pillow can open it as well.
+        # Pillow renders, so it must be able to open the face too.
         ImageFont.truetype(str(path), 16, index=index)
         with TTFont(path, fontNumber=index, lazy=True) as font:
             name = font["name"].getBestFullName() or f"{path.stem}:{index}"
@@ -120,7 +120,7 @@ def parse_characters(text: str) -> list[int]:
             high = int(last, 16) if dash else low
         except ValueError:
             raise DataError(
-                f"data.characters: {part.strip()!r} is no range of hexadecimal code points such as 4E00-9FA5"
+                f"data.characters: {part.strip()!r} is not a range of hexadecimal numbers such as 4E00-9FA5"
             ) from None
         if not 0 <= low <= high <= 0x10FFFF:
             raise DataError(f"data.characters: {part.strip()!r} is empty or beyond 10FFFF")
@@ -131,10 +131,10 @@ def parse_characters(text: str) -> list[int]:
 def common_characters(
     faces: Sequence[Face], wanted: Sequence[int] | None, coverage: float
 ) -> tuple[list[Face], list[int], list[str]]:
-    """The faces to use, the characters that all of them have, and the faces left out (with reason).
+    """The faces to use, the characters that all of them have, and the excluded faces (with reason).
 
-    With ``wanted``, a face that has less than ``coverage`` of those that any face has is left out.
-    Separators, control characters and unassigned code points never count.
+    With ``wanted``, a face is excluded if it has less than a share ``coverage`` of the wanted characters that
+    any face has. Separators, control characters and unassigned code points are ignored.
     """
     left_out: list[str] = []
     used = list(faces)
@@ -169,16 +169,16 @@ def split_faces(
 ) -> tuple[list[int], list[int]]:
     """Indices of the training and of the validation faces, given each face's name and file.
 
-    ``holdout`` names validation faces. Without it every fourth *file* validates, in order of file name,
-    the last one if there are fewer than four: faces of one collection often share most outlines,
-    so that a split between them would show training images at validation. A single file
-    is split by faces. ``exclude`` names faces that neither train nor validate. Raises ``DataError``.
+    ``holdout`` names the validation faces. By default every fourth *file* in order of name is used for
+    validation, or the last one if there are fewer than four: faces of one collection often share outlines, so
+    splitting them would leak training images into validation. A single file is split by faces. ``exclude``
+    names unused faces. Raises ``DataError``.
     """
     if exclude:
         _check_names(names, exclude, "data.exclude")
         kept = [i for i, name in enumerate(names) if name not in exclude]
         if len(kept) < 2:
-            raise DataError(f"data.exclude leaves {len(kept)} of {len(names)} faces; two are needed at least")
+            raise DataError(f"data.exclude leaves {len(kept)} of {len(names)} faces; at least two are needed")
         parts = split_faces([names[i] for i in kept], [files[i] for i in kept], holdout)
         train, val = ([kept[i] for i in part] for part in parts)
         return train, val

@@ -1,4 +1,4 @@
-"""The glyph data set as batches: split by face, augmented on the whole batch, reproducible from a seed."""
+"""Batches of glyphs: split by face, augmented per batch, reproducible from a seed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastkd.data.order import EpochOrder
+from fastkd.data.order import EpochLoader, EpochOrder
 from fastkd.errors import DataError
 from fastkd.recipe.schema import GlyphsData
 
@@ -51,7 +51,6 @@ class GlyphData:
 
     @property
     def fingerprint(self) -> list[object]:
-        """What a network trained on these data depends on, apart from its own settings."""
         return [self.glyphs.digest, self.train_faces, self.val_faces, self.augment]
 
     def describe(self) -> str:
@@ -71,16 +70,16 @@ class GlyphData:
         return GlyphLoader(self.images, self.val_faces, batch_size, device=device)
 
     def example(self) -> tuple[Tensor, Tensor]:
-        """Two images as a network sees them, and their labels."""
+        """Two images and their labels, as a network gets them."""
         return next(iter(self.val_loader(torch.device("cpu"), batch_size=2)))
 
 
 def load_glyph_data(config: GlyphsData) -> GlyphData:
-    """Render (or read from the cache) and split. Raises ``DataError``."""
+    """Render the glyphs or read them from the cache, and split them by face. Raises ``DataError``."""
     glyphs, images = load_glyphs(config.fonts, config.characters, config.coverage)
     holdout = config.holdout
     if holdout is None and config.fonts is None:
-        # Some may be excluded or lack too many of the characters: who named no face is told of none.
+        # Some may be excluded or lack too many characters; no error, since the user named none of them.
         left = [face for face in glyphs.faces if face not in (config.exclude or ())]
         holdout = [face for face in DEJAVU_HOLDOUT if face in left]
         if not 0 < len(holdout) < len(left):
@@ -89,11 +88,11 @@ def load_glyph_data(config: GlyphsData) -> GlyphData:
     return GlyphData(glyphs, images, train, val, config.augment)
 
 
-class GlyphLoader:
+class GlyphLoader(EpochLoader):
     """Batches of ``(images, target)``: float32 ``[N, 1, 32, 32]`` with ink 1, and int64 classes ``[N]``.
 
-    With a ``seed`` the images are shuffled and augmented anew each epoch; epoch k of a seed is
-    always the same, whatever was drawn before. Without a seed they come in order and as rendered.
+    With a ``seed`` the images are shuffled and augmented in each epoch, and epoch k of a seed is always the
+    same. Without one they come in order and as rendered.
     """
 
     def __init__(
@@ -113,21 +112,12 @@ class GlyphLoader:
         self._device = device
         self._seed = seed
         self._augment = augment
-        self._order = EpochOrder(len(faces) * images.shape[1], batch_size, seed)
-
-    def set_epoch(self, epoch: int) -> None:
-        self._order.epoch = epoch
-
-    def sizes(self) -> list[int]:
-        return self._order.sizes()
-
-    def __len__(self) -> int:
-        return len(self._order)
+        super().__init__(EpochOrder(len(faces) * images.shape[1], batch_size, seed))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         classes = self._images.shape[1]
         generator = torch.Generator(self._device)
-        # Distinct for every seed below 2**31 and epoch below 2**20.
+        # Unique for seeds below 2**31 and epochs below 2**20.
         generator.manual_seed((self._seed or 0) * 2**20 + self._order.epoch)
         for batch in self._order.batches():
             face, target = np.divmod(batch.samples, classes)
@@ -139,9 +129,9 @@ class GlyphLoader:
 
 
 def augment_batch(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    """A small random affine map and Gaussian noise for each image of ``[N, 1, H, W]``, without a loop."""
+    """Apply a small random affine map and Gaussian noise to each image of ``[N, 1, H, W]``, in one batch."""
     n, device = len(images), images.device
-    # One draw of [N, 5]: rotation, scale, shear and two shifts, uniform in -strength..strength.
+    # [N, 5]: rotation, scale, shear and two shifts, uniform in -strength..strength.
     uniform = (torch.rand(n, 5, generator=generator, device=device) * 2 - 1) * strength
     angle, scale, shear, shift_x, shift_y = uniform.unbind(1)
     scale = 1 + scale * _SCALE

@@ -1,4 +1,4 @@
-"""Glyphs as images: rendered once from font files, then read from a cache keyed by their content."""
+"""Rendering glyphs from font files, with a cache keyed by the files' content."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ from fastkd.messages import some
 from .fonts import Face, FontFile, common_characters, dejavu_files, font_files, parse_characters, read_faces
 
 SIDE = 32
-# Baseline and size leave room for accents, descenders and the shifts of augmentation.
+# Baseline and font size leave room for accents, descenders and the shifts of augmentation.
 _FONT_SIZE = 24
 _BASELINE = 24
 _FORMAT = 1
 _MIN_CLASSES = 10
-# Below this a pool of processes costs more than it saves.
+# With fewer glyphs a process pool costs more time than it saves.
 _GLYPHS_WORTH_A_POOL = 200_000
 
 
 @dataclass(frozen=True)
 class GlyphSet:
-    """What was rendered, in the order of the axes of the images ``[faces, classes, 32, 32]``."""
+    """Description of the rendered images ``[faces, classes, 32, 32]``, in the order of their axes."""
 
     faces: list[str]
     files: list[str]  # file name of each face
-    classes: list[list[int]]  # code points of each class; several where their images are the same everywhere
-    notes: list[str]  # what was left out, for people
-    digest: str  # of the images: identifies the data set
+    classes: list[list[int]]  # code points per class; several if their images are identical in every face
+    notes: list[str]  # what was left out
+    digest: str  # of the images; identifies the data set
 
 
 def cache_folder() -> Path:
-    """``FASTKD_CACHE``, else ``fastkd`` under the user's cache folder."""
+    """``FASTKD_CACHE``, or by default ``fastkd`` in the user's cache folder."""
     if override := os.environ.get("FASTKD_CACHE"):
         return Path(override).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastkd"
@@ -73,11 +73,11 @@ def load_glyphs(
         prefix = f".rendering-{owner()}-"
         with tempfile.TemporaryDirectory(prefix=prefix, dir=folder.parent) as temporary:
             _render_into(Path(temporary), files, wanted, coverage)
-            shutil.rmtree(folder, ignore_errors=True)  # damaged, or it would have been read above
+            shutil.rmtree(folder, ignore_errors=True)  # it is damaged, or it would have been read above
             try:
                 os.rename(Path(temporary) / "done", folder)
             except OSError:
-                # Another process was first; its rendering is the same.
+                # Another process was faster; its rendering is the same.
                 if not folder.is_dir():
                     raise
     except OSError as error:
@@ -91,10 +91,10 @@ def load_glyphs(
 
 
 def _remove_abandoned(cache: Path) -> None:
-    """Renderings of processes that were killed."""
+    """Delete unfinished renderings of processes that were killed."""
     for path in cache.glob(".rendering-*"):
         named = re.fullmatch(r"\.rendering-(?P<host>[A-Za-z0-9-]+)-(?P<process>\d+)-\w+", path.name)
-        # Of this process it may be another thread's.
+        # One of this process may belong to another thread.
         process = int(named["process"]) if named else os.getpid()
         if named and process != os.getpid() and is_abandoned(path, named["host"], process):
             shutil.rmtree(path, ignore_errors=True)
@@ -114,14 +114,14 @@ def _key(files: Sequence[FontFile], wanted: Sequence[int] | None, coverage: floa
 
 
 def _read_cache(folder: Path) -> tuple[GlyphSet, NDArray[np.uint8]] | None:
-    """None if there is no cache there, or a damaged one."""
+    """Read the cache; None if there is none or it is damaged."""
     try:
         content = json.loads(read_regular(folder / "glyphs.json"))
-        if content.pop("sha256", None) not in (None, digest_of(content)):  # None: an older fastkd's
+        if content.pop("sha256", None) not in (None, digest_of(content)):  # None: written by an older version
             return None
         glyphs = GlyphSet(**content)
         images = np.load(folder / "images.npy", mmap_mode="r")
-    except Exception:  # NumPy raises what a damaged header leads to
+    except Exception:  # NumPy raises many types for damaged headers
         return None
     if images.shape != (len(glyphs.faces), len(glyphs.classes), SIDE, SIDE) or images.dtype != np.uint8:
         return None
@@ -138,7 +138,7 @@ def _digest(images: NDArray[np.uint8]) -> str:
 def _render_into(
     folder: Path, files: Sequence[FontFile], wanted: Sequence[int] | None, coverage: float
 ) -> None:
-    """Write ``folder/done/{images.npy,glyphs.json}``; peak memory is a few faces, not all of them."""
+    """Write ``folder/done/{images.npy,glyphs.json}``, with only a few faces in memory at a time."""
     source = files[0].path.parent
     faces, skipped = read_faces(files, source)
     used, points, left_out = common_characters(faces, wanted, coverage)
@@ -157,13 +157,11 @@ def _render_into(
     kept: list[Face] = []
     twins: list[str] = []
     seen: set[bytes] = set()
-    columns = [hashlib.sha256() for _ in points]  # one a character, over all faces
+    columns = [hashlib.sha256() for _ in points]  # one per character, over all faces
     blank = np.zeros(len(points), dtype=bool)
     for face, images in zip(used, _render_faces(used, points), strict=True):
         whole = hashlib.sha256(images.data).digest()
-        if (
-            whole in seen
-        ):  # such as the monospaced cut of a CJK font: it would leak from training to validation
+        if whole in seen:  # such as the monospaced variant of a CJK font: it would leak into validation
             twins.append(face.name)
             continue
         seen.add(whole)
@@ -229,7 +227,7 @@ def _render_faces(faces: Sequence[Face], points: Sequence[int]) -> Iterator[NDAr
         for face in faces:
             yield render_face(str(face.path), face.index, points)
         return
-    # Not fork: torch may already run threads here.
+    # Not fork: torch may already have threads.
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(
         workers, mp_context=context, initializer=_leave_interrupts_to_the_parent
@@ -237,7 +235,7 @@ def _render_faces(faces: Sequence[Face], points: Sequence[int]) -> Iterator[NDAr
         pending = []
         for face in faces:
             pending.append(pool.submit(render_face, str(face.path), face.index, points))
-            if len(pending) > 2 * workers:  # a bound on finished faces waiting in memory
+            if len(pending) > 2 * workers:  # bounds the number of finished faces in memory
                 yield pending.pop(0).result()
         while pending:
             yield pending.pop(0).result()
@@ -248,13 +246,13 @@ def _leave_interrupts_to_the_parent() -> None:
 
 
 def render_face(path: str, index: int, points: Sequence[int]) -> NDArray[np.uint8]:
-    """Characters of one face as uint8 ``[len(points), 32, 32]``, ink 255, centred by advance on one baseline.
+    """Render characters of one face as uint8 ``[len(points), 32, 32]``, ink 255, centred on a baseline.
 
-    Blank where the font has no outline or a damaged one.
+    An image is blank if the outline is missing or damaged.
     """
     from PIL import Image, ImageDraw, ImageFont
 
-    # The basic layout is the same whether or not Pillow finds the Raqm library.
+    # The basic layout does not depend on whether Pillow finds the Raqm library.
     font = ImageFont.truetype(path, _FONT_SIZE, index=index, layout_engine=ImageFont.Layout.BASIC)
     images = np.zeros((len(points), SIDE, SIDE), dtype=np.uint8)
     canvas = Image.new("L", (SIDE, SIDE))

@@ -1,9 +1,9 @@
-"""`fastkd cache-teacher`: run the teacher over every epoch's images once, and say what that is worth."""
+"""`fastkd cache-teacher`: store the teacher's logits for every epoch's images."""
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,21 +13,19 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from fastkd.data.data import Data, IndexedLoader, load_data
-from fastkd.distill.method import Method, total_of
+from fastkd.data.data import Data, load_data
+from fastkd.data.order import IndexedLoader
+from fastkd.distill.method import total_of
 from fastkd.distill.taps import eval_mode, logits_of
 from fastkd.errors import RecipeError
 from fastkd.recipe.schema import Recipe, load_recipe
 from fastkd.train.display.console import make_console
 from fastkd.train.distributed import number
-from fastkd.train.optimization import build_optimizer
 from fastkd.train.run.build import build_method, build_network, resolve_device, try_method
 from fastkd.train.run.folder import write_json
 from fastkd.train.run.lock import locked
 from fastkd.train.run.teacher_cache import CachedLoader, CacheWriter, TeacherCache, wanted_facts
 from fastkd.train.run.teachers import find_teacher
-
-_STEPS = 10  # of each kind that the report times
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     form.add_argument("--top-k", type=int, default=16, metavar="K", help="classes to keep (default: 16)")
     form.add_argument("--all", action="store_true", help="keep all classes")
     parser.add_argument(
-        "--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="where a trained teacher goes"
+        "--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="where a trained teacher is stored"
     )
 
 
@@ -45,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     processes = number("WORLD_SIZE", 1, least=1)
     if processes > 1:
         raise RecipeError(
-            f"cache-teacher runs in one process, but WORLD_SIZE is {processes}: no torchrun here"
+            f"cache-teacher runs in one process, but WORLD_SIZE is {processes}: start it without torchrun"
         )
     console = make_console()
     _, recipe = load_recipe(args.words[0], args.words[1:])
@@ -55,12 +53,14 @@ def run(args: argparse.Namespace) -> int:
     facts = wanted_facts(recipe, data)
     assert recipe.teacher is not None
     if recipe.teacher.cache is not None:
-        raise RecipeError("teacher.cache is given: this command makes a cache, it reads none")
+        raise RecipeError("teacher.cache is given, but this command creates a cache")
     if not args.all and args.top_k < 1:
         raise RecipeError(f"--top-k {args.top_k}: expected at least 1")
     facts["top_k"] = None if args.all or args.top_k >= data.num_classes else args.top_k
     if args.to.exists():  # before a teacher is trained
-        raise RecipeError(f"--to {args.to}: it exists; a cache is never written over: name a new folder")
+        raise RecipeError(
+            f"--to {args.to}: it already exists; a cache is never overwritten: choose a new folder"
+        )
     for note in try_method(recipe, data, device, cached=True):
         console.print(note, markup=False)
     teacher = find_teacher(recipe.teacher, data, args.runs, device, console)
@@ -70,12 +70,18 @@ def run(args: argparse.Namespace) -> int:
     try:
         cache = _fill(writer, recipe, data, teacher.model, facts["epochs"], device, console)
     except KeyboardInterrupt:
-        console.print("stopped; the same command goes on after the last whole epoch")
+        console.print("stopped; the same command resumes after the last complete epoch")
         return 130
     report = _report(cache, recipe, data, teacher.model, device)
     write_json(args.to / "report.json", report)
-    _show(report, console)
-    console.print(f"to train from it: teacher.cache={args.to}", markup=False, soft_wrap=True)
+    console.print(
+        f"{report['bytes_per_sample']} bytes per sample and epoch, {report['megabytes']:.1f} MB in total\n"
+        f"largest relative error of the loss from the cache: {report['loss_difference']:.2e} "
+        "(untrained student, first batches)\n"
+        f"to train from it: teacher.cache={args.to}",
+        markup=False,
+        soft_wrap=True,
+    )
     return 0
 
 
@@ -114,62 +120,19 @@ def _logits(
 def _report(
     cache: TeacherCache, recipe: Recipe, data: Data, teacher: nn.Module, device: torch.device
 ) -> dict[str, Any]:
-    """Size, the loss's agreement and the time of a step, of the first epoch's first batches."""
+    """Size of the cache, and error of the loss on the first batches of the first epoch."""
     torch.manual_seed(recipe.train.seed)
     student = build_network(recipe.student, data).to(device)
     method = build_method(recipe, student, teacher, data, device)
     loader: Any = data.train_loader(recipe.train.batch_size, recipe.train.seed, device)
-    batches = []
-    for batch in CachedLoader(loader, cache):
-        batches.append(batch)
-        if len(batches) == 4:
-            break
     differences = []
     with torch.no_grad(), eval_mode(method, teacher):
-        for images, target, logits in batches:
+        for images, target, logits in itertools.islice(CachedLoader(loader, cache), 4):
             exact = total_of(method.loss((images, target))).item()
             cached = total_of(method.loss((images, target, logits))).item()
             differences.append(abs(cached - exact) / max(abs(exact), 1e-12))
-    optimizer = build_optimizer(method, recipe.train)
-    with_teacher = _step_seconds(method, optimizer, [batch[:2] for batch in batches], device)
-    from_cache = _step_seconds(method, optimizer, batches, device)
     return {
         "bytes_per_sample": cache.bytes_per_sample,
         "megabytes": sum(path.stat().st_size for path in cache.folder.iterdir()) / 1e6,
         "loss_difference": max(differences),
-        "seconds_per_step": {"with the teacher": with_teacher, "from the cache": from_cache},
-        "batch_size": len(batches[0][1]),
     }
-
-
-def _step_seconds(
-    method: Method, optimizer: torch.optim.Optimizer, batches: list[Any], device: torch.device
-) -> float:
-    """Median over ``_STEPS`` steps, data at hand."""
-    method.train()
-    seconds = []
-    for step in range(_STEPS + 2):
-        began = time.perf_counter()
-        terms = method(batches[step % len(batches)])
-        optimizer.zero_grad()
-        method.backward(terms)
-        method.finish_gradients()
-        optimizer.step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        if step > 1:
-            seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds)
-
-
-def _show(report: dict[str, Any], console: Console) -> None:
-    steps = report["seconds_per_step"]
-    with_teacher, from_cache = steps["with the teacher"], steps["from the cache"]
-    console.print(
-        f"{report['bytes_per_sample']} bytes a sample and epoch, {report['megabytes']:.1f} MB in all\n"
-        f"the loss from the cache differs by {report['loss_difference']:.2e} of it at most "
-        "(an untrained student's, first batches)\n"
-        f"a step of {report['batch_size']} images: {1e3 * with_teacher:.1f} ms with the teacher, "
-        f"{1e3 * from_cache:.1f} ms from the cache ({with_teacher / from_cache:.2f} times), data at hand",
-        soft_wrap=True,
-    )

@@ -1,4 +1,4 @@
-"""`fastkd train … --eval-only`: validate what is there, train and write nothing."""
+"""`fastkd train … --eval-only`: validate existing networks, without training or writing."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from fastkd.train.state_dicts import fill
 
 
 def evaluate_networks(name: str, recipe: Recipe, folder: Path | None, console: Console) -> None:
-    """The teacher of ``teacher.checkpoint`` and, with a run folder, its students.
+    """Validate the given teacher and, with a run folder, its students.
 
-    Raises ``TrainError``, also where there is nothing to validate.
+    Raises ``TrainError``, also if there is nothing to validate.
     """
     device = resolve_device(recipe.train.device)
     with distributed.first_rank_first():

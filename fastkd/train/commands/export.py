@@ -25,11 +25,11 @@ from fastkd.train.run.weights import state_dict_in
 from fastkd.train.state_dicts import fill
 
 SUFFIXES = {"state_dict": ".pt", "torch-export": ".pt2", "onnx": ".onnx"}
-_TOLERANCE = 1e-3  # of the largest output: another order of summation, no other network
+_TOLERANCE = 1e-3  # relative to the largest output; allows for another order of summation
 
 
 class ExportError(TrainError):
-    """A run that cannot be exported, a file in the way, or an export whose outputs are not the network's."""
+    """The run cannot be exported, the file exists, or the exported network's outputs differ."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,18 +42,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     path = args.to or args.folder / f"student{SUFFIXES[args.format]}"
     if path.exists():
-        raise ExportError(f"{path} exists and is not written over; --to names another file")
+        raise ExportError(f"{path} already exists and is not overwritten; choose another file with --to")
     model, shape = load_student(args.folder, args.weights)
     difference = export(model, shape, args.format, path)
     size = path.stat().st_size / 1e6
     if difference is None:
-        told = "not loaded again: onnxruntime is not installed"
+        result = "not verified: onnxruntime is not installed"
     elif difference == 0:
-        told = "loaded again, its outputs are the network's to the bit"
+        result = "verified: its outputs are bit-identical to the network's"
     else:
-        told = f"loaded again, its outputs differ from the network's by {difference:.1e} at most"
+        result = f"verified: its outputs differ from the network's by at most {difference:.1e}"
     make_console().print(
-        f"{path} ({size:.1f} MB), {args.weights} epoch, input {tuple(shape)}; {told}",
+        f"{path} ({size:.1f} MB), {args.weights} epoch, input {tuple(shape)}; {result}",
         soft_wrap=True,
         markup=False,
     )
@@ -65,13 +65,13 @@ def load_student(folder: Path, which: str = "best") -> tuple[nn.Module, list[int
     if (folder / "seeds.json").exists():
         raise ExportError(f"{folder} is a group of seeds; name one of its runs: {folder}/seed-…")
     if not (folder / "recipe.yaml").is_file():
-        raise ExportError(f"{folder} is no run folder (it has no recipe.yaml)")
+        raise ExportError(f"{folder} is not a run folder (it has no recipe.yaml)")
     _, recipe = load_recipe(str(folder / "recipe.yaml"))
-    remedy = "a run has it after its first epoch"
+    remedy = "a run writes it after its first epoch"
     facts = load_checkpoint(folder / "best.pt", remedy=remedy)
     if "input" not in facts:
         raise ExportError(
-            f"{folder / 'best.pt'} does not say the shape of its inputs: an older fastkd wrote it"
+            f"{folder / 'best.pt'} lacks the shape of its inputs: an older version of fastkd wrote it"
         )
     content = facts if which == "best" else load_checkpoint(folder / "last.pt", remedy=remedy)
     shape: list[int] = facts["input"]
@@ -80,7 +80,7 @@ def load_student(folder: Path, which: str = "best") -> tuple[nn.Module, list[int
         and len(shape) == 3
         and all(isinstance(size, int) and size > 0 for size in (*shape, facts.get("num_classes")))
     ):
-        raise ExportError(f"{folder / 'best.pt'} has no usable shape of inputs or number of classes")
+        raise ExportError(f"{folder / 'best.pt'} lacks a valid input shape or number of classes")
     student = recipe.student
     try:
         model = build_model(
@@ -95,15 +95,15 @@ def load_student(folder: Path, which: str = "best") -> tuple[nn.Module, list[int
     weights = state_dict_in(content, model)
     if weights is None:
         raise ExportError(f"{folder / which}.pt holds no state dict of tensors")
-    fill(model, weights, f"{folder / which}.pt", "the recipe and the weights of a run belong together")
+    fill(model, weights, f"{folder / which}.pt", "the recipe and the weights of a run must match")
     return model.eval(), shape
 
 
 def export(model: nn.Module, shape: list[int], form: str, path: Path) -> float | None:
-    """Write ``model`` to ``path`` and load it again; returns the largest difference of its outputs.
+    """Write ``model`` to ``path`` and load it again; returns the largest difference of the outputs.
 
-    None if it could not be loaded for want of onnxruntime. The number of images is free. Raises
-    ``ExportError``, and leaves no file, if the outputs are not the model's.
+    Returns None if onnxruntime is needed to load it and is not installed. The number of images is dynamic.
+    Raises ``ExportError`` and leaves no file if the outputs differ too much.
     """
     example = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)) * 4 - 2
     probe = torch.rand(3, *shape, generator=torch.Generator().manual_seed(1)) * 4 - 2
@@ -132,7 +132,7 @@ def export(model: nn.Module, shape: list[int], form: str, path: Path) -> float |
 
 
 class _LogitsOf(nn.Module):
-    """What a program gives is one tensor, also of a student whose output is a mapping."""
+    """Returns the logits as one tensor, also for a student whose output is a mapping."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -144,22 +144,16 @@ class _LogitsOf(nn.Module):
 
 
 def _save_state_dict(model: nn.Module, example: Tensor, path: Path) -> None:
-    # Through memory: on a full disk torch's own writer tells nothing but its position.
+    # Through memory: on a full disk torch's own writer reports no reason.
     buffer = io.BytesIO()
     torch.save({key: value.cpu() for key, value in model.state_dict().items()}, buffer)
     path.write_bytes(buffer.getbuffer())
 
 
 def _run_state_dict(model: nn.Module, probe: Tensor, path: Path) -> Tensor:
-    kept = {key: value.clone() for key, value in model.state_dict().items()}
-    try:
-        with torch.no_grad():
-            for value in model.state_dict().values():
-                value.zero_()
-            model.load_state_dict(torch.load(path, weights_only=True))
-            outputs = logits_of(model, probe, "student")
-    finally:
-        model.load_state_dict(kept)
+    weights = torch.load(path, weights_only=True)
+    with torch.no_grad():
+        outputs: Tensor = named_logits(torch.func.functional_call(model, weights, (probe,), strict=True))
     return outputs
 
 
@@ -179,7 +173,7 @@ def _run_program(model: nn.Module, probe: Tensor, path: Path) -> Tensor:
 
 def _save_onnx(model: nn.Module, example: Tensor, path: Path) -> None:
     try:
-        import onnxscript  # noqa: F401  # what torch's exporter needs
+        import onnxscript  # noqa: F401  # needed by torch's exporter
     except ImportError:
         raise ExportError('ONNX needs onnx and onnxscript: pip install "fastkd[onnx]"') from None
     with _quiet():
@@ -193,7 +187,7 @@ def _save_onnx(model: nn.Module, example: Tensor, path: Path) -> None:
             verbose=False,
         )
     assert program is not None
-    program.save(str(path), external_data=False)  # one file, which can be renamed
+    program.save(str(path), external_data=False)  # a single file, which can be renamed
 
 
 def _run_onnx(model: nn.Module, probe: Tensor, path: Path) -> Tensor | None:
@@ -208,7 +202,7 @@ def _run_onnx(model: nn.Module, probe: Tensor, path: Path) -> Tensor | None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's notes on its own progress and on operators of other packages."""
+    """Suppress the exporter's progress messages and warnings about operators of other packages."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""`fastkd plot`: several runs in one picture."""
+"""`fastkd plot`: compare several runs in one figure."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from fastkd.train.display.curves import COLOURS, make_figure
 from fastkd.train.run.folder import read_json
 
 Records = list[dict[str, Any]]
-# Of the parts of time; no colour of a run among them.
+# Colours for parts of time, distinct from those of runs.
 _SHADES = ("#cfd4dc", "#9aa5b5", "#5c6b80", "#2b3442", "#e8e2d4", "#bfb59a")
 
 
 class PlotError(TrainError):
-    """A folder without results, or a picture in the way."""
+    """A folder has no results, or the figure cannot be written."""
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A line of the picture: one run, or the seeds of a group."""
+    """One line of the figure: a run, or the seeds of a group."""
 
     label: str
     runs: list[Records]
 
     def mean(self, key: str) -> tuple[list[int], list[float], list[float], list[float]]:
-        """Epochs, and mean, least and largest value over the seeds that have come so far."""
+        """Epochs, and mean, minimum and maximum over the seeds that have reached each epoch."""
         epochs = [record["epoch"] for record in max(self.runs, key=len)]
         values = [
             [records[number][key] for records in self.runs if number < len(records)]
@@ -59,22 +59,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.to.exists():
-        raise PlotError(f"{args.to} exists and is not written over; --to names another file")
+        raise PlotError(f"{args.to} already exists and is not overwritten; choose another file with --to")
     if args.to.suffix not in (".png", ".svg", ".pdf"):
         raise PlotError(f"--to {args.to}: expected a .png, .svg or .pdf file")
     shown = [read_shown(folder) for folder in args.folders]
     try:
-        plot(_told_apart(shown, args.folders), args.to)
+        plot(_with_unique_labels(shown, args.folders), args.to)
     except TrainError:
         raise
-    except Exception as error:  # of matplotlib, its fonts and settings
+    except Exception as error:  # matplotlib, its fonts or settings
         raise PlotError(f"{args.to} cannot be drawn: {type(error).__name__}: {error}") from error
     make_console().print(str(args.to), markup=False, soft_wrap=True)
     return 0
 
 
 def read_shown(folder: Path) -> Shown:
-    """What a run folder or a group of seeds holds so far. Raises ``PlotError``."""
+    """Read the results so far of a run folder or a group of seeds. Raises ``PlotError``."""
     members = sorted(folder.glob("seed-*")) if (folder / "seeds.json").exists() else [folder]
     runs = [records for member in members if (records := _records(member))]
     if not runs:
@@ -94,12 +94,14 @@ def _records(folder: Path) -> Records:
         raise PlotError(f"{path} cannot be read: {error}") from None
     for number, record in enumerate(records, start=1):
         if (key := _missing(record)) is not None:
-            raise PlotError(f"{path}: line {number} has no number {key!r}; it is no line of a run's metrics")
+            raise PlotError(
+                f"{path}: line {number} has no number {key!r}; it is not a line of a run's metrics"
+            )
     return records
 
 
 def _missing(record: Any) -> str | None:
-    """The first key of a record whose value cannot be drawn."""
+    """The first key of a record whose value cannot be plotted."""
     if not isinstance(record, dict):
         return "epoch"
     for key in ("epoch", "val_accuracy", "val_loss"):
@@ -115,7 +117,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
-def _told_apart(shown: Sequence[Shown], folders: Sequence[Path]) -> list[Shown]:
+def _with_unique_labels(shown: Sequence[Shown], folders: Sequence[Path]) -> list[Shown]:
     labels = [one.label for one in shown]
     return [
         Shown(f"{one.label} ({folder.name})", one.runs) if labels.count(one.label) > 1 else one
@@ -124,7 +126,7 @@ def _told_apart(shown: Sequence[Shown], folders: Sequence[Path]) -> list[Shown]:
 
 
 def plot(shown: Sequence[Shown], path: Path) -> None:
-    """Accuracy, validation loss and time of each; a band spans the seeds of a group."""
+    """Plot accuracy, validation loss and time of each run; bands span the seeds of a group."""
     figure = make_figure(figsize=(13, 4.2), layout="constrained")
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -135,7 +137,7 @@ def plot(shown: Sequence[Shown], path: Path) -> None:
         for axes, key in ((accuracy, "val_accuracy"), (losses, "val_loss")):
             epochs, mean, least, largest = one.mean(key)
             marker = "o" if len(epochs) < 40 else ""
-            # Dollar signs would be read as mathematics.
+            # Unescaped dollar signs start mathematical text.
             label = f"{number + 1}  {one.label}  {mean[-1]:.2%}".replace("$", r"\$")
             axes.plot(epochs, mean, marker=marker, markersize=3.5, label=label, **style)
             if len(one.runs) > 1:
@@ -145,7 +147,7 @@ def plot(shown: Sequence[Shown], path: Path) -> None:
     losses.set(title="validation cross-entropy", xlabel="epoch")
     heights = [value for one in shown for value in one.mean("val_loss")[1]]
     if min(heights) > 0 and max(heights) > 20 * min(heights):
-        losses.set_yscale("log")  # one run that went astray must not flatten the others
+        losses.set_yscale("log")  # one diverged run must not flatten the others
     places = range(len(shown))
     left = [0.0] * len(shown)
     parts = list(shown[0].runs[0][0]["seconds"])
@@ -153,7 +155,7 @@ def plot(shown: Sequence[Shown], path: Path) -> None:
         values = [_seconds(one, part) for one in shown]
         seconds.barh(places, values, left=left, color=colour, label=part)
         left = [low + value for low, value in zip(left, values, strict=True)]
-    seconds.set(title="seconds an epoch", xlim=(0, 1.05 * max(left)))
+    seconds.set(title="seconds per epoch", xlim=(0, 1.05 * max(left)))
     seconds.set_yticks(list(places), [f"{number + 1}" for number in places])
     seconds.invert_yaxis()
     figure.legend(*accuracy.get_legend_handles_labels(), loc="outside lower left", frameon=False, ncols=2)

@@ -1,4 +1,4 @@
-"""What a person sees while training: a progress bar, a line an epoch, the table at the end."""
+"""Console output of training: a progress bar, one line per epoch, tables of results."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from fastkd.command import discard
 from fastkd.train.meters import LossMeter
 from fastkd.train.watcher import Watcher
 
-# Each value fetched from a GPU would be a wait; the eye needs no more than this.
+# Refreshing more often is not visible and costs time.
 _REFRESH_SECONDS = 0.25
-# In the log of a job one line at times shows that it is alive and how fast.
+# Without a terminal: one line per minute shows progress and speed.
 _LOG_SECONDS = 60.0
 
 
 class _Console(Console):
-    """Says nothing more once its terminal or reader has gone: a run does not end with it."""
+    """Becomes silent when its terminal or reader has gone, so that a run continues without it."""
 
     def print(self, *arguments: Any, **options: Any) -> None:
         try:
@@ -35,17 +35,17 @@ class _Console(Console):
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
-        with contextlib.suppress(OSError, ValueError):  # it may be no file
+        with contextlib.suppress(OSError, ValueError):  # stdout may have no file descriptor
             discard(sys.stdout)
 
 
 def make_console(*, quiet: bool = False) -> Console:
-    """A console that keeps tables whole when the output is a file or a pipe.
+    """A console with a fixed width for tables if the output is a file or a pipe.
 
-    Without rich's markup: names of runs, faces and terms are the user's, and may have brackets.
+    rich's markup is off: names of runs, faces and terms may contain brackets.
     """
     reconfigure = getattr(sys.stdout, "reconfigure", None)
-    if reconfigure is not None:  # an ASCII terminal gets ? for what it cannot show
+    if reconfigure is not None:  # an ASCII terminal shows ? for other characters
         reconfigure(errors="replace")
     console = _Console(highlight=False, emoji=False, markup=False, quiet=quiet)
     if not console.is_terminal:
@@ -54,9 +54,9 @@ def make_console(*, quiet: bool = False) -> Console:
 
 
 class ConsoleProgress(Watcher):
-    """Loss terms, speed and time left while an epoch runs, one line when it is done.
+    """Shows loss terms, speed and time left during an epoch, and one line when it is done.
 
-    On a terminal a bar, elsewhere a line a minute.
+    During an epoch it is a progress bar on a terminal, otherwise one line per minute.
     """
 
     def __init__(self, name: str = "", console: Console | None = None) -> None:
@@ -112,7 +112,7 @@ class ConsoleProgress(Watcher):
         self._console.print(text, markup=False)
 
     def _speed(self, meter: LossMeter) -> str:
-        """Since the epoch began, or was gone on with: images a second, the share of waiting, time left."""
+        """Images per second and share of waiting since the epoch began or was resumed; time left."""
         seconds, steps, images = meter.since_start()
         if seconds <= 0 or steps == 0:
             return ""
@@ -144,7 +144,7 @@ def _figures(loss: float, terms: Mapping[str, float], accuracy: float) -> str:
 
 
 def results_table(title: str, rows: Sequence[tuple[str, str, str]]) -> Table:
-    """Rows of (what, best epoch, last epoch)."""
+    """A table from rows of (label, best epoch, last epoch)."""
     table = Table(title=title, title_justify="left")
     table.add_column("validation accuracy, %")
     table.add_column("best epoch", justify="right")
@@ -155,7 +155,7 @@ def results_table(title: str, rows: Sequence[tuple[str, str, str]]) -> Table:
 
 
 def time_table(seconds: Mapping[str, float]) -> Table:
-    """Seconds and share of each part of training; validation stands beside, it is no part of a step."""
+    """A table of seconds and shares of each part of training; validation is not part of the total."""
     table = Table(title="time of the student's training", title_justify="left")
     training = {part: value for part, value in seconds.items() if part != "validation"}
     total = sum(training.values())

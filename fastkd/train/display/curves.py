@@ -1,4 +1,4 @@
-"""The picture of a run: accuracy, loss terms and time by epoch."""
+"""The figure of a run: accuracy, loss terms and time by epoch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from fastkd.files.atomic import write_atomically
 from fastkd.imports import import_matplotlib
 
-# Okabe and Ito's palette: told apart by colour-blind readers too.
+# Okabe and Ito's palette, distinguishable for colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _PARTS = ("data", "teacher", "student", "loss", "other", "validation")
 
@@ -36,7 +36,7 @@ def plot_curves(
     figure = make_figure(figsize=(13, 4), layout="constrained")
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    # Dollar signs in a name would be read as mathematics.
+    # Without parse_math=False dollar signs in a name would start mathematical text.
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold", parse_math=False)
     accuracy, losses, seconds = figure.subplots(1, 3, width_ratios=(1.2, 1.2, 1))
     epochs = [record["epoch"] for record in history]
@@ -69,7 +69,7 @@ def plot_curves(
         values = [r["terms"].get(name, float("nan")) for r in history]
         losses.plot(epochs, values, marker=marker, markersize=4, color=colour, label=name)
     losses.set(title="training loss and its terms", xlabel="epoch")
-    # A logarithm shows a late, small term; a term may be exactly 0, which it cannot show.
+    # A logarithmic scale shows small terms, but a term may be exactly 0.
     if all(value > 0 for r in history for value in (r["loss"], *r["terms"].values())):
         losses.set_yscale("log")
     losses.legend(frameon=False)
@@ -80,7 +80,7 @@ def plot_curves(
         if any(values):
             seconds.bar(epochs, values, bottom=bottom, color=colour, width=0.8, label=part)
             bottom = [low + value for low, value in zip(bottom, values, strict=True)]
-    seconds.set(title="seconds an epoch", xlabel="epoch", ylim=(0, 1.35 * max(bottom)))
+    seconds.set(title="seconds per epoch", xlabel="epoch", ylim=(0, 1.35 * max(bottom)))
     seconds.legend(frameon=False, ncols=3, loc="upper center", fontsize="small")
 
     for axes in (accuracy, losses, seconds):

@@ -1,4 +1,4 @@
-"""Curves for TensorBoard, if it is installed."""
+"""Writing curves for TensorBoard, if it is installed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastkd.train.watcher import ForwardingWatcher, Record, Watcher
 
 
 def require_tensorboard() -> Any:
-    """TensorBoard's writer. Raises ``RecipeError`` where it is not installed."""
+    """TensorBoard's writer class. Raises ``RecipeError`` if it is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -47,6 +47,6 @@ class TensorBoard(ForwardingWatcher):
             return
         try:
             write(self._writer)
-        except Exception as error:  # of the writer and its thread: curves end no run
+        except Exception as error:  # the writer and its thread must not end a run
             self._writer = None
-            self.note(f"nothing more is written for TensorBoard: {type(error).__name__}: {error}")
+            self.note(f"TensorBoard is no longer written: {type(error).__name__}: {error}")

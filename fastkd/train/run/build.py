@@ -1,4 +1,4 @@
-"""Networks and methods of a recipe, built and tried on a device."""
+"""Building the networks and the method of a recipe, and trying them on a device."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fastkd.train.trial import left_out, repeated, try_step
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` is a CUDA device if there is one. Raises ``RecipeError`` for one that cannot be used."""
+    """The torch device; ``auto`` is CUDA if available. Raises ``RecipeError`` if it cannot be used."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and distributed.world() > 1:
@@ -30,14 +30,14 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except Exception as error:  # each backend raises its own kind
+    except Exception as error:  # each backend raises types of its own
         reason = str(error).strip().splitlines()[0]
         raise RecipeError(f"train.device = {name!r} cannot be used here: {reason}") from None
     return device
 
 
 def build_network(config: Model, data: Data) -> nn.Module:
-    """A fresh network for the data. Raises ``RecipeError`` if it takes other images."""
+    """A new network for the data. Raises ``RecipeError`` if it does not accept the images."""
     size = data.example()[0].shape[-1]
     try:
         return build_model(
@@ -92,13 +92,13 @@ def try_method(
     cached: bool = False,
     teacher: nn.Module | None = None,
 ) -> list[str]:
-    """Training steps as the run will make them, with an untrained student: before anything is trained.
+    """Try training steps with an untrained student, and with the teacher if it will be trained.
 
-    A teacher that is still to be trained takes its steps too. The steps are as large as the first and the
-    last batch of an epoch. Returns notes on last batches that will be left out.
+    The steps have the sizes of the first and the last batch of an epoch. Returns notes on last batches that
+    will be left out.
 
-    ``cached``: the teacher will be a cache of logits, which has no layers. ``teacher``: the trained one.
-    Raises ``RecipeError``.
+    ``cached``: the teacher is a cache of logits, without layers. ``teacher``: the trained teacher. Raises
+    ``RecipeError``.
     """
     config = recipe.teacher
     randoms = get_random_state()
@@ -138,14 +138,14 @@ def _try_steps(
     for number, size in enumerate(loader.sizes()):
         rows = size // distributed.world()
         if number and distributed.world() > 1 and rows < 2:
-            notes.append(f"{what}: {left_out(size, f'{distributed.world()} processes need two each')}")
+            notes.append(f"{what}: {left_out(size, f'{distributed.world()} processes need two images each')}")
             continue
         batch: Batch = (repeated(images, rows), repeated(target, rows))
         if cached:
             batch = (*batch, torch.zeros(rows, data.num_classes, device=device))
         try:
             try_step(method, batch, precision, accumulate)
-        except Exception as error:  # of any layer
+        except Exception as error:  # layers can raise anything
             if number:
                 notes.append(f"{what}: {left_out(size, kind_and_text(error))}")
                 continue
@@ -156,12 +156,12 @@ def _try_steps(
 
 
 def tried(what: str, do: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """``do(…)``, whose errors become ``RecipeError``."""
+    """Call ``do(…)`` and turn its errors into ``RecipeError``."""
     try:
         return do(*arguments, **options)
     except TrainError:
         raise
     except ValueError as error:
         raise RecipeError(f"{what}: {error}") from error
-    except Exception as error:  # of any layer, and of networks of the user's own
+    except Exception as error:  # layers and the user's networks can raise anything
         raise RecipeError(f"{what}: {kind_and_text(error)}") from error

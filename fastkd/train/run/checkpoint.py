@@ -1,8 +1,8 @@
-"""Checkpoints: written whole or not at all, read as plain tensors and values only.
+"""Checkpoints: written atomically, read as plain tensors and values only.
 
-A checkpoint is torch's zip archive with the SHA-256 of its bytes in the archive's comment, where torch and
-zip tools look past it. torch's reader checks little itself: an entry whose directory bit is set, say, is
-taken for read, and its tensor is whatever the memory held.
+A checkpoint is torch's zip archive with the SHA-256 of its bytes in the archive's comment, which torch and
+zip tools ignore. torch's reader checks little itself: for an entry whose directory bit is set, for example,
+it returns a tensor with uninitialised memory.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from fastkd.files.regular import open_regular
 from fastkd.files.sealed import Damage, check_sealed, seal
 
 _FORMAT = "fastkd-2"
-_WITHOUT_DIGEST = "fastkd-1"  # what fastkd wrote before
+_WITHOUT_DIGEST = "fastkd-1"  # written by older versions
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any], *, keep_as: Path | None = None) -> None:
-    # Through memory: of a failed write torch's own writer tells nothing but its position.
+    # Through memory: torch's own writer reports a failed write without the reason.
     buffer = io.BytesIO()
     torch.save({**content, "format": _FORMAT}, buffer)
     seal(buffer)
@@ -34,14 +34,14 @@ def save_checkpoint(path: Path, content: Mapping[str, Any], *, keep_as: Path | N
 
 
 def load_checkpoint(path: Path, *, remedy: str) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU. ``remedy`` ends the message when it cannot be read.
+    """Read a checkpoint onto the CPU. ``remedy`` ends the error message.
 
     Raises ``CheckpointError``.
     """
     if not path.exists():
         raise CheckpointError(f"no checkpoint {path}; {remedy}")
     try:
-        # One opening for check and reading: the file of this name may be exchanged in between.
+        # Opened once for check and reading: the file could be replaced in between.
         with open(open_regular(path), "rb") as file:
             sealed = check_sealed(file)
             content = load_plain(file)
@@ -53,7 +53,7 @@ def load_checkpoint(path: Path, *, remedy: str) -> dict[str, Any]:
         ) from None
     except MemoryError:
         raise
-    except Exception as error:  # what a damaged pickle leads to is without end
+    except Exception as error:  # damaged pickles can raise anything
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"checkpoint {path} is truncated or damaged: {reason}; {remedy}") from None
     if not isinstance(content, dict):
@@ -66,7 +66,7 @@ def load_checkpoint(path: Path, *, remedy: str) -> dict[str, Any]:
 
 def _check_format(path: Path, name: object, sealed: bool, remedy: str) -> None:
     if not (isinstance(name, str) and name.startswith("fastkd-")):
-        return  # another program's
+        return  # written by another program
     if name not in (_FORMAT, _WITHOUT_DIGEST):
         raise CheckpointError(
             f"checkpoint {path} has the format {name!r}, but this fastkd reads {_FORMAT} and "

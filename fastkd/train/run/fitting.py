@@ -1,4 +1,4 @@
-"""A training in a folder of its own: student or teacher, recorded there, resumed from there."""
+"""Training a student or a teacher in a folder, with its records and checkpoints."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from .teacher_cache import CachedLoader, TeacherCache
 
 @contextlib.contextmanager
 def owned(folder: Path) -> Iterator[None]:
-    """The folder is this training's; its first rank holds the lock."""
+    """Hold the folder's lock, on the first rank."""
     with locked(folder) if distributed.is_first() else contextlib.nullcontext():
         yield
 
 
 def read_state(folder: Path, role: str, console: Console) -> dict[str, Any] | None:
-    """The newest state in ``folder``, if there is one; ``console`` is told of damaged ones."""
+    """The newest state in ``folder``, or None; damaged ones are reported on ``console``."""
     return read_resume_state(
         folder, lambda text: console.print(f"{role}: {text}", markup=False, soft_wrap=True)
     )
@@ -56,9 +56,10 @@ def fit_in_folder(
     teacher_accuracy: float | None = None,
     cache: TeacherCache | None = None,
 ) -> FitResult:
-    """Train with one method, from ``resume`` if there is such a state; ``known_as`` goes into the next ones.
+    """Train with one method, from the state ``resume`` if given. ``known_as`` is added to the states written.
 
-    A teacher's section says nothing of how to compute: it is trained in float32, saved after every epoch.
+    A teacher's section has no settings of precision or checkpoints: a teacher is trained in float32 and saved
+    after every epoch.
     """
     train = optimization if isinstance(optimization, Train) else Train(epochs=optimization.epochs)
     train_loader: Any = data.train_loader(optimization.batch_size, optimization.seed, device)
@@ -66,7 +67,7 @@ def fit_in_folder(
         train_loader = CachedLoader(train_loader, cache)
     optimizer = build_optimizer(method, optimization)
     if resume is not None:
-        console.print(f"{role}: going on after {_reached(resume)} of {optimization.epochs}")
+        console.print(f"{role}: resuming after {_reached(resume)} of {optimization.epochs}")
     watcher = Watcher()
     if distributed.is_first():
         watcher = RunRecorder(
@@ -83,7 +84,7 @@ def fit_in_folder(
             known_as=known_as or {},
             history=resume["history"] if resume else (),
         )
-    # The same weights on every rank, but other dropout.
+    # Every rank has the same weights, but draws different dropout masks.
     if distributed.rank():
         torch.manual_seed(optimization.seed + 2**32 * distributed.rank())
     with StopSignals() as stop:
@@ -102,7 +103,7 @@ def fit_in_folder(
         )
 
 
-# Settings of a recipe that are arguments of ``fit_method`` by the same names.
+# Settings of a recipe that are arguments of ``fit_method`` with the same names.
 _OF_THE_LOOP = (
     "clip_norm", "precision", "teacher_precision", "channels_last", "compile", "accumulate", "ema",
     "nonfinite", "log_every", "checkpoint_every",
@@ -117,5 +118,5 @@ def _reached(state: dict[str, Any]) -> str:
 
 def _shown(folder: Path, role: str, console: Console, *, tensorboard: bool) -> Watcher:
     shown = ConsoleProgress(role, console)
-    # Each by itself: without TensorBoard the console goes on.
+    # Shielded separately: the console continues if TensorBoard fails.
     return TensorBoard(folder / "tensorboard", Shielded(shown)) if tensorboard else Shielded(shown)

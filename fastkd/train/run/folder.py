@@ -1,12 +1,12 @@
-"""Run folders: one a run, numbered, never written over, valid at every moment.
+"""Run folders: one per run, numbered, never overwritten, valid at every moment.
 
 recipe.yaml     the resolved recipe; `fastkd train FOLDER/recipe.yaml` runs it again
 run.json        the recipe's name
-last.pt         all that `--resume` needs, after every epoch and whenever one was due within
-previous.pt     the one before, should the last be damaged
+last.pt         the state for `--resume`, written after every epoch and every `train.checkpoint_every`
+previous.pt     the state before, in case last.pt is damaged
 epoch-NNNN.pt   every `train.keep_every` epochs
 best.pt         the weights of the best epoch (their average, with `train.ema`)
-metrics.jsonl   one line an epoch
+metrics.jsonl   one line per epoch
 curves.png      accuracy, loss terms, time
 summary.json    written when the run is finished
 """
@@ -38,24 +38,24 @@ _PREVIOUS = "previous.pt"
 
 
 def create_run_folder(runs: Path, name: str) -> Path:
-    """A new folder ``runs/NAME-NNN``, numbered after those that exist. Raises ``StorageError``."""
+    """Create ``runs/NAME-NNN`` with the next free number. Raises ``StorageError``."""
     number = max(_folders_of(runs, name), default=0) + 1
     try:
         runs.mkdir(parents=True, exist_ok=True)
         while True:
             folder = runs / f"{_stem(name)}-{number:03d}"
-            with contextlib.suppress(FileExistsError):  # another process took it since
+            with contextlib.suppress(FileExistsError):  # another process was faster
                 folder.mkdir()
                 return folder
             number += 1
     except OSError as error:
         raise StorageError(
-            f"no run folder can be made in {runs}: {error.strerror}; --runs FOLDER chooses another place"
+            f"cannot create a run folder in {runs}: {error.strerror}; --runs FOLDER chooses another place"
         ) from None
 
 
 def find_run(runs: Path, name: str, recipe: Recipe) -> Path | None:
-    """The newest run folder of this very recipe, finished or not; None if there is none."""
+    """The newest run folder with exactly this recipe, finished or not; None if there is none."""
     text = dump_flat_yaml(recipe.flat())
     for _, folder in sorted(_folders_of(runs, name).items(), reverse=True):
         try:
@@ -100,7 +100,7 @@ def read_json(path: Path) -> Any:
 
 
 def is_summary(content: Any) -> bool:
-    """Whether a summary.json has what others read of it."""
+    """Whether a summary.json has every entry that other commands read."""
     try:
         numbers = [content[which]["val_accuracy"] for which in ("best", "last")]
         numbers += [content["seed"], *content["seconds"].values()]
@@ -112,9 +112,9 @@ def is_summary(content: Any) -> bool:
 
 
 def read_resume_state(folder: Path, note: Callable[[str], None]) -> dict[str, Any] | None:
-    """The newest state that can be read; None if nothing was finished. Past a damaged one ``note`` tells.
+    """The newest readable state; None if there are no states. Damaged ones are reported to ``note``.
 
-    Raises ``CheckpointError`` if there are states, but none that can be read.
+    Raises ``CheckpointError`` if there are states but none can be read.
     """
     kept = sorted(folder.glob("epoch-*.pt"), reverse=True)
     paths = [path for path in (folder / "last.pt", folder / _PREVIOUS, *kept) if path.exists()]
@@ -124,24 +124,23 @@ def read_resume_state(folder: Path, note: Callable[[str], None]) -> dict[str, An
             state = load_checkpoint(path, remedy=remedy)
             missing = [key for key in ("student", "optimizer", "history", "random") if key not in state]
             if missing:
-                raise CheckpointError(f"checkpoint {path} is no state of a run: {missing[0]} is missing")
+                raise CheckpointError(f"checkpoint {path} is not a state of a run: {missing[0]} is missing")
         except CheckpointError as error:
             if path == paths[-1]:
                 raise
-            note(f"{str(error).removesuffix('; ' + remedy)}; taking the one before")
+            note(f"{str(error).removesuffix('; ' + remedy)}; using the previous one")
             continue
-        if isinstance(state["random"], dict):  # written before there were ranks
+        if isinstance(state["random"], dict):  # written by a version without ranks
             state["random"] = [state["random"]]
         return state
     return None
 
 
 class RunRecorder(ForwardingWatcher):
-    """Writes checkpoints and metrics after every epoch, the curves at the end (however it comes).
+    """Writes checkpoints and metrics after every epoch, and the curves when training ends for any reason.
 
-    Everything is passed on to ``shown``. ``facts`` go into the checkpoints beside the weights, ``known_as``
-    into the states; ``keep_every``: epochs between states that are kept for good; ``history``: of a run that
-    is resumed.
+    Passes everything on to ``shown``. ``facts`` are added to checkpoints of weights, ``known_as`` to states;
+    ``keep_every``: epochs between states that are never deleted; ``history``: of the resumed run.
     """
 
     def __init__(
@@ -166,7 +165,7 @@ class RunRecorder(ForwardingWatcher):
         self._history = list(history)
 
     def __enter__(self) -> Watcher:
-        if self._history:  # what ended the run may have come between the state and these lines
+        if self._history:  # the run may have been killed after writing the state
             self._write_metrics()
         return super().__enter__()
 
@@ -178,13 +177,13 @@ class RunRecorder(ForwardingWatcher):
                 plot_curves(
                     self._history, picture, title=self._title, teacher_accuracy=self._teacher_accuracy
                 )
-            except Exception as error:  # a full disk, matplotlib's settings, a font: no picture ends a run
-                self.note(f"{picture} is not drawn: {type(error).__name__}: {error}")
+            except Exception as error:  # full disk, settings, fonts: must not end the run
+                self.note(f"{picture} could not be drawn: {type(error).__name__}: {error}")
 
     def epoch_done(self, record: Record, state: Callable[[], dict[str, Any]]) -> None:
         resume = {**state(), **self._known_as}
         self._history = history = list(resume["history"])
-        # Best before last: an interrupt in between repeats the epoch, which gives the same weights again.
+        # best.pt before last.pt: if killed in between, the epoch is repeated and gives the same weights.
         if all(record["val_accuracy"] > earlier["val_accuracy"] for earlier in history[:-1]):
             weights = resume["student"] if resume["ema"] is None else averaged_weights(resume["ema"])
             best = {"model": weights, "epoch": record["epoch"], **self._facts}
@@ -207,13 +206,13 @@ class RunRecorder(ForwardingWatcher):
         content = {"epoch": error.epoch, "step": error.step, "terms": dict(error.terms)}
         try:
             save_checkpoint(path, {**content, "images": images.cpu(), "target": target.cpu()})
-        except StorageError as full:  # must not hide why the run ended
-            error.args = (f"{error}; its batch could not be kept: {full}",)
+        except StorageError as full:  # must not hide the cause
+            error.args = (f"{error}; its batch could not be saved: {full}",)
             return
         error.args = (f"{error}; its batch is in {path}",)
 
     def _write_metrics(self) -> None:
-        # Whole, from the history: a line that an interrupt left out or doubled would stay so.
+        # Rewritten from the history, so that an interrupt leaves no missing or duplicate line.
         lines = "".join(json.dumps(record) + "\n" for record in self._history)
         write_text(self._folder / "metrics.jsonl", lines)
 
@@ -222,5 +221,5 @@ class RunRecorder(ForwardingWatcher):
 
 
 def averaged_weights(ema: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of a student from that of its average."""
+    """The student's state dict, from that of its average."""
     return {key.removeprefix("module."): value for key, value in ema.items() if key.startswith("module.")}

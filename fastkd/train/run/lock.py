@@ -1,4 +1,4 @@
-"""One process a run folder: a lock that the system releases however its holder ends."""
+"""A lock on a run folder, which the system releases when its holder ends in any way."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ except ImportError:  # Windows
 
 _NAME = ".lock"
 
-# A forked process inherits the descriptor and with it the lock, which would outlast its holder by as long as
-# a data worker takes to notice. Closing the copy leaves the lock with the holder. POSIX record locks are not
-# inherited, but any other closing of the file in the process releases them.
+# A forked process inherits the descriptor and with it the lock, so a data worker would hold it longer than
+# the training process. Closing the copy does not release the lock. POSIX record locks are not inherited, but
+# closing any other descriptor of the file releases them.
 _held: set[int] = set()
 
 
@@ -39,9 +39,9 @@ if fcntl is not None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold ``folder/.lock``, and delete what processes that died have left there.
+    """Hold ``folder/.lock``, and delete temporary files of processes that no longer run.
 
-    Raises ``FolderInUseError`` naming the holder, ``StorageError`` if the lock cannot be made.
+    Raises ``FolderInUseError`` that names the holder, ``StorageError`` if the lock cannot be created.
     """
     if fcntl is None:
         yield
@@ -57,9 +57,9 @@ def locked(folder: Path) -> Iterator[None]:
         remove_leftovers(folder)
         yield
     finally:
-        if descriptor in _held:  # not in a forked process that leaves by this way
+        if descriptor in _held:  # not in a forked process
             with contextlib.suppress(OSError):
-                path.unlink()  # while it is held: who waits for this file looks again
+                path.unlink()  # while held; a waiting process checks that the path is unchanged
             _give_up(descriptor)
 
 
@@ -91,9 +91,9 @@ def _take(path: Path) -> int:
         if same and stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
             return descriptor
         _give_up(descriptor)
-        if same:  # another name of a file that is not ours to write to, a FIFO, a device
-            raise _cannot_be_written(path.parent, f"{path} is no file of its own; delete it")
-        # Else its holder has removed it in between.
+        if same:  # a hard link to another file, a FIFO, a device
+            raise _cannot_be_written(path.parent, f"{path} is not an ordinary file; delete it")
+        # Otherwise the holder has removed it in between: try again.
 
 
 def _give_up(descriptor: int) -> None:

@@ -1,4 +1,4 @@
-"""The results of a run or of several seeds, beside teacher and student alone."""
+"""Results of a run or of several seeds, compared with the teacher and the student trained alone."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from fastkd.train.display.console import results_table, time_table
 
 from .folder import is_summary, read_json
 
-_ALONE = ("data.", "student.", "train.")  # what a student alone has in common with a distilled one
+_ALONE = ("data.", "student.", "train.")  # settings that a student alone shares with a distilled one
 
 
 def print_results(
     summaries: Sequence[dict[str, Any]], recipe: Recipe, folder: Path, runs: Path, console: Console
 ) -> None:
-    """Tables of accuracy (mean ± sample standard deviation over seeds) and of where the time went.
+    """Print tables of accuracy (mean ± sample standard deviation over seeds) and of time.
 
-    ``folder`` is the run's, or the group's of seeds.
+    ``folder`` is that of the run or of the group of seeds.
     """
     first = summaries[0]
     rows = []
@@ -52,7 +52,7 @@ def print_results(
 
 
 def student_alone_command(name: str, recipe: Recipe, folder: Path, runs: Path) -> str:
-    """What trains the same student on the same data in the same way, without a teacher."""
+    """The command that trains the same student on the same data with the same settings, without a teacher."""
     words = ["fastkd", "train"]
     alone = f"{name.partition('/')[0]}/student"
     if alone in shipped_recipes():
@@ -69,7 +69,7 @@ def student_alone_command(name: str, recipe: Recipe, folder: Path, runs: Path) -
 
 
 def student_alone(runs: Path, comparison: str) -> list[dict[str, Any]]:
-    """Finished cross-entropy runs that differ from this one in the method only, the newest of each seed."""
+    """Finished cross-entropy runs that differ only in the method, the newest one per seed."""
     newest: dict[int, tuple[float, dict[str, Any]]] = {}
     for path in runs.glob("**/summary.json"):
         summary = read_json(path)

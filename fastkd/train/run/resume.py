@@ -1,4 +1,4 @@
-"""Whether a run can be resumed with a recipe: what differs from the one that its state was made with."""
+"""Checks whether a run can be resumed with a recipe, by comparing it with the recipe of the state."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from fastkd.recipe.schema import Recipe, Teacher, Train, load_recipe
 
 
 def identity(recipe: Recipe, data: str, teacher: str | None) -> dict[str, Any]:
-    """What a state is kept with, to be known by: ``data`` and ``teacher`` are hashes of their contents."""
+    """Stored in states to identify the run; ``data`` and ``teacher`` are hashes of their contents."""
     return {"recipe": recipe.flat(), "data": data, "teacher": teacher}
 
 
-# Of a recipe: where and how a run is computed and what is written of it. Data and teacher are compared by
-# what they are, wherever they lie.
+# Settings of a recipe that may change: where and how a run is computed, and what is written. Data and teacher
+# are compared by content, not by path.
 _FREE = {
     "device", "threads", "channels_last", "compile", "accumulate", "nonfinite", "log_every",
     "checkpoint_every", "keep_every", "tensorboard", "epochs",
 }  # fmt: skip
-# The learning rate of every step depends on how many there will be.
+# With these schedules the learning rate of every step depends on the number of steps.
 _SPREAD = ("one_cycle", "cosine")
 
 
 def check_recipe(state: Mapping[str, Any], now: Mapping[str, Any], recipe: Recipe, folder: Path) -> list[str]:
-    """Notes on what may differ between a state of ``folder`` and ``identity(…)`` as it is now.
+    """Compare a state of ``folder`` with the present ``identity(…)``; returns notes on differences.
 
-    Raises ``CheckpointError`` that names each difference with which the run cannot be resumed.
+    Raises ``CheckpointError`` that names every other difference.
     """
     was, is_ = state.get("recipe"), now["recipe"]
-    if was is None and (folder / "recipe.yaml").is_file():  # written before states said so
+    if was is None and (folder / "recipe.yaml").is_file():  # written by a version without it
         was = load_recipe(str(folder / "recipe.yaml"))[1].flat()
     if not isinstance(was, dict):
         return []
@@ -45,7 +45,7 @@ def check_recipe(state: Mapping[str, Any], now: Mapping[str, Any], recipe: Recip
     for section in ("data", "teacher"):
         if section not in state or state[section] != now[section]:
             keys = _differences(was, is_, (section,), recipe)
-            unnamed = [f"{section}: its content is not what it was"] if section in state else []
+            unnamed = [f"{section}: its content has changed"] if section in state else []
             refused += keys or unnamed
     refused += [
         text
@@ -66,11 +66,11 @@ def check_recipe(state: Mapping[str, Any], now: Mapping[str, Any], recipe: Recip
 def _cannot_extend(state: Mapping[str, Any], recipe: Recipe) -> str | None:
     trained = len(state["history"]) + bool(state.get("position"))
     if recipe.train.epochs < trained:
-        return f"{trained} are trained or begun"
+        return f"{trained} are already trained or started"
     if recipe.train.schedule in _SPREAD:
         return (
-            f"train.schedule {recipe.train.schedule} is spread over all epochs, so the first ones would have "
-            "been trained otherwise; constant and steps can be extended"
+            f"train.schedule {recipe.train.schedule} is spread over all epochs, so that the "
+            "epochs trained so far would have had other learning rates; constant and steps can be extended"
         )
     return None
 
@@ -84,7 +84,7 @@ def _differences(
         if key.partition(".")[0] not in sections:
             continue
         before, after = was.get(key), is_.get(key)
-        # A setting that there was not yet when the state was written is at its default.
+        # A setting that did not exist when the state was written is equal to its default.
         if before != after and not (key not in was and after == defaults.get(key)):
             found.append(f"{key}: {_shown(before)} → {_shown(after)}")
     return found

@@ -1,4 +1,4 @@
-"""From a recipe to a finished run: data, teacher, student, results."""
+"""Running a recipe: data, teacher, student, summary."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from .teachers import (
     load_given_teacher,
     open_cache,
     own_teacher,
+    relevant_settings,
     teacher_hash,
-    what_matters,
 )
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C after a run folder was made; ``folder`` is what ``--resume`` takes."""
+    """Ctrl-C after a run folder was created; ``--resume`` takes its ``folder``."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -45,11 +45,11 @@ class Stopped(KeyboardInterrupt):
 def run_recipe(
     name: str, recipe: Recipe, *, runs: Path, console: Console, folder: Path | None = None
 ) -> dict[str, Any]:
-    """Train the teacher if its checkpoint is not there yet, then the student; returns the summary.
+    """Train the teacher if it has no checkpoint yet, then the student; returns the summary.
 
-    A new run folder is made under ``runs``, unless ``folder`` names one to go on with.
+    Creates a run folder in ``runs``, unless ``folder`` names one to resume.
 
-    Raises ``TrainError`` for what a user can mend and ``Stopped`` at Ctrl-C.
+    Raises ``TrainError`` for what a user can fix, and ``Stopped`` at Ctrl-C.
     """
     try:
         device = resolve_device(recipe.train.device)
@@ -64,7 +64,7 @@ def run_recipe(
         console.print(f"data: {data.describe()}", markup=False)
         for note in data.notes:
             console.print(f"  {note}", markup=False)
-        # An unusable checkpoint or layer must be found before anything is trained or written.
+        # Find unusable checkpoints and layers before anything is trained or written.
         cache = open_cache(recipe, data)
         teacher = None
         if cache is not None:
@@ -95,18 +95,18 @@ def run_recipe(
             raise
         raise Stopped(folder) from None
     except Preempted as error:
-        raise Preempted(f"{error}; to go on: fastkd train --resume {folder}") from None
+        raise Preempted(f"{error}; to resume: fastkd train --resume {folder}") from None
     except (NonFiniteLossError, DataError) as error:
         if folder is None:
             raise
-        raise type(error)(f"{error}; the run folder {folder} keeps the epochs before") from None
+        raise type(error)(f"{error}; the run folder {folder} keeps the earlier epochs") from None
     except StorageError as error:
         if folder is None or not (folder / "recipe.yaml").exists():
             if folder is not None:
                 with contextlib.suppress(OSError):
-                    folder.rmdir()  # it has nothing in it
+                    folder.rmdir()  # it is empty
             raise
-        raise StorageError(f"{error}; then go on with --resume {folder}") from None
+        raise StorageError(f"{error}; then continue with --resume {folder}") from None
     return {**summary, "folder": str(folder)}
 
 
@@ -125,7 +125,7 @@ def check_ranks(recipe: Recipe, device: torch.device) -> None:
         if section.batch_size % world or section.batch_size < 2 * world:
             raise RecipeError(
                 f"{key}.batch_size = {section.batch_size} cannot be shared among {world} processes evenly, "
-                "two images or more to each; it counts the images of a step over all of them"
+                "two images or more to each; it counts the images per step over all processes"
             )
 
 
@@ -142,7 +142,7 @@ def _distil(
     known_as: dict[str, Any],
 ) -> dict[str, Any]:
     """Train the student and write the summary."""
-    # Seeded here, so that a student does not depend on whether its teacher was trained or read.
+    # Seeded here, so that the student does not depend on whether the teacher was trained or loaded.
     torch.manual_seed(recipe.train.seed)
     student = build_network(recipe.student, data).to(device)
     if recipe.train.sync_batchnorm:
@@ -185,13 +185,13 @@ def _distil(
 
 
 def comparison_key(recipe: Recipe, data: Data) -> str:
-    """Equal for runs that differ in method, teacher or seed only, so that their results can be compared."""
-    train = what_matters(recipe.train, _NO_MATTER)
+    """Equal for runs that differ only in method, teacher or seed, so that their results can be compared."""
+    train = relevant_settings(recipe.train, _IRRELEVANT)
     return short_digest_of([data.fingerprint, recipe.student.model_dump(), train])
 
 
-# Of a run's results: where and how it is computed, and what is written.
-_NO_MATTER = {
+# Settings without influence on results: where and how a run is computed, and what is written.
+_IRRELEVANT = {
     "seed", "device", "threads", "teacher_precision", "channels_last", "compile", "accumulate",
     "nonfinite", "log_every", "checkpoint_every", "keep_every", "tensorboard", "val_batch_size",
 }  # fmt: skip

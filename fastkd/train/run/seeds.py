@@ -1,4 +1,4 @@
-"""One recipe over several seeds: a folder of runs that can be gone on with as a whole."""
+"""One recipe over several seeds: a folder of runs that is resumed as a whole."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def is_seed_group(folder: Path) -> bool:
 def run_seeds(
     name: str, recipe: Recipe, count: int, *, runs: Path, console: Console, folder: Path | None = None
 ) -> tuple[Path, list[dict[str, Any]]]:
-    """Run seeds ``train.seed`` … ``train.seed + count - 1``; finished ones of ``folder`` are read, not run.
+    """Run the seeds ``train.seed`` … ``train.seed + count - 1``, except those that ``folder`` has finished.
 
-    Returns the folder of the group and the summaries. Raises what ``run_recipe`` raises; ``Stopped`` names
-    the group.
+    Returns the group's folder and the summaries. Raises what ``run_recipe`` raises; ``Stopped`` names the
+    group.
     """
     if folder is None:
         folder = create_run_folder(runs, name)
@@ -49,7 +49,7 @@ def run_seeds(
 
 
 def seed_count(folder: Path) -> int:
-    """Raises ``RecipeError`` if the group's file does not say so."""
+    """The number of seeds of a group. Raises ``RecipeError`` if its file is damaged."""
     content = read_json(folder / _GROUP)
     count = content.get("count") if isinstance(content, dict) else None
     if type(count) is not int or count < 1:

@@ -1,13 +1,13 @@
-"""A teacher's logits on disk, in place of the teacher: one memory-mapped file an epoch.
+"""A cache of a teacher's logits, used in place of the teacher: one memory-mapped file per epoch.
 
-cache.json        what was cached: data, augmentation, teacher, form
-epoch-0000.npy    a record a training image, in the order of the data set; behind the array, where NumPy does
-                  not look, the SHA-256 of the bytes before
+cache.json        what was cached: data, augmentation, teacher, format
+epoch-0000.npy    one record per training image, in the order of the data set; after the array, where NumPy
+                  does not read, the SHA-256 of the bytes before
 
-A record holds the logarithms of the teacher's probabilities in float16, of all classes or of the ``top_k``
-most probable with their numbers; the logarithm of the probability that the other classes have together; and
-the logsumexp of the logits, which turns the former back into logits. float16 is most exact near 0, so that
-the classes that weigh most lose least.
+A record has the teacher's log-probabilities in float16, of all classes or of the ``top_k`` most probable
+ones with their indices; the log of the total probability of the other classes; and the logsumexp of the
+logits, which converts log-probabilities back to logits. float16 is most precise near 0, that is for the most
+probable classes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastkd.data.data import CacheableData, Data, IndexedLoader
+from fastkd.data.data import CacheableData, Data
+from fastkd.data.order import IndexedLoader
 from fastkd.errors import CheckpointError, TrainError
 from fastkd.files.atomic import make_folder, take_room, write_atomically
 from fastkd.files.regular import open_regular, read_regular
@@ -32,13 +33,13 @@ from fastkd.messages import one_line
 from fastkd.recipe.schema import Recipe, Teacher
 
 FORMAT = "fastkd-teacher-cache-2"
-_WITHOUT_DIGESTS = "fastkd-teacher-cache-1"  # what fastkd wrote before
+_WITHOUT_DIGESTS = "fastkd-teacher-cache-1"  # written by older versions
 _FACTS = "cache.json"
-_LEAST = -6e4  # float16 ends at -65504
+_LEAST = -6e4  # the least float16 is -65504
 
 
 class CacheError(TrainError):
-    """A cache of teacher logits that is missing, damaged, in the way, or made for something else."""
+    """A cache of teacher logits is missing, damaged or made for another recipe, or its folder exists."""
 
 
 def record_type(num_classes: int, top_k: int | None) -> np.dtype[Any]:
@@ -59,7 +60,7 @@ def pack(logits: Tensor, top_k: int | None) -> np.ndarray:
     log_probs = logits.log_softmax(1)
     records["logsumexp"] = logits.logsumexp(1).cpu().numpy()
     if top_k is not None:
-        # Sorted anyway by topk; the rest is summed by itself: 1 - sum(top) would cancel.
+        # The rest is summed directly: 1 - sum(top) would cancel.
         kept, classes = log_probs.topk(top_k, dim=1)
         rest = log_probs.scatter(1, classes, -torch.inf).logsumexp(1)
         records["classes"] = classes.cpu().numpy()
@@ -70,10 +71,10 @@ def pack(logits: Tensor, top_k: int | None) -> np.ndarray:
 
 
 def unpack(records: np.ndarray, num_classes: int, device: torch.device) -> Tensor:
-    """Logits ``[N, C]`` in float32. With top-k the other classes share their probability evenly."""
+    """Logits ``[N, C]`` in float32. With top-k the other classes get equal shares of their probability."""
 
     def part(name: str) -> Tensor:
-        # A copy even of one row, whose strides torch would refuse.
+        # Copied, since torch refuses the strides of a field, even for one row.
         return torch.from_numpy(records[name].copy()).to(device, non_blocking=True)
 
     log_probs = part("log_probs").float()
@@ -87,9 +88,9 @@ def unpack(records: np.ndarray, num_classes: int, device: torch.device) -> Tenso
 
 
 def wanted_facts(recipe: Recipe, data: Data) -> dict[str, Any]:
-    """What a cache for this recipe must have been made with. Raises ``CacheError`` if there can be none."""
+    """The facts of a cache for this recipe. Raises ``CacheError`` if the recipe cannot be cached."""
     if recipe.teacher is None or not isinstance(data, CacheableData):
-        lacks = "it has no teacher" if recipe.teacher is None else "its images are augmented by whole batches"
+        lacks = "it has no teacher" if recipe.teacher is None else "its images are augmented in whole batches"
         raise CacheError(f"teacher logits cannot be cached for this recipe: {lacks}")
     mixed = bool(data.augmentation["mixup"] or data.augmentation["cutmix"])
     return {
@@ -98,7 +99,7 @@ def wanted_facts(recipe: Recipe, data: Data) -> dict[str, Any]:
         "classes": data.num_classes,
         "augmentation": dict(data.augmentation),
         "seed": recipe.train.seed if data.varies else None,
-        "batch_size": recipe.train.batch_size if mixed else None,  # who is mixed with whom
+        "batch_size": recipe.train.batch_size if mixed else None,  # decides which images are mixed
         "teacher": _teacher_facts(recipe.teacher),
         "epochs": recipe.train.epochs if data.varies else 1,
     }
@@ -120,10 +121,10 @@ def _teacher_facts(teacher: Teacher) -> dict[str, Any]:
 
 
 class CachedTeacher(nn.Module):
-    """Stands where a teacher stands; its logits come with the batch."""
+    """Placeholder for a teacher whose logits come with the batch."""
 
     def forward(self, inputs: Tensor) -> Tensor:
-        raise RuntimeError("the teacher's logits are in the cache: they come as the third part of a batch")
+        raise RuntimeError("the teacher's logits are cached: they come as the third entry of a batch")
 
 
 class TeacherCache:
@@ -140,34 +141,33 @@ class TeacherCache:
                 raise ValueError(f"{_FACTS} is damaged")
             for epoch in range(self._epochs):
                 os.close(open_regular(folder / shard_name(epoch)))
-            # Mapped, not read; never unpickled.
+            # Memory-mapped, and never unpickled.
             self._shards = [
                 np.load(folder / shard_name(epoch), mmap_mode="r", allow_pickle=False)
                 for epoch in range(self._epochs)
             ]
-        except Exception as error:  # NumPy raises what a damaged header leads to
+        except Exception as error:  # NumPy raises many types for damaged headers
             raise CacheError(
-                f"teacher.cache: {folder} is no whole cache of teacher logits: {one_line(error)}"
+                f"teacher.cache: {folder} is not a complete cache of teacher logits: {one_line(error)}"
             ) from None
         for epoch, shard in enumerate(self._shards):
             if shard.dtype != expected or shard.shape != (self._samples,):
-                raise CacheError(f"teacher.cache: {folder / shard_name(epoch)} is not what {_FACTS} says")
-            # So that a truncated file is found at once, not in its epoch.
+                raise CacheError(f"teacher.cache: {folder / shard_name(epoch)} does not match {_FACTS}")
+            # Finds truncated files at once, not only when their epoch begins.
             if self.facts["format"] == FORMAT and not _shard_has(has_digest, folder / shard_name(epoch)):
                 raise CacheError(
-                    f"teacher.cache: {folder} is no whole cache of teacher logits: {shard_name(epoch)} is "
-                    "truncated"
+                    f"teacher.cache: {folder} is not a complete cache of teacher logits: {shard_name(epoch)} "
+                    "is truncated"
                 )
         self._checked: set[int] = set()
 
     def _check(self, epoch: int) -> None:
-        """Raise ``CacheError`` if an epoch's file is not what was written; read once, as it is needed."""
+        """Raise ``CacheError`` if an epoch's file is damaged; called once per epoch, before its first use."""
         path = self.folder / shard_name(epoch)
         if self.facts["format"] != _WITHOUT_DIGESTS and not _shard_has(is_whole, path):
             raise CacheError(
-                f"teacher.cache: {path} is damaged: it is not what was written, by its SHA-256. To have it "
-                f"made again: delete it, name the folder {self.folder.name}.partial, and run the same "
-                "`fastkd cache-teacher`"
+                f"teacher.cache: {path} is damaged: its SHA-256 does not match. To rebuild it, delete it, "
+                f"rename the folder to {self.folder.name}.partial, and run the same `fastkd cache-teacher`"
             )
         if "classes" in (self._shards[epoch].dtype.names or ()):
             largest = int(self._shards[epoch]["classes"].max(initial=0))
@@ -182,8 +182,8 @@ class TeacherCache:
         return self._shards[0].dtype.itemsize
 
     def logits(self, epoch: int, indices: Tensor, device: torch.device) -> Tensor:
-        """The teacher's ``[N, C]`` for training images in an epoch, from 0."""
-        epoch %= self._epochs  # one epoch stands for all where nothing is random
+        """The teacher's logits ``[N, C]`` for training images in an epoch, counting from 0."""
+        epoch %= self._epochs  # without randomness one epoch is cached
         if epoch not in self._checked:
             self._check(epoch)
         shard = self._shards[epoch]
@@ -192,13 +192,13 @@ class TeacherCache:
         if absent.any():
             first = int(indices[int(absent.argmax())])
             raise CacheError(
-                f"teacher.cache: {self.folder} has nothing for training image {first} in epoch {epoch + 1}: "
+                f"teacher.cache: {self.folder} lacks training image {first} in epoch {epoch + 1}: "
                 "it could not be read when the cache was made"
             )
         return unpack(records, self._classes, device)
 
     def check_fits(self, wanted: dict[str, Any]) -> None:
-        """Raise ``CacheError`` that names all in which this cache is not what a recipe wants."""
+        """Raise ``CacheError`` that names every difference from the facts that a recipe needs."""
         differ = [
             f"{name}: {self.facts.get(name)!r} in the cache, {value!r} in the recipe"
             for name, value in wanted.items()
@@ -209,12 +209,12 @@ class TeacherCache:
         if differ:
             raise CacheError(
                 f"teacher.cache: {self.folder} does not fit this recipe: {'; '.join(differ)}; "
-                "`fastkd cache-teacher` makes one that does"
+                "create a cache for it with `fastkd cache-teacher`"
             )
 
 
 class CachedLoader:
-    """``(images, target, teacher_logits)`` of a loader and of the cache that was made with it."""
+    """Yields ``(images, target, teacher_logits)`` from a loader and the cache that was made with it."""
 
     def __init__(self, loader: IndexedLoader, cache: TeacherCache) -> None:
         self._loader, self._cache, self._epoch = loader, cache, 0
@@ -237,15 +237,15 @@ class CachedLoader:
 
 
 class CacheWriter:
-    """Writes a cache epoch by epoch into ``FOLDER.partial``, which gets its name when it is whole.
+    """Writes a cache epoch by epoch into ``FOLDER.partial``, which is renamed when it is complete.
 
-    A cache that was begun with the same facts is gone on with after its last whole epoch. Raises
-    ``CacheError`` if ``folder`` exists, or if what was begun is another cache.
+    A partial cache with the same facts is resumed after its last complete epoch. Raises ``CacheError`` if
+    ``folder`` exists, or if the partial cache has other facts.
     """
 
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
         if folder.exists():
-            raise CacheError(f"{folder} exists; a cache is never written over: name another folder")
+            raise CacheError(f"{folder} already exists; a cache is never overwritten: choose another folder")
         self._folder = folder
         self.partial = folder.with_name(folder.name + ".partial")
         self._facts = {"format": FORMAT, **facts}
@@ -259,7 +259,7 @@ class CacheWriter:
             if begun["format"] == _WITHOUT_DIGESTS:
                 self._facts["format"] = _WITHOUT_DIGESTS
             if begun != json.loads(json.dumps(self._facts)):
-                raise CacheError(f"{self.partial} was begun for another recipe; name another folder")
+                raise CacheError(f"{self.partial} was started for another recipe; choose another folder")
         else:
             sealed = {**self._facts, "sha256": digest_of(self._facts)}
             text = json.dumps(sealed, indent=2) + "\n"
@@ -269,7 +269,7 @@ class CacheWriter:
         return [e for e in range(self._facts["epochs"]) if not (self.partial / shard_name(e)).exists()]
 
     def write_epoch(self, epoch: int, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
-        """``batches`` of (sample indices, logits); an image that is left out keeps a record of zeros."""
+        """Write an epoch of (sample indices, logits); records of missing images stay zero."""
         kind = record_type(self._facts["classes"], self._facts["top_k"])
 
         def write(temporary: Path) -> None:
@@ -281,7 +281,7 @@ class CacheWriter:
             except OSError as error:
                 size = temporary.stat().st_size / 1e6
                 name = self.partial / shard_name(epoch)
-                raise CacheError(f"no room for {name} of {size:.0f} MB: {error.strerror}") from None
+                raise CacheError(f"no space for {name} of {size:.0f} MB: {error.strerror}") from None
             for indices, logits in batches:
                 if not bool(logits.isfinite().all()):
                     raise CacheError(f"the teacher's logits are not finite in epoch {epoch + 1}")
@@ -297,18 +297,18 @@ class CacheWriter:
             os.rename(self.partial, self._folder)
         except OSError as error:
             raise CacheError(
-                f"{self.partial} is whole, but cannot be named {self._folder}: {error}"
+                f"{self.partial} is complete, but cannot be renamed to {self._folder}: {error}"
             ) from None
         return TeacherCache(self._folder)
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """What a cache says of itself. Raises ``OSError`` and what a damaged file leads to."""
+    """Read cache.json. Raises ``OSError``, and ``ValueError`` or ``KeyError`` if it is damaged."""
     facts: dict[str, Any] = json.loads(read_regular(path))
     if facts["format"] not in (FORMAT, _WITHOUT_DIGESTS):
         raise ValueError(f"its format is {facts['format']!r}, expected {FORMAT!r}")
     if facts["format"] == FORMAT and facts.pop("sha256", None) != digest_of(facts):
-        raise ValueError(f"{_FACTS} is damaged: it is not what was written, by its SHA-256")
+        raise ValueError(f"{_FACTS} is damaged: its SHA-256 does not match")
     return facts
 
 

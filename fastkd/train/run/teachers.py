@@ -1,4 +1,4 @@
-"""The teacher of a recipe: given as a file or by torchvision, read from an earlier run, or trained."""
+"""The teacher of a recipe: from a file, from torchvision, from an earlier run, or trained."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from .weights import load_weights
 
 @dataclass(frozen=True)
 class TeacherInUse:
-    """A trained teacher and what is known of it."""
+    """A trained teacher and its summary."""
 
     model: nn.Module
-    summary: dict[str, Any]  # checkpoint, val_accuracy (last epoch), best_val_accuracy where known
+    summary: dict[str, Any]  # checkpoint, val_accuracy (last epoch), best_val_accuracy if known
 
 
 def load_given_teacher(
@@ -80,25 +80,25 @@ def _accuracy(config: Teacher, model: nn.Module, data: Data, device: torch.devic
 def find_teacher(
     config: Teacher, data: Data, runs: Path, device: torch.device, console: Console
 ) -> TeacherInUse:
-    """The teacher of a recipe, trained if it must be. Raises ``TrainError``."""
+    """The teacher of a recipe, trained if necessary. Raises ``TrainError``."""
     return load_given_teacher(config, data, device, console) or own_teacher(
         config, data, runs, device, console
     )
 
 
 def _settings_of(config: Teacher) -> dict[str, Any]:
-    return what_matters(config, {"checkpoint", "weights", "cache"})
+    return relevant_settings(config, {"checkpoint", "weights", "cache"})
 
 
 def _key_of(config: Teacher, data: Data) -> str:
     return short_digest_of([data.fingerprint, _settings_of(config)])
 
 
-# Left out where they are at their defaults: runs made before there were such settings are still the same.
+# Omitted at their defaults, so that hashes equal those of versions without these settings.
 _LATER = {"warmup_epochs": 0.0, "sync_batchnorm": False, "ema": None}
 
 
-def what_matters(config: Optimization, leave_out: set[str]) -> dict[str, Any]:
+def relevant_settings(config: Optimization, leave_out: set[str]) -> dict[str, Any]:
     values = config.model_dump(exclude=leave_out)
     return {key: value for key, value in values.items() if key not in _LATER or value != _LATER[key]}
 
@@ -106,7 +106,7 @@ def what_matters(config: Optimization, leave_out: set[str]) -> dict[str, Any]:
 def teacher_hash(
     recipe: Recipe, data: Data, teacher: TeacherInUse | None, cache: TeacherCache | None
 ) -> str | None:
-    """Tells one teacher from another, one that is yet to be trained too."""
+    """Identifies the teacher, even one that is not trained yet."""
     if cache is not None:
         return short_digest_of(cache.facts)
     if teacher is not None:
@@ -117,8 +117,8 @@ def teacher_hash(
 def own_teacher(
     config: Teacher, data: Data, runs: Path, device: torch.device, console: Console
 ) -> TeacherInUse:
-    """The teacher of this data and configuration: read, gone on with, or trained."""
-    # The hash holds all that determines the weights: other data never meet this teacher.
+    """The teacher of this data and configuration: loaded, resumed or trained."""
+    # The hash covers everything that determines the weights, so other data cannot get this teacher.
     settings, key = _settings_of(config), _key_of(config, data)
     label = config.name.replace("/", "-") + (f"-{config.width}" if config.width else "")
     folder = runs / "teachers" / f"{label}-{key}"
@@ -142,7 +142,7 @@ def own_teacher(
                 title=f"teacher {label}",
                 resume=read_state(folder, "teacher", console),
             )
-            # The last epoch, not the best: picking by validation accuracy would flatter the teacher.
+            # The last epoch, not the best: selecting by validation accuracy would be biased.
             content = {
                 "model": model.state_dict(),
                 "num_classes": data.num_classes,

@@ -1,4 +1,4 @@
-"""torchvision's networks with its published weights, through its own builders."""
+"""torchvision's networks with published weights, made by torchvision's builders."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from fastkd.models import torchvision_builder
 def torchvision_network(
     name: str, weights: str, *, num_classes: int, size: int
 ) -> tuple[nn.Module, list[str]]:
-    """torchvision's network ``name`` with ``weights``, such as "IMAGENET1K_V1", and notes for people.
+    """torchvision's network ``name`` with ``weights``, such as "IMAGENET1K_V1", and notes to print.
 
-    Weights go with more than a state dict: other names in old files, an image size (ViT), a transformed
-    input (Inception, GoogLeNet), which torchvision's builders know. They are downloaded once, to torch.hub's
-    folder.
-    ``size`` is the side of the images, which are normalised with ImageNet's mean and standard deviation; for
-    weights that want others the network's input is brought to theirs.
+    torchvision's builders handle what a state dict does not say: old names in files, the image size (ViT), a
+    transformed input (Inception, GoogLeNet). Weights are downloaded once, to torch.hub's folder.
+
+    ``size`` is the side of the images, which are normalised with ImageNet's mean and standard deviation. For
+    weights that expect other values the input is converted.
 
     Raises ``CheckpointError``.
     """
@@ -46,7 +46,7 @@ def torchvision_network(
     (crop,) = set(wanted.crop_size)
     if crop != size and builder.startswith(("vit_", "maxvit")):
         raise CheckpointError(
-            f"teacher.weights = {weights}: {name} takes images of {crop} pixels with them, but data.size = "
+            f"teacher.weights = {weights}: {name} needs images of {crop} pixels with them, but data.size = "
             f"{size}; data.size={crop}, or another network"
         )
     _read_once(entry, weights)
@@ -56,7 +56,9 @@ def torchvision_network(
         notes.append(f"{name} was trained for images of {crop} pixels ({entry.name}), the data have {size}")
     if (tuple(wanted.mean), tuple(wanted.std)) != (IMAGENET_MEAN, IMAGENET_STD):
         model.register_forward_pre_hook(_Renormalised(wanted.mean, wanted.std))
-        notes.append(f"{name} wants other means of pixels than ImageNet's ({entry.name}): it gets them")
+        notes.append(
+            f"{name} expects another normalisation than ImageNet's ({entry.name}); its input is converted"
+        )
     return model, notes
 
 
@@ -72,24 +74,24 @@ def _check_classes(entry: Any, weights: str, num_classes: int) -> None:
 
 
 def _read_once(entry: Any, weights: str) -> None:
-    """Fetch the file and read it as plain tensors: torchvision's builders would run code in it."""
+    """Download the file and read it as plain tensors; torchvision's builders could run code in it."""
     file = Path(torch.hub.get_dir()) / "checkpoints" / entry.url.rpartition("/")[2]
     try:
         entry.get_state_dict(progress=False, check_hash=True, weights_only=True, map_location="cpu")
     except OSError as error:  # URLError is one
         raise CheckpointError(
-            f"teacher.weights = {weights}: {entry.url} cannot be fetched ({error}); "
-            f"fetch it by other means and put it to {file}"
+            f"teacher.weights = {weights}: {entry.url} cannot be downloaded ({error}); "
+            f"download it by other means to {file}"
         ) from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError):
         raise CheckpointError(
             f"teacher.weights = {weights}: {file} is damaged or holds more than tensors; "
-            "delete it to have it fetched again"
+            "delete it to download it again"
         ) from None
 
 
 class _Renormalised:
-    """A forward pre-hook: from ImageNet's mean and standard deviation to others."""
+    """A forward pre-hook that converts from ImageNet's mean and standard deviation to others."""
 
     def __init__(self, mean: Any, std: Any) -> None:
         old, new = (
@@ -100,6 +102,6 @@ class _Renormalised:
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         images, *rest = inputs
-        if self._scale.device != images.device:  # once: each copy would be a wait
+        if self._scale.device != images.device:  # once: a copy makes the host wait
             self._scale, self._shift = self._scale.to(images.device), self._shift.to(images.device)
         return (images * self._scale.to(images.dtype) + self._shift.to(images.dtype), *rest)

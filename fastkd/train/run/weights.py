@@ -1,4 +1,4 @@
-"""Weights of a network from a file or from torchvision, checked name by name before they are used."""
+"""Loading a network's weights from checkpoint files of fastkd and of other programs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastkd.train.state_dicts import COUNTER, fill
 
 from .checkpoint import load_checkpoint
 
-# Where checkpoints keep their state dict: fastkd's, Lightning's, timm's, mmengine's, people's own.
+# Where checkpoints keep their state dict: fastkd's, Lightning's, timm's, mmengine's, custom ones.
 _WRAPPERS = (
     "model", "state_dict", "student", "model_state_dict", "model_state", "net", "network", "weights",
     "params",
@@ -24,13 +24,12 @@ _LISTED = 20
 
 
 def load_weights(model: nn.Module, path: Path, *, num_classes: int, remedy: str) -> dict[str, Any]:
-    """Fill ``model`` from a checkpoint file; returns the file's other entries if it is fastkd's.
+    """Load a checkpoint file into ``model``; returns the file's other entries if fastkd wrote it.
 
-    The file is a state dict, bare or under one of the usual names, its keys with or without a prefix such as
-    DDP's ``module.`` and Lightning's ``model.``. It is read as plain tensors and values: code in it is
-    refused, not run.
+    The file is a state dict, or has one under one of the usual names. Its keys may have a prefix such as
+    DDP's ``module.`` or Lightning's ``model.``. It is read as plain tensors and values, without running code.
 
-    Raises ``CheckpointError`` that lists every name that is missing, too many or of another shape.
+    Raises ``CheckpointError`` that lists every missing or unexpected name and every other shape.
     """
     content = load_checkpoint(path, remedy=remedy)
     facts = content if "format" in content else {}
@@ -55,7 +54,7 @@ def load_weights(model: nn.Module, path: Path, *, num_classes: int, remedy: str)
 
 
 def state_dict_in(content: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor] | None:
-    """The state dict of ``model`` in a checkpoint's content, without prefixes; None if there is none."""
+    """The state dict for ``model`` in a checkpoint's content, without prefixes; None if there is none."""
     for candidate in (*(content.get(key) for key in _WRAPPERS), content):
         if not isinstance(candidate, Mapping) or not candidate:
             continue
@@ -65,9 +64,9 @@ def state_dict_in(content: Mapping[str, Any], model: nn.Module) -> dict[str, Ten
 
 
 def _without_prefix(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Keys as the model's: without the prefix under which most of them are found.
+    """Remove the prefix under which most of the model's keys are found.
 
-    Where that is all of the model, other entries (Lightning's of a loss or a metric) are left out.
+    If all of them have it, other entries (Lightning's losses or metrics) are dropped.
     """
     expected = {key: v.shape for key, v in model.state_dict().items() if not key.endswith(COUNTER)}
     named: Counter[str] = Counter()
@@ -83,20 +82,20 @@ def _without_prefix(weights: dict[str, Tensor], model: nn.Module) -> dict[str, T
         return weights
     if len(whole) > 1:
         raise CheckpointError(
-            f"it holds {len(whole)} networks of this architecture, under {', '.join(whole)}: save the one "
-            "that is meant alone"
+            f"it holds {len(whole)} networks of this architecture, under {', '.join(whole)}: save only "
+            "the one that is needed"
         )
     if whole:
         (best,) = whole
         return {key.removeprefix(best): value for key, value in weights.items() if key.startswith(best)}
-    # What does not fit is told by the model's names, where most of the file has them under one prefix.
+    # Nothing fits completely: use the best prefix, so that errors name the model's keys.
     best = max(named, key=lambda prefix: (named[prefix], -len(prefix)))
     most = 2 * named[best] > len(weights)
     return {key.removeprefix(best) if most else key: value for key, value in weights.items()}
 
 
 def _modern(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """torchvision's published DenseNets have ``norm.1`` where the module is ``norm1``."""
+    """Rename ``norm.1`` in torchvision's published DenseNets to the module's ``norm1``."""
     return {
         re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.(\d)\.", r"\1\2.", k): v for k, v in weights.items()
     }

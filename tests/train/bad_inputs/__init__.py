@@ -1,7 +1,7 @@
-"""Bad inputs to the trainer and what becomes of them.
+"""Bad inputs to the trainer, and what happens.
 
 `python -m tests.train.bad_inputs > docs/trainer-bad-inputs.md` makes a table of it. ROWS are (input, what
-must happen, function that makes it happen in an empty working directory and returns what happened).
+must happen, function that tries it in an empty working directory and returns what happened).
 `test_bad_inputs.py` runs each.
 """
 

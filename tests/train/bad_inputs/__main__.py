@@ -11,9 +11,9 @@ from . import ROWS, NotTriedError, happened
 
 HEAD = """# Bad inputs to the trainer
 
-Each row is tried by `tests/train/test_bad_inputs.py`; the last column is what was seen. This file is written
+Each row is tested by `tests/train/test_bad_inputs.py`; the last column is what happened. This file is written
 by `python -m tests.train.bad_inputs > docs/trainer-bad-inputs.md`. Files that are damaged bit by bit, links
-and locks are tried by `tests/train/run/test_bit_flips.py` and `tests/files/test_storage.py`.
+and locks are tested by `tests/train/run/test_bit_flips.py` and `tests/files/test_storage.py`.
 
 | input | what must happen | what happened |
 |---|---|---|"""

@@ -25,7 +25,7 @@ TRAIN = [
 RUN = "runs/fashion-mnist-student-001"
 CONSTANT = "train.schedule=constant"
 ROOT = Path(__file__).resolve().parents[3]
-SECONDS = 100  # of a row: one that takes longer hangs
+SECONDS = 100  # per row; one that takes longer hangs
 
 
 def run(*arguments: str) -> tuple[int, str, str]:
@@ -55,7 +55,7 @@ def succeeds(*arguments: str) -> str:
 
 
 def in_subprocess(*arguments: str, limits: str = "", timeout: float = SECONDS) -> tuple[int, str]:
-    """Status and errors of a command in a shell of its own, under limits such as ``ulimit -n 64``."""
+    """Status and errors of a command in a separate shell, with limits such as ``ulimit -n 64``."""
     command = [sys.executable, "-m", "fastkd", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -85,7 +85,7 @@ def tree() -> None:
 
 
 def run_folder() -> Path:
-    """The one run; its name says which network and method were chosen instead of the recipe's."""
+    """The folder of the only run; its name depends on the overrides."""
     (folder,) = Path("runs").glob("*-001")
     return folder
 
@@ -102,7 +102,7 @@ class NotTriedError(Exception):
 
 
 def happened(act: Callable[..., str], folder: Path) -> str:
-    """What a row's function says, run in ``folder``; a row that hangs raises."""
+    """The result of a row's function, run in ``folder``; raises if it hangs."""
 
     def late(*_: object) -> None:
         raise AssertionError(f"still running after {SECONDS} s")

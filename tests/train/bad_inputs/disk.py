@@ -15,7 +15,7 @@ from .common import RUN, TRAIN, NotTriedError, Row, in_subprocess, refused, succ
 
 @contextlib.contextmanager
 def small_disk(folder: str, kilobytes: int) -> Iterator[None]:
-    """A file system of so many kilobytes; skips the row where none may be mounted."""
+    """Mount a file system of ``kilobytes``; skips the row if mounting is not permitted."""
     Path(folder).mkdir()
     options = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", folder]
     if subprocess.run(options, capture_output=True).returncode:
@@ -113,11 +113,11 @@ def full_for_the_recipe() -> str:
 
 
 def full_when_writing(name: str) -> Callable[[], str]:
-    """The disk is full when a file of the run folder is written; the run goes on once there is room."""
+    """The disk is full when a file of the run folder is written; the run is resumed when there is space."""
 
     def act() -> str:
         with no_room_for(name):
-            told = refused(["train", *TRAIN], f"{RUN}/{name}", "No space left", "go on with --resume")
+            told = refused(["train", *TRAIN], f"{RUN}/{name}", "No space left", "continue with --resume")
         succeeds("train", "--resume", RUN)
         assert Path(RUN, name).exists()
         return told

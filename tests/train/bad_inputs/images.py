@@ -74,7 +74,7 @@ def more_shards_than_open_files(workers: int) -> Callable[[], str]:
     def act() -> str:
         tars(120)
         options = ["train.epochs=3", f"data.workers={workers}", "data.corrupt_limit=0"]
-        # Of the files that torch opens itself there are about 30; workers share memory by descriptors too.
+        # torch itself opens about 30 files, and workers share memory through descriptors too.
         status, text = in_subprocess("train", *SHARDS, *options, limits="ulimit -n 100")
         assert status == 0, text
         summary = json.loads((run_folder() / "summary.json").read_text())

@@ -1,7 +1,7 @@
 """Bad inputs of models, optimizers, loaders, images and checkpoints, as rows of docs/trainer-bad-inputs.md.
 
 Each row: the input, what must happen, and a function that tries it in the working directory and returns what
-happened; it raises ``AssertionError`` if that is something else.
+happened, or raises ``AssertionError`` if it was something else.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SHORT = ["data.synthetic=9", "train.epochs=1", "train.batch_size=8", "teacher.ep
 
 
 def raised(words: str, do: Callable[[], Any]) -> str:
-    """The message of the one error, which must hold ``words``."""
+    """The message of the error, which must contain ``words``."""
     try:
         do()
     except Exception as error:
@@ -63,7 +63,7 @@ def command(*words: str) -> tuple[int, str]:
 
 
 def refused(words: str, *arguments: str) -> str:
-    """The command's message, with nothing trained."""
+    """The message of the command, which must not train anything."""
     status, text = command("train", *arguments)
     assert status == 2, text
     assert words in text, text
@@ -251,7 +251,7 @@ def sixteen_bits() -> str:
 
 
 def float_pixels() -> str:
-    return raised("do not say which value is white", lambda: to_rgb(Image.new("F", (4, 4))))
+    return raised("do not define which value is white", lambda: to_rgb(Image.new("F", (4, 4))))
 
 
 def checkpoint(content: Any) -> nn.Module:
@@ -314,7 +314,7 @@ ROWS: list[Row] = [
     ("`channels_last` with 5-D weights", f"{BEFORE} that names the parameter", videos),
     ("a student and a teacher that share a layer", f"{BEFORE} that names the layer", shared),
     ("an output `{'logits': …}`, as of Hugging Face", WORKS, named_output),
-    ("an output that is a tuple", "an error that names what came", tuple_output),
+    ("an output that is a tuple", "an error that describes the output", tuple_output),
     ("`val_loader=None`", f"{BEFORE} that says what is expected",
      lambda: raised("val_loader is None", lambda: fit_with(val=None))),
     ("a loader of dicts", f"{BEFORE} that names its keys",
@@ -330,11 +330,11 @@ ROWS: list[Row] = [
      lambda: f"trained, loss {fit_with(loss=fastkd.DistillLoss(ce_weight=1.0)).last['loss']:.3f}"),
     ("a loss of two arguments", f"{BEFORE} that says which three",
      lambda: raised("teacher_logits, target)", lambda: fit_with(loss=nn.CrossEntropyLoss()))),
-    ("17 images at batch 16, BatchNorm of [N, D]", "the last image is left out, and it is said", last_of_one),
-    ("the same in a recipe", "said before anything is trained, then it trains", recipe_last_of_one),
+    ("17 images at batch 16, BatchNorm of [N, D]", "the last image is left out, with a note", last_of_one),
+    ("the same in a recipe", "noted before training, then it trains", recipe_last_of_one),
     ("a student that returns a tuple in train mode", f"{BEFORE}, the teacher's too", tuple_in_train_mode),
     ("Inception at 64 pixels", f"{BEFORE} with the layer's reason", inception),
-    ("`glyphs/kd method=dkd`", "named and described as what it is", another_method),
+    ("`glyphs/kd method=dkd`", "name and description match", another_method),
     ("`student.name=torchvision/resnet18` over a width", "the recipe's width goes with its network",
      width_of_another),
     ("`teacher.epochs=3` and no teacher", BEFORE,
@@ -342,7 +342,7 @@ ROWS: list[Row] = [
     ("`WORLD_SIZE=\"\"`", WORKS, environment("WORLD_SIZE", "", lambda: trained(*STUDENT))),
     ("`WORLD_SIZE=two`", f"{BEFORE} that names the variable",
      environment("WORLD_SIZE", "two", lambda: refused("WORLD_SIZE is 'two'", *STUDENT))),
-    ("a hidden folder `.ipynb_checkpoints` of images", "it is no class, and that is said", hidden_folder),
+    ("a hidden folder `.ipynb_checkpoints` of images", "ignored, with a note", hidden_folder),
     ("a 16-bit grey PNG", "it keeps its brightness", sixteen_bits),
     ("floating-point pixels", "skipped as an image that cannot be read, with the reason", float_pixels),
     ("a checkpoint with `model_state_dict`", "it is read", read_from(lambda s: {"model_state_dict": s})),
@@ -353,6 +353,6 @@ ROWS: list[Row] = [
      read_from(lambda s: {"model": s, "args": argparse.Namespace(lr=0.1), "best": np.float64(0.7)})),
     ("a checkpoint without `num_batches_tracked`", "it is read",
      read_from(lambda s: {k: v for k, v in s.items() if "num_batches" not in k})),
-    ("a checkpoint with a class of one's own", "an error that names the class and a safe way out", own_class),
-    ("a checkpoint without weights", "an error that says what it has", nowhere),
+    ("a checkpoint with a custom class", "an error that names the class and a safe way out", own_class),
+    ("a checkpoint without weights", "an error that lists its entries", nowhere),
 ]  # fmt: skip

@@ -84,7 +84,7 @@ RESUME: list[Row] = [
     (
         "`--resume RUN train.epochs=1` of a run of 2",
         "refused: more are trained",
-        resumed_with("train.epochs=1", "2 are trained", started=(CONSTANT, "train.epochs=2")),
+        resumed_with("train.epochs=1", "2 are already trained", started=(CONSTANT, "train.epochs=2")),
     ),
     ("`--resume RUN train.epochs=3` under constant", "extended", extended("constant")),
     ("`--resume RUN train.epochs=3` under steps", "extended", extended("steps", "train.milestones=[2]")),

@@ -1,4 +1,4 @@
-"""What comes after a run: its student elsewhere, and its curves beside others'."""
+"""After a run: exporting the student, and plotting curves of several runs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_the_student_elsewhere(runs: Path, tmp_path: Path, form: str, which: str
         pytest.importorskip("onnxscript")
     run, path = runs / "fashion-mnist-dhkd-001", tmp_path / "deep" / "student.bin"
     assert main(["export", str(run), "--format", form, "--weights", which, "--to", str(path)]) == 0
-    # The reference is built from the checkpoint by other means than the export's.
+    # The reference is built from the checkpoint without the export's code.
     content = torch.load(run / f"{which}.pt", weights_only=True)
     width = content.get("model", content.get("student"))["fc.weight"].shape[1] // 4
     network = build_model("small_cnn", num_classes=10, width=width, channels=1)
@@ -69,14 +69,14 @@ def test_refused_exports(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         return capsys.readouterr().err
 
     path.write_text("mine")
-    assert "is not written over" in refused(str(run), "--to", str(path))
+    assert "is not overwritten" in refused(str(run), "--to", str(path))
     assert path.read_text() == "mine"
     assert "is a group of seeds" in refused(str(runs / "fashion-mnist-student-001"))
-    assert "is no run folder" in refused(str(tmp_path))
+    assert "is not a run folder" in refused(str(tmp_path))
 
 
 class Moody(nn.Module):
-    """Another network each time it runs."""
+    """Gives other outputs at each call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ def test_refused_pictures(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     broken.mkdir()
     (broken / "metrics.jsonl").write_text(json.dumps({"epoch": 1})[:-3])
     cases: dict[str, list[Any]] = {
-        "is not written over": [run, "--to", there],
+        "is not overwritten": [run, "--to", there],
         "expected a .png, .svg or .pdf file": [run, "--to", tmp_path / "a.jpeg"],
         "holds no metrics.jsonl with a finished epoch": [tmp_path, "--to", tmp_path / "a.png"],
         "metrics.jsonl cannot be read": [broken, "--to", tmp_path / "a.png"],

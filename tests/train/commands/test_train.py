@@ -1,4 +1,4 @@
-"""The command itself: whole runs on real fonts, small enough for a second each."""
+"""The command `fastkd train`: complete runs on real fonts, small enough to take a second each."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_the_other_recipes_train(tiny: list[str], workplace: Path, name: str) ->
 
 
 def test_seeds(workplace: Path, fonts: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    # Words after an option belong to the recipe all the same.
+    # Words after an option belong to the recipe too.
     arguments = [*tiny_student(fonts), "train.epochs=1", "train.seed=4"]
     assert main(["train", "glyphs/student", "--seeds", "3", *arguments]) == 0
     out = capsys.readouterr().out
@@ -136,7 +136,7 @@ def test_seeds(workplace: Path, fonts: Path, capsys: pytest.CaptureFixture[str])
     assert "seeds 4, 5, 6" in out
     assert not same_weights(group / "seed-4" / "last.pt", group / "seed-5" / "last.pt")
 
-    # A stopped group goes on with what is missing, and ends the same.
+    # A stopped group is resumed with the missing runs, and ends the same.
     (group / "seed-6" / "summary.json").unlink()
     (group / "seed-6" / "last.pt").unlink()
     untouched = (group / "seed-5" / "last.pt").stat().st_mtime_ns
@@ -235,9 +235,9 @@ def test_bad_input_is_refused_before_anything_is_written(
     assert "no readable TTF" in refused(capsys, "glyphs/kd", *tiny, f"data.fonts={empty}")
     assert "train.device" in refused(capsys, "glyphs/kd", *tiny, "train.device=abacus")
     assert "no checkpoint" in refused(capsys, "glyphs/kd", *tiny, "teacher.checkpoint=none.pt")
-    assert "which recipe?" in refused(capsys)
-    assert "which recipe?" in refused(capsys, "train.epochs=3")
-    assert "no run folder" in refused(capsys, "--resume", "nowhere")
+    assert "the recipe is missing" in refused(capsys)
+    assert "the recipe is missing" in refused(capsys, "train.epochs=3")
+    assert "not a run folder" in refused(capsys, "--resume", "nowhere")
 
     classes = 8
     path = workplace / "teacher.pt"
@@ -290,7 +290,7 @@ def test_a_held_out_training_face(
         assert main(["train", "glyphs/kd", *tiny, "train.epochs=1", "teacher.epochs=1", *more]) == 0
         out = capsys.readouterr().out
         assert f"{4 if more is reported else 3} training faces, 1 held out" in out
-    # The teacher of the choice has not seen the face that is held out for it.
+    # The chosen teacher has not seen the face that is held out for it.
     assert len(list((workplace / "runs" / "teachers").iterdir())) == 2
 
 

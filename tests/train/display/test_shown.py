@@ -1,4 +1,4 @@
-"""What is shown, drawn or hinted at ends no run."""
+"""Failures of output, figures and hints do not end a run."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_picture_that_cannot_be_drawn(
     monkeypatch.setattr(f"fastkd.train.{what}", breaks)
     assert main(["train", *STUDENT]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "curves.png is not drawn: RuntimeError: no fonts here" in out
+    assert "curves.png could not be drawn: RuntimeError: no fonts here" in out
     assert whole()
 
 
@@ -65,7 +65,7 @@ def test_a_comparison_that_cannot_be_drawn(
 
 
 class Writer:
-    """As TensorBoard's, on a full disk."""
+    """Like TensorBoard's writer, on a full disk."""
 
     def __init__(self, folder: str) -> None:
         self.closed = False
@@ -84,7 +84,7 @@ def test_tensorboard_on_a_full_disk(
     monkeypatch.setattr("fastkd.train.run.run.require_tensorboard", lambda: Writer)
     assert main(["train", *STUDENT, "train.tensorboard=true"]) == 0
     out = capsys.readouterr().out
-    assert out.count("nothing more is written for TensorBoard: OSError: [Errno 28] No space left") == 1
+    assert out.count("TensorBoard is no longer written: OSError: [Errno 28] No space left") == 1
     assert "student epoch 2/2" in out
     assert whole()
 
@@ -119,7 +119,7 @@ def test_a_table_that_cannot_be_shown(
 ) -> None:
     monkeypatch.setattr("fastkd.train.run.results.results_table", breaks)
     assert main(["train", *STUDENT]) == 0
-    assert "no table of results: RuntimeError: no fonts here" in capsys.readouterr().out
+    assert "the table of results could not be shown: RuntimeError: no fonts here" in capsys.readouterr().out
     assert whole()
 
 

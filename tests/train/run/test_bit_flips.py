@@ -1,4 +1,4 @@
-"""One bit of a file is another: it is noticed, or it does not matter."""
+"""A flipped bit in a file is noticed, or does not matter."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CONTENT = {
 
 
 def flipped(content: bytes, count: int, seed: int = 0) -> Iterator[tuple[int, bytes]]:
-    """``count`` copies of ``content``, in each of which one bit is another."""
+    """``count`` copies of ``content``, each with one bit flipped."""
     for bit in random.Random(seed).sample(range(8 * len(content)), count):
         changed = bytearray(content)
         changed[bit // 8] ^= 1 << bit % 8
@@ -89,7 +89,7 @@ def test_the_state_before_is_taken(field: str, save: Callable[..., None], tmp_pa
     assert state["optimizer"] == "before"
     assert len(told) == 1
     assert "last.pt is damaged" in told[0]
-    assert told[0].endswith("taking the one before")
+    assert told[0].endswith("using the previous one")
 
 
 def test_checkpoints_from_before_digests_are_read(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_a_damaged_epoch_of_a_cache_is_made_again(cache: Path) -> None:
     shard = cache / "epoch-0000.npy"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:200] + bytes([whole[200] ^ 1]) + whole[201:])
-    with pytest.raises(CacheError, match=r"delete it, name the folder cache\.partial"):
+    with pytest.raises(CacheError, match=r"delete it, rename the folder to cache\.partial"):
         TeacherCache(cache).logits(0, torch.arange(8), torch.device("cpu"))
     shard.unlink()
     shutil.move(cache, cache.with_name("cache.partial"))
@@ -162,7 +162,7 @@ def test_a_cache_from_before_digests_is_read(cache: Path) -> None:
     shard = cache / "epoch-0000.npy"
     shard.write_bytes(shard.read_bytes()[: -len("fastkd-sha256:") - 64])
     assert torch.equal(TeacherCache(cache).logits(0, torch.arange(8), torch.device("cpu")), expected)
-    # Then at least a class that there is not is refused.
+    # Then at least an invalid class is refused.
     content = bytearray(shard.read_bytes())
     content[-8:-4] = struct.pack("<HH", 60000, 0)
     shard.write_bytes(content)

@@ -123,7 +123,7 @@ def test_the_one_before_is_kept_and_the_last_never_missing(
     for content in (b"second", b"third"):
         if content == b"third":
             before = b"second"
-            if links:  # as a write leaves it that is cut off between the two names
+            if links:  # as left by a write that was interrupted between the two renames
                 keep.unlink()
                 keep.hardlink_to(path)
         write_atomically(

@@ -1,8 +1,8 @@
-"""Runs that earlier versions of fastkd wrote are resumed.
+"""Runs written by earlier versions of fastkd can be resumed.
 
-stopped_run.tar.gz holds a run of three epochs that commit 42055a0 wrote and that was killed after the third
-of four steps of its second epoch, and the teacher that it had trained. At that commit the trainer was one
-flat package, ``fastkd.train``.
+stopped_run.tar.gz has a run of three epochs, written by commit 42055a0 and killed after the third of the four
+steps of its second epoch, and the teacher that it had trained. At that commit the trainer was one flat
+package, ``fastkd.train``.
 """
 
 from __future__ import annotations
@@ -39,8 +39,7 @@ def test_a_run_of_the_flat_trainer_is_resumed(tmp_path: Path, capsys: pytest.Cap
     assert [record["epoch"] for record in after["history"]] == [1, 2, 3]
     assert after["position"] is None
 
-    # It was resumed, not trained otherwise: the same as a run that was never stopped, up to the order of sums
-    # on another machine.
+    # The result is that of a run that was never stopped, up to the order of sums on another machine.
     whole = tmp_path / "whole"
     recipe = str(folder / "recipe.yaml")
     assert main(["train", recipe, "--runs", str(whole)]) == 0

@@ -1,4 +1,4 @@
-"""A network of torchvision with weights is what torchvision's own builder makes of them, for each family."""
+"""torchvision's networks with weights equal those of torchvision's builders, for each family."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fastkd.models import build_model
 from fastkd.train.run.torchvision_weights import torchvision_network
 from fastkd.train.run.weights import load_weights
 
-# A small member of every module of torchvision.models, and those whose weights want something of their own.
+# A small member of every module of torchvision.models, and those with special weights.
 MEMBERS = [
     "alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_l", "googlenet",
     "inception_v3", "maxvit_t", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf",
@@ -31,13 +31,13 @@ MEMBERS = [
 
 
 def state_of(name: str, **options: Any) -> dict[str, torch.Tensor]:
-    """Random weights of the right shapes, made without the layers' slow initialisation."""
+    """Random weights of the right shapes, without the slow initialisation of layers."""
     if name in ("googlenet", "inception_v3"):
         options["init_weights"] = False
     with contextlib.nullcontext() if name.startswith("regnet") else torch.device("meta"):
         shapes = models.get_model(name, **options).state_dict()
     generator = torch.Generator().manual_seed(0)
-    for key, value in shapes.items():  # in place of the values, so that versions of layers stay
+    for key, value in shapes.items():  # in place, to keep the versions of layers
         if value.is_floating_point() and "running_var" not in key:
             shapes[key] = torch.randn(value.shape, generator=generator) * 0.05
         else:
@@ -47,13 +47,13 @@ def state_of(name: str, **options: Any) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def published(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """``published(name, **options)``: what every file of weights holds from now on."""
+    """``published(name, **options)`` sets the content of every file of weights."""
 
     def set_to(name: str, **options: Any) -> None:
         state = state_of(name, **options)
         monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda self, **_: copy.copy(state))
 
-    # Overwritten at once by the weights; vgg and ViT take seconds for it.
+    # Skipped, since the weights overwrite it; it takes seconds for VGG and ViT.
     for draw in ("kaiming_normal_", "kaiming_uniform_", "trunc_normal_", "normal_", "xavier_uniform_"):
         monkeypatch.setattr(nn.init, draw, lambda tensor, *_, **__: tensor)
     return set_to
@@ -94,7 +94,7 @@ def test_outputs_are_torchvisions(name: str, published: Any) -> None:
 
 def test_the_image_size_of_weights(published: Any) -> None:
     swag = "IMAGENET1K_SWAG_E2E_V1"
-    with pytest.raises(CheckpointError, match=r"takes images of 384 pixels with them, but data\.size = 224"):
+    with pytest.raises(CheckpointError, match=r"needs images of 384 pixels with them, but data\.size = 224"):
         torchvision_network("torchvision/vit_b_16", swag, num_classes=1000, size=224)
     published("efficientnet_b1")
     _, notes = torchvision_network("torchvision/efficientnet_b1", "DEFAULT", num_classes=1000, size=224)
@@ -117,7 +117,7 @@ class Evil:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """torch.hub's folder, where it looks first."""
+    """torch.hub's folder, which it searches first."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -165,7 +165,9 @@ def test_a_file_of_weights(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("no route to host")
 
     monkeypatch.setattr("torch.hub.download_url_to_file", offline)
-    with pytest.raises(CheckpointError, match=rf"fetched \(no route to host\); .* put it to .*{file}"):
+    with pytest.raises(
+        CheckpointError, match=rf"downloaded \(no route to host\); .* other means to .*{file}"
+    ):
         torchvision_network(name, "DEFAULT", num_classes=1000, size=224)
 
 

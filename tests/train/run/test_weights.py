@@ -1,4 +1,4 @@
-"""Networks by name and teachers' weights from wherever people keep them."""
+"""Networks by name, and teachers' weights from files of many formats."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_code_in_a_teacher_is_refused_not_run(
 def test_one_source_of_weights(capsys: pytest.CaptureFixture[str]) -> None:
     both = ["data.synthetic=2", "teacher.checkpoint=a.pt", "teacher.weights=IMAGENET1K_V1"]
     assert main(["train", "imagenet/r18-kd", *both]) == 2
-    assert "give one of teacher.checkpoint and teacher.weights" in capsys.readouterr().err
+    assert "give either teacher.checkpoint or teacher.weights" in capsys.readouterr().err
     assert main(["train", "fashion-mnist/kd", "teacher.weights=DEFAULT"]) == 2
     assert "teacher.weights are torchvision's, but teacher.name is small_cnn" in capsys.readouterr().err
 
@@ -219,7 +219,7 @@ def test_networks_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for name, words in {
         "my_networks:odd": "gave int; expected a torch.nn.Module",
         "my_networks:needy": "cannot be built with {'num_classes': 5}.*depth",
-        "my_networks:number": "expected something to call",
+        "my_networks:number": "expected a callable",
         "my_networks:none": "has no 'none'",
         "no_such_module:x": "cannot be imported",
     }.items():
