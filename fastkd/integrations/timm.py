@@ -21,7 +21,7 @@ except ImportError as error:
 NAMES = {"student_logits": "the student's output", "teacher_logits": "the teacher's output"}
 
 
-class LogitDistillationTask(_TimmTask):
+class LogitDistillationTask(_TimmTask):  # type: ignore[misc]  # timm is not typed
     """``timm.task.LogitDistillationTask``, same arguments and same loss, in one pass over the logits.
 
     loss = task_loss_weight criterion(z_s, y) + distill_loss_weight T^2 KL(softmax(z_t/T) || softmax(z_s/T)).
@@ -73,9 +73,11 @@ def _label_smoothing(criterion: Any, target: Tensor) -> float | None:
     """The smoothing of a criterion that ``distill_loss`` computes itself; None for any other."""
     if target.dim() != 1 or target.dtype != torch.int64:
         return None
+    smoothing: float | None = None
     if type(criterion) is LabelSmoothingCrossEntropy:
-        return criterion.smoothing
-    plain = type(criterion) is nn.CrossEntropyLoss and criterion.weight is None
-    if plain and criterion.reduction == "mean":
-        return criterion.label_smoothing
-    return None
+        smoothing = criterion.smoothing
+    elif (
+        type(criterion) is nn.CrossEntropyLoss and criterion.weight is None and criterion.reduction == "mean"
+    ):
+        smoothing = criterion.label_smoothing
+    return smoothing

@@ -258,5 +258,6 @@ class LogitsLoss(_OnLogits):
         if student.dim() > 2 and class_dim == 1:
             student, teacher = student.movedim(1, -1), teacher.movedim(1, -1)
         labels = [targets] if self.uses_labels else []
-        value = named(NAMES, self.loss, student, teacher, *labels)
-        return value[0] if isinstance(value, tuple) else value
+        result = named(NAMES, self.loss, student, teacher, *labels)
+        value: Tensor = result[0] if isinstance(result, tuple) else result
+        return value
