@@ -1,4 +1,4 @@
-"""What every command line of fastkd does around its work: environment errors in a line, closed pipes."""
+"""Shared by all commands of fastkd: one-line errors of the environment, and closed pipes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ BROKEN_PIPE_STATUS = 141  # of a process that SIGPIPE ended, as the shell report
 
 
 def run_command(work: Callable[[], int]) -> int:
-    """The exit status of ``work()``; 2 and a line where the environment holds a value that fastkd refuses.
+    """Return the exit status of ``work()``; 2 and one line for an invalid environment variable.
 
-    A reader that has seen enough (``fastkd recipes | head -1``) closes the pipe, which Python reports at the
-    next write or when it flushes at exit: the command then ends without a word.
+    A reader such as ``head -1`` closes the pipe when it is done, which Python reports at the next write or
+    when it flushes at exit: the command then ends silently.
     """
     try:
         try:
@@ -34,7 +34,7 @@ def run_command(work: Callable[[], int]) -> int:
 
 
 def discard(*streams: TextIO) -> None:
-    """What is left in their buffers has no reader: Python would end with an error of its own at exit."""
+    """Discard what is left in the buffers; without a reader, Python would report an error at exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in streams:
         os.dup2(nowhere, stream.fileno())
