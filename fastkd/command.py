@@ -1,4 +1,4 @@
-"""Shared by all commands of fastkd: one-line errors of the environment, and closed pipes."""
+"""Shared by all command lines of fastkd: errors of the environment in one line, closed pipes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ BROKEN_PIPE_STATUS = 141  # of a process that SIGPIPE ended, as the shell report
 
 
 def run_command(work: Callable[[], int]) -> int:
-    """Return the exit status of ``work()``; 2 and one line for an invalid environment variable.
+    """The exit status of ``work()``; 2 and one line on stderr for an invalid environment variable.
 
-    A reader such as ``head -1`` closes the pipe when it is done, which Python reports at the next write or
-    when it flushes at exit: the command then ends silently.
+    When a reader closes the pipe (``fastkd recipes | head -1``), Python raises at the next write or at the
+    flush on exit; the command then ends silently.
     """
     try:
         try:
@@ -34,7 +34,7 @@ def run_command(work: Callable[[], int]) -> int:
 
 
 def discard(*streams: TextIO) -> None:
-    """Discard what is left in the buffers; without a reader, Python would report an error at exit."""
+    """Discard what is left in their buffers; otherwise Python fails when it flushes them at exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in streams:
         os.dup2(nowhere, stream.fileno())
