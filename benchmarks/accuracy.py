@@ -1,10 +1,10 @@
-"""Errors of every loss and its gradient against float64, beside eager torch's: makes docs/accuracy.md.
+"""Measure every loss and gradient against float64, beside eager torch: makes docs/accuracy.md.
 
     python benchmarks/accuracy.py > docs/accuracy.md
 
 Run from the repository's root. For each loss, backend, dtype and regime of logits: the norm of the
 difference to the float64 reference on the same logits, relative to its norm, median of three draws. "Eager"
-is fastkd's own reference in float32 arithmetic, which is as exact as a careful use of torch gets.
+is fastkd's own reference in float32 arithmetic, which is as exact as careful use of torch gets.
 """
 
 import os
@@ -48,7 +48,7 @@ def regimes(dtype: torch.dtype) -> dict[str, tuple[torch.Tensor, torch.Tensor, t
 
 
 def defined(case: Case, regime: str, dtype: torch.dtype) -> bool:
-    if regime == "masked":  # an average over all classes is not defined there
+    if regime == "masked":  # averages over all classes are not defined for masked ones
         return not case.averages_classes
     # The half types round near-equal logits to equal or to far apart.
     return regime != "near-equal" or dtype == torch.float32
@@ -84,8 +84,8 @@ def main() -> None:
         "Each cell: error of the row losses / error of the gradient, relative to the float64 reference on\n"
         f"the same {ROWS} x {CLASSES} logits, median of {DRAWS} draws. A half type's gradient cannot be\n"
         "closer than its own rounding, about 2e-3 for bfloat16 and 2e-4 for float16; Triton's interpreter\n"
-        "truncates to bfloat16, which doubles that. Near-equal is a difference of 1e-3, where a loss of\n"
-        "1e-7 is lost to rounding and its gradient is not. Masked is -inf for half the classes of both.\n"
+        "truncates to bfloat16, which doubles that. Near-equal logits differ by 1e-3: the loss of 1e-7 is\n"
+        "lost to rounding, its gradient is not. Masked: half of both models' classes are -inf.\n"
     )
     for dtype in DTYPES:
         torch.manual_seed(0)

@@ -1,7 +1,7 @@
 """The suite's cases under pytest-benchmark: ``pytest benchmarks --benchmark-only [--suite full] [-k kd]``.
 
-For its statistics, histograms and comparisons. A variant's rounds follow one another here, where ``fastkd
-bench`` takes them in turns: on a machine that drifts, trust that one's ratios.
+For its statistics, histograms and comparisons. The rounds of a variant follow one another here, whereas
+``fastkd bench`` takes turns: on a machine that drifts, trust the ratios of ``fastkd bench``.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""Images a second of ImageNet's recipe, by the trainer and by two loops written by hand.
+"""Measure images per second of ImageNet's recipe, with the trainer and with two hand-written loops.
 
     python benchmarks/throughput.py --output FILE.jsonl           # on a GPU: ResNet-34 to ResNet-18 at 224 px
     python benchmarks/throughput.py --output FILE.jsonl --size 96 --batch 16                        # on a CPU
@@ -11,8 +11,8 @@ bare      the same method and fused loss in a loop of nothing but the step: what
 plain     that loop in torch alone: a teacher under no_grad, and DKD of eager operations as it is in wide use
 
 All have the same precision, memory format and compilation. A turn is ``--steps`` steps after ``--warm-up``,
-between two synchronisations. Written: a header, one line a variant (images a second: median, p20, p80) with
-the trainer's own split of the time, and one with the ratios of turns side by side.
+between two synchronisations. Written: a header, one line per variant (images per second: median, p20, p80)
+with the trainer's own split of the time, and one with the ratios of turns side by side.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ def main() -> None:
                 seconds[variant].append(getattr(comparison, variant)())
             splits.append(comparison.split)
             told = ", ".join(f"{v} {args.batch * args.steps / seconds[v][-1]:.1f}" for v in VARIANTS)
-            print(f"turn {turn + 1}/{args.turns}, images a second: {told}", flush=True)
+            print(f"turn {turn + 1}/{args.turns}, images per second: {told}", flush=True)
         shares = shares_of(splits)
         for variant in VARIANTS:
             rates = [args.batch * args.steps / value for value in seconds[variant]]

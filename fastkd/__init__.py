@@ -9,10 +9,6 @@ from fastkd.losses.arguments import check_labels
 from fastkd.ops.backend import BackendUnavailable, get_backend, set_backend, use_backend
 from fastkd.version import __version__
 
-if TYPE_CHECKING:
-    from fastkd.train import fit
-
-
 __all__ = [
     "BackendUnavailable",
     "__version__",
@@ -25,11 +21,14 @@ __all__ = [
 ]
 __all__ += losses.__all__
 
+if TYPE_CHECKING:
+    from fastkd.train import fit
+else:
 
-def __getattr__(name: str) -> Any:
-    # The trainer is imported on first use: who only swaps a loss needs none of its libraries.
-    if name == "fit":
-        from fastkd.train import fit
+    def __getattr__(name: str) -> Any:
+        # The trainer is imported on first use: a program that only uses a loss needs none of its libraries.
+        if name == "fit":
+            from fastkd.train import fit
 
-        return fit
-    raise AttributeError(f"module 'fastkd' has no attribute {name!r}")
+            return fit
+        raise AttributeError(f"module 'fastkd' has no attribute {name!r}")

@@ -1,9 +1,9 @@
-"""``fastkd check``: every loss on every backend of this machine against float64. Needs torch alone.
+"""``fastkd check``: compare every loss on every backend of this machine with float64. Needs only torch.
 
-Each loss is computed, value and gradient under a random upstream gradient, on logits of several shapes,
-from far apart to nearly and exactly equal, in every dtype, and compared with ``fastkd.reference`` in float64
-on the very same logits. ``BOUNDS`` says what passes. Then what training adds: a loss scale in float16, logits
-of the two models apart by a constant, and row weights that are not contiguous.
+Value and gradient of each loss, under a random grad_output, are computed from logits of several shapes and
+dtypes, from far apart to nearly and exactly equal, and compared with ``fastkd.reference`` in float64 on the
+same logits. ``BOUNDS`` says what passes. Then come conditions of training: a loss scale in float16, a
+constant between the logits of the two models, and row weights that are not contiguous.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ def _losses() -> Iterator[tuple[str, Loss, bool]]:
 
 
 LOSSES: dict[str, Loss] = {name: loss for name, loss, _ in _losses()}
-# Losses whose gradient at equal logits is 0, exactly so from a kernel.
+# Losses whose gradient at equal logits is 0; exactly 0 from a kernel.
 VANISHING = {name for name, _, vanishes in _losses() if vanishes}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# One row that is one tile, rows of odd length, and rows that are walked along in tiles.
+# Rows of one tile, rows of odd length, and rows of several tiles.
 SHAPES = ((4, 10), (16, 1000), (5, 2263), (2, 21841))
 INTERPRETED_SHAPES = ((4, 10), (5, 2263))
 REGIMES = ("random", "near-equal", "equal")
-# A loss scale: what a mean over 64 rows of 32,768 classes gives the elements of a gradient, times 65536.
+# A loss scale of 65536, for the elements of a gradient that is a mean over 64 rows of 32,768 classes.
 SCALED_SHAPE, SCALE, SCALED_ROWS = (4, 32768), 65536.0, 64
-# float16 rounds to 0 what is below half its smallest number, 2^-24. What is above that number is lost by
-# cancellation alone: scaled, the terms of q - p are near 1/64 here, of which float32 loses differences below
-# 1e-9, far below 2^-24. So none should be lost, and the share is for elements at the edge.
+# float16 rounds numbers below half of its smallest, 2^-24, to 0. Larger ones can be lost only by
+# cancellation: scaled, the terms of q - p are near 1/64 here, of which float32 loses differences below 1e-9,
+# far below 2^-24. So none should be lost; the share allows for elements near the limit.
 SMALLEST_HALF, FLUSHED_SHARE = 2.0**-24, 1e-4
-# A constant between the models, which the softmax does not see.
+# A constant between the models, to which the softmax is invariant.
 OFFSET, OFFSET_SHAPE, OFFSET_NOISE = 1000.0, (8, 8000), 0.3
-# float32 in other orders of summation: errors of a few rows vary by this factor; and what no order avoids, a
-# rounding of the largest terms, of the size of the loss of random logits (of the gradient: its own size).
+# Other orders of summation in float32 change the errors of a few rows by this factor; and the rounding of the
+# largest terms, which no order avoids, relative to the loss of random logits (or to the gradient itself).
 ORDER, ROUNDING = 4.0, 4e-7
 
 
@@ -62,12 +62,12 @@ ORDER, ROUNDING = 4.0, 4e-7
 class Bounds:
     """Largest errors that pass, as the norm of the difference relative to a norm.
 
-    ``loss``: of the row losses, relative to what they are on random logits: near-equal logits have a loss
-    of 1e-5 that is a difference of numbers near 1. ``gradient``: relative to the gradient itself.
-    ``near_equal``: the same where student and teacher differ by about 0.01; it is a difference of
-    probabilities that agree to two digits and more, of which float32 keeps what is left of its seven. A half
-    type's bounds are the rounding of the gradient itself (Triton's interpreter truncates to bfloat16); half
-    a unit of its smallest number an element is allowed besides.
+    ``loss``: of the row losses, relative to those of random logits, because near-equal logits have a loss of
+    1e-5 that is a difference of numbers near 1. ``gradient``: relative to the gradient itself.
+    ``near_equal``: the same if student and teacher differ by about 0.01; the gradient is then a difference of
+    probabilities that agree to two digits or more, which leaves the rest of float32's seven. The bounds of a
+    half type are the rounding of the gradient itself (Triton's interpreter truncates to bfloat16); half of
+    its smallest number is allowed per element as well.
     """
 
     loss: float
@@ -103,7 +103,7 @@ class Verdict:
 
 
 def here() -> tuple[list[tuple[str, str]], dict[tuple[str, str], str]]:
-    """The (backend, device) pairs that run here, and the reasons of those that do not."""
+    """Return the (backend, device) pairs that run here, and why the others do not."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     runs, absent = [], {}
     for device in devices:
@@ -128,19 +128,21 @@ def make_logits(shape: tuple[int, int], regime: str, dtype: torch.dtype) -> tupl
 
 
 def loss_and_gradient(
-    loss: Loss, inputs: Sequence[Tensor], upstream: Tensor, **options: object
+    loss: Loss, inputs: Sequence[Tensor], grad_output: Tensor, **options: object
 ) -> tuple[Tensor, Tensor]:
     student, teacher, target = inputs
     student = student.detach().requires_grad_()
     value = loss(student, teacher, target, reduction="none", **options)
-    value.backward(upstream)
+    value.backward(grad_output)
     assert student.grad is not None
     return value.detach().double().cpu(), student.grad.double().cpu()
 
 
 def relative(value: Tensor, truth: Tensor, scale: Tensor, allowance: float = 0.0) -> float:
-    """Norm of the error beyond ``allowance`` an element, relative to ``scale``'s norm; infinite where the
-    value is not finite, so that it never passes."""
+    """Return the norm of the error beyond ``allowance`` per element, relative to ``scale``'s norm.
+
+    Infinite if the value is not finite, so that it never passes.
+    """
     if not value.isfinite().all():
         return float("inf")
     difference = max((value - truth).norm().item() - allowance * value.numel() ** 0.5, 0.0)
@@ -148,14 +150,14 @@ def relative(value: Tensor, truth: Tensor, scale: Tensor, allowance: float = 0.0
 
 
 def check(losses: Sequence[str] = tuple(LOSSES)) -> Iterator[Verdict]:
-    """A verdict for each loss and each backend that runs here."""
+    """Yield a verdict for each loss and each backend that runs here."""
     runs, _ = here()
     for name in losses:
         verdicts = [Verdict(name, chosen, device) for chosen, device in runs]
         torch.manual_seed(0)
         for dtype in DTYPES:
             for shape in SHAPES:
-                # The interpreter takes minutes for more.
+                # The interpreter takes minutes for the others.
                 chosen = [v for v in verdicts if v.where != ("triton", "cpu") or shape in INTERPRETED_SHAPES]
                 _compare(chosen, LOSSES[name], dtype, shape)
         _compare_under_a_loss_scale(verdicts, LOSSES[name])
@@ -165,19 +167,19 @@ def check(losses: Sequence[str] = tuple(LOSSES)) -> Iterator[Verdict]:
 
 
 def _compare(verdicts: Sequence[Verdict], loss: Loss, dtype: torch.dtype, shape: tuple[int, int]) -> None:
-    """Hold a draw of logits of each regime on each backend against float64."""
+    """Compare one draw of logits per regime on each backend with float64."""
     bounds = BOUNDS[dtype]
     allowance = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2
     scales: tuple[Tensor, Tensor] | None = None
     for regime in REGIMES:
         inputs = make_logits(shape, regime, dtype)
-        upstream = torch.rand(shape[0]) + 0.5
-        true_loss, true_gradient = _exact(loss, inputs, upstream)
-        scales = scales or (true_loss, true_gradient)  # of random logits, which come first
+        grad_output = torch.rand(shape[0]) + 0.5
+        true_loss, true_gradient = _exact(loss, inputs, grad_output)
+        scales = scales or (true_loss, true_gradient)  # of random logits, the first regime
         gradient_scale = scales[1] if regime == "equal" else true_gradient
         limit = bounds.near_equal if regime == "near-equal" else bounds.gradient
         for verdict in verdicts:
-            result = _of_backend(verdict, loss, inputs, upstream)
+            result = _of_backend(verdict, loss, inputs, grad_output)
             if result is None:
                 continue
             value, gradient = result
@@ -200,12 +202,12 @@ def _compare(verdicts: Sequence[Verdict], loss: Loss, dtype: torch.dtype, shape:
 
 
 def _of_backend(
-    verdict: Verdict, loss: Loss, inputs: Sequence[Tensor], upstream: Tensor, weight: Tensor | None = None
+    verdict: Verdict, loss: Loss, inputs: Sequence[Tensor], grad_output: Tensor, weight: Tensor | None = None
 ) -> tuple[Tensor, Tensor] | None:
-    """What ``verdict``'s backend gives on its device; None where it fails, which the verdict notes."""
+    """Return what the verdict's backend computes; None if it fails, which the verdict records."""
     options = {}
     if weight is not None:
-        moved_weight = weight.to(verdict.device)  # keeps the strides of a CPU's tensor on the CPU alone
+        moved_weight = weight.to(verdict.device)  # to a GPU without its strides
         if moved_weight.stride() != weight.stride():
             base = torch.empty(2 * len(weight), device=verdict.device)
             moved_weight = base.as_strided(weight.shape, weight.stride()).copy_(weight)
@@ -213,19 +215,19 @@ def _of_backend(
     try:
         with fastkd.use_backend(verdict.backend):
             moved = [x.to(verdict.device) for x in inputs]
-            return loss_and_gradient(loss, moved, upstream.to(verdict.device), **options)
-    except Exception as problem:  # a kernel that does not run is a failure to report, not the end
+            return loss_and_gradient(loss, moved, grad_output.to(verdict.device), **options)
+    except Exception as problem:  # a kernel that does not run is a failure to report
         verdict.failures.append(f"{type(problem).__name__}: {problem}".splitlines()[0])
         return None
 
 
 def _exact(
-    loss: Loss, inputs: Sequence[Tensor], upstream: Tensor, weight: Tensor | None = None
+    loss: Loss, inputs: Sequence[Tensor], grad_output: Tensor, weight: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     options = {} if weight is None else {"weight": weight.double().contiguous()}
     with fastkd.use_backend("eager"):
         wide = (inputs[0].double(), inputs[1].double(), inputs[2])
-        return loss_and_gradient(loss, wide, upstream.double(), **options)
+        return loss_and_gradient(loss, wide, grad_output.double(), **options)
 
 
 def _shape_for(verdict: Verdict, shape: tuple[int, int]) -> tuple[int, int]:
@@ -235,24 +237,24 @@ def _shape_for(verdict: Verdict, shape: tuple[int, int]) -> tuple[int, int]:
 def _by_shape(
     verdicts: Sequence[Verdict], shape: tuple[int, int]
 ) -> Iterator[tuple[tuple[int, int], list[Verdict]]]:
-    """The shape, or for the interpreter a smaller one, and whom it is for."""
+    """Yield the shape, or a smaller one for the interpreter, with the verdicts it is for."""
     for one in dict.fromkeys(_shape_for(verdict, shape) for verdict in verdicts):
         yield one, [verdict for verdict in verdicts if _shape_for(verdict, shape) == one]
 
 
 def _compare_under_a_loss_scale(verdicts: Sequence[Verdict], loss: Loss) -> None:
-    """float16, with the gradient that a GradScaler sends: the scale must come before the rounding to half."""
+    """float16 with the grad_output of a GradScaler: the scale must be applied before the rounding to half."""
     bounds = BOUNDS[torch.float16]
     for shape, chosen in _by_shape(verdicts, SCALED_SHAPE):
         inputs = make_logits(shape, "random", torch.float16)
-        # Rows of a shorter shape get as much smaller a weight, so that elements are as small.
+        # Shorter rows get a proportionally smaller weight, so that elements are as small.
         weight = torch.full(shape[:1], shape[1] / SCALED_SHAPE[1] / SCALED_ROWS)
-        upstream = SCALE * (torch.rand(shape[0]) + 0.5)
-        _, true_gradient = _exact(loss, inputs, upstream, weight)
-        while true_gradient.abs().max() > torch.finfo(torch.float16).max / 2:  # a GradScaler halves as well
-            upstream, true_gradient = upstream / 2, true_gradient / 2
+        grad_output = SCALE * (torch.rand(shape[0]) + 0.5)
+        _, true_gradient = _exact(loss, inputs, grad_output, weight)
+        while true_gradient.abs().max() > torch.finfo(torch.float16).max / 2:  # as a GradScaler does
+            grad_output, true_gradient = grad_output / 2, true_gradient / 2
         for verdict in chosen:
-            result = _of_backend(verdict, loss, inputs, upstream, weight)
+            result = _of_backend(verdict, loss, inputs, grad_output, weight)
             if result is None:
                 continue
             gradient = result[1]
@@ -268,21 +270,21 @@ def _compare_under_a_loss_scale(verdicts: Sequence[Verdict], loss: Loss) -> None
 
 
 def _compare_at_an_offset(verdicts: Sequence[Verdict], loss: Loss) -> None:
-    """float32, a constant between the models: no worse than eager, whose softmax takes it out first."""
+    """float32 with a constant between the models: no worse than eager, whose softmax subtracts it first."""
     for shape, chosen in _by_shape(verdicts, OFFSET_SHAPE):
         teacher, other, target = make_logits(shape, "random", torch.float32)
         student = teacher + OFFSET_NOISE * torch.randn(shape)
-        upstream = torch.rand(shape[0]) + 0.5
-        size = _exact(loss, (student, other, target), upstream)[0].norm().item()
+        grad_output = torch.rand(shape[0]) + 0.5
+        size = _exact(loss, (student, other, target), grad_output)[0].norm().item()
         inputs = (student, teacher + OFFSET, target)
-        true_loss, true_gradient = _exact(loss, inputs, upstream)
+        true_loss, true_gradient = _exact(loss, inputs, grad_output)
         with fastkd.use_backend("eager"):
-            eager_loss, eager_gradient = loss_and_gradient(loss, inputs, upstream)
+            eager_loss, eager_gradient = loss_and_gradient(loss, inputs, grad_output)
         loss_limit = ORDER * (eager_loss - true_loss).norm().item() + ROUNDING * size
         eager_error = (eager_gradient - true_gradient).norm().item()
         gradient_limit = ORDER * (eager_error + ROUNDING * true_gradient.norm().item())
         for verdict in chosen:
-            result = _of_backend(verdict, loss, inputs, upstream)
+            result = _of_backend(verdict, loss, inputs, grad_output)
             if result is None:
                 continue
             for what, value, truth, limit in (
@@ -296,16 +298,16 @@ def _compare_at_an_offset(verdicts: Sequence[Verdict], loss: Loss) -> None:
 
 
 def _compare_strided_weights(verdicts: Sequence[Verdict], loss: Loss) -> None:
-    """Row weights with gaps between them in memory, and one weight expanded to all rows."""
+    """Row weights with gaps in memory, and one weight expanded to all rows."""
     bounds = BOUNDS[torch.float32]
     for shape, chosen in _by_shape(verdicts, SHAPES[1]):
         inputs = make_logits(shape, "random", torch.float32)
-        upstream = torch.rand(shape[0]) + 0.5
+        grad_output = torch.rand(shape[0]) + 0.5
         base = torch.rand(2 * shape[0]) + 0.5
         for words, weight in (("every other", base[::2]), ("one expanded", base[:1].expand(shape[0]))):
-            true_loss, true_gradient = _exact(loss, inputs, upstream, weight)
+            true_loss, true_gradient = _exact(loss, inputs, grad_output, weight)
             for verdict in chosen:
-                result = _of_backend(verdict, loss, inputs, upstream, weight)
+                result = _of_backend(verdict, loss, inputs, grad_output, weight)
                 if result is None:
                     continue
                 where = f"at float32 {shape[0]} x {shape[1]}, row weights {words}"
@@ -324,9 +326,9 @@ def _name(dtype: torch.dtype) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Check every loss on every backend of this machine against float64: loss and gradient, in "
-        "float32, bfloat16 and float16, under a loss scale, at an offset between the models and with strided "
-        "row weights. Prints the largest gradient error of random logits; exit status 1 if anything fails."
+        "Compare every loss on every backend of this machine with float64: loss and gradient, in float32, "
+        "bfloat16 and float16, under a loss scale, with a constant between the models and with strided row "
+        "weights. Prints the largest gradient error of random logits; exit status 1 if anything fails."
     )
     names = list(dict.fromkeys(name.split(",")[0] for name in LOSSES))
     parser.add_argument(
@@ -335,7 +337,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print a line a loss and backend; the exit status."""
+    """Print one line per loss and backend; return the exit status."""
     warnings.simplefilter("ignore", RuntimeWarning)
     begin = time.perf_counter()
     for (name, device), reason in here()[1].items():

@@ -1,4 +1,4 @@
-"""What runs here and what does not, and why: the text of ``fastkd doctor``."""
+"""``fastkd doctor``: which backends run on this machine, and what the others lack."""
 
 import platform
 from importlib import metadata
@@ -12,7 +12,7 @@ PACKAGES = ("torch", "triton", "torchvision", "numpy", "matplotlib", "pydantic")
 
 
 def report() -> str:
-    """Versions, devices, and for each backend on each device whether it runs or what is missing."""
+    """Return versions, devices, and for each backend on each device whether it runs or what is missing."""
     lines = [f"fastkd {__version__}, Python {platform.python_version()}, {platform.platform()}"]
     lines.append("packages: " + ", ".join(f"{name} {_version(name)}" for name in PACKAGES))
     lines.append(f"CPU: {torch.get_num_threads()} threads")
@@ -26,7 +26,7 @@ def report() -> str:
     else:
         lines.append("GPU: none that torch can use")
     lines.append(f"native CUDA kernels: {_cuda_kernels()}")
-    lines.append(f"backend in force: {backend.get_backend()} (FASTKD_BACKEND or fastkd.set_backend)")
+    lines.append(f"current backend: {backend.get_backend()} (FASTKD_BACKEND or fastkd.set_backend)")
     for device in devices:
         lines.append(f"backends on {device}:")
         for name in ("triton", "native", "eager"):
@@ -62,5 +62,5 @@ def _detail(name: str, device: str) -> str:
         kernels = "CUDA" if device == "cuda" else native.instruction_set()
         return f" ({kernels} kernels, {native.library_path()})"
     if name == "triton" and device == "cpu":
-        return " in Triton's interpreter: for tests, not for speed"
+        return " in Triton's interpreter: for tests, slow"
     return ""

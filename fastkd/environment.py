@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 
 class EnvironmentValueError(ValueError):
-    """An environment variable holds a value that fastkd does not know."""
+    """An environment variable has a value that fastkd does not know."""
 
 
 def check_choice(variable: str, value: str, allowed: Sequence[str]) -> None:
-    """Refuse the variable's ``value`` unless it is one of ``allowed``."""
+    """Raise ``EnvironmentValueError`` unless the variable's ``value`` is one of ``allowed``."""
     if value not in allowed:
         raise EnvironmentValueError(
             f"the environment's {variable} is {value!r}; expected one of {', '.join(allowed)}, or nothing"
@@ -19,7 +19,7 @@ def check_choice(variable: str, value: str, allowed: Sequence[str]) -> None:
 
 
 def count(variable: str, default: int, least: int = 0) -> int:
-    """The variable's value, an integer of at least ``least``; ``default`` where it is unset or empty."""
+    """Return the variable's value, an integer from ``least`` on; ``default`` if it is unset or empty."""
     value = os.environ.get(variable, "")
     if not value.strip():
         return default

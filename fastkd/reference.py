@@ -1,7 +1,7 @@
-"""The losses in plain torch: the specification every kernel is held to, and the eager backend.
+"""The losses in plain torch: the specification of every kernel, and the eager backend.
 
-Each function takes logits ``[N, C]`` and returns one value a row, in float32 (float64 for float64
-logits), before any reduction. They differentiate twice and import nothing of the package.
+Each function takes logits ``[N, C]`` and returns one value per row, in float32 (float64 for float64
+logits), before any reduction. They are twice differentiable and import nothing of the package.
 
 Notation: u = z_s / T, v = z_t / T, q = softmax(u), p = softmax(v), y the label, hats renormalised
 over the classes that are not y. T^2 is included, so that a weight means the same at every T.
@@ -44,7 +44,7 @@ def target_kl(u: Tensor, v: Tensor, target: Tensor) -> Tensor:
 
 
 def label_log_odds(logits: Tensor, target: Tensor) -> Tensor:
-    """log(p_y / (1 - p_y)), with the label left out of the sum so that nothing cancels."""
+    """log(p_y / (1 - p_y)), with the label excluded from the sum so that nothing cancels."""
     label = target[:, None]
     others = logits.scatter(1, label, MASKED).logsumexp(-1)
     return logits.gather(1, label)[:, 0] - others
@@ -80,7 +80,7 @@ def softmax_rows(
     u, v = (standardized(z_s), standardized(z_t)) if standardize else (z_s, z_t)
     u, v = u / temperature, v / temperature
     square = temperature * temperature
-    zero = z_s[:, :0].sum(-1)  # with a gradient, which is 0, where no term is asked for
+    zero = z_s[:, :0].sum(-1)  # with a gradient, which is 0, if no term has a weight
     ce = kd = tckd = nckd = zero
     if kd_weight:
         kd = square * kl_from_logits(u, v)

@@ -1,8 +1,8 @@
-"""Bad and unusual inputs: what must happen, on every backend that runs here, and what did.
+"""Bad and unusual inputs: what must happen on every backend that runs here, and what did happen.
 
 ``tests/test_bad_inputs.py`` runs every line of ``tests/bad_input_lines``;
-``python tests/bad_inputs.py > docs/bad-inputs.md`` writes the page. Each line runs in a forked process of its
-own: it may set defaults of torch, or crash.
+``python tests/bad_inputs.py > docs/bad-inputs.md`` writes the page. Each line runs in its own forked process,
+because it may set defaults of torch, or crash.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FUSED = ("native", "triton")
 
 @dataclass(frozen=True)
 class Refused:
-    """An error of this kind whose text matches."""
+    """An error of this type whose text matches."""
 
     kind: type[BaseException]
     pattern: str
@@ -47,7 +47,7 @@ class Refused:
 
 @dataclass(frozen=True)
 class Gives:
-    """The results that ``expected`` gives with the eager backend, near enough; or whatever ``holds`` for."""
+    """The results of ``expected`` with the eager backend, within rounding; or any that ``holds`` accepts."""
 
     words: str
     expected: Callable[[], Any] | None = None
@@ -85,14 +85,14 @@ def near(results: Any, expected: Any) -> bool:
 
 
 def shown(text: str, backend: str) -> str:
-    """The first line of a message, without what differs from one run, or one backend, to another."""
+    """Return the first line of a message, without what differs between runs or backends."""
     text = text.replace(f"'{backend}'", "'…'")
     line = re.sub(r"0x[0-9a-f]+", "0x…", text.strip().splitlines()[0] if text.strip() else "")
     return line if len(line) <= 180 else line[:177] + "…"
 
 
 def judge(line: Line, backend: str) -> tuple[bool, str]:
-    """Whether that happened which must, and what happened, in words."""
+    """Return whether the right thing happened, and what happened, in words."""
     must = line.must
     torch.manual_seed(0)
     try:
@@ -103,7 +103,7 @@ def judge(line: Line, backend: str) -> tuple[bool, str]:
     except BaseException as error:  # SystemExit too
         happened = f"{type(error).__name__}: {shown(str(error), backend)}"
         if isinstance(must, Refused):
-            # A subclass would pass for what a user cannot catch by the documented name.
+            # A subclass would hide an error that a user cannot catch by the documented name.
             fits = type(error) is must.kind or (must.kind is Exception and isinstance(error, Exception))
             return fits and re.search(must.pattern, str(error)) is not None, happened
         return False, happened
@@ -121,7 +121,7 @@ def judge(line: Line, backend: str) -> tuple[bool, str]:
 
 
 def run(line: Line, backend: str) -> tuple[bool, str]:
-    """``judge`` in a process of its own, except where CUDA, which does not survive a fork, is in use."""
+    """Run ``judge`` in its own process, except with CUDA, which does not survive a fork."""
     if torch.cuda.is_available():
         return judge(line, backend)
     reader, writer = os.pipe()
@@ -148,13 +148,13 @@ def run(line: Line, backend: str) -> tuple[bool, str]:
 HEAD = """# Bad inputs
 
 What fastkd does with inputs that are wrong or unusual, on each backend that runs without a GPU. The last
-column is what the tests saw (`tests/test_bad_inputs.py`), one entry where the backends agree. Written by
+column is what the tests observed (`tests/test_bad_inputs.py`), one entry if the backends agree. Written by
 `python tests/bad_inputs.py > docs/bad-inputs.md`.
 """
 
 
 def page() -> tuple[str, int]:
-    """The table, and how many entries are not what they must be."""
+    """Return the table, and how many entries are wrong."""
     from tests.bad_input_lines import LINES
 
     text, wrong, group = [HEAD], 0, None
@@ -182,5 +182,5 @@ if __name__ == "__main__":
     table, wrong = written()
     print(table, end="")
     if wrong:
-        print(f"{wrong} entries are not what they must be", file=sys.stderr)
+        print(f"{wrong} entries are wrong", file=sys.stderr)
     sys.exit(1 if wrong else 0)

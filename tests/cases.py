@@ -1,4 +1,4 @@
-"""The losses under test, each as a function of the same arguments, and how results are compared."""
+"""The losses under test, as functions of the same arguments, and how results are compared."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Case:
 
     @property
     def averages_classes(self) -> bool:
-        """Over all of them, so that a masked class is not defined."""
+        """Whether it averages over all classes, so that it is not defined for masked ones."""
         return bool(self.needs & (Needs.STANDARDIZED | Needs.LABEL_SMOOTHING))
 
 
@@ -49,7 +49,7 @@ CASES = [_from_spec(loss, case) for loss, case in spec.CASES.values()]
 BY_NAME = {case.name: case for case in CASES}
 
 # Relative to the norm of the reference. float32 is rounding of the sums, the half types are the rounding of
-# the gradient itself (Triton's interpreter truncates to bfloat16, a whole unit in the last place).
+# the gradient itself (Triton's interpreter truncates to bfloat16: a whole unit in the last place).
 LOSS_ERROR = 1e-5
 GRADIENT_ERROR = {torch.float32: 1e-5, torch.bfloat16: 2**-6.5, torch.float16: 2e-3}
 
@@ -60,32 +60,32 @@ def make_logits(rows: int, classes: int, dtype=torch.float32, device="cpu", spre
     return student, teacher, torch.randint(0, classes, (rows,), device=device)
 
 
-def loss_and_gradient(case: Case, student, teacher, target, upstream=None, **options):
-    """The loss and the student's gradient under a (random) upstream gradient."""
+def loss_and_gradient(case: Case, student, teacher, target, grad_output=None, **options):
+    """Return the loss and the student's gradient under a (random) grad_output."""
     student = student.detach().requires_grad_()
     loss = case.loss(student, teacher, target, **options)
-    loss.backward(torch.ones_like(loss) if upstream is None else upstream)
+    loss.backward(torch.ones_like(loss) if grad_output is None else grad_output)
     return loss.detach(), student.grad
 
 
-def exact(case: Case, student, teacher, target, upstream=None, **options):
-    """The same from the reference in float64, on the very logits that were given."""
-    upstream = None if upstream is None else upstream.double()
+def exact(case: Case, student, teacher, target, grad_output=None, **options):
+    """Return the same from the reference in float64, on the same logits."""
+    grad_output = None if grad_output is None else grad_output.double()
     with fastkd.use_backend("eager"):
-        return loss_and_gradient(case, student.double(), teacher.double(), target, upstream, **options)
+        return loss_and_gradient(case, student.double(), teacher.double(), target, grad_output, **options)
 
 
 def error(value: Tensor, reference: Tensor, floor: float = 0.0) -> float:
-    """Norm of the difference relative to the reference's norm, or to ``floor`` where that is larger."""
+    """Return the norm of the difference relative to the reference's norm, or to ``floor`` if larger."""
     difference = (value.double() - reference).norm().item()
     assert torch.isfinite(value).all(), "not finite"
     scale = max(reference.norm().item(), floor)
     return difference / scale if scale else difference
 
 
-def assert_matches(case: Case, student, teacher, target, upstream=None, floor: float = 1e-2, **options):
-    loss, gradient = loss_and_gradient(case, student, teacher, target, upstream, **options)
-    true_loss, true_gradient = exact(case, student, teacher, target, upstream, **options)
+def assert_matches(case: Case, student, teacher, target, grad_output=None, floor: float = 1e-2, **options):
+    loss, gradient = loss_and_gradient(case, student, teacher, target, grad_output, **options)
+    true_loss, true_gradient = exact(case, student, teacher, target, grad_output, **options)
     assert gradient.dtype == student.dtype
     assert gradient.shape == student.shape
     assert error(loss, true_loss, floor) < LOSS_ERROR

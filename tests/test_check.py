@@ -1,4 +1,4 @@
-"""``fastkd check``: green on the kernels as they are, red on one that is wrong."""
+"""``fastkd check`` passes with the kernels as they are and fails with a wrong one."""
 
 import os
 import subprocess
@@ -38,7 +38,7 @@ def test_green_on_each_fused_backend(fused):
 
 
 def broken(change):
-    """A launcher of the native backend whose results are changed by ``change(rows, gradient)``."""
+    """Return a launcher of the native backend whose results ``change(rows, gradient)`` modifies."""
     launch = native.row_loss
 
     def row_loss(*arguments, **more):
@@ -72,13 +72,13 @@ def eager_alone(monkeypatch):
     monkeypatch.setattr(check, "here", lambda: ([("eager", "cpu")], {}))
 
 
-def test_eager_bears_scale_offset_and_strides(eager_alone):
+def test_eager_passes_with_scale_offset_and_strides(eager_alone):
     for verdict in check.check():
         assert not verdict.failures, verdict
 
 
 def wrong_losses():
-    """kd_loss with a fault that only one of the conditions of training shows."""
+    """Return versions of kd_loss with a fault that only one of the conditions of training reveals."""
 
     def scaled_after_rounding(student, teacher, target, **options):
         class Rounded(torch.autograd.Function):
@@ -119,8 +119,8 @@ def wrong_losses():
 
 
 @pytest.mark.parametrize("condition", wrong_losses())
-def test_red_on_a_fault_that_training_alone_shows(condition, monkeypatch):
-    """Eager is held to the same bounds; a faulty copy of a loss stands in for a faulty kernel."""
+def test_red_on_a_fault_that_only_training_reveals(condition, monkeypatch):
+    """Eager has the same bounds; a faulty copy of a loss replaces a faulty kernel."""
     fault = wrong_losses()[condition]
 
     def loss(student, teacher, target, **options):
@@ -158,7 +158,7 @@ def test_red_on_a_kernel_that_does_not_run(monkeypatch):
     assert not eager_verdict.failures
 
 
-def test_the_backend_in_force_is_kept(monkeypatch):
+def test_the_current_backend_is_restored(monkeypatch):
     monkeypatch.setattr(check, "here", lambda: (NATIVE, {}))
     with fastkd.use_backend("eager"):
         list(check.check(["binary_kl_norm_loss"]))

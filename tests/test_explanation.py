@@ -15,13 +15,13 @@ H100 = Device(multiprocessors=132, cache_bytes=50 << 20)
 @pytest.mark.parametrize("loss", explanation.LOSSES)
 def test_explanation(fused, loss):
     for classes in (10, 1000, 21841):
-        told = fastkd.explain(128, classes, torch.bfloat16, fused, loss=loss)
-        assert told.backend == fastkd.get_backend()
-        assert told.bytes == told.accesses * 128 * classes * 2
-        assert told.accesses >= (2 if loss in ("ce", "ce_smoothed") else 3)
-        assert 0 < told.seconds < 10
-        for words in (loss, told.path, f"{told.tile} classes", "GB/s"):
-            assert words in str(told)
+        explained = fastkd.explain(128, classes, torch.bfloat16, fused, loss=loss)
+        assert explained.backend == fastkd.get_backend()
+        assert explained.bytes == explained.accesses * 128 * classes * 2
+        assert explained.accesses >= (2 if loss in ("ce", "ce_smoothed") else 3)
+        assert 0 < explained.seconds < 10
+        for words in (loss, explained.path, f"{explained.tile} classes", "GB/s"):
+            assert words in str(explained)
 
 
 def test_the_path_follows_the_length_of_the_row():
@@ -32,20 +32,20 @@ def test_the_path_follows_the_length_of_the_row():
         assert fastkd.explain(8, 100_000, device=device, loss="jsd").accesses == 7
 
 
-def test_native_cuda_paths_are_told_with_what_they_keep():
-    def told(loss, rows, classes, dtype=torch.bfloat16):
+def test_native_cuda_paths_say_what_they_cache():
+    def path(loss, rows, classes, dtype=torch.bfloat16):
         return explanation._team_path(explanation._work_of(loss), rows, classes, dtype, H100)
 
-    assert "rows a block" in told("kd", 8192, 10).words
-    whole = told("dkd", 4096, 131_072)
+    assert "rows a block" in path("kd", 8192, 10).words
+    whole = path("dkd", 4096, 131_072)
     assert whole.accesses == 3
     assert "cluster of 8 blocks" in whole.words
     assert "the row on chip" in whole.words
-    partly = told("kd", 256, 1_000_000)
+    partly = path("kd", 256, 1_000_000)
     assert 3 < partly.accesses < 5
     assert "read again" in partly.words
-    assert told("lskd", 256, 1_000_000).accesses > told("jsd", 256, 1_000_000).accesses > partly.accesses
-    assert told("binary_kl", 256, 1_000_000).accesses == 3
+    assert path("lskd", 256, 1_000_000).accesses > path("jsd", 256, 1_000_000).accesses > partly.accesses
+    assert path("binary_kl", 256, 1_000_000).accesses == 3
 
 
 def test_bad_input():

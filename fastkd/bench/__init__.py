@@ -1,4 +1,4 @@
 """The benchmark suite behind ``fastkd bench``: cases, peers, protocol, report and comparison.
 
-Measuring needs torch alone; ``python -m fastkd.bench`` is the same command where nothing is installed.
+Measuring needs only torch; ``python -m fastkd.bench`` is the same command without an install.
 """

@@ -1,4 +1,4 @@
-"""What is measured: losses, shapes, dtypes and passes, within a bound on memory."""
+"""The cases that are measured: losses, shapes, dtypes and passes, within a bound on memory."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ _BENCHMARKED.sort(key=lambda case: _FIRST.index(case.name) if case.name in _FIRS
 FASTKD: dict[str, Callable[..., Tensor]] = {case.name: call_of(case) for case in _BENCHMARKED}
 LOSSES = tuple(FASTKD)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Memory accesses an element that no implementation can do without: read two tensors, write one.
+# Memory accesses per element that every implementation needs: read two tensors, write one.
 FLOOR_ACCESSES = {"forward": 2, "forward+backward": 3}
 PASSES = tuple(FLOOR_ACCESSES)
 
-# Few and many rows of every class count: CIFAR-10 and -100, ImageNet, the glyphs, ImageNet-21k, a vocabulary
-# and a million classes. In the order of a run with a time limit: the usual ones first.
+# Few and many rows for each number of classes: CIFAR-10 and -100, ImageNet, the glyphs, ImageNet-21k, a
+# vocabulary and a million classes. The usual ones come first, for runs with a time limit.
 SHAPES = (
     (256, 1000), (128, 21841), (64, 131072), (1024, 2263), (1024, 100), (8192, 10), (4, 131072), (8192, 1000),
     (4, 10), (4, 1_000_000), (2048, 131072), (256, 1_000_000), (8192, 131072),
 )  # fmt: skip
 QUICK = [(loss, 256, 1000) for loss in LOSSES] + [("kd", 64, 21841), ("dkd", 64, 21841)]
-# Tensors of a case's shape in float32 that live at once at worst: inputs, and what eager torch keeps for DKD.
+# Most float32 tensors of a case's shape that are alive at once: inputs, and what eager torch saves for DKD.
 LIVE_TENSORS = 16
 
 
@@ -54,7 +54,7 @@ class Case:
 
     @property
     def bytes(self) -> int:
-        """The traffic of the floor: three accesses an element, two where no gradient is written."""
+        """Memory traffic of the floor: three accesses per element, two without a gradient."""
         return FLOOR_ACCESSES[self.mode] * self.elements * ELEMENT_BYTES[DTYPES[self.dtype]]
 
     @property
@@ -69,7 +69,7 @@ def suite(
     dtypes: Sequence[str] = ("float32", "bfloat16"),
     passes: Sequence[str] = PASSES,
 ) -> Iterator[Case]:
-    """The product, the backward pass before the forward alone, shape by shape."""
+    """Yield the product, shape by shape; with the backward pass first."""
     for mode in sorted(passes, key=PASSES.index, reverse=True):
         for dtype in dtypes:
             for rows, classes in shapes:
@@ -83,7 +83,7 @@ def quick_suite() -> Iterator[Case]:
 
 
 def memory_bound(device: str) -> int:
-    """Bytes that a case may take: 0.8 of a GPU's free memory, half of what the host says is available."""
+    """Return the bytes that a case may take: 0.8 of a GPU's free or half of the host's available memory."""
     if device == "cuda":
         return int(0.8 * torch.cuda.mem_get_info()[0])
     try:
@@ -95,7 +95,7 @@ def memory_bound(device: str) -> int:
 
 
 def needs_too_much(case: Case, bound: int) -> str | None:
-    """Why a case is left out, or None. Half types are counted in full: peers raise them to float32."""
+    """Return why a case is skipped, or None. Half types count as float32, to which peers convert them."""
     need = LIVE_TENSORS * case.elements * 4
     if need <= bound:
         return None
@@ -103,7 +103,7 @@ def needs_too_much(case: Case, bound: int) -> str | None:
 
 
 def make_inputs(case: Case, device: str, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Random student and teacher logits (spread 3) and labels; the student asks for a gradient."""
+    """Return random student and teacher logits (spread 3) and labels; the student requires grad."""
     generator = torch.Generator(device).manual_seed(seed)
     size = (case.rows, case.classes)
     student, teacher = (

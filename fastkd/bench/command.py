@@ -1,4 +1,4 @@
-"""The command ``fastkd bench``: measure, report or compare."""
+"""``fastkd bench``: measure, report or compare."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from fastkd.command import run_command
 PEERS = tuple(name for name in peers.VARIANTS if name != "fastkd")
 DESCRIPTION = """\
 Time the losses beside their peers in one run and write JSON lines; or report on such files, or compare two.
-benchmarks/README.md tells the protocol."""
+benchmarks/README.md describes the protocol."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--quick", action="store_true", help="eight cases in under two minutes on two cores")
+    what.add_argument("--quick", action="store_true", help="a few cases, in under two minutes on two cores")
     what.add_argument(
-        "--step", action="store_true", help="whole training steps instead of losses: what share the loss has"
+        "--step", action="store_true", help="whole training steps instead of losses: the share of the loss"
     )
     what.add_argument(
         "--report", nargs="+", type=Path, metavar="FILE", help="make tables and pictures of result files"
@@ -64,24 +64,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=1.0,
         metavar="S",
-        help="timing of one case, without compilation (default: 1)",
+        help="time for one case, without compilation (default: 1)",
     )
     parser.add_argument(
         "--time-limit",
         type=float,
         metavar="S",
-        help="start no case after so many seconds; what is left is listed as skipped",
+        help="start no case after this many seconds; the rest is listed as skipped",
     )
     parser.add_argument(
         "--memory",
         type=float,
         metavar="GIB",
-        help="leave out cases that may need more (default: from what is free)",
+        help="skip cases that may need more (default: from the free memory)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status: 0, 1 for a regression or a failure of fastkd itself, 2 for bad input."""
+    """Return the exit status: 0, 1 for a regression or a failure of fastkd itself, 2 for bad input."""
     try:
         if args.report:
             from fastkd.bench.report import write_report
@@ -122,8 +122,8 @@ def _measure(args: argparse.Namespace) -> int:
         print(f"not measured: {name}: {reason}")
     if (about.get("load") or 0) > 0.5:
         print(
-            f"this machine is busy (load {about['load']} on {about['cores']} cores): where threads wait for "
-            "others' time slices, no time can be trusted",
+            f"this machine is busy (load {about['load']} on {about['cores']} cores): times of threads that "
+            "wait for other processes cannot be trusted",
             file=sys.stderr,
         )
     begin = time.perf_counter()
@@ -169,7 +169,7 @@ def _records(args: argparse.Namespace, device: str, chosen: set[str]) -> Iterato
 
 
 def _line(records: list[dict]) -> str:
-    """One case on one line."""
+    """Return one case as one line."""
     first = records[0]
     if "step" in first:
         return "\n".join(map(describe, records))
@@ -196,7 +196,7 @@ def _shape(text: str) -> tuple[int, int]:
 
 
 def positive(text: str) -> int:
-    """For argparse: a whole number from 1."""
+    """Parse a whole number from 1, for argparse."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}; expected at least 1")
     return int(text)

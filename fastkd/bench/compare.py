@@ -1,4 +1,4 @@
-"""Two result files side by side: what became slower or less exact, beyond the noise."""
+"""Compare two result files: what became slower or less exact, beyond the noise."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 
 from fastkd.bench.results import Record, read
 
-# Changes below these are never flagged, however quiet the runs were.
+# Smaller changes are never flagged, however little noise the runs had.
 LEAST_CHANGE = 0.10
 LEAST_ERROR_CHANGE = 2.0
-# What a time is taken relative to, besides the copy: none of fastkd's own.
+# What times are relative to, besides the copy: none of fastkd's own variants.
 YARDSTICKS = ("eager", "compiled", "liger")
 KEY = ("loss", "rows", "classes", "dtype", "pass")
 
 
 def compare(old: Path, new: Path) -> tuple[str, int]:
-    """The comparison as text, and the number of regressions.
+    """Return the comparison as text, and the number of regressions.
 
-    Times of two runs are never compared themselves: a shared machine drifts. A case's time is taken relative
-    to what was measured turn by turn beside it, each peer and the copy, and a change counts only if it shows
-    against all of them: the smallest of the ratios is reported. It is flagged where it exceeds 10 % and
-    twice the runs' own spread (p20 to p80). A gradient error is flagged where it doubled.
+    Times of two runs are never compared directly, because a shared machine drifts. A case's time is taken
+    relative to each peer and the copy that were measured in turns with it, and a change counts only if all of
+    these ratios show it; the smallest is reported. It is flagged if it exceeds 10 % and twice the spread
+    within the runs (p20 to p80). A gradient error is flagged if it doubled.
     """
     (old_header, old_records), (new_header, new_records) = read(old), read(new)
     before, after = (_by_case(records) for records in (old_records, new_records))
@@ -88,7 +88,7 @@ def _relative(record: Record, peer: Record | None) -> float:
 
 
 def _spread(record: Record) -> float:
-    """Half of p20 to p80, relative to the median, of a median of so many turns."""
+    """Return half of p20 to p80, relative to the median."""
     return (record["p80"] - record["p20"]) / 2 / record["ms"]
 
 

@@ -1,4 +1,4 @@
-"""Measures a suite of cases: every variant of a case in turns, one record each."""
+"""Measure a suite of cases: all variants of a case in turns, one record per variant."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COMPARED_ELEMENTS = 2**21
 
 
 def runner(loss: cases.Loss, backward: bool) -> Callable[[Inputs], Tensor]:
-    """The call that is timed: the loss, or the loss and the student's gradient."""
+    """Return the call that is timed: the loss, or the loss and the student's gradient."""
     if backward:
         return lambda inputs: torch.autograd.grad(loss(*inputs), inputs[0])[0]
 
@@ -34,7 +34,7 @@ def runner(loss: cases.Loss, backward: bool) -> Callable[[Inputs], Tensor]:
 
 
 def gradient_error(case: Case, gradient: Tensor, inputs: Inputs) -> float:
-    """The error of the first rows' gradient relative to float64's, from the logits as they are."""
+    """Return the error of the first rows' gradient relative to float64's, for the same logits."""
     rows = max(1, min(case.rows, COMPARED_ELEMENTS // case.classes))
     student, teacher, target = (x.detach()[:rows].cpu() for x in inputs)
     student = student.double().requires_grad_()
@@ -45,7 +45,7 @@ def gradient_error(case: Case, gradient: Tensor, inputs: Inputs) -> float:
 
 
 def measure(case: Case, clock: Clock, chosen: set[str], *, seconds: float) -> list[Record]:
-    """One record a variant; a variant that fails gives a record that says why."""
+    """Return one record per variant; that of a variant that failed says why."""
     about = _about(case)
     sets = [cases.make_inputs(case, clock.device, seed) for seed in range(clock.input_sets(case.bytes))]
     launches: dict[str, Launch] = {}
@@ -56,7 +56,7 @@ def measure(case: Case, clock: Clock, chosen: set[str], *, seconds: float) -> li
                 raise ImportError(loss)
             launch = Launch(runner(loss, case.backward), sets)
             record: Record = {"kind": "loss", **about, "variant": name}
-            value = launch.run(sets[0])  # a compiler compiles here
+            value = launch.run(sets[0])  # compilation happens here
             record["gradient_error"] = (
                 gradient_error(case, value, sets[0]) if case.backward and name != "quack" else None
             )
@@ -108,7 +108,7 @@ def run_suite(
     seconds: float,
     time_limit: float | None = None,
 ) -> Iterator[list[Record]]:
-    """The records of each case; a case left out gives one that says why."""
+    """Yield the records of each case; that of a skipped case says why."""
     begin = time.perf_counter()
     for case in suite:
         about = _about(case)
@@ -120,7 +120,7 @@ def run_suite(
             continue
         try:
             records = measure(case, clock, chosen, seconds=seconds)
-        except torch.OutOfMemoryError as error:  # of the inputs, or of the variants side by side
+        except torch.OutOfMemoryError as error:  # of the inputs, or of all variants together
             records = [{"kind": "skipped", **about, "reason": str(error).splitlines()[0]}]
         if "compiled" in chosen:
             torch._dynamo.reset()

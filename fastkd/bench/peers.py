@@ -1,4 +1,4 @@
-"""The peers a loss is measured beside, each as its users have it, and why one cannot run here."""
+"""The peers that a loss is compared with, each as its users write it, and why one cannot run here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastkd.ops.spec import CASES
 
 # In the order of tables and pictures.
 VARIANTS = ("fastkd", "native", "triton", "eager", "compiled", "liger", "quack")
-# fastkd on the fused backend that is not in force, beside the one that is.
+# fastkd on its other fused backend.
 BACKENDS = ("native", "triton")
 T_KD, T_BINARY, T_STANDARDIZED = 4.0, 2.0, 2.0
 
@@ -32,7 +32,7 @@ def eager_kd(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
 
 
 def masked_dkd(s: Tensor, t: Tensor, y: Tensor, *, beta: float, temperature: float) -> Tensor:
-    """DKD in the form in wide use: masks, probabilities of two classes, -1000 on the label."""
+    """DKD as it is widely used: masks, probabilities of two classes, -1000 on the label."""
     label = torch.zeros_like(s).scatter_(1, y[:, None], 1).bool()
     q, p = F.softmax(s / temperature, 1), F.softmax(t / temperature, 1)
     two_q, two_p = (torch.stack([(x * label).sum(1), (x * ~label).sum(1)], 1) for x in (q, p))
@@ -71,7 +71,7 @@ def eager_jsd(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
 
 
 def _reference(name: str) -> Loss:
-    """The specification of a case, which is plain torch: for a loss whose usual form is not written above."""
+    """Return the specification of a case, in plain torch: for losses without a usual form above."""
     loss, case = CASES[name]
     return lambda s, t, y: loss.rows(s, t, y, *case.options)[0].mean()
 
@@ -88,7 +88,7 @@ EAGER: dict[str, Loss] = {name: _USUAL.get(name) or _reference(name) for name in
 
 
 def liger(loss: str) -> Loss | None:
-    """Liger-Kernel's part of a loss with what its users write around it; None for a loss it has not."""
+    """Return Liger-Kernel's loss with what its users write around it, or None if it lacks the loss."""
     if loss == "kd":
         from liger_kernel.transformers.kl_div import LigerKLDIVLoss
 
@@ -103,7 +103,7 @@ def liger(loss: str) -> Loss | None:
 
 
 def quack(loss: str) -> Loss | None:
-    """quack's cross-entropy beside KD: what a kernel of one tensor in and one out reaches."""
+    """Return quack's cross-entropy for KD: what a kernel with one input and one output reaches."""
     if loss != "kd":
         return None
     from quack.cross_entropy import cross_entropy
@@ -120,12 +120,12 @@ def _on_backend(name: str, loss: Callable[..., Tensor]) -> Callable[..., Tensor]
 
 
 def in_force(device: str) -> str:
-    """The backend that ``fastkd`` is measured on."""
+    """Return the backend that the variant ``fastkd`` runs on."""
     return backend.resolve(backend.get_backend(), device, torch.float32)
 
 
 def not_measured(device: str) -> dict[str, str]:
-    """The peers that cannot run here, each with its reason."""
+    """Return the peers that cannot run here, each with the reason."""
     reasons = {}
     for name in BACKENDS:
         reason = backend.missing(name, device)
@@ -146,8 +146,10 @@ def not_measured(device: str) -> dict[str, str]:
 
 
 def variants(loss: str, peers: set[str], device: str) -> dict[str, Any]:
-    """What takes turns for a loss: fastkd, and those of ``peers`` that have the loss; a peer whose import
-    fails is its error's text."""
+    """Return the variants of a loss: fastkd, and those of ``peers`` that have it.
+
+    A peer whose import fails is represented by the error's text.
+    """
     chosen: dict[str, Any] = {"fastkd": FASTKD[loss]}
     for name in BACKENDS:
         if name in peers and name != in_force(device):

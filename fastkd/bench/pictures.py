@@ -11,7 +11,7 @@ from fastkd.bench.cases import LOSSES
 from fastkd.bench.peers import VARIANTS
 from fastkd.bench.results import Record
 
-# Okabe and Ito's palette: told apart by colour-blind readers too.
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLOURS = {
     "fastkd": "#0072B2",
     "native": "#56B4E9",
@@ -22,14 +22,14 @@ COLOURS = {
     "quack": "#CC79A7",
 }
 PART_COLOURS = ("#F0E442", "#E69F00", "#56B4E9", "#D55E00", "#009E73", "#999999")
-MARKERS = dict(zip(LOSSES, itertools.cycle("os^DvPX*<>ph"), strict=False))
+MARKERS = dict(zip(LOSSES, itertools.cycle("os^DvPX*<>hp"), strict=False))
 WORDS = {"forward": "loss alone", "forward+backward": "loss and gradient"}
 
 
 def draw(
     header: dict[str, Any], rows: Sequence[Record], steps: Sequence[Record], folder: Path, stem: str
 ) -> list[tuple[str, Path]]:
-    """Draw what there is into ``folder``; (caption, path) of each picture."""
+    """Draw all pictures into ``folder``; return (caption, path) of each."""
     pictures = []
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         for mode in dict.fromkeys(row["pass"] for row in rows):
@@ -42,7 +42,7 @@ def draw(
     if rows:
         path = folder / f"{stem}-roofline.png"
         _roofline(rows, f"{header['name']}: achieved bandwidth", path)
-        pictures.append(("Roofline: every kernel a point", path))
+        pictures.append(("Roofline: one point per kernel", path))
     if steps:
         path = folder / f"{stem}-steps.png"
         _steps(steps, f"{header['name']}: a training step", path)
@@ -68,7 +68,7 @@ def _tidy(axes: Any) -> None:
 
 
 def _bars(rows: Sequence[Record], title: str, path: Path) -> None:
-    """A panel a loss, a group a shape, a bar a variant; the whiskers are p20 to p80, the dash the floor."""
+    """One panel per loss, one group per shape, one bar per variant; whiskers: p20 to p80, dash: the floor."""
     losses = list(dict.fromkeys(row["loss"] for row in rows))
     all_shapes = sorted(
         {(row["rows"], row["classes"]) for row in rows}, key=lambda shape: shape[0] * shape[1]
@@ -92,7 +92,7 @@ def _bars(rows: Sequence[Record], title: str, path: Path) -> None:
             if not records:
                 continue
             values = [r["ms"] for r in records]
-            # The quartile of few turns may lie on the median; rounding must not make it negative.
+            # With few turns a percentile may equal the median; rounding must not make a whisker negative.
             whiskers = [
                 [max(r["ms"] - r["p20"], 0.0) for r in records],
                 [max(r["p80"] - r["ms"], 0.0) for r in records],
@@ -134,9 +134,11 @@ def _bars(rows: Sequence[Record], title: str, path: Path) -> None:
 
 
 def _roofline(rows: Sequence[Record], title: str, path: Path) -> None:
-    """Bandwidth over the bytes of the floor. All these losses do about the same arithmetic on a byte, so the
-    size is the axis that tells: small cases lie under the slope that the time of a call draws, large
-    ones under the bandwidth of a copy."""
+    """Bandwidth over the bytes of the floor.
+
+    All these losses do about the same arithmetic per byte, so the axis is the size: small cases are bounded
+    by the time of a call, large ones by the bandwidth of a copy.
+    """
     figure = _figure(9.5, 5.6, title)
     axes = figure.subplots()
     rows = [row for row in rows if row["variant"] != "quack"]
@@ -180,7 +182,7 @@ def _roofline(rows: Sequence[Record], title: str, path: Path) -> None:
     axes.set(
         xscale="log",
         yscale="log",
-        xlabel="bytes of the floor: three accesses an element, two without gradient",
+        xlabel="bytes of the floor: three accesses per element, two without gradient",
         ylabel="achieved GB/s",
         xlim=(low, high),
     )
@@ -210,7 +212,7 @@ def _legend(axes: Any, rows: Iterable[Record]) -> None:
 
 
 def _steps(steps: Sequence[Record], title: str, path: Path) -> None:
-    """A bar a step and variant, as shares of eager's step: what each part takes."""
+    """One bar per step and variant, split into the parts of the step."""
     names = list(dict.fromkeys(record["step"] for record in steps))
     figure = _figure(max(5.0, 4.2 * len(names)), 4.2, title)
     panels = figure.subplots(1, len(names), squeeze=False).flat
@@ -232,7 +234,7 @@ def _steps(steps: Sequence[Record], title: str, path: Path) -> None:
             )
         axes.set_xticks(range(len(rows)), [record["variant"] for record in rows])
         axes.set_title(f"{name}, batch {rows[0]['batch']}", loc="left", fontsize="medium")
-        axes.set_ylabel("ms a step")
+        axes.set_ylabel("ms per step")
         axes.margins(y=0.15)
         _tidy(axes)
     handles, labels = figure.axes[0].get_legend_handles_labels()

@@ -1,4 +1,4 @@
-"""How a call is timed and its memory counted, on CPUs and on GPUs; benchmarks/README.md tells it in words."""
+"""How a call is timed and its memory counted, on CPUs and on GPUs; benchmarks/README.md describes it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 Call = Callable[[], Any]
-# A copy of this many bytes measures the bandwidth: beyond every last-level cache.
+# Bytes of the copy that measures the bandwidth: more than any last-level cache holds.
 COPY_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 MOST_INPUT_SETS = 16
-# Larger cases gain nothing from a graph: the GPU works longer on a kernel than the host on its launch.
+# Larger cases gain nothing from a graph: the kernel takes longer than its launch.
 GRAPH_BYTES = 256 * 2**20
-# A zero-fill of the flush buffer (0.2 ms and more) also hides the host's part of the launch that follows it.
+# Filling the flush buffer takes 0.2 ms or more, which also hides the host's part of the launch that follows.
 FLUSH_BYTES = 512 * 2**20
 
 
 class Launch:
-    """One variant made ready to be timed again and again: ``run(inputs)`` over its input sets."""
+    """One variant, ready to be timed repeatedly: ``run(inputs)`` over its input sets."""
 
     def __init__(self, run: Callable[[Any], Any], sets: Sequence[Any]) -> None:
         self.run = run
@@ -56,24 +56,24 @@ class CPUClock:
         return "perf_counter"
 
     def time(self, launch: Launch, turn: int) -> float:
-        """Milliseconds."""
+        """Return milliseconds."""
         begin = time.perf_counter()
         launch(turn)
         return (time.perf_counter() - begin) * 1e3
 
     def bandwidth(self) -> float:
-        """Bytes read and written a second by one copy."""
+        """Return the bytes read and written per second by one copy."""
         begin = time.perf_counter()
         self._target.copy_(self._source)
         return 2 * COPY_BYTES["cpu"] / (time.perf_counter() - begin)
 
     def host_microseconds(self, launch: Launch) -> float | None:
-        """None: on a CPU the call is the computation, so that its time is the host's."""
+        """Return None: on a CPU the call's time is the host's."""
         return None
 
     def extra_memory(self, call: Call) -> int | None:
-        """The highest sum of what torch's allocator handed out during the call, in bytes."""
-        # The profiler of some torch releases talks on stderr whenever it starts.
+        """Return the peak of what torch's allocator held during the call, in bytes."""
+        # The profiler of some torch releases writes to stderr whenever it starts.
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         with torch.profiler.profile(
             activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
@@ -95,8 +95,10 @@ class CPUClock:
 
 
 class GPUClock:
-    """GPU time between two CUDA events around one launch, after a flush of the L2 cache; small cases replay
-    a CUDA graph, so that no launch is waited for."""
+    """GPU time between two CUDA events around one launch, after a flush of the L2 cache.
+
+    Small cases replay a CUDA graph, so that the time of the launch does not count.
+    """
 
     device = "cuda"
 
@@ -125,7 +127,7 @@ class GPUClock:
         try:
             with torch.cuda.graph(graph):
                 launch.run(launch.sets[0])
-        except RuntimeError:  # it waits for the GPU, or launches where a capture cannot follow
+        except RuntimeError:  # it synchronises, or launches on another stream
             torch.cuda.synchronize()
             return "events"
         launch.graph = graph
@@ -141,7 +143,7 @@ class GPUClock:
         return 2 * COPY_BYTES["cuda"] / (elapsed * 1e-3)
 
     def host_microseconds(self, launch: Launch) -> float | None:
-        """From the call to its return, the GPU idle and not waited for: median of 21."""
+        """Return the host's time for a call while the GPU is idle: median of 21."""
         times = []
         for turn in range(21):
             torch.cuda.synchronize()
@@ -177,8 +179,10 @@ def make_clock(device: str) -> Clock:
 def interleaved(
     clock: Clock, launches: dict[str, Launch], *, seconds: float, least: int = 7, most: int = 101
 ) -> tuple[dict[str, list[float]], float]:
-    """Milliseconds of each turn of each launch, taken in turns whose order alternates, for about ``seconds``;
-    and the median bandwidth of copies made between them."""
+    """Time the launches in turns of alternating order for about ``seconds``.
+
+    Returns the milliseconds of each turn of each launch, and the median bandwidth of copies made in between.
+    """
     names = list(launches)
     begin = time.perf_counter()
     for name in names:
@@ -201,7 +205,7 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def last_level_cache() -> int:
-    """Bytes of this CPU's largest cache, 32 MiB where the system does not tell."""
+    """Return the bytes of this CPU's largest cache, or 32 MiB if the system does not say."""
     sizes = [0]
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = path.read_text().strip()
@@ -212,5 +216,5 @@ def last_level_cache() -> int:
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
-    """Norm of the difference relative to the truth's norm."""
+    """Return the norm of the difference relative to the truth's norm."""
     return ((value.double() - truth).norm() / truth.norm()).item()

@@ -1,4 +1,4 @@
-"""Result files as a Markdown report with pictures, in a new folder."""
+"""Turn result files into a Markdown report with pictures, in a new folder."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import Any
 from fastkd.bench import peers
 from fastkd.bench.results import Record, ResultFileError, read
 
-# Under this share of a step no loss can matter much.
+# A loss with less than this share of a step cannot matter much.
 SMALL_SHARE = 0.05
 
 
 def write_report(files: Sequence[Path], folder: Path) -> Path:
-    """Write ``report.md`` and its pictures into ``folder``, which must not exist yet; return the report's
-    path. Each file is a section: times of different runs do not belong into one table."""
+    """Write ``report.md`` and its pictures into ``folder``, which must be new; return the report's path.
+
+    Each file gets a section of its own: times of different runs do not belong in one table.
+    """
     runs = [read(path) for path in files]
     try:
         folder.mkdir(parents=True)
@@ -35,10 +37,10 @@ def _run_section(name: str, header: dict[str, Any], records: list[Record], folde
     steps = [record for record in records if record["kind"] == "step"]
     if measured:
         parts.append(
-            "Times are medians in milliseconds (p20 to p80). Share is that of the bandwidth of a copy in the "
-            "same run, for the bytes of three accesses an element, two where only the loss is computed. "
-            "Memory is what the call takes beyond its inputs at its peak, the gradient included. Times of "
-            "one row were taken in turns and can be compared; times of different rows less so.\n"
+            "Times are medians in milliseconds (p20 to p80). Share is the bandwidth relative to that "
+            "of a copy in the same run, for three accesses per element, or two if only the loss is computed. "
+            "Memory is the peak of what the call takes beyond its inputs, including the gradient. Times in "
+            "one row were taken in turns and can be compared; times in different rows less so.\n"
         )
         for dtype in _unique(record["dtype"] for record in measured):
             for mode in _unique(record["pass"] for record in measured):
@@ -80,7 +82,7 @@ def _arguments(header: dict[str, Any]) -> str:
 
 
 def loss_table(rows: Sequence[Record]) -> str:
-    """One line a case: fastkd's figures, and each peer's time with fastkd's speed-up over it."""
+    """Return one line per case: fastkd's figures, each peer's time, and fastkd's speed-up over it."""
     others = [name for name in peers.VARIANTS[1:] if any(row["variant"] == name for row in rows)]
     columns = ["loss", "shape", "fastkd ms", "share of a copy", *(f"{name} ms" for name in others)]
     columns += [f"x {name}" for name in others if name != "quack"]
@@ -103,7 +105,7 @@ def loss_table(rows: Sequence[Record]) -> str:
 
 
 def peer_wins(rows: Sequence[Record]) -> str:
-    """Where a peer is faster, said plainly."""
+    """List the cases in which a peer is faster."""
     lost = []
     for case in _cases(rows):
         ours = case.get("fastkd")
@@ -116,7 +118,7 @@ def peer_wins(rows: Sequence[Record]) -> str:
 
 
 def step_table(steps: Sequence[Record]) -> str:
-    columns = ["step", "loss by", "ms a step", *steps[0]["split_ms"], "loss's share"]
+    columns = ["step", "loss by", "ms per step", *steps[0]["split_ms"], "loss's share"]
     lines = []
     for record in steps:
         cells = [f"{record['step']}, batch {record['batch']}", record["variant"], _time(record)]
@@ -126,7 +128,7 @@ def step_table(steps: Sequence[Record]) -> str:
 
 
 def step_words(steps: Sequence[Record]) -> str:
-    """What the table means: what the fused loss can save, and who wins."""
+    """Say what the table means: what the fused loss can save, and where a peer wins."""
     lines = []
     for name in _unique(record["step"] for record in steps):
         rows = {record["variant"]: record for record in steps if record["step"] == name}

@@ -1,4 +1,4 @@
-"""Result files: JSON lines, a header first; written as the run goes, never over an old file."""
+"""Result files: JSON lines, header first; written during the run, never over an existing file."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Record = dict[str, Any]
 
 
 class ResultFileError(Exception):
-    """A result file that exists already, is missing or is not one."""
+    """The result file exists already, is missing, or has another format."""
 
 
 class Writer:
-    """Appends records to a new file, one a line, each on the disk once it is written."""
+    """Appends records to a new file, one per line, and flushes each."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ class Writer:
 
 
 def read(path: Path) -> tuple[Record, list[Record]]:
-    """The header and the other records of a result file."""
+    """Return the header and the other records of a result file."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
         records = [json.loads(line) for line in lines if line.strip()]
@@ -65,7 +65,7 @@ def read(path: Path) -> tuple[Record, list[Record]]:
 
 
 def header(device: str, not_measured: dict[str, str], **more: Any) -> Record:
-    """Where and with what a run was made."""
+    """Describe the device and the versions of a run."""
     about: Record = {
         "kind": "header",
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -112,7 +112,7 @@ def device_name(device: str) -> str:
 
 
 def _driver() -> str | None:
-    """The NVIDIA driver's version, where nvidia-smi tells it."""
+    """Return the NVIDIA driver's version, if nvidia-smi says it."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout

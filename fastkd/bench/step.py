@@ -1,4 +1,4 @@
-"""Whole training steps with the loss by each variant: what share of a step the loss has."""
+"""Time whole training steps with the loss of each variant: the loss's share of a step."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from fastkd.bench import peers
 from fastkd.bench.protocol import percentile
 from fastkd.bench.results import Record
 
-# 0.1 CE + 0.9 KD at T 4: the commonest recipe, and one pass for the fused loss.
+# 0.1 CE + 0.9 KD at T 4: the most common recipe; one pass for the fused loss.
 LOSS = "ce-kd"
 PARTS = ("data", "teacher", "student forward", "loss", "student backward", "optimizer")
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Networks, the shape of an image and the classes; built only when it is measured."""
+    """Networks, image shape and classes; built only when measured."""
 
     networks: Callable[[], tuple[nn.Module, nn.Module]]
     image: tuple[int, int, int]
@@ -52,7 +52,7 @@ STEPS = {
 def run_steps(
     names: Sequence[str] | None, device: str, chosen: set[str], *, batch: int | None, seconds: float
 ) -> Iterator[list[Record]]:
-    """One record a variant for each step; a step whose networks are not there gives one that says why."""
+    """Yield one record per variant and step; a step without its networks gives one that says why."""
     for name in names or STEPS:
         try:
             yield measure_step(name, device, chosen, batch=batch, seconds=seconds)
@@ -63,7 +63,7 @@ def run_steps(
 def measure_step(
     name: str, device: str, chosen: set[str], *, batch: int | None = None, seconds: float = 1.0
 ) -> list[Record]:
-    """The variants take turns, a step each, on the same networks; synthetic images, stored as bytes."""
+    """Time the variants in turns, one step each, on the same networks and synthetic images in bytes."""
     setup = STEPS[name]
     torch.manual_seed(0)
     student, teacher = (network.to(device) for network in setup.networks())
@@ -75,7 +75,7 @@ def measure_step(
     losses = peers.variants(LOSS, chosen & {"eager", "compiled"}, device)
 
     def one_step(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> list[float]:
-        """Seconds of each of PARTS."""
+        """Return the seconds of each of PARTS."""
         marks = [_now(device)]
 
         def mark() -> None:
@@ -89,7 +89,7 @@ def measure_step(
         mark()
         student_logits = student(images)
         mark()
-        # The graph is cut at the logits, so that the loss's own forward and backward can be timed.
+        # The graph is cut at the logits to time the loss's forward and backward alone.
         logits = student_logits.detach().requires_grad_()
         loss(logits, teacher_logits, labels).backward()
         mark()
@@ -105,7 +105,7 @@ def measure_step(
             one_step(loss)
     begin = time.perf_counter()
     one_step(losses["fastkd"])
-    # A step is long and its small parts are what is asked for: ten times a loss's time, seven steps at least.
+    # Steps are long and their small parts matter: ten times the seconds of a loss, at least seven steps.
     turns = max(7, min(101, int(10 * seconds / (time.perf_counter() - begin) / len(losses))))
     taken: dict[str, list[list[float]]] = {variant: [] for variant in losses}
     for turn in range(turns):
@@ -145,11 +145,11 @@ def _now(device: str) -> float:
 
 
 def describe(record: Record) -> str:
-    """A record on one line."""
+    """Return a record as one line."""
     if record["kind"] == "skipped":
         return f"{record['step']:12s} skipped: {record['reason']}"
     parts = ", ".join(f"{part} {value:.2f}" for part, value in record["split_ms"].items())
     return (
         f"{record['step']:12s} batch {record['batch']:<5d} {record['variant']:9s} "
-        f"{record['ms']:8.2f} ms a step: {parts}; loss {record['loss_share']:.1%}"
+        f"{record['ms']:8.2f} ms per step: {parts}; loss {record['loss_share']:.1%}"
     )

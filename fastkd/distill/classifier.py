@@ -45,4 +45,5 @@ def _last_linear(module: nn.Module) -> nn.Linear | None:
 
 
 def _path_of(model: nn.Module, wanted: nn.Module) -> str:
-    return next(path for path, module in model.named_modules() if module is wanted)
+    paths: dict[nn.Module, str] = {module: path for path, module in model.named_modules()}
+    return paths[wanted]

@@ -59,4 +59,5 @@ class MapHead(nn.Module):
     def forward(self, feature: Tensor) -> Tensor:
         if not self.is_map:
             feature = pooled(feature)
-        return self.classifier(pooled(self.layers(feature)))
+        logits: Tensor = self.classifier(pooled(self.layers(feature)))
+        return logits

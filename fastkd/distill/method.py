@@ -286,7 +286,7 @@ class Method(nn.Module):
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Method:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.teacher is not None:
             self.teacher._apply(fn)  # .to(device) moves the teacher along
         return self

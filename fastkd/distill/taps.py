@@ -91,14 +91,14 @@ class Taps:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside DistributedDataParallel, DataParallel or torch.compile."""
-    inner: Any = model
     while True:
-        if isinstance(inner, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            inner = inner.module
-        elif hasattr(inner, "_orig_mod"):
-            inner = inner._orig_mod
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            inner = model.module
         else:
-            return inner
+            inner = getattr(model, "_orig_mod", None)
+        if inner is None:
+            return model
+        model = inner
 
 
 def logits_of(model: nn.Module, inputs: Any, role: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the integrations share: errors in the user's own names, and two terms over different rows."""
+"""Shared by the integrations: errors in the user's own names, and two terms over different rows."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ NO_LABEL = torch.iinfo(torch.int64).min  # as ignore_index: nothing is ignored
 def named(
     names: Mapping[str, str], function: Callable[..., Result], *arguments: Any, **options: Any
 ) -> Result:
-    """``function(*arguments, **options)``, whose errors call its arguments what the user calls them.
+    """Call ``function(*arguments, **options)``; its errors use the user's names of the arguments.
 
-    ``names`` maps fastkd's names to those of the interface that is replaced.
+    ``names`` maps fastkd's names to those of the replaced interface.
     """
     try:
         return function(*arguments, **options)
@@ -32,19 +32,19 @@ def named(
 
 
 def check_tensors(**tensors: Tensor) -> None:
-    """Their shapes are used before a loss of fastkd sees them."""
+    """Raise TypeError for what is no tensor, before its shape is used."""
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} is a {type(value).__name__}; expected a tensor of logits")
 
 
-def counted_rows(name: str, labels: Tensor, ignore_index: int, student_logits: Tensor) -> Tensor:
-    """Which rows are not labelled ``ignore_index``; an error about the labels calls them ``name``."""
+def valid_rows(name: str, labels: Tensor, ignore_index: int, student_logits: Tensor) -> Tensor:
+    """Return which rows are not labelled ``ignore_index``; errors call the labels ``name``."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"{name} is a {type(labels).__name__}; expected a tensor of integer labels")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"{name} has dtype {labels.dtype}; expected integer labels")
-    arguments.check_one_a_row(name, labels, "label", student_logits)
+    arguments.check_one_per_row(name, labels, "label", student_logits)
     return labels != ignore_index
 
 
@@ -61,12 +61,12 @@ def cross_entropy_and_kd(
     ignore_index: int | None = -100,
     reduction: str = "batchmean",
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """``fastkd.distill_loss`` as ``CrossEntropyLoss`` and ``KLDivLoss`` side by side reduce it.
+    """``fastkd.distill_loss``, reduced like ``CrossEntropyLoss`` and ``KLDivLoss`` side by side.
 
-    Logits are [N, ..., C]. For "batchmean" CE is divided by the rows not labelled ``ignore_index``, KD, of
-    all rows, by N. With ``ignore_index`` None, and where the labels show (on the CPU) that none is ignored,
-    both are one pass; else, and where reading them would wait for the device, a pass each. Returns the loss
-    and, detached, both terms.
+    Logits are [N, ..., C]. With "batchmean", CE is divided by the rows not labelled ``ignore_index``, and KD
+    of all rows by N. Both take one pass if ``ignore_index`` is None or if the labels, on the CPU, show that
+    none is ignored; otherwise, and if reading the labels would wait for the device, one pass each. Returns
+    the loss and, detached, both terms.
     """
     if not isinstance(target, Tensor):
         raise TypeError(f"target is a {type(target).__name__}; expected an int64 tensor of labels")

@@ -1,8 +1,8 @@
 """Losses by Liger-Kernel's and torch's names and conventions that take logits; needs no package.
 
-The softmax that stands before Liger's kernels and before ``torch.nn.KLDivLoss`` belongs to the loss here:
-pass raw logits of both models, and delete the ``log_softmax`` and ``softmax``. (Log-probabilities do no harm,
-for log_softmax leaves them as they are; probabilities would be wrong.)
+The softmax before Liger's kernels and before ``torch.nn.KLDivLoss`` is part of the loss here: pass raw logits
+of both models, and delete the ``log_softmax`` and ``softmax``. (Log-probabilities work too, because
+log_softmax does not change them; probabilities would be wrong.)
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fastkd
-from fastkd.integrations.arguments import check_tensors, counted_rows, named
+from fastkd.integrations.arguments import check_tensors, named, valid_rows
 from fastkd.losses import arguments
 
 REDUCTIONS = ("batchmean", "sum", "mean")
@@ -22,10 +22,10 @@ REDUCTIONS = ("batchmean", "sum", "mean")
 class KLDivLoss(nn.Module):
     """``torch.nn.KLDivLoss`` and ``LigerKLDIVLoss`` on logits [..., C]: KL of the two softmax at T.
 
-    The value is theirs on log_softmax(z_s / T) and softmax(z_t / T), so **without T^2**. ``reduction`` is
+    The value is theirs for log_softmax(z_s / T) and softmax(z_t / T), so **without T^2**. ``reduction`` is
     theirs too: "batchmean" divides by the size of the first dimension, "sum" by nothing, and "mean", their
-    default, by the number of all elements, classes included: with C classes a loss C times weaker. "none"
-    would be one value an element, which no fused loss has.
+    default, by the number of all elements including classes: with C classes the loss is C times weaker.
+    "none" would be one value per element, which no fused loss has.
     """
 
     def __init__(self, reduction: str = "mean", *, temperature: float = 1.0) -> None:
@@ -33,7 +33,7 @@ class KLDivLoss(nn.Module):
         if reduction not in REDUCTIONS:
             raise ValueError(
                 f"reduction is {reduction!r}; expected one of {', '.join(REDUCTIONS)}. fastkd.kd_loss has "
-                "'none': one value a row"
+                "'none': one value per row"
             )
         arguments.check_temperature(temperature)
         self.reduction = reduction
@@ -56,8 +56,8 @@ class KLDivLoss(nn.Module):
 class JSD(nn.Module):
     """``LigerJSD`` on logits [..., C]: generalised JSD at T = 1, averaged over the non-ignored rows.
 
-    ``forward(student_logits, teacher_logits, shift_labels=None)``; rows labelled ``ignore_index`` are left
-    out. (``LigerJSD`` itself takes [N, C] alone.)
+    ``forward(student_logits, teacher_logits, shift_labels=None)``; rows labelled ``ignore_index`` are
+    ignored. (``LigerJSD`` itself takes only [N, C].)
     """
 
     def __init__(self, beta: float = 0.5, ignore_index: int = -100) -> None:
@@ -95,15 +95,17 @@ def masked_jsd(
     divisor: Tensor | float | None = None,
     **options: Any,
 ) -> Tensor:
-    """The sum of ``fastkd.jsd_loss`` over the rows not labelled ``ignore_index``, divided by ``divisor``, or
-    by their number (1 where none is left). Errors call the labels ``labels_name``."""
+    """Return the sum of ``fastkd.jsd_loss`` over the rows not labelled ``ignore_index``, over ``divisor``.
+
+    The default divisor is their number (1 if none is left). Errors call the labels ``labels_name``.
+    """
     check_tensors(student_logits=student_logits, teacher_logits=teacher_logits)
     weight = None
     rows: Tensor | int = student_logits.shape[:-1].numel()
     if labels is not None:
-        counted = counted_rows(labels_name, labels, ignore_index, student_logits)
-        weight, rows = counted.to(torch.float32), counted.sum().clamp_min(1)
-    names = {"weight": labels_name}  # the weights are made of the labels
+        valid = valid_rows(labels_name, labels, ignore_index, student_logits)
+        weight, rows = valid.to(torch.float32), valid.sum().clamp_min(1)
+    names = {"weight": labels_name}  # the weights are made from the labels
     total = named(
         names, fastkd.jsd_loss, student_logits, teacher_logits, weight=weight, reduction="sum", **options
     )

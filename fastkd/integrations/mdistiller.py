@@ -1,4 +1,4 @@
-"""The loss that an mdistiller config means; needs no package: the config is any nested mapping."""
+"""The loss that an mdistiller config specifies; needs no package: the config is any nested mapping."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import fastkd
 from fastkd.integrations.arguments import check_tensors, named
 
 # Every key of mdistiller's config and of its logit-standardisation fork (EXPERIMENT.LOGIT_STAND), by section.
-# An unknown key may be a misspelt one, or one of another fork that changes the loss.
+# An unknown key may be misspelt, or belong to another fork and change the loss.
 KEYS = {
     "EXPERIMENT": ("PROJECT", "NAME", "TAG", "LOGIT_STAND"),
     "DATASET": ("TYPE", "NUM_WORKERS", "TEST"),
@@ -28,18 +28,18 @@ KEYS = {
     "KD.LOSS": ("CE_WEIGHT", "KD_WEIGHT"),
     "DKD": ("CE_WEIGHT", "ALPHA", "BETA", "T", "WARMUP"),
 }  # fmt: skip
-# Sections of the other methods: a whole config holds them all, and none of them is read.
+# Sections of other methods: a whole config has them all; they are not read.
 UNREAD = ("AT", "RKD", "FITNET", "KDSVD", "OFD", "NST", "PKT", "SP", "VID", "CRD", "REVIEWKD")
 TYPES = ("NONE", "KD", "DKD")
 
-# What a key holds where a YAML file says nothing of it, in the config of each project.
+# The value of a key that a YAML file omits, in the config of each project.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "mdistiller": {
         "DISTILLER.TYPE": "NONE", "EXPERIMENT.LOGIT_STAND": False,
         "KD.TEMPERATURE": 4, "KD.LOSS.CE_WEIGHT": 0.1, "KD.LOSS.KD_WEIGHT": 0.9,
         "DKD.CE_WEIGHT": 1.0, "DKD.ALPHA": 1.0, "DKD.BETA": 8.0, "DKD.T": 4.0, "DKD.WARMUP": 20,
     },
-    # LOGIT_STAND is left out: the option --logit-stand of its training script sets it.
+    # Without LOGIT_STAND: the option --logit-stand of its training script sets it.
     "logit-standardization-KD": {
         "DISTILLER.TYPE": "NONE",
         "KD.TEMPERATURE": 2, "KD.LOSS.CE_WEIGHT": 0.1, "KD.LOSS.KD_WEIGHT": 9,
@@ -49,9 +49,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 class MDistillerLoss(nn.Module):
-    """What ``from_mdistiller`` returns: ``loss(student_logits, teacher_logits, target, epoch=None)``.
+    """The loss of ``from_mdistiller``: ``loss(student_logits, teacher_logits, target, epoch=None)``.
 
-    Logits [N, C], ``target`` [N]. It gives ``(loss, terms)`` like ``fastkd.distill_loss``; ``terms`` are
+    Logits [N, C], ``target`` [N]. Returns ``(loss, terms)`` like ``fastkd.distill_loss``; ``terms`` are
     detached and unweighted. ``epoch`` counts from 1, as mdistiller's trainers do; only a warm-up needs it.
     """
 
@@ -63,7 +63,7 @@ class MDistillerLoss(nn.Module):
         self.temperature = temperature
         self.standardize = standardize
         self.warmup = warmup
-        # Its constructor checks the numbers at once.
+        # Its constructor checks the numbers.
         fastkd.DistillLoss(temperature=temperature, standardize=standardize, **self.weights)
 
     def forward(
@@ -107,14 +107,14 @@ def from_mdistiller(cfg: Mapping[str, Any], *, defaults: str | None = None) -> M
 
     ``DISTILLER.TYPE`` is KD (``KD.TEMPERATURE``, ``KD.LOSS.CE_WEIGHT``, ``KD.LOSS.KD_WEIGHT``), DKD
     (``DKD.CE_WEIGHT``, ``ALPHA``, ``BETA``, ``T``, and ``WARMUP`` epochs over which the distillation terms
-    rise linearly) or NONE (cross-entropy alone). ``EXPERIMENT.LOGIT_STAND``, of logit standardisation's fork,
+    rise linearly) or NONE (only cross-entropy). ``EXPERIMENT.LOGIT_STAND``, of logit standardisation's fork,
     standardises.
 
-    A YAML file leaves out what the project's own ``cfg.py`` holds, and does not say whose file it is.
-    ``defaults``, "mdistiller" or "logit-standardization-KD", does; without it a missing key is an error where
+    A YAML file omits the defaults of the project's ``cfg.py``, and does not say which project that is.
+    ``defaults``, "mdistiller" or "logit-standardization-KD", does; without it a missing key is an error if
     the two disagree (``KD.TEMPERATURE`` 4 or 2, ``KD.LOSS.KD_WEIGHT`` 0.9 or 9). A merged ``CfgNode`` holds
-    every key. Keys that neither project has are refused.
-    Raises ``TypeError`` and ``ValueError`` for what has no meaning here.
+    every key. Keys that neither project has are refused. Raises ``TypeError`` and ``ValueError`` for what has
+    no meaning here.
     """
     if not isinstance(cfg, Mapping):
         raise TypeError(f"cfg is a {type(cfg).__name__}; expected mdistiller's config or a nested mapping")

@@ -20,7 +20,7 @@ class LogitsDistillationLoss(_Loss):
     """``modelopt.torch.distill.LogitsDistillationLoss``: T^2 KL(softmax(z_t / T) || softmax(z_s / T)).
 
     Logits [..., C]. ``reduction`` is theirs: "mean", the default, divides by the number of all elements,
-    classes included; "batchmean" by the size of the first dimension; "none" gives one value a row.
+    including classes; "batchmean" by the size of the first dimension; "none" gives one value per row.
     """
 
     def __init__(self, temperature: float = 1.0, reduction: str = "mean") -> None:
@@ -35,7 +35,7 @@ class LogitsDistillationLoss(_Loss):
         check_tensors(logits_s=logits_s, logits_t=logits_t)
         reduction = "none" if self.reduction == "none" else "sum"
         options = {"temperature": self.temperature, "reduction": reduction}
-        # ModelOpt, too, gives the teacher no gradient.
+        # As in ModelOpt, the teacher gets no gradient.
         loss = named(NAMES, fastkd.kd_loss, logits_s, logits_t.detach(), **options)
         if self.reduction == "mean":
             return loss / logits_s.numel()

@@ -21,15 +21,16 @@ except ImportError as error:
 NAMES = {"student_logits": "the student's output", "teacher_logits": "the teacher's output"}
 
 
-class LogitDistillationTask(_TimmTask):
+class LogitDistillationTask(_TimmTask):  # type: ignore[misc]  # timm is not typed
     """``timm.task.LogitDistillationTask``, same arguments and same loss, in one pass over the logits.
 
     loss = task_loss_weight criterion(z_s, y) + distill_loss_weight T^2 KL(softmax(z_t/T) || softmax(z_s/T)).
     With ``torch.nn.CrossEntropyLoss`` (mean, no class weights) or timm's ``LabelSmoothingCrossEntropy`` on
     class labels, both terms and their gradient are one kernel; ``"task_loss"`` and ``"kd_loss"`` of the
-    result are detached then, for logging. A target that torch's criterion ignores is left out of its mean
-    alone, as in timm; a target on a GPU is not read back for it, and with that criterion the terms are a pass
-    each there. Any other criterion is called as it is. Both models give logits [batch, C].
+    result are detached then, for logging. As in timm, a target that torch's criterion ignores is excluded
+    only from the mean of the criterion; targets on a GPU are not read back for that, so with that criterion
+    the terms take one pass each there. Any other criterion is called unchanged. Both models return logits
+    [batch, C].
     """
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
@@ -51,7 +52,7 @@ class LogitDistillationTask(_TimmTask):
             )
             loss = self.task_loss_weight * task_loss + self.distill_loss_weight * kd_loss
         else:
-            # timm's own criterion knows no label to ignore.
+            # timm's own criterion has no label to ignore.
             plain = type(self.criterion) is nn.CrossEntropyLoss
             loss, terms = named(
                 NAMES,
@@ -70,12 +71,14 @@ class LogitDistillationTask(_TimmTask):
 
 
 def _label_smoothing(criterion: Any, target: Tensor) -> float | None:
-    """The smoothing of a criterion that ``distill_loss`` computes itself; None for any other."""
+    """Return the smoothing of a criterion that ``distill_loss`` can compute, or None for any other."""
     if target.dim() != 1 or target.dtype != torch.int64:
         return None
+    smoothing: float | None = None
     if type(criterion) is LabelSmoothingCrossEntropy:
-        return criterion.smoothing
-    plain = type(criterion) is nn.CrossEntropyLoss and criterion.weight is None
-    if plain and criterion.reduction == "mean":
-        return criterion.label_smoothing
-    return None
+        smoothing = criterion.smoothing
+    elif (
+        type(criterion) is nn.CrossEntropyLoss and criterion.weight is None and criterion.reduction == "mean"
+    ):
+        smoothing = criterion.label_smoothing
+    return smoothing

@@ -5,9 +5,9 @@ Importing this module registers them; in a config that is one line::
     dependencies:
       - name: 'fastkd.integrations.torchdistill'
 
-Then ``key: 'fastkd.KDLoss'`` stands where ``key: 'KDLoss'`` stood, and likewise ``fastkd.LogitStdKDLoss``:
-same arguments, same results. ``fastkd.LogitsLoss`` gives any other loss of fastkd. By import path the same
-classes are ``!import_call {key: 'fastkd.integrations.torchdistill.KDLoss', init: {kwargs: {...}}}``.
+Then ``key: 'fastkd.KDLoss'`` replaces ``key: 'KDLoss'``, and likewise ``fastkd.LogitStdKDLoss``: same
+arguments, same results. ``fastkd.LogitsLoss`` is any other loss of fastkd. By import path the same classes
+are ``!import_call {key: 'fastkd.integrations.torchdistill.KDLoss', init: {kwargs: {...}}}``.
 """
 
 from __future__ import annotations
@@ -95,14 +95,14 @@ def _check_targets(targets: Tensor, logits: Tensor, classes_at: int) -> None:
 class KDLoss(_OnLogits):
     """torchdistill's ``KDLoss``: alpha CE + beta T^2 KL, beta = 1 - alpha by default, in one pass.
 
-    Logits [N, C] or [N, C, d1, ...] with targets [N] or [N, d1, ...], as there: the classes are in dimension
-    1, "batchmean" divides KL by N and CE by the targets that are not ``ignore_index``; KL is of all. Likewise
-    ``alpha`` None or 0, or a call without targets, gives KL alone, without beta and **without T^2**. Further
-    keyword arguments are those of ``torch.nn.CrossEntropyLoss``, of which ``ignore_index`` and
-    ``label_smoothing`` are taken. ``reduction`` is "batchmean" or "sum".
+    Logits [N, C] or [N, C, d1, ...] with targets [N] or [N, d1, ...], as in torchdistill: the classes are in
+    dimension 1, "batchmean" divides KL by N and CE by the targets that are not ``ignore_index``; KL includes
+    all. With ``alpha`` None or 0, or in a call without targets, the loss is only KL, without beta and
+    **without T^2**, as there. Of the further arguments of ``torch.nn.CrossEntropyLoss``, ``ignore_index`` and
+    ``label_smoothing`` are supported. ``reduction`` is "batchmean" or "sum".
 
-    Targets on a GPU are not read back to see whether one is ignored: CE and KL are then a pass each. With no
-    target left CE is 0, where torch's is NaN.
+    Targets on a GPU are not read back to see whether one is ignored: CE and KL take one pass each there. If
+    no target is left, CE is 0, whereas torch's is NaN.
     """
 
     standardize = False
@@ -179,8 +179,8 @@ class KDLoss(_OnLogits):
 class LogitStdKDLoss(KDLoss):
     """torchdistill's ``LogitStdKDLoss``: ``KDLoss`` of standardised logits [N, C], CE of the raw ones.
 
-    Of logits [N, C, d1, ...] torchdistill standardises the last dimension and takes the softmax of dimension
-    1, which is no logit standardisation: refused.
+    Of logits [N, C, d1, ...] torchdistill standardises the last dimension but takes the softmax over
+    dimension 1, which is not logit standardisation: refused.
     """
 
     standardize = True
@@ -219,8 +219,8 @@ class LogitsLoss(_OnLogits):
     """Any loss of fastkd by the name of its module, such as ``loss: 'DKDLoss'``, with that module's options.
 
     Logits [N, C]; of other shapes ``class_dim`` says where the classes are: 1 in torchdistill's convention
-    [N, C, d1, ...], -1 in [batch, length, C]. A loss that takes labels gets torchdistill's targets.
-    ``DistillLoss``'s terms are dropped.
+    [N, C, d1, ...], -1 in [batch, length, C]. A loss with labels gets torchdistill's targets. The terms of
+    ``DistillLoss`` are dropped.
     """
 
     def __init__(
@@ -258,5 +258,6 @@ class LogitsLoss(_OnLogits):
         if student.dim() > 2 and class_dim == 1:
             student, teacher = student.movedim(1, -1), teacher.movedim(1, -1)
         labels = [targets] if self.uses_labels else []
-        value = named(NAMES, self.loss, student, teacher, *labels)
-        return value[0] if isinstance(value, tuple) else value
+        result = named(NAMES, self.loss, student, teacher, *labels)
+        value: Tensor = result[0] if isinstance(result, tuple) else result
+        return value

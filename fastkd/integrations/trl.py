@@ -28,16 +28,14 @@ def generalized_jsd_loss(
 ) -> Tensor:
     """``GKDTrainer.generalized_jsd_loss`` of TRL 1.16: same arguments, same value, no T^2.
 
-    Logits [batch, length, C], ``labels`` [batch, length] with -100 where a token does not count. "batchmean"
+    Logits [batch, length, C], ``labels`` [batch, length] with -100 for ignored tokens. "batchmean"
     divides by the non-ignored tokens, or without labels by the batch (not by its tokens); "sum" by nothing;
-    ``num_items_in_batch``, where given, is the divisor instead. ``logits_are_probs`` is an argument of older
+    ``num_items_in_batch``, if given, is the divisor instead. ``logits_are_probs`` is an argument of older
     versions.
     """
     check_tensors(student_logits=student_logits, teacher_logits=teacher_logits)
     if logits_are_probs:
-        raise ValueError(
-            "logits_are_probs is True; fastkd takes logits, of which it makes the softmax itself"
-        )
+        raise ValueError("logits_are_probs is True; fastkd takes logits, and applies the softmax itself")
     if reduction not in ("batchmean", "sum"):
         raise ValueError(f"reduction is {reduction!r}; expected 'batchmean' or 'sum'")
     if isinstance(num_items_in_batch, bool) or not isinstance(

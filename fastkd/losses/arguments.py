@@ -1,4 +1,4 @@
-"""Checks of a loss's arguments, made before any kernel runs and without reading the device."""
+"""Checks of a loss's arguments, before any kernel runs and without waiting for the device."""
 
 from collections.abc import Callable, Sequence
 from numbers import Real
@@ -13,12 +13,12 @@ from fastkd.ops.tensors import check_ordinary
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("batchmean", "sum", "none")
 LARGEST = torch.finfo(torch.float32).max
-# What float32 stands: the largest logits that are not masked, divided by T, and T^2 times a loss.
+# What float32 can hold: the largest unmasked logits divided by T, and T^2 times a loss.
 TEMPERATURES = (1e-6, 1e6)
 
 
 def check_logits(student_logits: Tensor, teacher_logits: Tensor, which: str = "") -> None:
-    """Of one pair; ``which`` says in messages which one of several."""
+    """Check one pair; ``which`` is its index in messages, if there are several."""
     student_name, teacher_name = f"student_logits{which}", f"teacher_logits{which}"
     for name, logits in ((student_name, student_logits), (teacher_name, teacher_logits)):
         if not isinstance(logits, Tensor):
@@ -57,7 +57,7 @@ def check_logits(student_logits: Tensor, teacher_logits: Tensor, which: str = ""
 def check_pairs(
     student_logits: Tensor | Sequence[Tensor], teacher_logits: Tensor | Sequence[Tensor]
 ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """Two tensors, or two lists of them that are alike; returned as lists."""
+    """Check two tensors, or two lists of tensors that are alike; return lists."""
     if isinstance(student_logits, Tensor) and isinstance(teacher_logits, Tensor):
         check_logits(student_logits, teacher_logits)
         return [student_logits], [teacher_logits]
@@ -83,13 +83,13 @@ def check_pairs(
             if (one.shape, one.dtype, one.device) != (first.shape, first.dtype, first.device):
                 raise ValueError(
                     f"{name}[{index}] is {one.dtype} {list(one.shape)} on {one.device} and {name}[0] "
-                    f"{first.dtype} {list(first.shape)} on {first.device}; pairs of one call must be alike, "
-                    "others need a call of their own"
+                    f"{first.dtype} {list(first.shape)} on {first.device}; pairs of one call must be alike; "
+                    "pass others in separate calls"
                 )
     return student_logits, teacher_logits
 
 
-def check_one_a_row(name: str, values: Tensor, what: str, student_logits: Tensor) -> None:
+def check_one_per_row(name: str, values: Tensor, what: str, student_logits: Tensor) -> None:
     if values.shape != student_logits.shape[:-1]:
         raise ValueError(
             f"{name} has shape {list(values.shape)}; expected {list(student_logits.shape[:-1])}, one {what} "
@@ -102,7 +102,7 @@ def check_one_a_row(name: str, values: Tensor, what: str, student_logits: Tensor
 
 
 def check_target(target: Tensor, student_logits: Tensor) -> None:
-    """Kind, dtype, shape and device; not the labels themselves, see ``check_labels``."""
+    """Check type, dtype, shape and device, not the labels themselves: ``check_labels`` does."""
     if not isinstance(target, Tensor):
         raise TypeError(f"target is a {type(target).__name__}; expected an int64 tensor of labels")
     check_ordinary("target", target)
@@ -110,16 +110,16 @@ def check_target(target: Tensor, student_logits: Tensor) -> None:
         raise TypeError(
             f"target has dtype {target.dtype}; expected int64 class indices (soft targets are not labels)"
         )
-    check_one_a_row("target", target, "label", student_logits)
+    check_one_per_row("target", target, "label", student_logits)
 
 
 def check_labels(target: Tensor, classes: int, ignore_index: int = -100) -> bool:
     """Raise if a label is neither in 0..classes-1 nor ``ignore_index``; return whether none is ignored.
 
-    The losses do this themselves on the CPU. On a GPU it would wait for the device, so there the losses
-    give a row with such a label a NaN loss, and this function is for those who want the check.
+    The losses call it themselves on the CPU. On a GPU the check would wait for the device, so the losses give
+    a row with such a label a NaN loss instead; call this function if you want the error.
     """
-    # The operators of torch below take longer to start than a small loss takes.
+    # Torch's operators below take longer to launch than a small loss takes.
     if target.numel() == 0 or (target.is_cpu and native.labels_all_valid(target, classes, ignore_index)):
         return True
     lowest, highest = (int(bound) for bound in target.aminmax())
@@ -130,7 +130,7 @@ def check_labels(target: Tensor, classes: int, ignore_index: int = -100) -> bool
         value = int(target[wrong][0])
         raise ValueError(
             f"target has the label {value}; expected 0 to {classes - 1}, or ignore_index ({ignore_index}) "
-            "for a row to leave out"
+            "for a row to ignore"
         )
     return not bool((target == ignore_index).any())
 
@@ -143,7 +143,7 @@ def check_row_weight(weight: Tensor, student_logits: Tensor) -> None:
     check_ordinary("weight", weight)
     if not weight.is_floating_point():
         raise TypeError(f"weight has dtype {weight.dtype}; expected a floating-point tensor")
-    check_one_a_row("weight", weight, "number", student_logits)
+    check_one_per_row("weight", weight, "number", student_logits)
     if weight.requires_grad:
         raise ValueError(
             "weight requires grad, but it is a constant of every fastkd loss; pass weight.detach()"
@@ -151,12 +151,12 @@ def check_row_weight(weight: Tensor, student_logits: Tensor) -> None:
 
 
 def check_number(name: str, value: float) -> None:
-    """A number that is finite in float32, in which losses are computed; torch.compile may be tracing it."""
+    """Check that it is finite in float32, in which losses are computed. torch.compile may be tracing it."""
     if isinstance(value, Tensor):
         raise TypeError(f"{name} is a tensor, which would have to be read back; expected a number")
     if isinstance(value, bool) or not isinstance(value, float | int | Real):
         raise TypeError(f"{name} is {value!r}; expected a number")
-    # Comparisons, which are traced where math.isfinite is not; a NaN fails them.
+    # Comparisons can be traced, math.isfinite cannot; a NaN fails them.
     if not -LARGEST <= value <= LARGEST:
         raise ValueError(f"{name} is {value!r}; expected a finite number, at most {LARGEST:.1e} in size")
 
@@ -198,7 +198,7 @@ _OF_OPTION: dict[str, Callable[[str, Any], None]] = {
 
 
 def check_options(**options: Any) -> None:
-    """Of a loss, by their names; one without a check of its own is a weight: any finite number."""
+    """Check a loss's options by name; one without its own check is a weight: any finite number."""
     for name, value in options.items():
         _OF_OPTION.get(name, check_number)(name, value)
 
@@ -219,8 +219,8 @@ def check_reduction(reduction: str) -> None:
     if reduction == "mean":
         raise ValueError(
             "reduction='mean' is refused: for torch.nn.KLDivLoss it divides by rows times classes, which "
-            "makes the loss weaker by the number of classes; use 'batchmean' (divide by the rows that "
-            "count), 'sum' or 'none'"
+            "makes the loss weaker by the number of classes; use 'batchmean' (divide by the "
+            "non-ignored rows), 'sum' or 'none'"
         )
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}; expected one of {', '.join(REDUCTIONS)}")

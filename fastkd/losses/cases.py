@@ -32,6 +32,7 @@ def call_of(case: Case, *, ignores_rows: bool = False) -> Callable[..., Tensor]:
         if takes_target:
             more["target"] = target
         result = function(student_logits, teacher_logits, **case.arguments, **more)
-        return result[0] if isinstance(result, tuple) else result
+        value: Tensor = result[0] if isinstance(result, tuple) else result
+        return value
 
     return loss

@@ -1,4 +1,4 @@
-"""From logits to a loss: check, choose a backend, run it over the rows, reduce. Every loss goes this way."""
+"""From logits to a loss: check, choose a backend, run it over the rows, reduce. All losses take this path."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -44,11 +44,11 @@ def reduced_loss(
     if weight is not None:
         arguments.check_row_weight(weight, student)
         weight = as_ordinary("weight", weight)
-    all_count = True
+    none_ignored = True
     if target is not None:
         arguments.check_target(target, student)
         target = as_ordinary("target", target)
-        all_count = is_readable(target) and arguments.check_labels(target, student.shape[-1], ignore_index)
+        none_ignored = is_readable(target) and arguments.check_labels(target, student.shape[-1], ignore_index)
 
     chosen = _backend_for((*students, *teachers, weight, target), student, teachers[0])
     students = [as_ordinary("student_logits", logits) for logits in students]
@@ -58,12 +58,12 @@ def reduced_loss(
     leading, classes = student.shape[:-1], student.shape[-1]
     count = student.numel() // classes
     labels = None if target is None else target.reshape(-1)
-    counted = None if labels is None or all_count else labels != ignore_index
-    row_weight, divisor = _row_weight(weight, counted, count, reduction, student.dtype)
+    valid = None if labels is None or none_ignored else labels != ignore_index
+    row_weight, divisor = _row_weight(weight, valid, count, reduction, student.dtype)
     label = labels if uses_label else None
     terms: Tensor | None
     if chosen == "eager":
-        rows, terms = _eager(loss, options, students, teachers, label, counted, row_weight, divisor, reduced)
+        rows, terms = _eager(loss, options, students, teachers, label, valid, row_weight, divisor, reduced)
     else:
         numbers, dynamic = _numbers(loss, options, student)
         call = Call(label, row_weight, divisor, loss, numbers, dynamic, chosen, reduced, with_terms)
@@ -86,7 +86,7 @@ def _backend_for(tensors: Sequence[Tensor | None], student: Tensor, teacher: Ten
     if name == "auto":
         return "eager"  # plain torch, which every transform knows
     raise backend.BackendUnavailable(
-        f"backend {name!r} does not run inside {transform}, whose tensors are not their memory; use "
+        f"backend {name!r} does not run inside {transform}, whose tensors do not hold their own values; use "
         "set_backend('auto') or 'eager', which computes such a call in plain torch"
     )
 
@@ -116,19 +116,19 @@ def _numbers(
 
 
 def _row_weight(
-    weight: Tensor | None, counted: Tensor | None, rows: int, reduction: str, dtype: torch.dtype
+    weight: Tensor | None, valid: Tensor | None, rows: int, reduction: str, dtype: torch.dtype
 ) -> tuple[Tensor | None, int]:
-    """What each row's loss is multiplied by, where rows differ in it [N], and what all are divided by.
+    """The factor of each row's loss [N], or None if it is 1 for all, and the divisor of all rows.
 
-    The kernels apply it as they write the gradient, so that the reduction costs no pass of its own.
+    The kernels apply both as they write the gradient, so that the reduction needs no extra pass.
     """
     mean = reduction == "batchmean"
     precision = torch.float64 if dtype == torch.float64 else torch.float32
     row_weight = None if weight is None else weight.to(precision).reshape(-1).contiguous()
-    if counted is None:
+    if valid is None:
         return row_weight, max(rows, 1) if mean else 1
-    present = counted.to(precision)
-    row_weight = present if row_weight is None else row_weight.masked_fill(~counted, 0.0)
+    present = valid.to(precision)
+    row_weight = present if row_weight is None else row_weight.masked_fill(~valid, 0.0)
     return (row_weight / present.sum().clamp_min(1.0) if mean else row_weight), 1
 
 
@@ -138,7 +138,7 @@ def _eager(
     students: Sequence[Tensor],
     teachers: Sequence[Tensor],
     label: Tensor | None,
-    counted: Tensor | None,
+    valid: Tensor | None,
     row_weight: Tensor | None,
     divisor: int,
     reduced: bool,
@@ -147,13 +147,13 @@ def _eager(
     classes = students[0].shape[-1]
     students, teachers = ([one.reshape(-1, classes) for one in logits] for logits in (students, teachers))
     if row_weight is not None:
-        # A row of weight 0 may hold anything, also what would make 0 * its gradient NaN.
+        # A row of weight 0 may hold anything, including values for which 0 * gradient is NaN.
         unread = (row_weight == 0)[:, None]
         students, teachers = (
             [one.masked_fill(unread, 0.0) for one in logits] for logits in (students, teachers)
         )
-        if label is not None and counted is not None:
-            label = label.masked_fill(~counted, 0)
+        if label is not None and valid is not None:
+            label = label.masked_fill(~valid, 0)
     row_loss = LOSSES[loss].rows
     pairs = [row_loss(s, t, label, *options) for s, t in zip(students, teachers, strict=True)]
     rows, terms = torch.stack([rows for rows, _ in pairs]), torch.stack([terms for _, terms in pairs], 1)

@@ -1,7 +1,7 @@
 """Which implementation runs a loss: ``triton``, ``native`` or ``eager``, and why one cannot.
 
-The choice is made a call: the backend asked for by name, or with ``auto`` the fastest that runs on the
-logits' device. A backend asked for by name that cannot run is an error, never a silent fallback.
+The backend is chosen per call: the one requested by name, or with ``auto`` the fastest that runs on the
+logits' device. A backend requested by name that cannot run is an error, never a silent fallback.
 """
 
 import os
@@ -19,30 +19,30 @@ FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class BackendUnavailable(RuntimeError):
-    """The backend asked for by name cannot run here; the message says what is missing."""
+    """The backend requested by name cannot run here; the message says what is missing."""
 
 
 _chosen = os.environ.get("FASTKD_BACKEND") or "auto"
 
 
 def get_backend() -> str:
-    """The backend in force: ``"auto"``, ``"triton"``, ``"native"`` or ``"eager"``.
+    """Return the current backend: ``"auto"``, ``"triton"``, ``"native"`` or ``"eager"``.
 
-    Raises ``ValueError`` if the environment's ``FASTKD_BACKEND`` is none of them: here, on first use, rather
-    than when fastkd is imported, so that the command line can say it in one line.
+    Raises ``ValueError`` if the environment's ``FASTKD_BACKEND`` is none of them: on first use, not at
+    import, so that the command line can report it in one line.
     """
-    # set_backend refuses a name that is none, so one that is here is the environment's.
+    # set_backend refuses an unknown name, so an unknown one comes from the environment.
     environment.check_choice("FASTKD_BACKEND", _chosen, BACKENDS)
     return _chosen
 
 
 def set_backend(name: str) -> None:
-    """Choose the backend of every later call.
+    """Set the backend of all later calls.
 
-    ``"auto"`` (the default) takes the fastest that runs on the logits' device: triton on GPUs, native
-    where triton is missing and on CPUs, eager where neither can. A name takes that one or raises
-    ``BackendUnavailable`` at the call. The environment variable ``FASTKD_BACKEND`` sets the initial choice;
-    empty, it counts as unset, and a value that is no backend is an error at the first loss.
+    ``"auto"`` (the default) takes the fastest that runs on the logits' device: triton on GPUs, native on CPUs
+    and on GPUs without triton, eager if neither can run. A name takes that backend, or raises
+    ``BackendUnavailable`` at the call. The environment variable ``FASTKD_BACKEND`` sets the initial backend;
+    an empty value counts as unset, and an unknown one is an error at the first loss.
     """
     global _chosen
     if name not in BACKENDS:
@@ -52,7 +52,7 @@ def set_backend(name: str) -> None:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """``set_backend`` for the length of a ``with`` block."""
+    """Set the backend within a ``with`` block."""
     global _chosen
     before = _chosen
     set_backend(name)
@@ -63,7 +63,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def checked_device(device: str | torch.device, argument: str) -> torch.device:
-    """``device`` as torch's, if tensors can be there: an error that names ``argument`` where they cannot."""
+    """Return it as a ``torch.device`` that can hold tensors, or raise an error that names ``argument``."""
     if not isinstance(device, str | torch.device):
         raise TypeError(f"{argument} is {device!r}; expected a device such as 'cpu' or 'cuda'")
     try:
@@ -83,7 +83,7 @@ def checked_device(device: str | torch.device, argument: str) -> torch.device:
     elif found.type != "cpu":
         try:
             torch.empty(0, device=found)
-        except Exception as error:  # of a kind that depends on the device
+        except Exception as error:  # its type depends on the device
             reason = str(error).splitlines()[0]
             raise ValueError(
                 f"{argument} is {str(device)!r}, which torch cannot use here: {reason}"
@@ -92,14 +92,14 @@ def checked_device(device: str | torch.device, argument: str) -> torch.device:
 
 
 def missing(backend: str, device_type: str) -> str | None:
-    """What stops ``backend`` from running on this kind of device; None where nothing does."""
+    """Return what stops ``backend`` from running on this type of device, or None."""
     return _PROBES[backend](device_type)
 
 
 def resolve(chosen: str, device_type: str, *dtypes: torch.dtype) -> str:
-    """The backend that runs logits of these dtypes on this device, when ``chosen`` is the choice in force.
+    """Return the backend that runs logits of these dtypes on this device if ``chosen`` is the current one.
 
-    Evaluated while torch.compile traces, which sees a constant; it traces again when its arguments change.
+    torch.compile evaluates it while it traces and sees a constant; it traces again if the arguments change.
     """
     wide = None
     for dtype in dtypes:
@@ -120,8 +120,8 @@ def resolve(chosen: str, device_type: str, *dtypes: torch.dtype) -> str:
     return chosen
 
 
-# What torch.compiler.assume_constant_result sets, without its import of the whole compiler (two seconds, and
-# Triton before its interpreter can be chosen).
+# What torch.compiler.assume_constant_result sets, without importing the whole compiler (two seconds; and
+# Triton, before its interpreter can be chosen).
 resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -139,7 +139,7 @@ def _automatic(device_type: str) -> str:
     warnings.warn(
         f"fastkd runs its slower eager backend on {device_type}, because "
         + "; and ".join(f"{name} is not available: {reason}" for name, reason in reasons.items())
-        + " (`fastkd doctor` tells more)",
+        + " (see `fastkd doctor`)",
         RuntimeWarning,
         stacklevel=5,
     )

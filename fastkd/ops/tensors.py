@@ -1,5 +1,7 @@
-"""Which tensors are what they seem. A kernel reads memory: a tensor whose values are elsewhere, or are not
-those of its memory, is made ordinary, sent another way, or refused by name."""
+"""Tensors whose values are not simply those in their memory: made ordinary, computed another way, or refused.
+
+Kernels read memory, so every tensor is looked at before its pointer is taken.
+"""
 
 from collections.abc import Iterable
 
@@ -9,19 +11,19 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
-# Wrappers for which torch's dispatcher stands in while it traces: the operator has shapes for them.
+# Wrappers that tracing passes to the operator, which has shapes for them.
 TRACED = (FakeTensor, FunctionalTensor)
-# How to get an ordinary tensor out of the better known ones.
+# How to get an ordinary tensor out of well-known wrappers.
 _WAYS_OUT = {
     "DTensor": "pass its .to_local() (each rank its own rows) or its .full_tensor()",
-    "MaskedTensor": "pass its .to_tensor(value), and leave rows out with weight= or ignore_index",
+    "MaskedTensor": "pass its .to_tensor(value), and ignore rows with weight= or ignore_index",
     "AsyncCollectiveTensor": "pass its .wait()",
 }
 _ORDINARY_DISPATCH = Tensor.__torch_dispatch__
 
 
 def is_transformed(tensor: Tensor) -> bool:
-    """Whether it is inside of a transform of torch.func, or of autograd.grad(…, is_grads_batched=True)."""
+    """Whether it is inside a transform of torch.func, or of autograd.grad(…, is_grads_batched=True)."""
     functorch = torch._C._functorch
     return functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
 
@@ -29,7 +31,7 @@ def is_transformed(tensor: Tensor) -> bool:
 def check_ordinary(name: str, tensor: Tensor) -> None:
     """Raise TypeError for a tensor that no kernel can read as rows of numbers: sparse, nested, a wrapper."""
     if torch.compiler.is_compiling():
-        return  # the compiler has its own wrappers, and knows which it can trace
+        return  # the compiler uses wrappers of its own, and knows which tensors it can trace
     kind = type(tensor)
     if (
         kind is not Tensor
@@ -47,7 +49,7 @@ def check_ordinary(name: str, tensor: Tensor) -> None:
 
 
 def as_ordinary(name: str, tensor: Tensor) -> Tensor:
-    """The tensor with its values in its memory, as it was where they are; differentiable."""
+    """Return it with its values in its memory, unchanged if they are there already; differentiable."""
     if torch.compiler.is_compiling():
         return tensor
     if tensor.is_neg():
@@ -59,7 +61,7 @@ def as_ordinary(name: str, tensor: Tensor) -> Tensor:
     try:
         if tensor.untyped_storage().nbytes() or not tensor.numel():
             return tensor
-    except NotImplementedError:  # inside of a transform: what is wrapped has the memory
+    except NotImplementedError:  # inside a transform: the wrapped tensor has the memory
         return tensor
     if tensor._is_zerotensor():
         return torch.zeros_like(tensor, memory_format=torch.contiguous_format)
@@ -70,25 +72,24 @@ def as_ordinary(name: str, tensor: Tensor) -> Tensor:
 
 
 def is_traced(tensors: Iterable[Tensor]) -> bool:
-    """Whether torch's dispatcher has to see the operator: for a compiler, fake tensors, a dispatch mode."""
+    """Whether the call must go through torch's dispatcher: for a compiler, fake tensors, a dispatch mode."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
-    for tensor in tensors:  # noqa: SIM110 - a generator takes longer
+    for tensor in tensors:  # noqa: SIM110 - a generator is slower
         if type(tensor) is not Tensor:
             return True
     return False
 
 
 def is_readable(tensor: Tensor) -> bool:
-    """Whether the host can look at the values: no wait for a device, no graph that would break."""
+    """Whether the host can read the values without waiting for a device or breaking a graph."""
     return tensor.is_cpu and not is_traced((tensor,)) and not is_transformed(tensor)
 
 
 def transform_of(tensors: Iterable[Tensor | None]) -> str | None:
-    """The transform of torch.func, or forward-mode AD, that one of these is inside of; None without one.
+    """Return the transform of torch.func, or forward-mode AD, that one of these is inside, or None.
 
-    Such a tensor's memory is not its value, or not all of it: a kernel that reads it loses a tangent or a
-    batch.
+    The memory of such a tensor is not its whole value: a kernel that reads it loses a tangent or a batch.
     """
     if torch.compiler.is_compiling():
         return _transform_around()
@@ -106,9 +107,9 @@ def transform_of(tensors: Iterable[Tensor | None]) -> str | None:
 
 
 def _transform_around() -> str | None:
-    """The transforms that are entered here, whatever they apply to.
+    """Return the transforms that are active here, whatever they apply to.
 
-    torch.compile, which enters them as it traces, sees a constant, and traces again elsewhere.
+    torch.compile enters them as it traces and sees a constant; it traces again elsewhere.
     """
     stack = torch._C._functorch.get_interpreter_stack()
     if stack:

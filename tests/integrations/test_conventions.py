@@ -57,7 +57,7 @@ class TestMDistiller:
         loss, _ = from_mdistiller({})(student, teacher, target)
         assert_same(loss, F.cross_entropy(student, target), student)
 
-    def test_the_yaml_of_either_project_does_not_say_whose_it_is(self):
+    def test_the_yaml_file_does_not_say_of_which_project_it_is(self):
         """But for the tag both ship this for KD on CIFAR-100: T 4 and 0.9 in one, 2 and 9 in the other."""
         cfg = {
             "EXPERIMENT": {"NAME": "", "TAG": "kd,resnet32x4,resnet8x4,2,9", "PROJECT": "cifar100_baselines"},
@@ -278,7 +278,7 @@ def test_trl_loss(beta, reduction, masked):
     assert_same(ours, total / divisor, student)
 
 
-def test_trl_loss_without_a_token_that_counts():
+def test_trl_loss_without_a_token_left():
     student, teacher = logits(2, 3, 8)
     loss = generalized_jsd_loss(student, teacher, torch.full((2, 3), -100))
     loss.backward()

@@ -125,7 +125,7 @@ def test_standardised_logits_are_rows():
 
 
 def test_positional_arguments_are_in_torchdistills_order():
-    """``eps`` stands before ``alpha`` there."""
+    """In torchdistill ``eps`` comes before ``alpha``."""
     student, teacher = pair((4, 9))
     targets = torch.tensor([0, 1, 2, 3])
     values = [
@@ -136,7 +136,7 @@ def test_positional_arguments_are_in_torchdistills_order():
 
 
 @pytest.mark.parametrize("class_dim", [1, -1])
-def test_logits_loss_is_told_where_the_classes_are(class_dim):
+def test_logits_loss_takes_the_dimension_of_the_classes(class_dim):
     student, teacher = pair((2, 6, 5))
     loss = ours.LogitsLoss("KDLoss", *PATHS.values(), class_dim=class_dim)
     rows = [z.movedim(class_dim, -1) for z in (student, teacher)]

@@ -179,7 +179,7 @@ LABELS = st.one_of(st.integers(-2, 6), st.sampled_from([-100, 2**31, 2**62, -(2*
 
 @given(labels=st.lists(LABELS, max_size=9), ignore_index=st.sampled_from([-100, 2, 7]), spread=st.booleans())
 def test_check_labels_is_what_it_says(labels, ignore_index, spread):
-    """Of any labels, dense in memory or not; True where all count."""
+    """For any labels, dense in memory or not; True if none is ignored."""
     target = torch.tensor(labels, dtype=torch.int64)
     target = target.repeat_interleave(2)[::2] if spread else target
     if all(0 <= label < 6 or label == ignore_index for label in labels):

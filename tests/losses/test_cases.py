@@ -45,7 +45,7 @@ def test_every_public_loss_has_a_case():
     assert {case.function for _, case in CASES.values()} == functions
 
 
-def test_names_are_told_apart():
+def test_names_differ():
     assert sum(len(loss.cases) for loss in LOSSES.values()) == len(CASES)
 
 

@@ -1,6 +1,6 @@
 """Every loss on every fused backend against the reference in float64: value and gradient.
 
-Upstream gradients are random: a backward that ignores them, or scales all rows alike, fails.
+grad_output is random: a backward that ignores it, or scales all rows alike, fails.
 """
 
 import pytest
@@ -33,7 +33,7 @@ each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_matches_reference(fused, case, classes, dtype):
     student, teacher, target = make_logits(4, classes, dtype, fused)
     target[1] = -100
-    # Two standardised classes are always +-0.7: the true gradient is 0, and rounding is held to a scale.
+    # Two standardised classes are always +-0.7: the true gradient is 0, so rounding is relative to a floor.
     floor = 1.0 if classes == 2 else 1e-2
     assert_matches(case, student, teacher, target, torch.randn(4, device=fused), floor, reduction="none")
 
@@ -49,7 +49,7 @@ def test_rows_of_several_tiles(fused, case, classes):
 @each_case
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_logits_that_grow_along_the_row(fused, case, dtype):
-    """The largest so far, to which sums are relative, is passed again and again, or never, or once by far."""
+    """The running maximum, to which sums are relative, rises again and again, or never, or once by far."""
     student, teacher, target = make_logits(3, 4500, torch.float32, fused)
     ramp = torch.linspace(0, 90, 4500, device=fused)
     student, teacher = (logits + torch.stack([ramp, -ramp, 0 * ramp]) for logits in (student, teacher))
@@ -80,8 +80,8 @@ def test_long_rows_on_three_threads(case, rows, classes):
 
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("name", ["kd", "ce-kd", "lskd", "reverse-kl", "jsd"])
-def test_rows_too_long_to_keep(name, rows):
-    """On the CPU: what is kept of 32 MiB and more is computed again."""
+def test_rows_too_long_to_cache(name, rows):
+    """On the CPU: exponentials of more than 32 MiB are computed again."""
     case, classes = BY_NAME[name], 4_200_001
     student, teacher, target = make_logits(rows, classes, torch.bfloat16)
     with fastkd.use_backend("native"):
@@ -93,8 +93,8 @@ def test_rows_too_long_to_keep(name, rows):
 def test_reductions(fused, case, reduction):
     student, teacher, target = make_logits(6, 17, torch.float32, fused)
     target[torch.tensor([0, 4])] = -100
-    upstream = torch.randn(6 if reduction == "none" else (), device=fused)
-    assert_matches(case, student, teacher, target, upstream, reduction=reduction)
+    grad_output = torch.randn(6 if reduction == "none" else (), device=fused)
+    assert_matches(case, student, teacher, target, grad_output, reduction=reduction)
 
 
 @each_case
@@ -120,8 +120,8 @@ def test_layouts(fused, case, layout):
     student, teacher, target = make_logits(6, 45, torch.float32, fused)
     student, teacher = view(student), view(teacher)
     target = target.view(2, 3) if layout == "leading dimensions" else torch.stack([target, target], 1)[:, 0]
-    upstream = torch.randn(student.shape[:-1], device=fused)
-    assert_matches(case, student, teacher, target, upstream, reduction="none")
+    grad_output = torch.randn(student.shape[:-1], device=fused)
+    assert_matches(case, student, teacher, target, grad_output, reduction="none")
 
 
 @each_case
@@ -144,16 +144,16 @@ def test_rows_in_flight_are_bounded(monkeypatch, case):
 
 @each_case
 @pytest.mark.parametrize("reduction", ["batchmean", "none"])
-def test_a_list_of_pairs_gives_a_loss_a_pair(fused, case, reduction):
+def test_a_list_of_pairs_gives_one_loss_per_pair(fused, case, reduction):
     pairs = [make_logits(4, 33, torch.float32, fused)[:2] for _ in range(3)]
     target = torch.tensor([2, 30, -100, 7], device=fused)
     students = [student.requires_grad_() for student, _ in pairs]
     students[1] = students[1].t().contiguous().t()  # of another stride
-    upstream = torch.randn((3, 4) if reduction == "none" else 3, device=fused)
+    grad_output = torch.randn((3, 4) if reduction == "none" else 3, device=fused)
     losses = case.loss(students, [teacher for _, teacher in pairs], target, reduction=reduction)
-    gradients = torch.autograd.grad(losses, students, upstream)
+    gradients = torch.autograd.grad(losses, students, grad_output)
     for pair, (student, teacher) in enumerate(pairs):
-        given = (student.detach(), teacher, target, upstream[pair])
+        given = (student.detach(), teacher, target, grad_output[pair])
         loss, gradient = loss_and_gradient(case, *given, reduction=reduction)
         torch.testing.assert_close(losses[pair].detach(), loss, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(gradients[pair], gradient, rtol=1e-4, atol=1e-6)
@@ -175,7 +175,7 @@ def test_terms_of_a_list_of_pairs(fused):
 
 @each_case
 def test_rows_further_apart_than_32_bits_reach(fused, case):
-    """Offsets of more than 2^31 elements, in memory of which only the rows are ever touched."""
+    """Offsets of more than 2^31 elements, in memory of which only the rows are accessed."""
     apart, classes = 2**31 + 64, 40
     student, teacher, target = make_logits(2, classes, torch.bfloat16, fused)
 
@@ -187,7 +187,7 @@ def test_rows_further_apart_than_32_bits_reach(fused, case):
 
 
 def test_a_gradient_of_more_elements_than_32_bits_count(fused):
-    """Of rows that are one in memory; only the last, past 2^31 elements, has an upstream gradient."""
+    """All rows are the same memory; only the last one, past 2^31 elements, has a grad_output."""
     rows, classes = 2049, 2**20
     if fastkd.get_backend() == "triton" and fused == "cpu":
         pytest.skip("Triton's interpreter takes minutes")
@@ -237,7 +237,7 @@ def test_saturated_logits_stay_finite(fused, case, dtype):
     student, teacher, target = make_logits(4, 33, dtype, fused)
     for size in (100.0, 3e4, torch.finfo(dtype).max):
         if size > 1e18 and case.needs & (Needs.STANDARDIZED | Needs.LOG_RATIO):
-            continue  # the variance of such a row overflows; the gradient of reverse KL grows with the logits
+            continue  # the variance of such rows overflows; the gradient of reverse KL grows with the logits
         large_student, large_teacher = student.sign() * size, teacher.sign() * size
         _, gradient = loss_and_gradient(case, large_student, large_teacher, target, reduction="none")
         assert torch.isfinite(gradient).all()
@@ -247,7 +247,7 @@ def test_saturated_logits_stay_finite(fused, case, dtype):
 
 @each_case
 def test_confident_logits(fused, case):
-    """A margin of 60 and more: probabilities underflow where they are formed before their logarithm."""
+    """A margin of 60 and more: probabilities underflow if they are formed before their logarithm."""
     student, teacher, target = make_logits(4, 100, torch.float32, fused)
     student.scatter_(1, target[:, None], 60.0)
     teacher.scatter_(1, (target[:, None] + torch.tensor([[0], [1], [0], [1]], device=fused)) % 100, 150.0)
@@ -294,7 +294,7 @@ def test_nonfinite_logits_are_not_hidden(fused, case, classes, at):
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.ignores_rows], ids=lambda case: case.name)
-def test_rows_left_out_are_not_read(fused, case):
+def test_ignored_rows_are_not_read(fused, case):
     student, teacher, target = make_logits(4, 30, torch.float32, fused)
     target[2] = -7
     student[2], teacher[2] = torch.nan, torch.inf
@@ -309,7 +309,7 @@ def test_rows_left_out_are_not_read(fused, case):
 
 
 @each_case
-def test_no_row_that_counts(fused, case):
+def test_no_row_left(fused, case):
     for rows in (0, 3):
         if rows and not case.ignores_rows:
             continue
@@ -354,7 +354,7 @@ def test_dckd_that_fixes_nothing_is_dkd_to_the_bit(fused):
 
 
 def test_dckd_leaves_acquired_knowledge_alone(fused):
-    """Where the student is the surer, the target term gives nothing; with beta 0 the row has no gradient."""
+    """Where the student is more confident, the target term is 0; with beta 0 the row has no gradient."""
     _, teacher, target = make_logits(6, 50, torch.float32, fused)
     student = teacher.scatter_add(1, target[:, None], torch.full((6, 1), 2.0, device=fused)).requires_grad_()
     fastkd.dckd_loss(student, teacher, target, beta=0.0).backward()

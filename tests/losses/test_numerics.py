@@ -15,7 +15,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def errors(case, student, teacher, target, grad_output):
-    """Errors of the rows' losses and gradients [N] against float64: of the backend in force, and of eager."""
+    """Errors of the rows' losses and gradients [N] against float64: of the current backend, and of eager."""
     true_loss, true_gradient = exact(case, student, teacher, target, grad_output, reduction="none")
 
     def of_rows():
