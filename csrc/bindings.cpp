@@ -24,9 +24,7 @@ int parts_a_row(const Rows& rows) {
 template <class Body>
 void parallel_rows(int64_t count, int64_t classes, const Body& body) {
   const int64_t grain = classes > 0 ? (kElementsWorthAThread + classes - 1) / classes : 1;
-  const auto call = [](int64_t begin, int64_t end, void* context) {
-    (*static_cast<const Body*>(context))(begin, end);
-  };
+  const auto call = [](int64_t begin, int64_t end, void* context) { (*static_cast<const Body*>(context))(begin, end); };
   check(torch_abi.torch_parallel_for(0, count, grain, call, const_cast<Body*>(&body)) == 0, "parallel_for failed");
 }
 
@@ -41,8 +39,7 @@ void parallel_rows(int64_t count, int64_t classes, const Body& body) {
   "float o6, float o7, " FASTKD_PLAN_SCHEMA
 
 // A list costs a small loss more than its own arithmetic does, so one pair has an operator of its own.
-constexpr const char* kRowLossSchema =
-    "row_loss(Tensor student_logits, Tensor teacher_logits, " FASTKD_ROW_LOSS_SCHEMA;
+constexpr const char* kRowLossSchema = "row_loss(Tensor student_logits, Tensor teacher_logits, " FASTKD_ROW_LOSS_SCHEMA;
 constexpr const char* kRowLossOfPairsSchema =
     "row_loss_of_pairs(Tensor[] student_logits, Tensor[] teacher_logits, " FASTKD_ROW_LOSS_SCHEMA;
 constexpr const char* kScaleRowsSchema = "scale_rows_(Tensor(a!) gradient, Tensor grad_output, " FASTKD_PLAN_SCHEMA;
@@ -107,7 +104,8 @@ void row_loss_cuda(StableIValue* stack, uint64_t, uint64_t) {
 struct ScaleArguments {
   Tensor gradient, factors;
 
-  explicit ScaleArguments(const StableIValue* stack) : gradient(stack[0], "gradient"), factors(stack[1], "grad_output") {
+  explicit ScaleArguments(const StableIValue* stack)
+      : gradient(stack[0], "gradient"), factors(stack[1], "grad_output") {
     factors.require(!gradient.given() || (factors.dimensions() == 1 && factors.numel() == gradient.rows()),
                     "must have one number for each row of the gradient");
   }
@@ -190,10 +188,10 @@ FASTKD_EXPORT const char* fastkd_losses() {
 }
 
 // Whether all labels are classes, and none of them the one to ignore.
-FASTKD_EXPORT bool fastkd_labels_all_valid(const int64_t* labels, int64_t count, int64_t classes, int64_t ignore_index) {
+FASTKD_EXPORT bool fastkd_labels_all_valid(const int64_t* labels, int64_t count, int64_t classes,
+                                           int64_t ignore_index) {
   bool all = true;
-  for (int64_t i = 0; i < count; i++)
-    all = all && labels[i] >= 0 && labels[i] < classes && labels[i] != ignore_index;
+  for (int64_t i = 0; i < count; i++) all = all && labels[i] >= 0 && labels[i] < classes && labels[i] != ignore_index;
   return all;
 }
 

@@ -168,8 +168,8 @@ struct RowArguments {
   RowArguments(const StableIValue* stack, std::vector<Tensor> (*logits)(StableIValue, const char*))
       : students(logits(stack[0], "student_logits")), teachers(logits(stack[1], "teacher_logits")),
         target(stack[2], "target"), row_weight(stack[3], "row_weight"), losses(stack[5], "rows"),
-        terms(stack[6], "terms"), gradient(stack[7], "gradient"), sums(stack[8], "sums"),
-        dynamic(stack[9], "dynamic"), scale(float(as_double(stack[4]))) {
+        terms(stack[6], "terms"), gradient(stack[7], "gradient"), sums(stack[8], "sums"), dynamic(stack[9], "dynamic"),
+        scale(float(as_double(stack[4]))) {
     check(!students.empty() && students.size() == teachers.size(), "student_logits and teacher_logits must pair up");
     dynamic.require(dynamic.numel() <= kOptions, "has more numbers than a loss has options");
   }

@@ -22,10 +22,10 @@ struct LossOptions {
 };
 
 // The options of a loss, as a struct and as text for the comparison with fastkd/ops/spec.py.
-#define FASTKD_OPTIONS(...)     \
-  struct Options {              \
-    float __VA_ARGS__;          \
-  };                            \
+#define FASTKD_OPTIONS(...) \
+  struct Options { \
+    float __VA_ARGS__; \
+  }; \
   static constexpr const char* kOptionNames = #__VA_ARGS__
 
 // Always inlined: as a function of its own, one compiled for a newer instruction set in one source file could be linked
@@ -112,7 +112,8 @@ FASTKD_ROW_FUNCTION Real above_mean(float z, const RowScale<Real>& scale) {
 struct Softmax {
   static constexpr const char* kName = "softmax";
   typedef SoftmaxFamily Family;
-  FASTKD_OPTIONS(temperature, ce_weight, kd_weight, tckd_weight, nckd_weight, label_smoothing, standardize, fix_acquired);
+  FASTKD_OPTIONS(temperature, ce_weight, kd_weight, tckd_weight, nckd_weight, label_smoothing, standardize,
+                 fix_acquired);
   typedef VariantList<0, kStudentAtT1, kOwnSlopes | kStandardized, kOwnSlopes | kStandardized | kStudentAtT1> Variants;
 
   template <class Real>
@@ -153,9 +154,8 @@ struct Softmax {
         const Real label_z = row.label.present ? above_mean(row.label.z_s, row.student) : Real(0);
         const Real along = inverse * (unfused(gradient.student * sums.moment_s) -
                                       unfused(gradient.teacher * sums.moment_t) + gradient.label * label_z);
-        gradient.affine = row.student.deviation > 0
-                              ? -along * inverse / (Real(row.classes - 1) * row.student.deviation)
-                              : Real(0);
+        gradient.affine =
+            row.student.deviation > 0 ? -along * inverse / (Real(row.classes - 1) * row.student.deviation) : Real(0);
         gradient.student *= inverse;
         gradient.teacher *= inverse;
         gradient.label = gradient.label * inverse + gradient.affine * label_z;
@@ -164,8 +164,7 @@ struct Softmax {
 
     if (needs & kCrossEntropy) {
       const Real smoothing = options.label_smoothing;
-      const Odds<Real> of_rest =
-          from_log_odds(std::log(sums.t1_s) - above_base<Real>(row.label.z_s, sums.max_s));
+      const Odds<Real> of_rest = from_log_odds(std::log(sums.t1_s) - above_base<Real>(row.label.z_s, sums.max_s));
       const Real rest = of_rest.yes;
       result.terms[0] = w_ce != 0 ? of_rest.softplus : 0;
       if (smoothing != 0 && w_ce != 0)
@@ -174,8 +173,8 @@ struct Softmax {
       gradient.constant = -w_ce * smoothing / row.classes;
       gradient.label += w_ce * (smoothing - rest) + gradient.constant;
     }
-    result.loss = w_ce * result.terms[0] + w_kd * result.terms[1] + options.tckd_weight * result.terms[2] +
-                  w_n * result.terms[3];
+    result.loss =
+        w_ce * result.terms[0] + w_kd * result.terms[1] + options.tckd_weight * result.terms[2] + w_n * result.terms[3];
     return result;
   }
 };

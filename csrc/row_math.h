@@ -25,9 +25,9 @@ constexpr float kStandardizeEpsilon = 1e-7f;
 
 // What a call needs of the row kernels; each costs work per class. fastkd/ops/spec.py says what each is for, computes
 // them, and is compared with this list when the library is loaded.
-#define FASTKD_NEEDS(need)                                                                                \
-  need(Distills) need(CrossEntropy) need(StudentAtT1) need(TeacherAtT1) need(CrossTerm) need(LogRatio)    \
-  need(OwnSlopes) need(Standardized) need(LabelSmoothing) need(SumsOnly) need(Labelled)
+#define FASTKD_NEEDS(need) \
+  need(Distills) need(CrossEntropy) need(StudentAtT1) need(TeacherAtT1) need(CrossTerm) need(LogRatio) need(OwnSlopes) \
+      need(Standardized) need(LabelSmoothing) need(SumsOnly) need(Labelled)
 
 enum NeedBit : unsigned {
 #define FASTKD_NEED_BIT(name) kBitOf##name,
@@ -40,7 +40,8 @@ enum Needs : unsigned {
   FASTKD_NEEDS(FASTKD_NEED)
 #undef FASTKD_NEED
   // What the row skeletons are compiled for; the rest is decided per row or per call.
-  kCompiledNeeds = kStudentAtT1 | kTeacherAtT1 | kCrossTerm | kLogRatio | kOwnSlopes | kStandardized | kSumsOnly
+  kCompiledNeeds = kStudentAtT1 |
+  kTeacherAtT1 | kCrossTerm | kLogRatio | kOwnSlopes | kStandardized | kSumsOnly
 };
 
 // A product as it is rounded: keeps the compiler from fusing it into a sum where two equal products must cancel to 0. The
@@ -154,8 +155,7 @@ FASTKD_ROW_FUNCTION double binary_divergence(const Odds<double>& p, const Odds<d
 }
 FASTKD_ROW_FUNCTION float binary_divergence(const Odds<float>& p, const Odds<float>& q, float difference) {
   // Close to each other the two softplus would cancel.
-  const float rest =
-      std::fabs(difference) < 1 ? std::log1p(p.yes * std::expm1(-difference)) : q.softplus - p.softplus;
+  const float rest = std::fabs(difference) < 1 ? std::log1p(p.yes * std::expm1(-difference)) : q.softplus - p.softplus;
   return p.yes * difference + rest;
 }
 

@@ -16,11 +16,11 @@ const char* load_torch_abi(const char* path, const char* cuda_path) {
     error = std::string("torch's library is not loaded from ") + path;
     return error.c_str();
   }
-#define FASTKD_FIND(name)                                                              \
-  torch_abi.name = reinterpret_cast<decltype(torch_abi.name)>(dlsym(torch, #name));    \
-  if (torch_abi.name == nullptr) {                                                     \
-    error = "this torch has no " #name " in its stable ABI; torch 2.10 or newer has";  \
-    return error.c_str();                                                              \
+#define FASTKD_FIND(name) \
+  torch_abi.name = reinterpret_cast<decltype(torch_abi.name)>(dlsym(torch, #name)); \
+  if (torch_abi.name == nullptr) { \
+    error = "this torch has no " #name " in its stable ABI; torch 2.10 or newer has"; \
+    return error.c_str(); \
   }
   FASTKD_TORCH_FUNCTIONS(FASTKD_FIND)
 #undef FASTKD_FIND

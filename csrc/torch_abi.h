@@ -43,30 +43,18 @@ AOTITorchError torch_list_size(StableListHandle list_handle, size_t* size);
 AOTITorchError torch_list_get_item(StableListHandle list_handle, size_t index, StableIValue* element);
 AOTITorchError torch_delete_list(StableListHandle list_handle);
 AOTITorchError torch_get_num_threads(uint32_t* out_num_threads);
-AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t grain_size,
-                                  void (*func)(int64_t, int64_t, void*), void* ctx);
+AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t grain_size, void (*func)(int64_t, int64_t, void*),
+                                  void* ctx);
 }
 
-#define FASTKD_TORCH_FUNCTIONS(apply)       \
-  apply(aoti_torch_get_data_ptr)            \
-  apply(aoti_torch_get_storage_size)        \
-  apply(aoti_torch_get_storage_offset)      \
-  apply(aoti_torch_get_dim)                 \
-  apply(aoti_torch_get_numel)               \
-  apply(aoti_torch_get_sizes)               \
-  apply(aoti_torch_get_strides)             \
-  apply(aoti_torch_get_dtype)               \
-  apply(aoti_torch_get_device_index)        \
-  apply(aoti_torch_delete_tensor_object)    \
-  apply(aoti_torch_library_init_fragment)   \
-  apply(aoti_torch_library_init_impl)       \
-  apply(aoti_torch_library_def)             \
-  apply(torch_library_impl)                 \
-  apply(torch_list_size)                    \
-  apply(torch_list_get_item)                \
-  apply(torch_delete_list)                  \
-  apply(torch_get_num_threads)              \
-  apply(torch_parallel_for)
+#define FASTKD_TORCH_FUNCTIONS(apply) \
+  apply(aoti_torch_get_data_ptr) apply(aoti_torch_get_storage_size) apply(aoti_torch_get_storage_offset) \
+      apply(aoti_torch_get_dim) apply(aoti_torch_get_numel) apply(aoti_torch_get_sizes) apply(aoti_torch_get_strides) \
+          apply(aoti_torch_get_dtype) apply(aoti_torch_get_device_index) apply(aoti_torch_delete_tensor_object) \
+              apply(aoti_torch_library_init_fragment) apply(aoti_torch_library_init_impl) \
+                  apply(aoti_torch_library_def) apply(torch_library_impl) apply(torch_list_size) \
+                      apply(torch_list_get_item) apply(torch_delete_list) apply(torch_get_num_threads) \
+                          apply(torch_parallel_for)
 
 namespace fastkd {
 

@@ -32,7 +32,7 @@ FASTKD_INLINE uint16_t float_to_half(float value) {
   bits &= 0x7fffffff;
   if (bits > 0x7f800000) return sign | 0x7e00;
   if (bits >= 0x47800000) return sign | 0x7c00;  // 2^16 and above, inf
-  if (bits < 0x38800000) {                        // subnormal: adding 0.5 leaves the rounded bits below
+  if (bits < 0x38800000) {                       // subnormal: adding 0.5 leaves the rounded bits below
     float shifted;
     std::memcpy(&shifted, &bits, 4);
     shifted += 0.5f;

@@ -30,8 +30,8 @@ static bool computes(const LossOptions& options) { return phases_of(options) != 
 constexpr int64_t kMostCached = 1 << 23;
 
 // Room for the exponentials of a row, one of `places` that are computed at once; none if there is none, or no need.
-static Cached cache_for(const Phases& phases, const Rows& rows, const LossOptions& options, int64_t index, int64_t place,
-                        int64_t places) {
+static Cached cache_for(const Phases& phases, const Rows& rows, const LossOptions& options, int64_t index,
+                        int64_t place, int64_t places) {
   if (rows.gradient.data == nullptr && !phases.always_caches) return {};
   // Until a row's gradient is written, which is last, its memory holds the student's exponentials: less goes through the
   // cache.

@@ -16,8 +16,8 @@ struct Kernels {
   void (*row_loss)(const Rows&, const LossOptions&, int64_t begin, int64_t end);
   // All rows, each in `parts` parts: for fewer rows than threads.
   void (*row_loss_in_parts)(const Rows&, const LossOptions&, int parts, Parallel);
-  void (*scale_rows)(const Matrix&, const float* grad_output, int64_t grad_output_stride, int64_t classes, int64_t begin,
-                     int64_t end);
+  void (*scale_rows)(const Matrix&, const float* grad_output, int64_t grad_output_stride, int64_t classes,
+                     int64_t begin, int64_t end);
 };
 
 extern const Kernels portable_kernels;

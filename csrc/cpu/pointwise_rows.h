@@ -33,7 +33,8 @@ FASTKD_INLINE double sum_pointwise(int n, float inverse, const Logits& logits, c
 
 // Whole vectors of one dtype, from the row to the gradient without a stop; returns how many logits that were.
 template <class Loss, class E>
-static int pass_over_vectors(const RowJob& job, int64_t offset, int n, float inverse, float slope_weight, double& total) {
+static int pass_over_vectors(const RowJob& job, int64_t offset, int n, float inverse, float slope_weight,
+                             double& total) {
   const Rows& rows = *job.rows;
   const typename E::type* from_s = element_at<E>(rows.student, job.index, offset);
   const typename E::type* from_t = element_at<E>(rows.teacher, job.index, offset);
@@ -60,7 +61,8 @@ static int pass_over_vectors(const RowJob& job, int64_t offset, int n, float inv
 }
 
 template <class Loss>
-static int pass_over_vectors(const RowJob& job, int64_t offset, int n, float inverse, float slope_weight, double& total) {
+static int pass_over_vectors(const RowJob& job, int64_t offset, int n, float inverse, float slope_weight,
+                             double& total) {
   if (job.rows->student.dtype != job.rows->teacher.dtype) return 0;
   return with_element(job.rows->student.dtype, [&](auto element) __attribute__((always_inline)) {
     return pass_over_vectors<Loss, decltype(element)>(job, offset, n, inverse, slope_weight, total);
@@ -103,8 +105,10 @@ static void combine_pointwise(RowJob& job, const RowPart* parts, int count) {
 
 template <class Loss>
 static const Phases* phases_for(unsigned, PointwiseFamily) {
-  static constexpr Phases phases = {
-      1, false, {pointwise_pass<Loss>, nullptr, nullptr}, {combine_pointwise, nullptr, nullptr}};
+  static constexpr Phases phases = {1,
+                                    false,
+                                    {pointwise_pass<Loss>, nullptr, nullptr},
+                                    {combine_pointwise, nullptr, nullptr}};
   return &phases;
 }
 

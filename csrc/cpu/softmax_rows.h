@@ -52,7 +52,8 @@ static void moments_pass(const RowJob& job, int64_t begin, int64_t end, RowPart&
 
 static void combine_moments(RowJob& job, const RowPart* parts, int count) {
   Moments student{}, teacher{};
-  for (int i = 0; i < count; i++) student = joined(student, parts[i].student), teacher = joined(teacher, parts[i].teacher);
+  for (int i = 0; i < count; i++)
+    student = joined(student, parts[i].student), teacher = joined(teacher, parts[i].teacher);
   job.row.student = standardizing_scale(student, job.options->values[0]);
   job.row.teacher = standardizing_scale(teacher, job.options->values[0]);
 }
@@ -190,11 +191,11 @@ static __attribute__((noinline)) Once sum_at_once(const RowJob& job, int64_t off
   }
   const Exponents exponents = exponents_of(row, total.max_s, total.max_t);
   vf top_s = exponents.base_s, top_t = exponents.base_t;
-  const BlockSums sums = sum_block<kNeeds>(job, offset, kBlock, exponents, to,
-      [&](int i, vf& s, vf& t) __attribute__((always_inline)) {
-    s = E::load(from_s + i), t = E::load(from_t + i);
-    top_s = at_least(s, top_s), top_t = at_least(t, top_t);
-  });
+  const BlockSums sums =
+      sum_block<kNeeds>(job, offset, kBlock, exponents, to, [&](int i, vf& s, vf& t) __attribute__((always_inline)) {
+        s = E::load(from_s + i), t = E::load(from_t + i);
+        top_s = at_least(s, top_s), top_t = at_least(t, top_t);
+      });
   const float room_s = headroom(kNeeds & kStudentAtT1, float(row.student.slope));
   const float room_t = headroom(kNeeds & kTeacherAtT1, float(row.teacher.slope));
   if (horizontal_max(top_s) > total.max_s + room_s || horizontal_max(top_t) > total.max_t + room_t)
@@ -228,7 +229,8 @@ static void statistics_pass(const RowJob& job, int64_t begin, int64_t end, RowPa
     const int n = block_size(end, offset);
     const int64_t label_at = job.label_class - offset;
     const bool has_label = job.label_class >= 0 && label_at >= 0 && label_at < n;
-    const Exponentials to = caches ? cached_block(cached, offset, n) : Exponentials{uncached[0], uncached[1], uncached[2]};
+    const Exponentials to =
+        caches ? cached_block(cached, offset, n) : Exponentials{uncached[0], uncached[1], uncached[2]};
     Once came = Once::kAboveBase;
     if (at_once && n == kBlock && !has_label) came = sum_at_once<kNeeds>(job, offset, to, total);
     at_once = at_once && came != Once::kNotFinite;  // masked classes: likely there are more
@@ -245,7 +247,9 @@ static void statistics_pass(const RowJob& job, int64_t begin, int64_t end, RowPa
       rebase<kNeeds>(total, horizontal_max(top_s), horizontal_max(top_t), row.student.slope, row.teacher.slope);
       const Exponents exponents = exponents_of(row, total.max_s, total.max_t);
       const BlockSums sums = sum_block<kNeeds>(job, offset, padded, exponents, to,
-          [&](int i, vf& s, vf& t) __attribute__((always_inline)) { s = load(z_s + i), t = load(z_t + i); });
+                                               [&](int i, vf& s, vf& t) __attribute__((always_inline)) {
+                                                 s = load(z_s + i), t = load(z_t + i);
+                                               });
       add_block(sums, total);
     }
     if (caches) cached.max_s[offset / kBlock] = total.max_s, cached.max_t[offset / kBlock] = total.max_t;
@@ -313,7 +317,8 @@ static void gradient_pass(const RowJob& job, int64_t begin, int64_t end, RowPart
   for (int64_t block = (end - 1) / kBlock; block >= begin / kBlock; block--) {
     const int64_t offset = block * kBlock;
     const int n = block_size(end, offset);
-    const Exponentials exponentials = caches ? cached_block(cached, offset, n) : Exponentials{again_s, again_t, again_t1};
+    const Exponentials exponentials =
+        caches ? cached_block(cached, offset, n) : Exponentials{again_s, again_t, again_t1};
     double below_s = 0, below_t = 0;
     if (caches) {
       below_s = double(cached.max_s[block]) - row.sums.max_s;
@@ -335,7 +340,8 @@ static void gradient_pass(const RowJob& job, int64_t begin, int64_t end, RowPart
     const double factor_t = below_t == 0 ? 1.0 : __builtin_exp(below_t * row.teacher.slope);
     const double factor_1 = (kNeeds & kStudentAtT1) && below_s != 0 ? __builtin_exp(below_s) : 1.0;
     const vf a = broadcast(float(g.student * factor_s)), b = broadcast(float(g.teacher * factor_t));
-    const vf c = broadcast(float(g.student_t1 * factor_1)), log_ratio = broadcast(float(g.log_ratio * factor_s * row.student.slope));
+    const vf c = broadcast(float(g.student_t1 * factor_1)),
+             log_ratio = broadcast(float(g.log_ratio * factor_s * row.student.slope));
     store_block(rows.gradient, job.index, offset, n, [&](int i) __attribute__((always_inline)) {
       const vf exp_u = load(exponentials.student + i);
       if (kNeeds & kLogRatio)

@@ -86,9 +86,9 @@ FASTKD_INLINE PowerOfTwo power_of_two(vf y) {
   const vf shifted = rounded(y + kBias);
   const vf scale = as_float((vi)((vu)shifted << 23)), f = y - (shifted - kBias);
   // Least-maximum-error fit of (2^f - 1) / f, relative error 1e-8.
-  const vf slope = 
-      0.693147188f + f * (0.240226498f + f * (0.0555035722f +
-      f * (0.00961823793f + f * (0.00133908498f + f * 0.000154035126f))));
+  const vf slope =
+      0.693147188f +
+      f * (0.240226498f + f * (0.0555035722f + f * (0.00961823793f + f * (0.00133908498f + f * 0.000154035126f))));
   return {scale, f * slope};
 }
 
@@ -192,7 +192,7 @@ struct VectorMath {
     return as_float((as_int(magnitude) & 0x7fffffff) | (as_int(x) & int32_t(0x80000000)));
   }
   FASTKD_INLINE vf exp(vf x) { return exp_or_zero(x); }  // of x < 88
-  FASTKD_INLINE vf exp_minus_one(vf x) {  // of x <= 0
+  FASTKD_INLINE vf exp_minus_one(vf x) {                 // of x <= 0
     const PowerOfTwo e = power_of_two(at_least(x * float(kLog2E), broadcast(-126.0f)));
     return e.scale * e.minus_one + (e.scale - 1.0f);
   }

@@ -27,7 +27,7 @@ struct DynamicOptions {
 // Several pairs of logits of equal row count and class count go through one launch: the heads of a student.
 struct RowLossArguments {
   Rows pairs[kMostPairs];
-  LossOptions options;     // they choose the kernel; NaN for what only `dynamic` holds
+  LossOptions options;  // they choose the kernel; NaN for what only `dynamic` holds
   DynamicOptions dynamic;
   TeamPlan plan;
 };

@@ -9,7 +9,7 @@ namespace cuda {
 
 constexpr int kVector = 8;
 
-FASTKD_DEVICE int size_of(DType dtype) { return dtype == DType::kFloat ? 4 : 2; }  // bytes
+FASTKD_DEVICE int size_of(DType dtype) { return dtype == DType::kFloat ? 4 : 2; }    // bytes
 FASTKD_DEVICE int chunks_of(DType dtype) { return dtype == DType::kFloat ? 2 : 1; }  // of a vector
 
 // One row of a matrix. Its vectors start `phase` columns before the row does, so that they lie on 16-byte boundaries

@@ -77,7 +77,8 @@ void launch(void (*kernel)(Arguments), const Arguments& arguments, const Grid& g
 void launch_row_loss(const Rows* pairs, int count, const LossOptions& options, const DynamicOptions& dynamic,
                      const TeamPlan& plan, const Stream& stream) {
   const RowKernel kernel = row_kernel_for(options);
-  const char* reason = kernel == nullptr ? "there is no such loss, or no kernel for what it needs" : refusal(pairs, count, plan);
+  const char* reason =
+      kernel == nullptr ? "there is no such loss, or no kernel for what it needs" : refusal(pairs, count, plan);
   if (reason != nullptr) throw std::runtime_error(std::string("fastkd_native: ") + reason);
   launch(kernel, arguments_of(pairs, count, options, dynamic, plan), row_loss_grid(pairs, count, plan), stream);
 }

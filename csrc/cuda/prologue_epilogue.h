@@ -40,7 +40,8 @@ FASTKD_DEVICE Share share_of(const Team& team, const RowLossArguments& arguments
                kind == RowKind::kComputed ? int(rows.classes) : 0, kMasked);
 }
 
-FASTKD_DEVICE void write_losses(const Team& team, const Rows& rows, int64_t index, float loss, const float (&terms)[kTerms]) {
+FASTKD_DEVICE void write_losses(const Team& team, const Rows& rows, int64_t index, float loss,
+                                const float (&terms)[kTerms]) {
   if (team.member() != 0) return;
   rows.losses[index] = loss;
   if (rows.terms == nullptr) return;

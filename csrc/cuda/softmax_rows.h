@@ -22,8 +22,8 @@ FASTKD_DEVICE void each_sum(SoftmaxStatistics<float>& sums, const Visit& visit) 
 }
 
 template <unsigned kNeeds>
-constexpr int kSumCount = (kNeeds & kSumsOnly ? 2 : 4) + (kNeeds & kStudentAtT1 ? 1 : 0) + (kNeeds & kTeacherAtT1 ? 1 : 0) +
-                          (kNeeds & kStandardized ? 2 : 0);
+constexpr int kSumCount = (kNeeds & kSumsOnly ? 2 : 4) + (kNeeds & kStudentAtT1 ? 1 : 0) +
+                          (kNeeds & kTeacherAtT1 ? 1 : 0) + (kNeeds & kStandardized ? 2 : 0);
 
 template <unsigned kNeeds>
 FASTKD_DEVICE void list_sums(SoftmaxStatistics<float>& sums, float (&values)[kSumCount<kNeeds>]) {
@@ -51,7 +51,8 @@ FASTKD_DEVICE void combine_statistics(Team& team, Row<float>& row) {
 
 FASTKD_DEVICE float largest_of(const float (&z)[kVector], float bound) {
   Max larger;
-  const float low = larger(larger(z[0], z[1]), larger(z[2], z[3])), high = larger(larger(z[4], z[5]), larger(z[6], z[7]));
+  const float low = larger(larger(z[0], z[1]), larger(z[2], z[3])),
+              high = larger(larger(z[4], z[5]), larger(z[6], z[7]));
   return larger(larger(low, high), bound);
 }
 

@@ -28,9 +28,7 @@ struct Max {
 class Team {
  public:
   FASTKD_DEVICE explicit Team(const TeamPlan& plan)
-      : threads_(plan.threads_a_row),
-        blocks_(plan.blocks_a_row),
-        thread_(thread_of_block() & (plan.threads_a_row - 1)),
+      : threads_(plan.threads_a_row), blocks_(plan.blocks_a_row), thread_(thread_of_block() & (plan.threads_a_row - 1)),
         rank_(int(block_x() % unsigned(plan.blocks_a_row))),
         row_(int64_t(block_x() / unsigned(plan.blocks_a_row)) * plan.rows_a_block +
              thread_of_block() / plan.threads_a_row) {}
