@@ -30,16 +30,7 @@ Common to all of them:
 from .binary_kl import BinaryKLLoss, BinaryKLNormLoss, binary_kl_loss, binary_kl_norm_loss
 from .divergences import JSDLoss, ReverseKLLoss, jsd_loss, reverse_kl_loss
 from .nkd import NKDLoss, nkd_loss
-from .softmax import (
-    DCKDLoss,
-    DistillLoss,
-    DKDLoss,
-    KDLoss,
-    dckd_loss,
-    distill_loss,
-    dkd_loss,
-    kd_loss,
-)
+from .softmax import DCKDLoss, DistillLoss, DKDLoss, KDLoss, dckd_loss, distill_loss, dkd_loss, kd_loss
 from .ttm import TTMLoss, ttm_loss
 
 __all__ = [

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from fastkd.ops.spec import JSDOptions, SoftmaxOptions, TemperatureOptions
 
-from .arguments import check_beta_of_jsd, check_temperature
+from .arguments import check_fraction, check_temperature
 from .dispatch import Logits, reduced_loss
-from .module import LossModule
+from .module import UnlabelledLoss
 
 
 def reverse_kl_loss(
@@ -28,16 +28,13 @@ def reverse_kl_loss(
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
-class ReverseKLLoss(LossModule):
+class ReverseKLLoss(UnlabelledLoss):
     """Module of ``fastkd.reverse_kl_loss``: KL(softmax(z_s / T) || softmax(z_t / T))."""
 
     temperature: float = 1.0
     reduction: str = "batchmean"
 
-    def forward(
-        self, student_logits: Logits, teacher_logits: Logits, *, weight: Tensor | None = None
-    ) -> Tensor:
-        return reverse_kl_loss(student_logits, teacher_logits, weight=weight, **self.options)
+    function = staticmethod(reverse_kl_loss)
 
 
 def jsd_loss(
@@ -53,7 +50,7 @@ def jsd_loss(
 
     ``beta`` is from 0 to 1; by convention 0 is KL(p || q) and 1 is KL(q || p).
     """
-    check_beta_of_jsd(beta)
+    check_fraction("beta", beta)
     check_temperature(temperature)
     loss: tuple[str, tuple[float, ...]] = "jsd", JSDOptions(temperature, beta)
     if beta == 0.0:
@@ -64,7 +61,7 @@ def jsd_loss(
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
-class JSDLoss(LossModule):
+class JSDLoss(UnlabelledLoss):
     """Module of ``fastkd.jsd_loss``: beta KL(p || m) + (1 - beta) KL(q || m)."""
 
     beta: float = 0.5
@@ -72,10 +69,7 @@ class JSDLoss(LossModule):
     reduction: str = "batchmean"
 
     def __post_init__(self) -> None:
-        check_beta_of_jsd(self.beta)
+        check_fraction("beta", self.beta)
         super().__post_init__()
 
-    def forward(
-        self, student_logits: Logits, teacher_logits: Logits, *, weight: Tensor | None = None
-    ) -> Tensor:
-        return jsd_loss(student_logits, teacher_logits, weight=weight, **self.options)
+    function = staticmethod(jsd_loss)
