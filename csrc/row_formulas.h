@@ -274,10 +274,10 @@ struct MixtureTerm {
   V value, weighted_slope;
 };
 
-// share p + (1 - share) q, from the difference p - q: at p = q it is q exactly, and a logarithm of q / m is 0.
+// m = of_p p + of_q q, where of_p + of_q = 1, from the difference p - q: at p = q it is q exactly, and log(q / m) is 0.
 template <class M, class V>
-FASTKD_FORMULA V mixture_of(float share, V q, V p, V difference) {
-  return share <= 0.5f ? M::fused(difference, M::number(share), q) : M::fused(difference, M::number(share - 1.0f), p);
+FASTKD_FORMULA V mixture_of(float of_p, float of_q, V q, V p, V difference) {
+  return of_p <= 0.5f ? M::fused(difference, M::number(of_p), q) : M::fused(difference, M::number(-of_q), p);
 }
 
 // x y / m, 0 where m is.
@@ -296,7 +296,7 @@ struct JSD {
   template <class M, class V>
   FASTKD_FORMULA MixtureTerm<V> formula(const Options& options, V q, V p, V difference) {
     const float beta = options.beta, rest = 1.0f - beta;
-    const V m = mixture_of<M>(beta, q, p, difference);
+    const V m = mixture_of<M>(beta, rest, q, p, difference);
     const V q_log = M::times_log_ratio(q, m, -beta * difference);
     const V p_log = M::times_log_ratio(p, m, rest * difference);
     return {beta * p_log + rest * q_log, rest * q_log};
@@ -325,7 +325,7 @@ struct SkewKL {
   template <class M, class V>
   FASTKD_FORMULA MixtureTerm<V> formula(const Options& options, V q, V p, V difference) {
     const float rest = 1.0f - options.skew;
-    const V m = mixture_of<M>(options.skew, q, p, difference), above = rest * difference;  // p - m
+    const V m = mixture_of<M>(options.skew, rest, q, p, difference), above = rest * difference;  // p - m
     // The sum of m - p is 0; with it each class's number is positive, and near equality nothing cancels.
     return {M::times_log_ratio(p, m, above) - above, -rest * share_of<M>(q, m, above)};
   }
@@ -340,7 +340,7 @@ struct SkewReverseKL {
   template <class M, class V>
   FASTKD_FORMULA MixtureTerm<V> formula(const Options& options, V q, V p, V difference) {
     const float rest = 1.0f - options.skew;
-    const V m = mixture_of<M>(rest, q, p, difference), below = rest * difference;  // m - q
+    const V m = mixture_of<M>(rest, options.skew, q, p, difference), below = rest * difference;  // m - q
     const V q_log = M::times_log_ratio(q, m, -below);
     return {q_log + below, q_log + options.skew * share_of<M>(q, m, below)};
   }

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastkd.ops import native
+from fastkd.ops import native, spec
 from fastkd.ops.call import Call, Outputs
+from fastkd.ops.spec import Needs
 from tests.cuda_emulation import Emulation
 from tests.ops.test_native_build import ROOT
 
@@ -205,6 +206,41 @@ def test_what_no_kernel_can_read_is_refused(change, why):
     arguments = {"students": [torch.randn(6, 45)], "teachers": [torch.randn(6, 45)], **change}
     with pytest.raises(RuntimeError, match=why):
         outputs(native.row_loss, **arguments)
+
+
+class Odd(Call):
+    """A call that needs what no softmax loss does."""
+
+    needs = int(Needs.DISTILLS | Needs.LOG_RATIO | Needs.CROSS_TERM)
+
+
+def test_a_loss_without_a_kernel_is_refused(launch, monkeypatch):
+    logits = [torch.randn(2, 45)]
+    call = Call(None, None, 1, "softmax", ALL, None, "native", False, False, True)
+    outputs = Outputs(torch.empty(2), None, torch.empty(2, 45))
+    with pytest.raises(RuntimeError, match="no such loss, or no kernel for what it needs"):
+        launch(logits, logits, Odd(*call), outputs)
+    for place in (-1, len(spec.LOSSES)):
+        monkeypatch.setitem(native._PLACES, "softmax", place)
+        with pytest.raises(RuntimeError, match="no such loss"):
+            launch(logits, logits, call, outputs)
+
+
+def test_a_library_of_other_losses_is_refused(monkeypatch):
+    assert native._unlike_spec(native._library()) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "LOSSES", dict(reversed(spec.LOSSES.items())))
+        assert "it has 'softmax: temperature, ce_weight" in native._unlike_spec(native._library())
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "Needs", list(spec.Needs)[1:])
+        assert "it has 'needs Distills" in native._unlike_spec(native._library())
+    monkeypatch.setattr(native, "LOSSES", {**spec.LOSSES, "new": spec.LOSSES["tvd"]})
+    assert "where this version has 'new: temperature'" in native._unlike_spec(native._library())
+    native._loaded.cache_clear()
+    try:
+        assert "is of another version of fastkd" in native.missing("cpu")
+    finally:
+        native._loaded.cache_clear()
 
 
 def test_torchs_defaults_do_not_matter():

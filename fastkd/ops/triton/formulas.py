@@ -256,13 +256,20 @@ class Probabilities(NamedTuple):
 
 
 @triton.jit
-def logs_over_mixture(d, share):
-    """log(q / m) and log(p / m) of m = share p + (1 - share) q.
+def logs_over_mixture(d, of_p, of_q):
+    """log(q / m) and log(p / m) of m = of_p p + of_q q, where of_p + of_q = 1.
 
-    m is the larger of q and p times 1 + w (e^-|d| - 1), w the weight of the other."""
+    m is the larger of q and p times 1 + x, x = w (e^-|d| - 1), w the weight of the smaller one. Near x = -1,
+    the sum of the weighted terms is 1 + x without cancellation."""
     teacher_larger = d > 0
-    fraction = expm1_of_negative(-tl.abs(d))
-    log_larger = -log1p_of_negative(tl.where(teacher_larger, 1.0 - share, share) * fraction)
+    of_larger = tl.where(teacher_larger, of_p, of_q)
+    of_smaller = tl.where(teacher_larger, of_q, of_p)
+    x = of_smaller * expm1_of_negative(-tl.abs(d))
+    near = x > -0.5
+    y = tl.where(near, x, 0.0)
+    total = of_larger + of_smaller * tl.exp(-tl.abs(d))
+    log_total = tl.log(tl.where(total < 1e-37, 1e-37, total))
+    log_larger = -tl.where(near, twice_atanh(y / (2.0 + y)), log_total)
     log_q = tl.where(teacher_larger, log_larger - d, log_larger)
     log_p = tl.where(teacher_larger, log_larger, log_larger + d)
     return log_q, log_p
@@ -272,7 +279,7 @@ def logs_over_mixture(d, share):
 def jsd(at, numbers):
     """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q; h = (1 - beta) log(q / m)."""
     beta = JSDOptions(*numbers).beta
-    log_q, log_p = logs_over_mixture(at.d, beta)
+    log_q, log_p = logs_over_mixture(at.d, beta, 1.0 - beta)
     weighted_slope = (1.0 - beta) * (at.q * log_q)
     return beta * (at.p * log_p) + weighted_slope, weighted_slope
 
@@ -288,7 +295,7 @@ def tvd(at, numbers):
 def skew_kl(at, numbers):
     """KL(p || m), m = skew p + (1 - skew) q; h = (1 - skew) (1 - p / m)."""
     skew = SkewOptions(*numbers).skew
-    log_q, log_p = logs_over_mixture(at.d, skew)
+    log_q, log_p = logs_over_mixture(at.d, skew, 1.0 - skew)
     rest = 1.0 - skew
     # q / m = e^log(q / m); 1 - p / m = (m - p) / m, and m - p = -rest (p - q).
     slope = -(rest * rest) * (tl.exp(log_q) * at.difference)
@@ -301,7 +308,7 @@ def skew_reverse_kl(at, numbers):
     """KL(q || m), m = (1 - skew) p + skew q; h = log(q / m) + skew (1 - q / m)."""
     skew = SkewOptions(*numbers).skew
     rest = 1.0 - skew
-    log_q, log_p = logs_over_mixture(at.d, rest)
+    log_q, log_p = logs_over_mixture(at.d, rest, skew)
     q_log = at.q * log_q
     return q_log + rest * at.difference, q_log + (skew * rest) * (tl.exp(log_q) * at.difference)
 
