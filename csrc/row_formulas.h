@@ -386,7 +386,7 @@ struct BinaryKLNorm {
   FASTKD_FORMULA ClassTerm<V> formula(V z_s, V z_t, float inverse_temperature) {
     const V x = (z_s - z_t) * (0.5f * inverse_temperature), magnitude = M::absolute(x);
     const V e_minus_one = M::exp_minus_one(-2.0f * magnitude);  // E = e^{-2|x|} - 1, exact near 0
-    const V half_tanh = M::with_sign_of(M::quotient(0.5f * e_minus_one, -2.0f - e_minus_one), x);
+    const V half_tanh = M::with_sign_of(M::quotient(e_minus_one, -4.0f - 2.0f * e_minus_one), x);
     // |x| + log((1 + e^{-2|x|}) / 2), or a series where these would cancel.
     const V s = x * x;
     const V series = s * (0.5f - s * (1.0f / 12 - s * (1.0f / 45 - s * (17.0f / 2520))));
