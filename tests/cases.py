@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -47,6 +48,11 @@ def _from_spec(loss: spec.Loss, case: spec.Case) -> Case:
 
 CASES = [_from_spec(loss, case) for loss, case in spec.CASES.values()]
 BY_NAME = {case.name: case for case in CASES}
+# Cases whose kernels differ, for tests of what no formula decides: layouts, tiles, rows that are not read.
+KERNELS = [*spec.distinct_cases(), "dckd", "wttm"]
+
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+each_kernel = pytest.mark.parametrize("case", [BY_NAME[name] for name in KERNELS], ids=lambda case: case.name)
 
 # Relative to the norm of the reference. float32 is rounding of the sums, the half types are the rounding of
 # the gradient itself (Triton's interpreter truncates to bfloat16: a whole unit in the last place).

@@ -5,10 +5,9 @@ import pytest
 import torch
 
 import fastkd
-from tests.cases import BY_NAME, CASES, error, exact, make_logits
+from tests.cases import BY_NAME, each_kernel, error, exact, make_logits
 
 SCALE = 65536.0
-each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
 def scaled_gradient(case, student, teacher, target, grad_output, **options):
@@ -25,7 +24,7 @@ def flushed(gradient, true_gradient):
     return ((gradient == 0) & (true_gradient != 0)).double().mean().item()
 
 
-@each_case
+@each_kernel
 def test_no_more_is_flushed_than_by_eager_on_wider_logits(fused, case):
     rows, classes = 3, 8193  # past a tile
     student, teacher, target = make_logits(rows, classes, torch.float16, fused, spread=2.0)

@@ -8,9 +8,8 @@ import torch
 
 import fastkd
 from fastkd.ops.spec import Needs
-from tests.cases import BY_NAME, CASES, Case, exact, loss_and_gradient, make_logits
+from tests.cases import BY_NAME, CASES, Case, each_case, each_kernel, exact, loss_and_gradient, make_logits
 
-each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -84,7 +83,7 @@ def test_as_exact_as_eager(fused, case, regime, classes):
     assert_as_exact(case, student, teacher, target)
 
 
-@each_case
+@each_kernel
 def test_a_common_offset_of_long_rows(fused, case):
     """Rows of several tiles or parts, merged with the offset between the models taken out."""
     rows = 4
@@ -161,7 +160,7 @@ def test_a_mean_far_above_the_spread(fused, case, mean):
 # ---- what is no number ------------------------------------------------------------------------------
 
 
-@each_case
+@each_kernel
 @pytest.mark.parametrize(
     ("dtype", "classes"),
     [(torch.float32, 5), (torch.float32, 9001), (torch.bfloat16, 1000), (torch.float16, 1000)],
@@ -187,7 +186,7 @@ def test_nan_in_is_nan_out_in_that_row_alone(fused, case, dtype, classes):
         assert gradient[:bad].isnan().all()
 
 
-@each_case
+@each_kernel
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("backend", ["native", "triton", "eager"])
 def test_rows_of_weight_0_or_left_out_may_hold_anything(case, dtype, backend):
@@ -211,7 +210,7 @@ def test_rows_of_weight_0_or_left_out_may_hold_anything(case, dtype, backend):
             assert got[1][1].count_nonzero() == 0
 
 
-@each_case
+@each_kernel
 def test_an_infinite_logit_does_not_come_out_finite(fused, case):
     if case.family == "pointwise":
         pytest.skip("a probability of 1 is defined there")

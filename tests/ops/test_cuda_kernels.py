@@ -16,12 +16,19 @@ from fastkd.ops import backend, native, team_plan
 from fastkd.ops.call import Call, Outputs
 from fastkd.ops.spec import Needs, SoftmaxOptions
 from fastkd.ops.team_plan import TeamPlan, plan_team
-from tests.cases import BY_NAME, CASES, assert_matches, error, exact, loss_and_gradient, make_logits
+from tests.cases import (
+    BY_NAME,
+    CASES,
+    assert_matches,
+    each_case,
+    error,
+    exact,
+    loss_and_gradient,
+    make_logits,
+)
 from tests.cuda_emulation import CODES, Emulation, Plan
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
 @pytest.fixture

@@ -6,9 +6,7 @@ import torch
 import fastkd
 from fastkd.ops import operators, spec
 from fastkd.ops.call import Call
-from tests.cases import BY_NAME, CASES, exact, loss_and_gradient, make_logits
-
-each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+from tests.cases import BY_NAME, each_kernel, exact, loss_and_gradient, make_logits
 
 # The case of each loss that asks most of it.
 OPTIONS = {
@@ -41,7 +39,7 @@ def test_fake_shapes_are_the_real_ones(fused):
                 assert [(x.shape, x.dtype) for x in real] == [(x.shape, x.dtype) for x in meta]
 
 
-@each_case
+@each_kernel
 def test_backward_twice_over_a_kept_graph(fused, case):
     student, teacher, target = make_logits(4, 33, torch.float32, fused)
     student.requires_grad_()
@@ -79,7 +77,7 @@ def test_gradient_of_a_shared_loss_is_not_overwritten(fused):
     torch.testing.assert_close(hidden.grad, expected, rtol=1e-4, atol=1e-6)
 
 
-@each_case
+@each_kernel
 def test_second_derivatives_are_refused(fused, case):
     student, teacher, target = make_logits(3, 8, torch.float32, fused)
     loss = case.loss(student.requires_grad_(), teacher, target)
@@ -137,7 +135,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an 
 
 
 @needs_cuda
-@each_case
+@each_kernel
 def test_cuda_graph_capture(case):
     student, teacher, target = make_logits(6, 1000, torch.float32, "cuda")
     student.requires_grad_()
@@ -164,7 +162,7 @@ def test_cuda_graph_capture(case):
 
 
 @needs_cuda
-@each_case
+@each_kernel
 def test_cuda_runs_without_waiting_for_the_device(case):
     student, teacher, target = make_logits(6, 1000, torch.float32, "cuda")
     target[1] = -100

@@ -6,15 +6,12 @@ from torch._subclasses import FakeTensorMode
 
 import fastkd
 from fastkd.ops.layout import as_rows
-from tests.cases import BY_NAME, CASES, assert_matches, error, loss_and_gradient, make_logits
-
-each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-
+from tests.cases import BY_NAME, assert_matches, each_kernel, error, loss_and_gradient, make_logits
 
 # ---- weights and labels of any stride ---------------------------------------------------------------
 
 
-@each_case
+@each_kernel
 @pytest.mark.parametrize("layout", ["every second", "expanded", "column", "half", "double"])
 def test_weights_of_any_layout(fused, case, layout):
     student, teacher, target = make_logits(6, 40, torch.float32, fused)
@@ -51,7 +48,7 @@ def test_float64_keeps_its_weights(fused):
 # ---- leading dimensions without a copy --------------------------------------------------------------
 
 
-@each_case
+@each_kernel
 @pytest.mark.parametrize(
     "layout", ["[:, :-1]", "[:, 1:]", "transposed", "four dimensions", "only the student"]
 )
@@ -165,7 +162,7 @@ class Named(torch.Tensor):
     """A subclass with memory of its own, as torchvision's tv_tensors are."""
 
 
-@each_case
+@each_kernel
 def test_subclasses_with_memory_of_their_own_give_their_value(fused, case):
     student, teacher, target = make_logits(3, 8, device=fused)
     expected = loss_and_gradient(case, student, teacher, target)
@@ -175,7 +172,7 @@ def test_subclasses_with_memory_of_their_own_give_their_value(fused, case):
     torch.testing.assert_close((loss.detach(), parameter.grad), expected)
 
 
-@each_case
+@each_kernel
 def test_a_lazy_negation_is_seen(fused, case):
     student, teacher, target = make_logits(4, 9, device=fused)
 
@@ -193,7 +190,7 @@ def test_a_lazy_negation_is_seen(fused, case):
     torch.testing.assert_close(several[1], case.loss(student, teacher, target))
 
 
-@each_case
+@each_kernel
 def test_fake_tensors_have_shapes_alone(fused, case):
     with FakeTensorMode():
         student, teacher, target = make_logits(4, 9, torch.bfloat16, fused)
@@ -324,7 +321,7 @@ def test_a_constant_inside_a_transform_stays_fast():
 # ---- global defaults --------------------------------------------------------------------------------
 
 
-@each_case
+@each_kernel
 def test_torchs_defaults_do_not_matter(fused, case):
     student, teacher, target = make_logits(3, 40, device=fused)
     several = ([student, student + 1], [teacher, teacher], target)
@@ -342,7 +339,7 @@ def test_torchs_defaults_do_not_matter(fused, case):
         torch.set_default_dtype(torch.float32)
 
 
-@each_case
+@each_kernel
 def test_pairs_without_rows(fused, case):
     students = [torch.zeros(0, 7, device=fused, requires_grad=True) for _ in range(3)]
     teachers = [torch.zeros(0, 7, device=fused) for _ in range(3)]

@@ -12,6 +12,7 @@ from fastkd import reference
 from fastkd.ops.call import Call, Outputs
 from fastkd.ops.spec import CASES
 from fastkd.ops.spec import LOSSES as SPEC
+from tests.cases import KERNELS
 
 launch = pytest.importorskip("fastkd.ops.triton.launch")
 
@@ -21,9 +22,8 @@ LOSSES = {
     name: (loss.name, tuple(map(float, case.options)), case.labelled) for name, (loss, case) in CASES.items()
 }
 POINTWISE = tuple(name for name, (loss, _) in CASES.items() if loss.family == "pointwise")
-SOFTMAX = [name for name in LOSSES if name not in POINTWISE]
 each_loss = pytest.mark.parametrize("name", LOSSES)
-each_softmax = pytest.mark.parametrize("name", SOFTMAX)
+each_kernel = pytest.mark.parametrize("name", KERNELS)
 # Row lengths: several rows to a program, one tile, and shared by programs (a launch per phase).
 PATHS = [(6, 10), (3, 700), (2, 9000)]
 
@@ -79,7 +79,7 @@ def assert_close(found, expected, loss_error=1e-5, gradient_error=1e-5):
 # ---- what the launcher takes ---------------------------------------------------------------------------
 
 
-@each_loss
+@each_kernel
 @pytest.mark.parametrize("classes", [10, 48])
 def test_leading_dimensions_of_any_stride(name, classes):
     student = logits(3, 5, classes)[:, :-1]
@@ -97,7 +97,7 @@ def test_rows_that_are_one_in_memory():
     assert_close(found, reference_in(torch.float64, "kd", student, teacher, None))
 
 
-@each_loss
+@each_kernel
 def test_weights_of_each_pair(name):
     loss, options, labelled = LOSSES[name]
     students, teachers = [logits(4, 30) for _ in range(3)], [logits(4, 30) for _ in range(3)]
@@ -112,7 +112,7 @@ def test_weights_of_each_pair(name):
         torch.testing.assert_close((rows[of_pair], gradient[of_pair]), alone)
 
 
-@each_loss
+@each_kernel
 @pytest.mark.parametrize(("rows", "classes"), [(6, 10), (2, 9000)])
 def test_options_that_are_read_from_memory(name, rows, classes):
     student, teacher, target = logits(rows, classes), logits(rows, classes), labels(rows, classes)
@@ -120,7 +120,7 @@ def test_options_that_are_read_from_memory(name, rows, classes):
     torch.testing.assert_close(found, kernel(name, student, teacher, target), rtol=1e-6, atol=1e-6)
 
 
-@each_loss
+@each_kernel
 @pytest.mark.parametrize(("rows", "classes"), PATHS[:2])
 def test_a_row_of_weight_0_may_hold_anything(name, rows, classes):
     student, teacher, target = logits(rows, classes), logits(rows, classes), labels(rows, classes)
@@ -149,41 +149,45 @@ def test_a_weight_that_is_not_finite_is_seen(weight):
 # ---- NaN and infinity ----------------------------------------------------------------------------------
 
 
-def places(rows, classes, target):
-    """A row and classes of it: the first, the label, and the last, in a tile that is not full."""
-    return [(1, place) for place in (0, int(target[1]), classes - 1)]
+# Classes of student and teacher that are spoilt, a row for each: first, label, and last, in a tile that is
+# not full. A row that programs share takes the interpreter a second.
+EACH_PLACE = ((0, 3, -1), (0, 3, -1))
+FEW_PLACES = ((3, -1), (0,))
 
 
-@each_loss
-@pytest.mark.parametrize(("rows", "classes"), [(6, 10), (3, 700), (2, 9000)])
+def spoilt(name, rows, classes, value, places=EACH_PLACE):
+    """Logits with ``value`` in rows of its own; the places (row, class); and the logits without it."""
+    student, teacher, target = logits(rows, classes), logits(rows, classes), labels(rows, classes)
+    target[:] = 3
+    pair, spoilt_places = [student.clone(), teacher.clone()], []
+    for which, of_model in enumerate(places[: 1 if name in ("ce", "ce-smoothed") else 2]):
+        for place in of_model:
+            spoilt_places.append((len(spoilt_places), place % classes))
+            pair[which][spoilt_places[-1]] = value
+    return pair, spoilt_places, (student, teacher, target)
+
+
+@each_kernel
+@pytest.mark.parametrize(("rows", "classes"), [(8, 10), (7, 700)])
 def test_a_nan_is_a_nan_in_that_row_alone(name, rows, classes):
-    student, teacher, target = logits(rows, classes), logits(rows, classes), labels(rows, classes)
-    target[1] = 3
+    pair, places, (student, teacher, target) = spoilt(name, rows, classes, math.nan)
     clean = kernel(name, student, teacher, target)
-    reads_teacher = name != "ce-smoothed"
-    for row, place in places(rows, classes, target):
-        for which in range(1 + reads_teacher):
-            pair = [student.clone(), teacher.clone()]
-            pair[which][row, place] = math.nan
-            values, gradient = kernel(name, *pair, target)
-            assert values[row].isnan()
-            bad = gradient[row].isnan()
-            assert bad.nonzero().flatten().tolist() == [place] if name in POINTWISE else bad.all()
-            others = torch.arange(rows, device=DEVICE) != row
-            assert torch.equal(values[others], clean[0][others])
-            assert torch.equal(gradient[others], clean[1][others])
+    values, gradient = kernel(name, *pair, target)
+    for row, place in places:
+        assert values[row].isnan()
+        bad = gradient[row].isnan()
+        assert bad.nonzero().flatten().tolist() == [place] if name in POINTWISE else bad.all()
+    assert torch.equal(values[len(places) :], clean[0][len(places) :])
+    assert torch.equal(gradient[len(places) :], clean[1][len(places) :])
 
 
-@each_softmax
-@pytest.mark.parametrize(("rows", "classes"), [(6, 10), (2, 9000)])
-def test_an_infinite_logit_is_not_hidden(name, rows, classes):
-    student, teacher, target = logits(rows, classes), logits(rows, classes), labels(rows, classes)
-    target[1] = 3
-    for row, place in places(rows, classes, target):
-        for which in range(1 + (name != "ce-smoothed")):
-            pair = [student.clone(), teacher.clone()]
-            pair[which][row, place] = math.inf
-            assert not kernel(name, *pair, target)[0][row].isfinite()
+@pytest.mark.parametrize("name", [name for name in KERNELS if name not in POINTWISE])
+@pytest.mark.parametrize(("rows", "classes", "places"), [(6, 10, EACH_PLACE), (3, 9000, FEW_PLACES)])
+def test_an_infinite_logit_is_not_hidden(name, rows, classes, places):
+    pair, places, (_, _, target) = spoilt(name, rows, classes, math.inf, places)
+    values, _ = kernel(name, *pair, target)
+    for row, _ in places:
+        assert not values[row].isfinite()
 
 
 # ---- accuracy ------------------------------------------------------------------------------------------
@@ -292,7 +296,7 @@ def test_constant_rows_at_a_small_temperature_are_finite(name, temperature, monk
         assert gradient.isfinite().all()
 
 
-@each_loss
+@each_kernel
 @pytest.mark.parametrize(("rows", "classes"), PATHS)
 def test_equal_logits_have_no_gradient(name, rows, classes):
     if not CASES[name][1].vanishes:
