@@ -4,8 +4,6 @@ A program works on tiles of ``[ROWS, TILE]``: a number that belongs to a row is 
 row may be shared by ``parts`` programs, each of which walks along its own tiles.
 """
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -69,10 +67,11 @@ def tiles_of_part(part, parts, classes, TILE: tl.constexpr):
 @triton.jit
 def numbers_of(numbers, dynamic_pointer, DYNAMIC: tl.constexpr):
     """The options of a loss; the first DYNAMIC of them are read from memory."""
-    values: Any = ()
+    values = ()
     for which in tl.static_range(len(numbers)):
         value = tl.load(dynamic_pointer + which) if which < DYNAMIC else numbers[which]
-        values = values + (value,)  # noqa: RUF005, the JIT knows no starred element
+        # The JIT supports neither unpacking nor a variable annotated with a non-constexpr type.
+        values = values + (value,)  # type: ignore[assignment]  # noqa: RUF005
     return values
 
 
