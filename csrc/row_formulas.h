@@ -274,10 +274,12 @@ struct MixtureTerm {
   V value, weighted_slope;
 };
 
-// share p + (1 - share) q, computed from p - q: exactly q at p = q, so that log(q / m) is 0 there.
+// m = weight_p p + weight_q q with weight_p + weight_q = 1, computed from p - q: exactly q at p = q, so that log(q / m)
+// is 0 there.
 template <class M, class V>
-FASTKD_FORMULA V mixture_of(float share, V q, V p, V difference) {
-  return share <= 0.5f ? M::fused(difference, M::number(share), q) : M::fused(difference, M::number(share - 1.0f), p);
+FASTKD_FORMULA V mixture_of(float weight_p, float weight_q, V q, V p, V difference) {
+  return weight_p <= 0.5f ? M::fused(difference, M::number(weight_p), q)
+                          : M::fused(difference, M::number(-weight_q), p);
 }
 
 // x y / m, and 0 if m is 0.
@@ -296,7 +298,7 @@ struct JSD {
   template <class M, class V>
   FASTKD_FORMULA MixtureTerm<V> formula(const Options& options, V q, V p, V difference) {
     const float beta = options.beta, rest = 1.0f - beta;
-    const V m = mixture_of<M>(beta, q, p, difference);
+    const V m = mixture_of<M>(beta, rest, q, p, difference);
     const V q_log = M::times_log_ratio(q, m, -beta * difference);
     const V p_log = M::times_log_ratio(p, m, rest * difference);
     return {beta * p_log + rest * q_log, rest * q_log};
@@ -325,7 +327,7 @@ struct SkewKL {
   template <class M, class V>
   FASTKD_FORMULA MixtureTerm<V> formula(const Options& options, V q, V p, V difference) {
     const float rest = 1.0f - options.skew;
-    const V m = mixture_of<M>(options.skew, q, p, difference), above = rest * difference;  // p - m
+    const V m = mixture_of<M>(options.skew, rest, q, p, difference), above = rest * difference;  // p - m
     // Adding m - p, whose sum is 0, makes every class's value positive: no cancellation near equality.
     return {M::times_log_ratio(p, m, above) - above, -rest * share_of<M>(q, m, above)};
   }
@@ -340,7 +342,7 @@ struct SkewReverseKL {
   template <class M, class V>
   FASTKD_FORMULA MixtureTerm<V> formula(const Options& options, V q, V p, V difference) {
     const float rest = 1.0f - options.skew;
-    const V m = mixture_of<M>(rest, q, p, difference), below = rest * difference;  // m - q
+    const V m = mixture_of<M>(rest, options.skew, q, p, difference), below = rest * difference;  // m - q
     const V q_log = M::times_log_ratio(q, m, -below);
     return {q_log + below, q_log + options.skew * share_of<M>(q, m, below)};
   }
@@ -386,7 +388,7 @@ struct BinaryKLNorm {
   FASTKD_FORMULA ClassTerm<V> formula(V z_s, V z_t, float inverse_temperature) {
     const V x = (z_s - z_t) * (0.5f * inverse_temperature), magnitude = M::absolute(x);
     const V e_minus_one = M::exp_minus_one(-2.0f * magnitude);  // E = e^{-2|x|} - 1, exact near 0
-    const V half_tanh = M::with_sign_of(M::quotient(0.5f * e_minus_one, -2.0f - e_minus_one), x);
+    const V half_tanh = M::with_sign_of(M::quotient(e_minus_one, -4.0f - 2.0f * e_minus_one), x);
     // |x| + log((1 + e^{-2|x|}) / 2), or a series for small |x|, where the two cancel.
     const V s = x * x;
     const V series = s * (0.5f - s * (1.0f / 12 - s * (1.0f / 45 - s * (17.0f / 2520))));

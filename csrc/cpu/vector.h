@@ -188,8 +188,8 @@ struct VectorMath {
   FASTKD_INLINE vf absolute(vf x) { return FASTKD_ISA::absolute(x); }
   FASTKD_INLINE vf fused(vf a, vf b, vf c) { return a * b + c; }
   FASTKD_INLINE vf quotient(vf a, vf b) { return a / b; }
-  FASTKD_INLINE vf with_sign_of(vf magnitude, vf x) {
-    return as_float((as_int(magnitude) & 0x7fffffff) | (as_int(x) & int32_t(0x80000000)));
+  FASTKD_INLINE vf with_sign_of(vf magnitude, vf x) {  // of magnitude >= 0
+    return as_float(as_int(magnitude) | (as_int(x) & int32_t(0x80000000)));
   }
   FASTKD_INLINE vf exp(vf x) { return exp_or_zero(x); }  // of x < 88
   FASTKD_INLINE vf exp_minus_one(vf x) {                 // of x <= 0

@@ -42,8 +42,8 @@ struct ScalarMath {
   static FASTKD_DEVICE float absolute(float x) { return fabsf(x); }
   static FASTKD_DEVICE float fused(float a, float b, float c) { return cuda::fused(a, b, c); }
   static FASTKD_DEVICE float quotient(float a, float b) { return cuda::quotient(a, b); }
-  static FASTKD_DEVICE float with_sign_of(float magnitude, float x) {
-    return as_float((as_bits(magnitude) & 0x7fffffffu) | (as_bits(x) & 0x80000000u));
+  static FASTKD_DEVICE float with_sign_of(float magnitude, float x) {  // of magnitude >= 0
+    return as_float(as_bits(magnitude) | (as_bits(x) & 0x80000000u));
   }
   static FASTKD_DEVICE float exp(float x) { return power_of_two(x * kLog2E); }
   static FASTKD_DEVICE float exp_minus_one(float x) { return cuda::exp_minus_one(x); }

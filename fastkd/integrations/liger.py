@@ -62,9 +62,7 @@ class JSD(nn.Module):
 
     def __init__(self, beta: float = 0.5, ignore_index: int = -100) -> None:
         super().__init__()
-        arguments.check_number("beta", beta)
-        if not 0.0 <= beta <= 1.0:
-            raise ValueError(f"beta is {beta!r}; expected a number from 0 to 1")
+        arguments.check_fraction("beta", beta)
         arguments.check_ignore_index(ignore_index)
         self.beta = float(beta)
         self.ignore_index = ignore_index

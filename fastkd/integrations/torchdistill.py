@@ -21,7 +21,6 @@ import fastkd
 from fastkd import losses
 from fastkd.integrations.arguments import cross_entropy_and_kd, named
 from fastkd.losses import arguments
-from fastkd.losses.module import LossModule
 
 try:
     from torchdistill.losses.registry import register_mid_level_loss
@@ -30,11 +29,7 @@ except ImportError as error:
         "fastkd.integrations.torchdistill needs torchdistill: pip install torchdistill"
     ) from error
 
-MODULES: dict[str, type[LossModule]] = {
-    name: module
-    for name, module in vars(losses).items()
-    if isinstance(module, type) and issubclass(module, LossModule)
-}
+MODULES = {name: getattr(losses, name) for name in losses.__all__ if name.endswith("Loss")}
 IODict = dict[str, dict[str, Any]]
 NAMES = {
     "student_logits": "the student's logits", "teacher_logits": "the teacher's logits", "target": "targets",
@@ -129,7 +124,7 @@ class KDLoss(_OnLogits):
         for name, value in (("alpha", alpha), ("beta", beta)):
             if value is not None:
                 arguments.check_number(name, value)
-        arguments.check_label_smoothing(label_smoothing)
+        arguments.check_fraction("label_smoothing", label_smoothing)
         arguments.check_ignore_index(ignore_index)
         self.temperature = float(temperature)
         self.alpha = alpha

@@ -39,16 +39,7 @@ from .divergences import (
     tvd_loss,
 )
 from .nkd import NKDLoss, nkd_loss
-from .softmax import (
-    DCKDLoss,
-    DistillLoss,
-    DKDLoss,
-    KDLoss,
-    dckd_loss,
-    distill_loss,
-    dkd_loss,
-    kd_loss,
-)
+from .softmax import DCKDLoss, DistillLoss, DKDLoss, KDLoss, dckd_loss, distill_loss, dkd_loss, kd_loss
 from .ttm import TTMLoss, ttm_loss
 
 __all__ = [

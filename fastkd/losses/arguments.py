@@ -181,16 +181,15 @@ def check_ignore_index(ignore_index: int) -> None:
         raise TypeError(f"ignore_index is {ignore_index!r}; expected an integer")
 
 
-def check_label_smoothing(label_smoothing: float) -> None:
-    check_number("label_smoothing", label_smoothing)
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing is {label_smoothing!r}; expected a number from 0 to 1")
+def check_fraction(name: str, value: float) -> None:
+    check_number(name, value)
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} is {value!r}; expected a number from 0 to 1")
 
 
 _OF_OPTION: dict[str, Callable[[str, Any], None]] = {
     "temperature": lambda name, value: check_temperature(value),
-    "label_smoothing": lambda name, value: check_label_smoothing(value),
-    "skew": lambda name, value: check_skew(value),
+    **dict.fromkeys(("label_smoothing", "skew"), check_fraction),
     "ignore_index": lambda name, value: check_ignore_index(value),
     "reduction": lambda name, value: check_reduction(value),
     **dict.fromkeys(("standardize", "fix_acquired", "weighted", "reverse"), check_flag),
@@ -201,18 +200,6 @@ def check_options(**options: Any) -> None:
     """Check a loss's options by name; one without its own check is a weight: any finite number."""
     for name, value in options.items():
         _OF_OPTION.get(name, check_number)(name, value)
-
-
-def check_beta_of_jsd(beta: float) -> None:
-    check_number("beta", beta)
-    if not 0.0 <= beta <= 1.0:
-        raise ValueError(f"beta is {beta!r}; expected a number from 0 to 1")
-
-
-def check_skew(skew: float) -> None:
-    check_number("skew", skew)
-    if not 0.0 <= skew < 1.0:
-        raise ValueError(f"skew is {skew!r}; expected a number from 0 to below 1, where the loss is always 0")
 
 
 def check_reduction(reduction: str) -> None:

@@ -8,7 +8,7 @@ from fastkd.ops.spec import TemperatureOptions
 
 from .arguments import check_temperature
 from .dispatch import Logits, reduced_loss
-from .module import LossModule
+from .module import UnlabelledLoss
 
 
 def binary_kl_loss(
@@ -32,16 +32,13 @@ def binary_kl_loss(
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
-class BinaryKLLoss(LossModule):
+class BinaryKLLoss(UnlabelledLoss):
     """Module of ``fastkd.binary_kl_loss``: a Bernoulli KL for every class."""
 
     temperature: float = 2.0
     reduction: str = "batchmean"
 
-    def forward(
-        self, student_logits: Logits, teacher_logits: Logits, *, weight: Tensor | None = None
-    ) -> Tensor:
-        return binary_kl_loss(student_logits, teacher_logits, weight=weight, **self.options)
+    function = staticmethod(binary_kl_loss)
 
 
 def binary_kl_norm_loss(
@@ -66,13 +63,10 @@ def binary_kl_norm_loss(
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
-class BinaryKLNormLoss(LossModule):
+class BinaryKLNormLoss(UnlabelledLoss):
     """Module of ``fastkd.binary_kl_norm_loss``: T^2 sum_i log cosh((z_s,i - z_t,i) / 2T)."""
 
     temperature: float = 2.0
     reduction: str = "batchmean"
 
-    def forward(
-        self, student_logits: Logits, teacher_logits: Logits, *, weight: Tensor | None = None
-    ) -> Tensor:
-        return binary_kl_norm_loss(student_logits, teacher_logits, weight=weight, **self.options)
+    function = staticmethod(binary_kl_norm_loss)

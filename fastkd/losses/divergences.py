@@ -6,9 +6,9 @@ from torch import Tensor
 
 from fastkd.ops.spec import JSDOptions, SkewOptions, SoftmaxOptions, TemperatureOptions
 
-from .arguments import check_beta_of_jsd, check_flag, check_skew, check_temperature
+from .arguments import check_flag, check_fraction, check_temperature
 from .dispatch import Logits, reduced_loss
-from .module import LossModule
+from .module import UnlabelledLoss
 
 
 def reverse_kl_loss(
@@ -28,16 +28,13 @@ def reverse_kl_loss(
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
-class ReverseKLLoss(LossModule):
+class ReverseKLLoss(UnlabelledLoss):
     """Module of ``fastkd.reverse_kl_loss``: KL(softmax(z_s / T) || softmax(z_t / T))."""
 
     temperature: float = 1.0
     reduction: str = "batchmean"
 
-    def forward(
-        self, student_logits: Logits, teacher_logits: Logits, *, weight: Tensor | None = None
-    ) -> Tensor:
-        return reverse_kl_loss(student_logits, teacher_logits, weight=weight, **self.options)
+    function = staticmethod(reverse_kl_loss)
 
 
 def jsd_loss(
@@ -53,7 +50,7 @@ def jsd_loss(
 
     ``beta`` is from 0 to 1; by convention 0 is KL(p || q) and 1 is KL(q || p).
     """
-    check_beta_of_jsd(beta)
+    check_fraction("beta", beta)
     check_temperature(temperature)
     loss: tuple[str, tuple[float, ...]] = "jsd", JSDOptions(temperature, beta)
     if beta == 0.0:
@@ -64,7 +61,7 @@ def jsd_loss(
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
-class JSDLoss(LossModule):
+class JSDLoss(UnlabelledLoss):
     """Module of ``fastkd.jsd_loss``: beta KL(p || m) + (1 - beta) KL(q || m)."""
 
     beta: float = 0.5
@@ -72,13 +69,10 @@ class JSDLoss(LossModule):
     reduction: str = "batchmean"
 
     def __post_init__(self) -> None:
-        check_beta_of_jsd(self.beta)
+        check_fraction("beta", self.beta)
         super().__post_init__()
 
-    def forward(
-        self, student_logits: Logits, teacher_logits: Logits, *, weight: Tensor | None = None
-    ) -> Tensor:
-        return jsd_loss(student_logits, teacher_logits, weight=weight, **self.options)
+    function = staticmethod(jsd_loss)
 
 
 def tvd_loss(
@@ -91,7 +85,7 @@ def tvd_loss(
 ) -> Tensor:
     """1/2 sum_i |p_i - q_i|, from 0 to 1: the total variation distance, as in DistiLLM. No T^2.
 
-    Its gradient jumps at classes where p_i = q_i; there it is that of |x| at 0 taken as 0.
+    Its gradient jumps at classes where p_i = q_i; there the derivative of |p_i - q_i| is taken as 0.
     """
     check_temperature(temperature)
     options = TemperatureOptions(temperature)
@@ -99,16 +93,13 @@ def tvd_loss(
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
-class TVDLoss(LossModule):
+class TVDLoss(UnlabelledLoss):
     """Module of ``fastkd.tvd_loss``: 1/2 sum_i |p_i - q_i|."""
 
     temperature: float = 1.0
     reduction: str = "batchmean"
 
-    def forward(
-        self, student_logits: Logits, teacher_logits: Logits, *, weight: Tensor | None = None
-    ) -> Tensor:
-        return tvd_loss(student_logits, teacher_logits, weight=weight, **self.options)
+    function = staticmethod(tvd_loss)
 
 
 def skew_kl_loss(
@@ -123,10 +114,10 @@ def skew_kl_loss(
 ) -> Tensor:
     """KL(p || skew p + (1 - skew) q), or with ``reverse`` KL(q || (1 - skew) p + skew q) (Ko et al. 2024).
 
-    The KL stays bounded, by -log skew, where the other distribution is 0. ``skew`` is from 0, which is the
-    plain KL, to below 1; DistiLLM uses 0.1. No T^2.
+    The KL is bounded by -log skew, however small the other distribution. ``skew`` is from 0, the plain KL, to
+    1, where the loss is 0; DistiLLM uses 0.1. No T^2.
     """
-    check_skew(skew)
+    check_fraction("skew", skew)
     check_flag("reverse", reverse)
     check_temperature(temperature)
     name = "skew_reverse_kl" if reverse else "skew_kl"
@@ -139,7 +130,7 @@ def skew_kl_loss(
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
-class SkewKLLoss(LossModule):
+class SkewKLLoss(UnlabelledLoss):
     """Module of ``fastkd.skew_kl_loss``: KL(p || skew p + (1 - skew) q), or its reverse."""
 
     skew: float = 0.1
@@ -147,7 +138,4 @@ class SkewKLLoss(LossModule):
     temperature: float = 1.0
     reduction: str = "batchmean"
 
-    def forward(
-        self, student_logits: Logits, teacher_logits: Logits, *, weight: Tensor | None = None
-    ) -> Tensor:
-        return skew_kl_loss(student_logits, teacher_logits, weight=weight, **self.options)
+    function = staticmethod(skew_kl_loss)

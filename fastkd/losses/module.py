@@ -1,10 +1,12 @@
-"""The base of the loss modules: options at construction, tensors at the call."""
+"""The bases of the loss modules: options at construction, tensors at the call."""
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from .arguments import check_options
+from .dispatch import Logits
 
 
 class LossModule(nn.Module):
@@ -14,6 +16,7 @@ class LossModule(nn.Module):
     function checks it again at every call.
     """
 
+    function: ClassVar[Callable[..., Tensor]]
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -34,3 +37,21 @@ class LossModule(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class UnlabelledLoss(LossModule):
+    """The module of a function of the two models' logits."""
+
+    def forward(
+        self, student_logits: Logits, teacher_logits: Logits, *, weight: Tensor | None = None
+    ) -> Tensor:
+        return self.function(student_logits, teacher_logits, weight=weight, **self.options)
+
+
+class LabelledLoss(LossModule):
+    """The module of a function that takes labels."""
+
+    def forward(
+        self, student_logits: Logits, teacher_logits: Logits, target: Tensor, *, weight: Tensor | None = None
+    ) -> Tensor:
+        return self.function(student_logits, teacher_logits, target, weight=weight, **self.options)

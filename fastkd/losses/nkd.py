@@ -8,7 +8,7 @@ from fastkd.ops.spec import NKDOptions
 
 from .arguments import check_options
 from .dispatch import Logits, reduced_loss
-from .module import LossModule
+from .module import LabelledLoss
 
 
 def nkd_loss(
@@ -28,22 +28,14 @@ def nkd_loss(
     Published: gamma 1.5 and T 1 for ImageNet.
     """
     check_options(gamma=gamma, temperature=temperature)
-    loss, _ = reduced_loss(
-        "nkd",
-        NKDOptions(temperature, gamma),
-        student_logits,
-        teacher_logits,
-        target,
-        uses_label=True,
-        ignore_index=ignore_index,
-        weight=weight,
-        reduction=reduction,
-    )
-    return loss
+    return reduced_loss(
+        "nkd", NKDOptions(temperature, gamma), student_logits, teacher_logits, target,
+        uses_label=True, ignore_index=ignore_index, weight=weight, reduction=reduction,
+    )[0]  # fmt: skip
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
-class NKDLoss(LossModule):
+class NKDLoss(LabelledLoss):
     """Module of ``fastkd.nkd_loss``: a target and a non-target cross-entropy."""
 
     gamma: float = 1.5
@@ -51,7 +43,4 @@ class NKDLoss(LossModule):
     ignore_index: int = -100
     reduction: str = "batchmean"
 
-    def forward(
-        self, student_logits: Logits, teacher_logits: Logits, target: Tensor, *, weight: Tensor | None = None
-    ) -> Tensor:
-        return nkd_loss(student_logits, teacher_logits, target, weight=weight, **self.options)
+    function = staticmethod(nkd_loss)

@@ -8,7 +8,7 @@ from fastkd.ops.spec import SoftmaxOptions
 
 from .arguments import check_options
 from .dispatch import Logits, reduced_loss
-from .module import LossModule
+from .module import LabelledLoss, LossModule
 
 
 def kd_loss(
@@ -29,17 +29,11 @@ def kd_loss(
     ignore (``ignore_index``); the loss itself uses no labels.
     """
     check_options(temperature=temperature, standardize=standardize)
-    loss, _ = reduced_loss(
-        "softmax",
-        SoftmaxOptions(temperature, kd_weight=1.0, standardize=standardize),
-        student_logits,
-        teacher_logits,
-        target,
-        ignore_index=ignore_index,
-        weight=weight,
-        reduction=reduction,
-    )
-    return loss
+    options = SoftmaxOptions(temperature, kd_weight=1.0, standardize=standardize)
+    return reduced_loss(
+        "softmax", options, student_logits, teacher_logits, target,
+        ignore_index=ignore_index, weight=weight, reduction=reduction,
+    )[0]  # fmt: skip
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -83,22 +77,14 @@ def dkd_loss(
     and a linear warm-up over 20 epochs for CIFAR-100; beta 0.5 or 2, T 1 and 1 epoch of it for ImageNet.
     """
     return dckd_loss(
-        student_logits,
-        teacher_logits,
-        target,
-        alpha=alpha,
-        beta=beta,
-        temperature=temperature,
-        fix_acquired=False,
-        standardize=standardize,
-        ignore_index=ignore_index,
-        weight=weight,
-        reduction=reduction,
-    )
+        student_logits, teacher_logits, target,
+        alpha=alpha, beta=beta, temperature=temperature, fix_acquired=False, standardize=standardize,
+        ignore_index=ignore_index, weight=weight, reduction=reduction,
+    )  # fmt: skip
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
-class DKDLoss(LossModule):
+class DKDLoss(LabelledLoss):
     """Module of ``fastkd.dkd_loss``: T^2 (alpha TCKD + beta NCKD)."""
 
     alpha: float = 1.0
@@ -108,10 +94,7 @@ class DKDLoss(LossModule):
     ignore_index: int = -100
     reduction: str = "batchmean"
 
-    def forward(
-        self, student_logits: Logits, teacher_logits: Logits, target: Tensor, *, weight: Tensor | None = None
-    ) -> Tensor:
-        return dkd_loss(student_logits, teacher_logits, target, weight=weight, **self.options)
+    function = staticmethod(dkd_loss)
 
 
 def dckd_loss(
@@ -138,28 +121,16 @@ def dckd_loss(
         alpha=alpha, beta=beta, temperature=temperature, fix_acquired=fix_acquired, standardize=standardize
     )
     options = SoftmaxOptions(
-        temperature,
-        tckd_weight=alpha,
-        nckd_weight=beta,
-        standardize=standardize,
-        fix_acquired=fix_acquired,
+        temperature, tckd_weight=alpha, nckd_weight=beta, standardize=standardize, fix_acquired=fix_acquired
     )
-    loss, _ = reduced_loss(
-        "softmax",
-        options,
-        student_logits,
-        teacher_logits,
-        target,
-        uses_label=True,
-        ignore_index=ignore_index,
-        weight=weight,
-        reduction=reduction,
-    )
-    return loss
+    return reduced_loss(
+        "softmax", options, student_logits, teacher_logits, target,
+        uses_label=True, ignore_index=ignore_index, weight=weight, reduction=reduction,
+    )[0]  # fmt: skip
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
-class DCKDLoss(LossModule):
+class DCKDLoss(LabelledLoss):
     """Module of ``fastkd.dckd_loss``: T^2 (alpha g TCKD + beta NCKD)."""
 
     alpha: float = 1.0
@@ -170,10 +141,7 @@ class DCKDLoss(LossModule):
     ignore_index: int = -100
     reduction: str = "batchmean"
 
-    def forward(
-        self, student_logits: Logits, teacher_logits: Logits, target: Tensor, *, weight: Tensor | None = None
-    ) -> Tensor:
-        return dckd_loss(student_logits, teacher_logits, target, weight=weight, **self.options)
+    function = staticmethod(dckd_loss)
 
 
 def distill_loss(
@@ -214,17 +182,9 @@ def distill_loss(
     )
     check_options(**options._asdict())
     loss, terms = reduced_loss(
-        "softmax",
-        options,
-        student_logits,
-        teacher_logits,
-        target,
-        uses_label=True,
-        ignore_index=ignore_index,
-        weight=weight,
-        reduction=reduction,
-        with_terms=True,
-    )
+        "softmax", options, student_logits, teacher_logits, target,
+        uses_label=True, ignore_index=ignore_index, weight=weight, reduction=reduction, with_terms=True,
+    )  # fmt: skip
     weights = {"ce": ce_weight, "kd": kd_weight, "tckd": tckd_weight, "nckd": nckd_weight}
     named = zip(weights.items(), terms, strict=True)
     return loss, {name: term for (name, value), term in named if value}

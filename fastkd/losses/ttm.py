@@ -8,7 +8,7 @@ from fastkd.ops.spec import TTMOptions
 
 from .arguments import check_flag, check_temperature
 from .dispatch import Logits, reduced_loss
-from .module import LossModule
+from .module import UnlabelledLoss
 
 
 def ttm_loss(
@@ -33,7 +33,7 @@ def ttm_loss(
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
-class TTMLoss(LossModule):
+class TTMLoss(UnlabelledLoss):
     """Module of ``fastkd.ttm_loss``: KL(softmax(gamma z_t) || softmax(z_s))."""
 
     gamma: float
@@ -44,7 +44,4 @@ class TTMLoss(LossModule):
         check_temperature(self.gamma, "gamma")
         super().__post_init__()
 
-    def forward(
-        self, student_logits: Logits, teacher_logits: Logits, *, weight: Tensor | None = None
-    ) -> Tensor:
-        return ttm_loss(student_logits, teacher_logits, weight=weight, **self.options)
+    function = staticmethod(ttm_loss)

@@ -19,6 +19,8 @@ from fastkd import reference
 # mixture: the same sums, a pass over a function of q and p per class, a pass for the gradient.
 # pointwise: a sum over classes of a function of two logits, in a single pass.
 Family = Literal["softmax", "mixture", "pointwise"]
+# In fastkd.reference: (student_logits, teacher_logits, target, *options) -> losses and terms per row.
+RowLoss = Callable[..., tuple[Tensor, Tensor]]
 
 
 class Needs(IntFlag):
@@ -92,7 +94,7 @@ class Case(NamedTuple):
 class Loss:
     name: str
     family: Family
-    rows: Callable[..., tuple[Tensor, Tensor]]  # the specification, in fastkd.reference
+    rows: RowLoss  # the specification
     options: type[Any]
     needs: Callable[[Any], Needs]
     cases: tuple[Case, ...]
@@ -128,14 +130,6 @@ def _softmax_needs(options: SoftmaxOptions) -> Needs:
 def _nkd_needs(options: NKDOptions) -> Needs:
     needs = Needs.DISTILLS | Needs.CROSS_TERM
     return needs if options.temperature == 1 else needs | Needs.STUDENT_AT_T1 | Needs.TEACHER_AT_T1
-
-
-def _constant(needs: Needs) -> Callable[[Any], Needs]:
-    return lambda options: needs
-
-
-_MIXTURE = _constant(Needs.DISTILLS | Needs.SUMS_ONLY)
-_POINTWISE = _constant(Needs.DISTILLS)
 
 
 def _case(
@@ -187,6 +181,16 @@ _SOFTMAX_CASES = (
     ),
 )
 
+
+def _mixture(name: str, rows: RowLoss, options: type[Any], *cases: Case) -> Loss:
+    needs = Needs.DISTILLS | Needs.SUMS_ONLY
+    return Loss(name, "mixture", rows, options, lambda values: needs, cases)
+
+
+def _pointwise(name: str, rows: RowLoss, options: type[Any], *cases: Case) -> Loss:
+    return Loss(name, "pointwise", rows, options, lambda values: Needs.DISTILLS, cases)
+
+
 _ROWS = (
     Loss(
         "softmax",
@@ -225,7 +229,7 @@ _ROWS = (
         "softmax",
         reference.ttm_rows,
         TTMOptions,
-        _constant(Needs.DISTILLS | Needs.OWN_SLOPES | Needs.TEACHER_AT_T1),
+        lambda options: Needs.DISTILLS | Needs.OWN_SLOPES | Needs.TEACHER_AT_T1,
         (
             _case("ttm", "ttm_loss", TTMOptions(0.25), vanishes=False, gamma=0.25),
             _case("wttm", "ttm_loss", TTMOptions(0.25, True), vanishes=False, gamma=0.25, weighted=True),
@@ -236,62 +240,46 @@ _ROWS = (
         "softmax",
         reference.reverse_kl_rows,
         TemperatureOptions,
-        _constant(Needs.DISTILLS | Needs.LOG_RATIO),
+        lambda options: Needs.DISTILLS | Needs.LOG_RATIO,
         (_case("reverse-kl", "reverse_kl_loss", TemperatureOptions(2.0), temperature=2.0),),
     ),
-    Loss(
+    _mixture(
         "jsd",
-        "mixture",
         reference.jsd_rows,
         JSDOptions,
-        _MIXTURE,
-        (
-            _case("jsd", "jsd_loss", JSDOptions(1.0, 0.5), benchmarked=True),
-            _case("jsd-0.1", "jsd_loss", JSDOptions(2.0, 0.1), beta=0.1, temperature=2.0),
-        ),
+        _case("jsd", "jsd_loss", JSDOptions(1.0, 0.5), benchmarked=True),
+        _case("jsd-0.1", "jsd_loss", JSDOptions(2.0, 0.1), beta=0.1, temperature=2.0),
     ),
-    Loss(
+    _mixture(
         "tvd",
-        "mixture",
         reference.tvd_rows,
         TemperatureOptions,
-        _MIXTURE,
-        (_case("tvd", "tvd_loss", TemperatureOptions(1.0), benchmarked=True),),
+        _case("tvd", "tvd_loss", TemperatureOptions(1.0), benchmarked=True),
     ),
-    Loss(
+    _mixture(
         "skew_kl",
-        "mixture",
         reference.skew_kl_rows,
         SkewOptions,
-        _MIXTURE,
-        (
-            _case("skew-kl", "skew_kl_loss", SkewOptions(1.0, 0.1), benchmarked=True),
-            _case("skew-kl-0.7", "skew_kl_loss", SkewOptions(2.0, 0.7), temperature=2.0, skew=0.7),
-        ),
+        _case("skew-kl", "skew_kl_loss", SkewOptions(1.0, 0.1), benchmarked=True),
+        _case("skew-kl-0.7", "skew_kl_loss", SkewOptions(2.0, 0.7), temperature=2.0, skew=0.7),
     ),
-    Loss(
+    _mixture(
         "skew_reverse_kl",
-        "mixture",
         reference.skew_reverse_kl_rows,
         SkewOptions,
-        _MIXTURE,
-        (_case("skew-reverse-kl", "skew_kl_loss", SkewOptions(1.0, 0.1), reverse=True),),
+        _case("skew-reverse-kl", "skew_kl_loss", SkewOptions(1.0, 0.1), reverse=True),
     ),
-    Loss(
+    _pointwise(
         "binary_kl",
-        "pointwise",
         reference.binary_kl_rows,
         TemperatureOptions,
-        _POINTWISE,
-        (_case("binary-kl", "binary_kl_loss", TemperatureOptions(2.0)),),
+        _case("binary-kl", "binary_kl_loss", TemperatureOptions(2.0)),
     ),
-    Loss(
+    _pointwise(
         "binary_kl_norm",
-        "pointwise",
         reference.binary_kl_norm_rows,
         TemperatureOptions,
-        _POINTWISE,
-        (_case("binary-kl-norm", "binary_kl_norm_loss", TemperatureOptions(2.0), benchmarked=True),),
+        _case("binary-kl-norm", "binary_kl_norm_loss", TemperatureOptions(2.0), benchmarked=True),
     ),
 )
 

@@ -72,7 +72,7 @@ class Emulation:
         self.library = ctypes.CDLL(str(path))
         for name in ("emulated_row_loss", "emulated_scale_rows"):
             getattr(self.library, name).restype = ctypes.c_char_p
-        assert self.library.size_row_outputs() == ctypes.sizeof(Rows)
+        assert self.library.size_of_rows() == ctypes.sizeof(Rows)
         assert self.library.size_of_options() == ctypes.sizeof(LossOptions)
         self.plan = lambda rows, classes, element_bytes: plan_team(rows, classes, element_bytes, (9, 0), 132)
 

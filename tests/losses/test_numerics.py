@@ -115,6 +115,18 @@ def test_the_gradient_at_equal_logits_is_0_whatever_the_offset(fused, case):
         assert gradient.count_nonzero() == 0
 
 
+@pytest.mark.parametrize("share", [1e-6, 1e-3, 0.5, 0.999])
+@pytest.mark.parametrize("name", ["jsd", "skew", "skew, reverse"])
+def test_a_mixture_of_any_shares(fused, name, share):
+    def loss(student, teacher, target, **more):
+        if name == "jsd":
+            return fastkd.jsd_loss(student, teacher, beta=share, **more)
+        return fastkd.skew_kl_loss(student, teacher, skew=share, reverse="reverse" in name, **more)
+
+    student, teacher = 3 * torch.randn(12, 50, device=fused), 3 * torch.randn(12, 50, device=fused)
+    assert_as_exact(Case(name, loss, family="mixture"), student, teacher)
+
+
 # ---- standardised logits ----------------------------------------------------------------------------
 
 STANDARDIZED = [case for case in CASES if case.needs & Needs.STANDARDIZED]

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastkd.ops import native
+from fastkd.ops import native, spec
 from fastkd.ops.call import Call, Outputs
+from fastkd.ops.spec import Needs
 from tests.cuda_emulation import Emulation
 from tests.ops.test_native_build import ROOT
 
@@ -205,6 +206,38 @@ def test_unreadable_inputs_are_rejected(change, why):
     arguments = {"students": [torch.randn(6, 45)], "teachers": [torch.randn(6, 45)], **change}
     with pytest.raises(RuntimeError, match=why):
         outputs(native.row_loss, **arguments)
+
+
+class Unsupported(Call):
+    """A call with a combination of needs that no kernel is compiled for."""
+
+    needs = int(Needs.DISTILLS | Needs.LOG_RATIO | Needs.CROSS_TERM)
+
+
+def test_a_loss_without_a_kernel_is_rejected(launch, monkeypatch):
+    logits = [torch.randn(2, 45)]
+    call = Call(None, None, 1, "softmax", ALL, None, "native", False, False, True)
+    outputs = Outputs(torch.empty(2), None, torch.empty(2, 45))
+    with pytest.raises(RuntimeError, match="unknown loss, or no kernel compiled for its needs"):
+        launch(logits, logits, Unsupported(*call), outputs)
+    for index in (-1, len(spec.LOSSES)):
+        monkeypatch.setitem(native._LOSS_INDEX, "softmax", index)
+        with pytest.raises(RuntimeError, match="unknown loss"):
+            launch(logits, logits, call, outputs)
+
+
+def test_a_library_with_other_losses_is_rejected(monkeypatch):
+    assert native._spec_mismatch(native._library()) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "LOSSES", dict(reversed(spec.LOSSES.items())))
+        assert "it has 'softmax: temperature, ce_weight" in native._spec_mismatch(native._library())
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "Needs", list(spec.Needs)[1:])
+        assert "it has 'needs Distills" in native._spec_mismatch(native._library())
+    monkeypatch.setattr(native, "LOSSES", {**spec.LOSSES, "new": spec.LOSSES["tvd"]})
+    assert "where this version has 'new: temperature'" in native._spec_mismatch(native._library())
+    # Not through the cache: the operators cannot be registered a second time.
+    assert "is from another version of fastkd" in native._loaded.__wrapped__()
 
 
 def test_torchs_defaults_do_not_matter():

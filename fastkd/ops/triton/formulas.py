@@ -256,13 +256,20 @@ class Probabilities(NamedTuple):
 
 
 @triton.jit
-def logs_over_mixture(d, share):
-    """log(q / m) and log(p / m) of m = share p + (1 - share) q.
+def logs_over_mixture(d, weight_p, weight_q):
+    """log(q / m) and log(p / m) of m = weight_p p + weight_q q, where weight_p + weight_q = 1.
 
-    m is the larger of q and p times 1 + w (e^-|d| - 1), w the weight of the other."""
+    m is the larger of q and p times 1 + x, x = w (e^-|d| - 1), w the weight of the smaller one. Near x = -1,
+    1 + x is computed as the sum of the weighted terms, without cancellation."""
     teacher_larger = d > 0
-    fraction = expm1_of_negative(-tl.abs(d))
-    log_larger = -log1p_of_negative(tl.where(teacher_larger, 1.0 - share, share) * fraction)
+    weight_larger = tl.where(teacher_larger, weight_p, weight_q)
+    weight_smaller = tl.where(teacher_larger, weight_q, weight_p)
+    x = weight_smaller * expm1_of_negative(-tl.abs(d))
+    near = x > -0.5
+    y = tl.where(near, x, 0.0)
+    total = weight_larger + weight_smaller * tl.exp(-tl.abs(d))
+    log_total = tl.log(tl.where(total < 1e-37, 1e-37, total))
+    log_larger = -tl.where(near, twice_atanh(y / (2.0 + y)), log_total)
     log_q = tl.where(teacher_larger, log_larger - d, log_larger)
     log_p = tl.where(teacher_larger, log_larger, log_larger + d)
     return log_q, log_p
@@ -272,7 +279,7 @@ def logs_over_mixture(d, share):
 def jsd(probs, numbers):
     """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q; h = (1 - beta) log(q / m)."""
     beta = JSDOptions(*numbers).beta
-    log_q, log_p = logs_over_mixture(probs.d, beta)
+    log_q, log_p = logs_over_mixture(probs.d, beta, 1.0 - beta)
     weighted_slope = (1.0 - beta) * (probs.q * log_q)
     return beta * (probs.p * log_p) + weighted_slope, weighted_slope
 
@@ -288,7 +295,7 @@ def tvd(probs, numbers):
 def skew_kl(probs, numbers):
     """KL(p || m), m = skew p + (1 - skew) q; h = (1 - skew) (1 - p / m)."""
     skew = SkewOptions(*numbers).skew
-    log_q, log_p = logs_over_mixture(probs.d, skew)
+    log_q, log_p = logs_over_mixture(probs.d, skew, 1.0 - skew)
     rest = 1.0 - skew
     # q / m = e^log(q / m); 1 - p / m = (m - p) / m, and m - p = -rest (p - q).
     slope = -(rest * rest) * (tl.exp(log_q) * probs.difference)
@@ -301,7 +308,7 @@ def skew_reverse_kl(probs, numbers):
     """KL(q || m), m = (1 - skew) p + skew q; h = log(q / m) + skew (1 - q / m)."""
     skew = SkewOptions(*numbers).skew
     rest = 1.0 - skew
-    log_q, log_p = logs_over_mixture(probs.d, rest)
+    log_q, log_p = logs_over_mixture(probs.d, rest, skew)
     q_log = probs.q * log_q
     return q_log + rest * probs.difference, q_log + (skew * rest) * (tl.exp(log_q) * probs.difference)
 
