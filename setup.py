@@ -1,10 +1,10 @@
-"""Builds the native backend: one shared library that needs neither torch nor Python to build or to load.
+"""Builds the native backend: one shared library that links neither torch nor Python.
 
-It talks to torch through the stable C ABI (csrc/torch_abi.h), so an isolated build installs no second torch,
-and one wheel serves every Python from 3.10 and every torch from 2.10. Where it cannot be built the install
-goes on without it: `fastkd doctor` says what is missing, and the losses run on another backend.
-The CUDA kernels join it where nvcc is found; where they cannot be compiled, the library is built without them
-and says why. docs/building.md weighs the alternatives.
+It uses torch through the stable C ABI (csrc/torch_abi.h), so an isolated build installs no second torch, and
+one wheel works with every Python from 3.10 and every torch from 2.10. If the build fails, the install
+continues without the library: `fastkd doctor` reports the reason, and the losses run on another backend. CUDA
+kernels are included if nvcc is found and succeeds; otherwise the library records the reason. docs/building.md
+compares the alternatives.
 """
 
 import os
@@ -25,22 +25,22 @@ SOURCES = sorted(str(path) for path in Path("csrc").glob("**/*.cpp"))
 NVCC_OPTIONS = "csrc/cuda/nvcc.options"
 HEADERS = [CUDA_SOURCE, NVCC_OPTIONS, *sorted(str(path) for path in Path("csrc").glob("**/*.h"))]
 FAILURE_NOTE = Path("fastkd/ops/_native_build_error.txt")
-# Fusion is set, not left to the compiler's default: csrc/cpu/vector.h guards where it would harm.
+# Explicit, because compilers' defaults differ. csrc/cpu/vector.h prevents fusion where it would be harmful.
 COMPILE_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden", "-g0"]
 
 
-# GCC 12 warns thousands of times of its own headers' deliberately uninitialised vectors.
+# GCC 12 emits thousands of warnings about uninitialised vectors in its own headers.
 GCC_FLAGS = ["-Wno-psabi", "-Wno-ignored-attributes", "-Wno-maybe-uninitialized"]
-# Binaries by compute capability, where the compiler knows them, and PTX for later devices.
+# Compute capabilities to compile for, if nvcc supports them; with PTX for later devices.
 CUDA_ARCHITECTURES = "80 90 100 120"
 
 
 class CudaFailure(Exception):
-    """Why there will be no CUDA kernels."""
+    """The reason why the library is built without CUDA kernels."""
 
 
 def check_environment() -> None:
-    """A value that is not understood stops the build, rather than building something else."""
+    """Stop the build on an invalid value."""
     without = os.environ.get("FASTKD_WITHOUT_CUDA", "")
     if without not in ("", "0", "1"):
         sys.exit(f"the environment's FASTKD_WITHOUT_CUDA is {without!r}; expected 1, 0 or nothing")
@@ -77,7 +77,7 @@ def output_of(*command: str) -> str:
 
 
 def code_generation(nvcc: str) -> list[str]:
-    """nvcc's flags for the architectures asked for. Two virtual ones serve all: with clusters and without."""
+    """nvcc's -gencode flags. Two virtual architectures: without clusters (80) and with (90)."""
     asked = os.environ.get("FASTKD_CUDA_ARCHS")
     architectures = [int(number) for number in re.findall(r"\d+", asked or CUDA_ARCHITECTURES)]
     if not asked:
@@ -97,22 +97,22 @@ def code_generation(nvcc: str) -> list[str]:
 
 
 def compile_cuda(folder: str) -> tuple[list[str], list[str]]:
-    """The object file of the CUDA kernels and what it is linked with."""
+    """Compile the CUDA kernels; return object files and link flags."""
     nvcc, target = find_nvcc(), str(Path(folder, "launch.cuda.o"))
     output_of(nvcc, "--options-file", NVCC_OPTIONS, *code_generation(nvcc), "-c", CUDA_SOURCE, "-o", target)
-    # Where the static runtime lies, nvcc alone knows.
-    places = re.findall(r'"(-L[^"]+)"', output_of(nvcc, "--dryrun", "-shared", target, "-o", "unused.so"))
+    # Only nvcc knows the path of the static runtime.
+    paths = re.findall(r'"(-L[^"]+)"', output_of(nvcc, "--dryrun", "-shared", target, "-o", "unused.so"))
     libraries = ["-lcudart_static", "-lrt", "-lpthread", "-ldl", "-Wl,--exclude-libs,ALL"]
-    return [target], [*dict.fromkeys(places), *libraries]
+    return [target], [*dict.fromkeys(paths), *libraries]
 
 
 class BuildNative(build_ext):
-    """Compiles the extension, with as many processes as there are cores, and survives a failure."""
+    """Compiles the extension in parallel; a failure does not stop the install."""
 
     def run(self) -> None:
         try:
             super().run()
-        except Exception as error:  # no compiler, an old one, an unknown platform: the install must go on
+        except Exception as error:  # e.g. no compiler, or an unknown platform
             self.note_failure(error)
 
     def build_extension(self, ext: Extension) -> None:
@@ -156,16 +156,16 @@ class BuildNative(build_ext):
         return "clang" in os.path.basename(command) or sys.platform == "darwin"
 
     def get_export_symbols(self, ext: Extension) -> list[str]:
-        return []  # a plain shared library: there is no PyInit function to export
+        return []  # not a Python module: there is no PyInit function
 
     def note_failure(self, error: Exception) -> None:
         message = f"{type(error).__name__}: {error}"
         print(
-            f"fastkd: the native backend was not built, the install goes on without it ({message})",
+            f"fastkd: the native backend was not built, the install continues without it ({message})",
             file=sys.stderr,
         )
-        beside_the_source = self.inplace or getattr(self, "editable_mode", False)
-        target = FAILURE_NOTE if beside_the_source else Path(self.build_lib, FAILURE_NOTE)
+        in_source = self.inplace or getattr(self, "editable_mode", False)
+        target = FAILURE_NOTE if in_source else Path(self.build_lib, FAILURE_NOTE)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(message + "\n")
         self.extensions = []

@@ -1,10 +1,10 @@
-"""Measure every loss and gradient against float64, beside eager torch: makes docs/accuracy.md.
+"""Measure the errors of every loss and gradient against float64, as docs/accuracy.md.
 
     python benchmarks/accuracy.py > docs/accuracy.md
 
-Run from the repository's root. For each loss, backend, dtype and regime of logits: the norm of the
-difference to the float64 reference on the same logits, relative to its norm, median of three draws. "Eager"
-is fastkd's own reference in float32 arithmetic, which is as exact as careful use of torch gets.
+Run from the repository's root. For each loss, backend, dtype and regime of logits: the norm of the difference
+from the float64 reference on the same logits, relative to the reference's norm, median of three draws.
+"Eager" is fastkd's reference in float32, about as accurate as torch operations get.
 """
 
 import os
@@ -48,9 +48,9 @@ def regimes(dtype: torch.dtype) -> dict[str, tuple[torch.Tensor, torch.Tensor, t
 
 
 def defined(case: Case, regime: str, dtype: torch.dtype) -> bool:
-    if regime == "masked":  # averages over all classes are not defined for masked ones
+    if regime == "masked":  # averages over all classes are undefined with masked ones
         return not case.averages_classes
-    # The half types round near-equal logits to equal or to far apart.
+    # Half types round near-equal logits to equal ones or to larger differences.
     return regime != "near-equal" or dtype == torch.float32
 
 
@@ -59,9 +59,9 @@ def relative(value: torch.Tensor, truth: torch.Tensor) -> float:
     return (value.double().cpu() - truth).norm().item() / scale if scale else 0.0
 
 
-def errors(case: Case, backend: str, device: str, inputs, upstream) -> tuple[float, float]:
-    true_loss, true_gradient = exact(case, *inputs, upstream, reduction="none")
-    moved = [x.to(device) for x in (*inputs, upstream)]
+def errors(case: Case, backend: str, device: str, inputs, grad_output) -> tuple[float, float]:
+    true_loss, true_gradient = exact(case, *inputs, grad_output, reduction="none")
+    moved = [x.to(device) for x in (*inputs, grad_output)]
     with fastkd.use_backend(backend):
         loss, gradient = loss_and_gradient(case, *moved, reduction="none")
     return relative(loss, true_loss), relative(gradient, true_gradient)
@@ -97,7 +97,7 @@ def main() -> None:
         for case in CASES:
             for backend in backends:
                 cells = [
-                    cell([errors(case, backend, devices[backend], draw[name], up) for draw, up in draws])
+                    cell([errors(case, backend, devices[backend], draw[name], grad) for draw, grad in draws])
                     if defined(case, name, dtype)
                     else "-"
                     for name in names

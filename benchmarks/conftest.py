@@ -1,4 +1,4 @@
-"""``pytest benchmarks --benchmark-only``: which of the suite's cases."""
+"""The option --suite of ``pytest benchmarks --benchmark-only``."""
 
 
 def pytest_addoption(parser):

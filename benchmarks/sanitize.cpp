@@ -1,5 +1,5 @@
-// Drives the CPU kernels under sanitizers; see sanitize.py. Every buffer is of its own allocation and exactly as large as
-// the arguments say, so that one element too far is a finding.
+// Drives the CPU kernels under sanitizers; see sanitize.py. Every buffer is a separate allocation of exactly the size
+// that the arguments imply, so that an access one element past the end is detected.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -20,7 +20,7 @@ const DType kDTypes[] = {DType::kFloat, DType::kBFloat16, DType::kHalf};
 
 int64_t width_of(DType dtype) { return dtype == DType::kFloat ? 4 : 2; }
 
-// Memory of exactly so many bytes, 0xff between what is written: a NaN in every dtype.
+// An allocation of exactly `size` bytes, filled with 0xff: NaN in every dtype.
 struct Buffer {
   explicit Buffer(int64_t size) : data(static_cast<char*>(std::malloc(size_t(size)))), bytes(size) {
     std::memset(data, 0xff, size_t(size));
@@ -31,7 +31,7 @@ struct Buffer {
   int64_t bytes;
 };
 
-// Where the rows of a matrix lie: dense, with a gap, broadcast, or in two leading dimensions.
+// Layout of the rows: dense, with gaps, broadcast, or with two leading dimensions.
 enum class Layout { kDense, kGap, kShared, kTwo };
 
 Matrix matrix_of(Layout layout, int64_t rows, int64_t classes, DType dtype, int64_t& elements) {
@@ -47,7 +47,7 @@ Matrix matrix_of(Layout layout, int64_t rows, int64_t classes, DType dtype, int6
   return matrix;
 }
 
-// What a logit's bits may be: ordinary, and of what breaks arithmetic.
+// The bits of a random logit. Kinds: ordinary, some -inf, some NaN, constant, largest magnitude, some +inf.
 uint32_t bits_of(DType dtype, int kind, uint32_t& state) {
   state = state * 1664525u + 1013904223u;
   const float ordinary = (float(state >> 8) / 8388608.0f - 1.0f) * 6.0f;
@@ -61,7 +61,7 @@ uint32_t bits_of(DType dtype, int kind, uint32_t& state) {
   std::memcpy(&bits, &value, 4);
   if (dtype == DType::kFloat) return bits;
   if (dtype == DType::kBFloat16) return bits >> 16;
-  // Near enough: sign, exponent and the first bits of the fraction.
+  // Approximately float16: sign, exponent and the leading bits of the fraction.
   const uint32_t sign = bits >> 16 & 0x8000;
   if (std::isnan(value)) return sign | 0x7e00;
   if (std::isinf(value)) return sign | 0x7c00;
@@ -79,7 +79,7 @@ void fill(const Matrix& matrix, int64_t rows, int64_t classes, int kind, uint32_
     }
 }
 
-void one_after_the_other(int64_t count, void (*body)(int64_t, int64_t, void*), void* context) {
+void run_serially(int64_t count, void (*body)(int64_t, int64_t, void*), void* context) {
   for (int64_t i = 0; i < count; i++) body(i, i + 1, context);
 }
 
@@ -97,12 +97,12 @@ struct Choice {
 
 void call(const Choice& choice, const std::string& fault) {
   const int64_t rows = choice.rows, classes = choice.classes;
-  int64_t of_student, of_teacher, of_gradient;
-  Matrix student = matrix_of(choice.layout, rows, classes, choice.student, of_student);
-  Matrix teacher = matrix_of(choice.layout, rows, classes, choice.teacher, of_teacher);
-  Matrix gradient = matrix_of(Layout::kDense, rows, classes, choice.student, of_gradient);
-  Buffer s(of_student * width_of(choice.student)), t(of_teacher * width_of(choice.teacher));
-  Buffer g(of_gradient * width_of(choice.student)), losses(4 * rows), terms(4 * kTerms * rows);
+  int64_t student_elements, teacher_elements, gradient_elements;
+  Matrix student = matrix_of(choice.layout, rows, classes, choice.student, student_elements);
+  Matrix teacher = matrix_of(choice.layout, rows, classes, choice.teacher, teacher_elements);
+  Matrix gradient = matrix_of(Layout::kDense, rows, classes, choice.student, gradient_elements);
+  Buffer s(student_elements * width_of(choice.student)), t(teacher_elements * width_of(choice.teacher));
+  Buffer g(gradient_elements * width_of(choice.student)), losses(4 * rows), terms(4 * kTerms * rows);
   Buffer weights(4 * (2 * rows - 1)), labels(8 * (3 * rows - 2));
   student.data = s.data, teacher.data = t.data;
   fill(student, rows, classes, choice.kind, 1);
@@ -125,7 +125,7 @@ void call(const Choice& choice, const std::string& fault) {
   if (choice.labelled) arguments.target = reinterpret_cast<int64_t*>(labels.data), arguments.target_stride = 3;
   const LossOptions& options = choice.loss->options;
   if (!choice.kernels->computes(options)) std::abort();
-  if (choice.parts > 1) choice.kernels->row_loss_in_parts(arguments, options, choice.parts, one_after_the_other);
+  if (choice.parts > 1) choice.kernels->row_loss_in_parts(arguments, options, choice.parts, run_serially);
   else choice.kernels->row_loss(arguments, options, 0, rows);
   if (choice.with_gradient)
     choice.kernels->scale_rows(gradient, reinterpret_cast<float*>(losses.data), 1, classes, 0, rows);
@@ -133,22 +133,23 @@ void call(const Choice& choice, const std::string& fault) {
 }
 
 void run(const Kernels* kernels, bool quick, const std::string& fault) {
-  const std::vector<int64_t> few = {2, 17, 1000, 1030}, many = {2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 100,
-                                                               1000, 1023, 1024, 1025, 1039, 2047, 2048, 2100, 4099};
-  int turn = 0;
+  const std::vector<int64_t> few = {2, 17, 1000, 1030},
+                             many = {2,  3,   7,    8,    9,    15,   16,   17,   31,   33,   63,  64,
+                                     65, 100, 1000, 1023, 1024, 1025, 1039, 2047, 2048, 2100, 4099};
+  int counter = 0;
   for (const Case& loss : kCases)
     for (DType student : kDTypes)
       for (DType teacher : kDTypes)
         for (int64_t classes : quick ? few : many)
           for (Layout layout : {Layout::kDense, Layout::kGap, Layout::kShared, Layout::kTwo})
             for (int kind = 0; kind < 6; kind++) {
-              if (quick && (student != teacher || kind == 5) && (turn++ & 7) != 0) continue;
+              if (quick && (student != teacher || kind == 5) && (counter++ & 7) != 0) continue;
               const bool labelled = (loss.options.needs & kLabelled) != 0;
-              // Every combination of the rest over the turns, at the least cost.
-              for (int more = 0; more < (quick ? 2 : 4); more++, turn++) {
-                const int parts = classes > 1024 && turn % 3 == 0 ? 2 : 1;
-                call({kernels, &loss, student, teacher, 5, classes, layout, kind, parts, (turn & 1) == 0, labelled,
-                      (turn & 2) == 0 || more == 0, (turn & 4) == 0},
+              // The other arguments cycle through their combinations.
+              for (int more = 0; more < (quick ? 2 : 4); more++, counter++) {
+                const int parts = classes > 1024 && counter % 3 == 0 ? 2 : 1;
+                call({kernels, &loss, student, teacher, 5, classes, layout, kind, parts, (counter & 1) == 0, labelled,
+                      (counter & 2) == 0 || more == 0, (counter & 4) == 0},
                      fault);
               }
             }
@@ -168,8 +169,8 @@ int main(int count, char** arguments) {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
     sets.push_back(&avx2_kernels);
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
     sets.push_back(&avx512_kernels);
 #endif
   for (const Kernels* kernels : sets) {

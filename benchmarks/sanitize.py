@@ -1,9 +1,9 @@
 """Runs the native CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer; ``--quick`` is for CI.
 
 The sources of ``csrc/cpu`` are compiled with ``benchmarks/sanitize.cpp``, which calls each instruction set's
-kernels on buffers of exactly the size that the arguments name: one element beyond a row, a weight or a
-label is an error of the run. ``--fault`` plants a fault in the driver (a weight's stride, a row's length or a
-shift out of range) and expects it to be found: that the run can fail.
+kernels on buffers of exactly the required size: an access one element past a row, the weights or the labels
+fails the run. ``--fault`` injects a fault into the driver (a weight stride, a row length or a shift out of
+range), which must be detected.
 """
 
 import argparse
@@ -19,26 +19,26 @@ from fastkd.ops import spec
 ROOT = Path(__file__).parent.parent
 FLAGS = [
     "-std=c++17", "-O1", "-g", "-ffp-contract=fast", "-fno-math-errno", "-fno-omit-frame-pointer", "-w",
-    # The rest of `undefined` (null, alignment, object-size) takes minutes to compile.
+    # Without null, alignment and object-size of `undefined`: they take minutes to compile.
     "-fsanitize=address,bounds,shift,signed-integer-overflow,integer-divide-by-zero,float-cast-overflow,return,"
     "unreachable", "-fno-sanitize-recover=all",
 ]  # fmt: skip
 FAULTS = ("weight", "row", "arithmetic")
 
 
-# A slope far above 1: exponents that overflow where they are not bounded.
+# A slope far above 1: exponents overflow unless they are bounded.
 STEEP = spec.SoftmaxOptions(0.01, 0.1, tckd_weight=1.0, nckd_weight=8.0, standardize=True)
 
 
 def cases() -> str:
-    """The cases of fastkd/ops/spec.py as sanitize.cpp takes them."""
+    """The cases of fastkd/ops/spec.py as C++, for sanitize.cpp."""
     softmax = spec.LOSSES["softmax"]
     found = [(loss, case.options, case.labelled) for loss, case in spec.distinct_cases().values()]
     lines = []
     for loss, options, labelled in [*found, (softmax, STEEP, True)]:
         values = ", ".join(f"float({float(value)!r})" for value in options)
-        place, needs = list(spec.LOSSES).index(loss.name), spec.needs_of(loss, options, labelled)
-        lines.append(f"    {{{{{place}, {needs}u, {{{values}}}}}}},")
+        index, needs = list(spec.LOSSES).index(loss.name), spec.needs_of(loss, options, labelled)
+        lines.append(f"    {{{{{index}, {needs}u, {{{values}}}}}}},")
     return "\n".join(["const Case kCases[] = {", *lines, "};", ""])
 
 
@@ -71,16 +71,15 @@ def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer sizes, for CI")
-    parser.add_argument("--fault", choices=FAULTS, help="plant this fault and expect it to be found")
+    parser.add_argument("--fault", choices=FAULTS, help="inject this fault and expect it to be detected")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         program = build(Path(folder))
         if arguments.fault:
             done = run(program, "quick", arguments.fault)
             found = done.returncode != 0 and ("Sanitizer" in done.stderr or "runtime error" in done.stderr)
-            print(
-                f"sanitize: the planted fault ({arguments.fault}) {'was found' if found else 'WENT UNSEEN'}"
-            )
+            outcome = "detected" if found else "NOT DETECTED"
+            print(f"sanitize: the injected fault ({arguments.fault}) was {outcome}")
             sys.exit(not found)
         done = run(program, "quick" if arguments.quick else "full")
         print(done.stdout + done.stderr[-8000:], end="")

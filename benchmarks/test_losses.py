@@ -1,7 +1,7 @@
 """The suite's cases under pytest-benchmark: ``pytest benchmarks --benchmark-only [--suite full] [-k kd]``.
 
-For its statistics, histograms and comparisons. The rounds of a variant follow one another here, whereas
-``fastkd bench`` takes turns: on a machine that drifts, trust the ratios of ``fastkd bench``.
+For its statistics, histograms and comparisons. Here the rounds of a variant are consecutive, whereas
+``fastkd bench`` interleaves variants: on a machine that drifts, use the ratios of ``fastkd bench``.
 """
 
 import pytest
@@ -32,7 +32,7 @@ def test_loss(benchmark, case, variant, bound):
         pytest.skip(absent)
     loss = peers.variants(case.loss, {variant}, DEVICE).get(variant)
     if loss is None or isinstance(loss, str):
-        pytest.skip(loss or f"{variant} has no {case.loss}, or is what fastkd runs on here")
+        pytest.skip(loss or f"{variant} has no {case.loss}, or is the backend that fastkd uses here")
     run, inputs = runner(loss, case.backward), cases.make_inputs(case, DEVICE)
 
     def call():

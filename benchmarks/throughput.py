@@ -1,18 +1,18 @@
-"""Measure images per second of ImageNet's recipe, with the trainer and with two hand-written loops.
+"""Measure images per second of an ImageNet recipe with the trainer and with two hand-written loops.
 
     python benchmarks/throughput.py --output FILE.jsonl           # on a GPU: ResNet-34 to ResNet-18 at 224 px
     python benchmarks/throughput.py --output FILE.jsonl --size 96 --batch 16                        # on a CPU
 
-DKD as `imagenet/r18-dkd` has it (alpha 1, beta 0.5, T 1), SGD, on random images that wait as bytes in the
-host's memory, so that there is transfer and normalisation but no decoding. Three variants take turns:
+DKD as in `imagenet/r18-dkd` (alpha 1, beta 0.5, T 1), with SGD, on random uint8 images in host memory: with
+transfer and normalisation, without decoding. Three variants, interleaved:
 
-trainer   ``fastkd.train.fit_method``: the loop of `fastkd train`, with all it logs and watches
-bare      the same method and fused loss in a loop of nothing but the step: what the trainer adds is the rest
-plain     that loop in torch alone: a teacher under no_grad, and DKD of eager operations as it is in wide use
+trainer   ``fastkd.train.fit_method``: the loop of `fastkd train`, with its logging and checks
+bare      the same method and fused loss in a minimal loop: the difference is the trainer's overhead
+plain     that loop in torch only: a teacher under no_grad, and DKD in eager operations as it is widely used
 
-All have the same precision, memory format and compilation. A turn is ``--steps`` steps after ``--warm-up``,
-between two synchronisations. Written: a header, one line per variant (images per second: median, p20, p80)
-with the trainer's own split of the time, and one with the ratios of turns side by side.
+All use the same precision, memory format and compilation. A turn is ``--steps`` steps after ``--warm-up``,
+between two synchronisations. The output is a header, one record per variant (images per second: median, p20,
+p80) with the trainer's own split of the time, and one record with the ratios of consecutive turns.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ BETA, TEMPERATURE = 0.5, 1.0  # and alpha 1
 
 
 class RandomBytes:
-    """So many batches of the same few, pinned where there is a GPU; normalised by who takes them."""
+    """Random uint8 batches, of which a few are reused; not normalised."""
 
     mean, std = IMAGENET_MEAN, IMAGENET_STD
 
@@ -64,7 +64,7 @@ class RandomBytes:
 
 
 class Clock:
-    """Seconds between two steps, by number; the device has finished at both."""
+    """Seconds between two numbered steps, with the device synchronised at both."""
 
     def __init__(self, device: torch.device, begin: int, end: int) -> None:
         self._device, self._ends, self._times, self._steps = device, (begin, end), [], 0
@@ -150,7 +150,7 @@ class Comparison:
             with torch.no_grad():
                 teacher = self.teacher(images)
             student = self.student(images)
-            # Eager softmax in half precision would be another loss: autocast takes it in float32 too.
+            # Autocast computes softmax in float32 too.
             student, teacher = student.float(), teacher.float()
             dkd = masked_dkd(student, teacher, target, beta=BETA, temperature=TEMPERATURE)
             return F.cross_entropy(student, target) + dkd
@@ -182,7 +182,7 @@ VARIANTS = ("trainer", "bare", "plain")
 def main() -> None:
     args = arguments().parse_args()
     if args.device == "cpu" and args.precision == "float16":
-        raise SystemExit("--precision float16 is for GPUs: this loop scales no gradients")
+        raise SystemExit("--precision float16 is for GPUs: these loops have no loss scale")
     settings = {key: value for key, value in vars(args).items() if key not in ("output", "device")}
     try:
         writer = Writer(args.output)
@@ -197,8 +197,8 @@ def main() -> None:
             for variant in VARIANTS if turn % 2 else reversed(VARIANTS):
                 seconds[variant].append(getattr(comparison, variant)())
             splits.append(comparison.split)
-            told = ", ".join(f"{v} {args.batch * args.steps / seconds[v][-1]:.1f}" for v in VARIANTS)
-            print(f"turn {turn + 1}/{args.turns}, images per second: {told}", flush=True)
+            text = ", ".join(f"{v} {args.batch * args.steps / seconds[v][-1]:.1f}" for v in VARIANTS)
+            print(f"turn {turn + 1}/{args.turns}, images per second: {text}", flush=True)
         shares = shares_of(splits)
         for variant in VARIANTS:
             rates = [args.batch * args.steps / value for value in seconds[variant]]
@@ -230,7 +230,7 @@ def shares_of(splits: list[dict[str, float]]) -> dict[str, float]:
 
 
 def ratio(numerators: list[float], denominators: list[float]) -> float:
-    """Median of the ratios of turns: neighbours in time share the machine's drift."""
+    """Median of the ratios per turn, in which both share the machine's drift."""
     return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
 
 
@@ -248,7 +248,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=positive, default=256 if gpu else 8)
     parser.add_argument("--size", type=positive, default=224, help="side of the images, in pixels")
     parser.add_argument("--classes", type=positive, default=1000)
-    parser.add_argument("--steps", type=positive, default=40 if gpu else 6, help="timed in a turn")
+    parser.add_argument("--steps", type=positive, default=40 if gpu else 6, help="timed steps per turn")
     parser.add_argument("--warm-up", type=positive, default=10 if gpu else 2, help="steps before, untimed")
     parser.add_argument("--turns", type=positive, default=7)
     return parser

@@ -1,4 +1,4 @@
-// The operators of namespace fastkd_native: rows shared out over torch's threads, or put into a CUDA stream.
+// The operators of namespace fastkd_native: rows distributed over torch's threads, or launched on a CUDA stream.
 #include "operator_arguments.h"
 
 namespace fastkd {
@@ -6,39 +6,39 @@ namespace {
 
 // ---- threads -------------------------------------------------------------------------------------------------
 
-constexpr int64_t kElementsWorthAThread = 16384;
+constexpr int64_t kMinElementsPerThread = 16384;  // fewer do not pay for a thread
 
 void parallel_parts(int64_t count, void (*body)(int64_t, int64_t, void*), void* context) {
   check(torch_abi.torch_parallel_for(0, count, 1, body, context) == 0, "parallel_for failed");
 }
 
-// More than one where there are fewer rows than threads, and enough classes for all of them.
-int parts_a_row(const Rows& rows) {
+// More than one if there are fewer rows than threads, and enough classes to split.
+int parts_per_row(const Rows& rows) {
   uint32_t threads;
   check(torch_abi.torch_get_num_threads(&threads) == 0, "get_num_threads failed");
   if (rows.count == 0 || rows.count >= int64_t(threads)) return 1;
-  const int64_t wanted = (threads + rows.count - 1) / rows.count, worth = rows.classes / kElementsWorthAThread;
-  return int(wanted < worth ? wanted : worth);
+  const int64_t wanted = (threads + rows.count - 1) / rows.count, largest = rows.classes / kMinElementsPerThread;
+  return int(wanted < largest ? wanted : largest);
 }
 
 template <class Body>
 void parallel_rows(int64_t count, int64_t classes, const Body& body) {
-  const int64_t grain = classes > 0 ? (kElementsWorthAThread + classes - 1) / classes : 1;
+  const int64_t grain = classes > 0 ? (kMinElementsPerThread + classes - 1) / classes : 1;
   const auto call = [](int64_t begin, int64_t end, void* context) { (*static_cast<const Body*>(context))(begin, end); };
   check(torch_abi.torch_parallel_for(0, count, grain, call, const_cast<Body*>(&body)) == 0, "parallel_for failed");
 }
 
 // ---- operators -----------------------------------------------------------------------------------------------
 
-// The last four numbers are a plan of fastkd/ops/team_plan.py, of which the CPU knows nothing.
-#define FASTKD_PLAN_SCHEMA "int threads_a_row=0, int rows_a_block=0, int blocks_a_row=0, int slots=0) -> ()"
+// The TeamPlan of fastkd/ops/team_plan.py; ignored on the CPU.
+#define FASTKD_PLAN_SCHEMA "int threads_per_row=0, int rows_per_block=0, int blocks_per_row=0, int slots=0) -> ()"
 
 #define FASTKD_ROW_LOSS_SCHEMA \
   "Tensor target, Tensor row_weight, float scale, Tensor(a!) rows, Tensor(b!) terms, Tensor(c!) gradient, " \
   "Tensor(d!) sums, Tensor dynamic, int loss, int needs, float o0, float o1, float o2, float o3, float o4, float o5, " \
   "float o6, float o7, " FASTKD_PLAN_SCHEMA
 
-// A list costs a small loss more than its own arithmetic does, so one pair has an operator of its own.
+// Unpacking a Tensor[] takes longer than the arithmetic of a small loss, so a single pair has its own operator.
 constexpr const char* kRowLossSchema = "row_loss(Tensor student_logits, Tensor teacher_logits, " FASTKD_ROW_LOSS_SCHEMA;
 constexpr const char* kRowLossOfPairsSchema =
     "row_loss_of_pairs(Tensor[] student_logits, Tensor[] teacher_logits, " FASTKD_ROW_LOSS_SCHEMA;
@@ -59,14 +59,14 @@ cuda::TeamPlan team_plan(const StableIValue* stack) {
 }
 
 void row_loss_on_cpu(const RowArguments& arguments, LossOptions options) {
-  const int64_t known = arguments.dynamic.numel();
-  const float* values = arguments.dynamic.dense_floats(known);
-  for (int64_t i = 0; i < known; i++) options.values[i] = values[i];
-  check(kernels().computes(options), "there is no such loss, or no kernel for what it needs");
+  const int64_t dynamic = arguments.dynamic.numel();
+  const float* values = arguments.dynamic.dense_floats(dynamic);
+  for (int64_t i = 0; i < dynamic; i++) options.values[i] = values[i];
+  check(kernels().computes(options), "unknown loss, or no kernel compiled for its needs");
   float* sums = arguments.sums.given() ? arguments.sums.dense_floats(arguments.pairs()) : nullptr;
   for (Rows& rows : arguments.rows()) {
     if (!(options.needs & kDistills)) rows.teacher = rows.student;
-    const int parts = parts_a_row(rows);
+    const int parts = parts_per_row(rows);
     if (parts > 1) kernels().row_loss_in_parts(rows, options, parts, parallel_parts);
     else
       parallel_rows(rows.count, rows.classes,
@@ -84,9 +84,9 @@ void row_loss_on_cuda(const RowArguments& arguments, const LossOptions& options,
   const cuda::DynamicOptions dynamic{arguments.dynamic.dense_floats(values), int32_t(values)};
   const cuda::Stream stream = arguments.students[0].stream();
   const std::vector<Rows> rows = arguments.rows();
-  for (int first = 0; first < arguments.pairs(); first += cuda::kMostPairs) {
+  for (int first = 0; first < arguments.pairs(); first += cuda::kMaxPairs) {
     const int left = arguments.pairs() - first;
-    cuda::launch_row_loss(&rows[first], left < cuda::kMostPairs ? left : cuda::kMostPairs, options, dynamic, plan,
+    cuda::launch_row_loss(&rows[first], left < cuda::kMaxPairs ? left : cuda::kMaxPairs, options, dynamic, plan,
                           stream);
   }
 }
@@ -107,7 +107,7 @@ struct ScaleArguments {
   explicit ScaleArguments(const StableIValue* stack)
       : gradient(stack[0], "gradient"), factors(stack[1], "grad_output") {
     factors.require(!gradient.given() || (factors.dimensions() == 1 && factors.numel() == gradient.rows()),
-                    "must have one number for each row of the gradient");
+                    "must have one value per row of the gradient");
   }
 };
 
@@ -118,7 +118,7 @@ void scale_rows(StableIValue* stack, uint64_t, uint64_t) {
   const float* factors = arguments.factors.floats();
   const int64_t count = arguments.gradient.rows(), classes = arguments.gradient.classes();
   const int64_t stride = arguments.factors.stride(0);
-  // Mostly all factors are 1: then no thread is woken.
+  // The usual case, all factors 1, starts no threads.
   const int64_t distinct = stride == 0 ? 1 : count;
   bool all_ones = true;
   for (int64_t row = 0; row < distinct; row++) all_ones = all_ones && factors[row * stride] == 1.0f;
@@ -144,8 +144,8 @@ struct Operator {
 };
 
 const Operator kOperators[] = {
-    {kRowLossSchema, "row_loss", row_loss<one_tensor>, row_loss_cuda<one_tensor>},
-    {kRowLossOfPairsSchema, "row_loss_of_pairs", row_loss<tensors_of>, row_loss_cuda<tensors_of>},
+    {kRowLossSchema, "row_loss", row_loss<single_tensor>, row_loss_cuda<single_tensor>},
+    {kRowLossOfPairsSchema, "row_loss_of_pairs", row_loss<tensor_list>, row_loss_cuda<tensor_list>},
     {kScaleRowsSchema, "scale_rows_", scale_rows, scale_rows_cuda},
 };
 
@@ -154,8 +154,8 @@ const Operator kOperators[] = {
 
 #define FASTKD_EXPORT extern "C" __attribute__((visibility("default")))
 
-// Called once by fastkd/ops/native.py with the paths of the torch libraries that are loaded. Returns nullptr, or why
-// the operators could not be registered.
+// Registers the operators. Called once by fastkd/ops/native.py with the paths of the loaded torch libraries. Returns
+// nullptr, or the error.
 FASTKD_EXPORT const char* fastkd_register(const char* torch_library_path, const char* torch_cuda_library_path) {
   using namespace fastkd;
   if (const char* error = load_torch_abi(torch_library_path, torch_cuda_library_path)) return error;
@@ -170,12 +170,12 @@ FASTKD_EXPORT const char* fastkd_register(const char* torch_library_path, const 
     failed = failed || torch_abi.aoti_torch_library_def(definitions, op.schema) != 0 ||
              torch_abi.torch_library_impl(on_cpu, op.name, op.cpu, kTorchVersion) != 0 ||
              (with_cuda && torch_abi.torch_library_impl(on_cuda, op.name, op.cuda, kTorchVersion) != 0);
-  return failed ? "torch refused the registration of the operators" : nullptr;
+  return failed ? "torch rejected the registration of the operators" : nullptr;
 }
 
-// Needs, losses and their options, as fastkd/ops/native.py writes them from fastkd/ops/spec.py: a line each.
+// The needs, losses and options, one line each, in the format that fastkd/ops/native.py expects.
 template <class... Loss>
-static std::string described(fastkd::LossList<Loss...>) {
+static std::string description(fastkd::LossList<Loss...>) {
 #define FASTKD_NEED_NAME(name) " " #name
   std::string text = "needs" FASTKD_NEEDS(FASTKD_NEED_NAME);
 #undef FASTKD_NEED_NAME
@@ -183,11 +183,11 @@ static std::string described(fastkd::LossList<Loss...>) {
   return text;
 }
 FASTKD_EXPORT const char* fastkd_losses() {
-  static const std::string text = described(fastkd::Losses());
+  static const std::string text = description(fastkd::Losses());
   return text.c_str();
 }
 
-// Whether all labels are classes, and none of them the one to ignore.
+// Whether all labels are in range, and none is ignore_index.
 FASTKD_EXPORT bool fastkd_labels_all_valid(const int64_t* labels, int64_t count, int64_t classes,
                                            int64_t ignore_index) {
   bool all = true;
@@ -195,11 +195,11 @@ FASTKD_EXPORT bool fastkd_labels_all_valid(const int64_t* labels, int64_t count,
   return all;
 }
 
-// What is wrong with the environment's FASTKD_ISA; nullptr where nothing is. Until then no kernel may be asked for.
+// What is wrong with the environment variable FASTKD_ISA, or nullptr. Unless it is nullptr, kernels() throws.
 FASTKD_EXPORT const char* fastkd_instruction_set_refusal() { return fastkd::instruction_set_refusal(); }
 
 FASTKD_EXPORT const char* fastkd_instruction_set() { return fastkd::kernels().name; }
 
-// Why there are no CUDA kernels in this build, or none that run on this device; nullptr where there are.
+// Why this build has no CUDA kernels, or none for this device; nullptr if it has.
 FASTKD_EXPORT const char* fastkd_cuda_absent() { return fastkd::cuda::absent(); }
 FASTKD_EXPORT const char* fastkd_cuda_missing(int32_t device) { return fastkd::cuda::missing(device); }

@@ -1,5 +1,5 @@
-// The arguments of the operators, unpacked from torch's stack and looked at before their memory is. Included once, by
-// bindings.cpp.
+// The arguments of the operators: unpacked from torch's stack, and checked before their memory is accessed. Included
+// only by bindings.cpp.
 #pragma once
 
 #include <stdexcept>
@@ -24,14 +24,14 @@ int64_t width_of(DType dtype) {
     case DType::kFloat: return 4;
     case DType::kLong: return 8;
   }
-  throw std::runtime_error("fastkd_native: a dtype without a width");
+  throw std::runtime_error("fastkd_native: unsupported dtype");
 }
 
-// A tensor argument: ours to release. Its memory is reached only through data(), which looks at the storage first:
-// a tensor may have elements and no memory behind them. One without elements is an argument that is not given.
+// An owned tensor argument. Memory is accessed through data() only, which checks the storage: a tensor may have
+// elements without memory behind them. A tensor without elements stands for None.
 class Tensor {
  public:
-  // `index` of several tensors under one name; -1 where there is one.
+  // `index`: position in a list argument, or -1.
   Tensor(StableIValue value, const char* name, int index = -1)
       : handle_(reinterpret_cast<AtenTensorHandle>(value)), name_(name), index_(index) {
     check(torch_abi.aoti_torch_get_numel(handle_, &numel_) == 0, "numel failed");
@@ -57,7 +57,7 @@ class Tensor {
   int64_t dimensions() const { return dimensions_; }
   int64_t size(int64_t dimension) const { return sizes_[dimension]; }
   int64_t stride(int64_t dimension) const { return strides_[dimension]; }
-  // Of a tensor of rows.
+  // Of logits [..., C].
   int64_t classes() const { return given() ? sizes_[dimensions_ - 1] : 0; }
   int64_t rows() const { return given() ? numel_ / classes() : 0; }
 
@@ -66,7 +66,7 @@ class Tensor {
     check(torch_abi.aoti_torch_get_dtype(handle_, &dtype) == 0, "dtype failed");
     return DType(dtype);
   }
-  // The stream that torch puts its own kernels into, on this tensor's device.
+  // torch's current stream on the tensor's device.
   cuda::Stream stream() const {
     cuda::Stream current;
     check(torch_abi.aoti_torch_get_device_index(handle_, &current.device) == 0, "device_index failed");
@@ -90,7 +90,7 @@ class Tensor {
           "a tensor has no storage");
     for (int64_t i = 0; i < dimensions_; i++) last += (sizes_[i] - 1) * strides_[i];
     require(data != nullptr && (last + 1) * width_of(expected) <= bytes,
-            "has elements, but its storage does not hold them (freed, resized, or a wrapper's)");
+            "has elements, but its storage does not hold them (freed, resized, or a wrapper subclass)");
     return data;
   }
   const int64_t* integers() const {
@@ -101,9 +101,9 @@ class Tensor {
     require(!given() || dtype() == DType::kFloat, "must be float32");
     return static_cast<float*>(data(DType::kFloat));
   }
-  // As many numbers as asked for, one after the other.
+  // Checks that the tensor is contiguous and has `count` elements.
   float* dense_floats(int64_t count) const {
-    require(numel_ == count, "has another number of elements than its rows ask for");
+    require(numel_ == count, "has the wrong number of elements for its rows");
     int64_t dense = 1;
     for (int64_t i = dimensions_ - 1; i >= 0; dense *= sizes_[i], i--)
       require(sizes_[i] == 1 || strides_[i] == dense, "must be contiguous");
@@ -135,14 +135,14 @@ double as_double(StableIValue value) {
   return result;
 }
 
-std::vector<Tensor> one_tensor(StableIValue value, const char* name) {
+std::vector<Tensor> single_tensor(StableIValue value, const char* name) {
   std::vector<Tensor> tensors;
   tensors.emplace_back(value, name);
   return tensors;
 }
 
-// A Tensor[] argument: the list and its tensors are ours to release.
-std::vector<Tensor> tensors_of(StableIValue value, const char* name) {
+// A Tensor[] argument: owns the list and its tensors.
+std::vector<Tensor> tensor_list(StableIValue value, const char* name) {
   struct List {
     StableListHandle handle;
     ~List() { torch_abi.torch_delete_list(handle); }
@@ -159,7 +159,7 @@ std::vector<Tensor> tensors_of(StableIValue value, const char* name) {
   return tensors;
 }
 
-// The tensors that every row loss takes, in the order of its schema. The pairs of logits are alike.
+// The tensors of a row loss, in the order of the schema. All pairs have the same shape.
 struct RowArguments {
   std::vector<Tensor> students, teachers;
   Tensor target, row_weight, losses, terms, gradient, sums, dynamic;
@@ -171,13 +171,13 @@ struct RowArguments {
         terms(stack[6], "terms"), gradient(stack[7], "gradient"), sums(stack[8], "sums"), dynamic(stack[9], "dynamic"),
         scale(float(as_double(stack[4]))) {
     check(!students.empty() && students.size() == teachers.size(), "student_logits and teacher_logits must pair up");
-    dynamic.require(dynamic.numel() <= kOptions, "has more numbers than a loss has options");
+    dynamic.require(dynamic.numel() <= kOptions, "has more values than a loss has options");
   }
 
   int pairs() const { return int(students.size()); }
   int64_t count() const { return students[0].rows(); }
 
-  // The rows of every pair, checked and found in memory.
+  // The rows of each pair, with checked pointers.
   std::vector<Rows> rows() const {
     const int64_t count = this->count(), all = count * pairs(), classes = students[0].classes();
     Rows first{};
@@ -188,39 +188,40 @@ struct RowArguments {
     first.term_stride = all;
     if (terms.given()) first.terms = terms.dense_floats(kTerms * all);
     if (target.given()) {
-      target.require(target.dimensions() == 1 && target.numel() == count, "must have one label for each row");
+      target.require(target.dimensions() == 1 && target.numel() == count, "must have one label per row");
       first.target = target.integers();
       first.target_stride = target.stride(0);
     }
     int64_t weight_step = 0;
     if (row_weight.given()) {
-      const bool of_pairs = row_weight.dimensions() == 2;
-      row_weight.require((of_pairs && row_weight.size(0) == pairs() && row_weight.size(1) == count) ||
+      const bool per_pair = row_weight.dimensions() == 2;
+      row_weight.require((per_pair && row_weight.size(0) == pairs() && row_weight.size(1) == count) ||
                              (row_weight.dimensions() == 1 && row_weight.size(0) == count),
-                         "must have one number for each row, or for each row of each pair");
+                         "must have one value per row, or per row of each pair");
       first.row_weight = row_weight.floats();
-      first.row_weight_stride = row_weight.stride(of_pairs ? 1 : 0);
-      weight_step = of_pairs ? row_weight.stride(0) : 0;
+      first.row_weight_stride = row_weight.stride(per_pair ? 1 : 0);
+      weight_step = per_pair ? row_weight.stride(0) : 0;
     }
     int64_t gradient_step = 0;  // bytes
     if (gradient.given()) {
       gradient.require(gradient.dimensions() == 2 && gradient.rows() == all && gradient.classes() == classes,
-                       "must have a row for each row of the logits");
+                       "must have one row per row of the logits");
       first.gradient = gradient.matrix();
       gradient_step = count * first.gradient.stride * width_of(first.gradient.dtype);
     }
     std::vector<Rows> rows(pairs(), first);
     for (int pair = 0; pair < pairs(); pair++) {
-      Rows& of_pair = rows[pair];
+      Rows& pair_rows = rows[pair];
       for (const Tensor* logits : {&students[pair], &teachers[pair]})
-        logits->require(logits->rows() == count && logits->classes() == classes, "has another shape than its pair");
-      of_pair.student = students[pair].matrix();
-      of_pair.teacher = teachers[pair].matrix();
-      of_pair.losses += pair * count;
-      if (of_pair.terms != nullptr) of_pair.terms += pair * count;
-      if (of_pair.row_weight != nullptr) of_pair.row_weight += pair * weight_step;
-      if (of_pair.gradient.data != nullptr)
-        of_pair.gradient.data = static_cast<char*>(of_pair.gradient.data) + pair * gradient_step;
+        logits->require(logits->rows() == count && logits->classes() == classes,
+                        "must have the same shape as the first student_logits");
+      pair_rows.student = students[pair].matrix();
+      pair_rows.teacher = teachers[pair].matrix();
+      pair_rows.losses += pair * count;
+      if (pair_rows.terms != nullptr) pair_rows.terms += pair * count;
+      if (pair_rows.row_weight != nullptr) pair_rows.row_weight += pair * weight_step;
+      if (pair_rows.gradient.data != nullptr)
+        pair_rows.gradient.data = static_cast<char*>(pair_rows.gradient.data) + pair * gradient_step;
     }
     return rows;
   }

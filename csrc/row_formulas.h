@@ -1,8 +1,8 @@
-// The losses: name, options and formula of each. Scalar code per row, or code per class for both a vector of the CPU and
-// a thread of a GPU; docs/formulas.md derives it.
+// The losses: name, options and formula of each. Formulas are scalar code per row, or code per class, compiled for CPU
+// vectors and for GPU threads; docs/formulas.md derives them.
 //
-// A loss is a struct here, a place in the list `Losses`, and a row of fastkd/ops/spec.py. The skeletons of its family
-// (cpu/ and cuda/, softmax_rows.h, mixture_rows.h or pointwise_rows.h) do the rest.
+// A loss is a struct here, an entry of `Losses` and one of LOSSES in fastkd/ops/spec.py. The skeletons of its family
+// (softmax_rows.h, mixture_rows.h or pointwise_rows.h in cpu/ and cuda/) do the rest.
 #pragma once
 
 #include <cstring>
@@ -14,22 +14,21 @@ namespace fastkd {
 constexpr int kOptions = 8;
 constexpr int kTerms = 4;
 
-// A loss by its place in `Losses`, the needs of its call, and its options in the order of its struct.
+// A loss by its index in `Losses`, the needs of the call, and the options in the order of Loss::Options.
 struct LossOptions {
   int32_t loss;
   uint32_t needs;
   float values[kOptions];
 };
 
-// The options of a loss, as a struct and as text for the comparison with fastkd/ops/spec.py.
+// Declares the options of a loss: a struct, and their names, which are compared with fastkd/ops/spec.py at load.
 #define FASTKD_OPTIONS(...) \
   struct Options { \
     float __VA_ARGS__; \
   }; \
   static constexpr const char* kOptionNames = #__VA_ARGS__
 
-// Always inlined: as a function of its own, one compiled for a newer instruction set in one source file could be linked
-// into another.
+// Always inlined: an out-of-line copy compiled for a newer instruction set could be linked into other source files.
 #ifdef __CUDACC__
 #define FASTKD_FORMULA static __host__ __device__ __forceinline__
 #else
@@ -51,12 +50,12 @@ struct PointwiseFamily {};
 template <unsigned... kNeeds>
 struct VariantList {};
 
-// ---- the softmax family: from the statistics of a row to its loss and the few numbers of its gradient ----------------
+// ---- the softmax family: from the statistics of a row to its loss and the coefficients of its gradient ----------
 
 template <class Real>
 struct SoftmaxGradient {
   // g_i = (student + log_ratio (v_i - u_i)) e^{u_i} - teacher e^{v_i} + student_t1 e^{z_i} + constant
-  //       + affine (z_i - mean), u, v and z_i of the exponentials relative to the bases; and g_y = label.
+  //       + affine (z_i - mean), with u, v and z_i in the exponentials relative to the bases; and g_y = label.
   Real student, teacher, student_t1, constant, affine, log_ratio, label;
 };
 
@@ -72,11 +71,12 @@ struct Row {
   SoftmaxStatistics<Real> sums;
   RowLabel label;
   RowScale<Real> student, teacher;
-  float origin;  // of the student's logits in logit_sum: any of them
+  float origin;  // one of the student's logits: logit_sum is relative to it
   int64_t classes;
 };
 
-// 1 / T of student and teacher. Where only the slopes differ, the first option is the teacher's and the student's is 1.
+// 1 / T of student and teacher. With kOwnSlopes alone (TTM), the first option is the teacher's slope, the student's is
+// 1.
 template <class Real>
 FASTKD_ROW_FUNCTION void slopes_of(const LossOptions& options, Real& student, Real& teacher) {
   student = teacher = 1 / Real(options.values[0]);
@@ -89,8 +89,8 @@ FASTKD_ROW_FUNCTION Real forward_kl(const Row<Real>& row) {
   return row.sums.dot_t / row.sums.sum_t - log_ratio(row.sums.sum_t, row.sums.sum_s);
 }
 
-// The value of a masked class: kMasked, or what a large slope does not bring out of range. Of a standardised row
-// without spread the slope is 1e7 / T, and its padding would be -inf.
+// The value of a masked class: kMasked, or smaller if the slope would take it out of range. The slope of a constant
+// standardised row is 1e7 / T, which would turn padding into -inf.
 template <class Real>
 FASTKD_ROW_FUNCTION float masked_value(const Row<Real>& row) {
   const Real slope = row.student.slope > row.teacher.slope ? row.student.slope : row.teacher.slope;
@@ -107,8 +107,8 @@ FASTKD_ROW_FUNCTION Real above_mean(float z, const RowScale<Real>& scale) {
   return (Real(z) - scale.mean) - scale.mean_rest;
 }
 
-// w_ce CE + T^2 (w_kd KD + w_t TCKD + w_n NCKD); with fix_acquired, TCKD only where the teacher is more confident in the
-// target class.
+// w_ce CE + T^2 (w_kd KD + w_t TCKD + w_n NCKD); with fix_acquired, TCKD only where the teacher is more confident in
+// the target class.
 struct Softmax {
   static constexpr const char* kName = "softmax";
   typedef SoftmaxFamily Family;
@@ -126,17 +126,17 @@ struct Softmax {
 
     if (needs & kDistills) {
       const Real nckd = forward_kl(row);
-      // Without a label nothing is left out, and KD is NCKD over all classes.
+      // Without a label no class is excluded: KD is NCKD over all classes.
       Real q = 0, p = 0, q_rest = 1, p_rest = 1, tckd = 0, gate = 1;
       if (row.label.present) {
         const Real u = unfused(above_base<Real>(row.label.z_s, sums.max_s) * row.student.slope);
         const Real v = unfused(above_base<Real>(row.label.z_t, sums.max_t) * row.teacher.slope);
         const Real difference = (v - u) - log_ratio(sums.sum_t, sums.sum_s);
-        const Odds<Real> of_student = from_log_odds(u - std::log(sums.sum_s));
-        const Odds<Real> of_teacher = from_log_odds(v - std::log(sums.sum_t));
-        q = of_student.yes, q_rest = of_student.no;
-        p = of_teacher.yes, p_rest = of_teacher.no;
-        tckd = binary_divergence(of_teacher, of_student, difference);
+        const Odds<Real> student_odds = from_log_odds(u - std::log(sums.sum_s));
+        const Odds<Real> teacher_odds = from_log_odds(v - std::log(sums.sum_t));
+        q = student_odds.yes, q_rest = student_odds.no;
+        p = teacher_odds.yes, p_rest = teacher_odds.no;
+        tckd = binary_divergence(teacher_odds, student_odds, difference);
         gate = options.fix_acquired != 0 && !(difference > 0) ? 0 : 1;
       }
       const Real w_t = options.tckd_weight * gate;
@@ -164,9 +164,9 @@ struct Softmax {
 
     if (needs & kCrossEntropy) {
       const Real smoothing = options.label_smoothing;
-      const Odds<Real> of_rest = from_log_odds(std::log(sums.t1_s) - above_base<Real>(row.label.z_s, sums.max_s));
-      const Real rest = of_rest.yes;
-      result.terms[0] = w_ce != 0 ? of_rest.softplus : 0;
+      const Odds<Real> rest_odds = from_log_odds(std::log(sums.t1_s) - above_base<Real>(row.label.z_s, sums.max_s));
+      const Real rest = rest_odds.yes;
+      result.terms[0] = w_ce != 0 ? rest_odds.softplus : 0;
       if (smoothing != 0 && w_ce != 0)
         result.terms[0] += smoothing * (above_base<Real>(row.label.z_s, row.origin) - sums.logit_sum / row.classes);
       gradient.student_t1 = w_ce * rest / sums.t1_s;
@@ -190,13 +190,13 @@ struct NKD {
   FASTKD_FORMULA SoftmaxResult<Real> formula(const Options& options, unsigned, const Row<Real>& row) {
     const SoftmaxStatistics<Real>& sums = row.sums;
     const Real temperature = options.temperature, gamma = options.gamma;
-    const Odds<Real> of_rest = from_log_odds(std::log(sums.t1_s) - above_base<Real>(row.label.z_s, sums.max_s));
-    const Odds<Real> of_label = from_log_odds(above_base<Real>(row.label.z_t, sums.max_t) - std::log(sums.t1_t));
-    const Real p = of_label.yes, rest = of_rest.yes;
-    // Both terms are positive but for what lies above the base: nothing to cancel.
+    const Odds<Real> rest_odds = from_log_odds(std::log(sums.t1_s) - above_base<Real>(row.label.z_s, sums.max_s));
+    const Odds<Real> label_odds = from_log_odds(above_base<Real>(row.label.z_t, sums.max_t) - std::log(sums.t1_t));
+    const Real p = label_odds.yes, rest = rest_odds.yes;
+    // Both terms are positive, up to logits above the base: no cancellation.
     const Real cross = std::log(sums.sum_s) - sums.cross_t / sums.sum_t;
     SoftmaxResult<Real> result{};
-    result.loss = p * of_rest.softplus + gamma * temperature * temperature * cross;
+    result.loss = p * rest_odds.softplus + gamma * temperature * temperature * cross;
     result.gradient.student = gamma * temperature / sums.sum_s;
     result.gradient.teacher = gamma * temperature / sums.sum_t;
     result.gradient.student_t1 = p * rest / sums.t1_s;
@@ -244,7 +244,7 @@ struct ReverseKL {
   }
 };
 
-// The result of a row that cannot be computed.
+// The result for a label whose logit is not finite: NaN.
 template <class Real>
 FASTKD_ROW_FUNCTION SoftmaxResult<Real> undefined_result() {
   const Real nan = Real(NAN);
@@ -256,31 +256,33 @@ FASTKD_ROW_FUNCTION SoftmaxResult<Real> undefined_result() {
 
 template <class Loss, class Real>
 FASTKD_ROW_FUNCTION SoftmaxResult<Real> formula_of(const LossOptions& options, const Row<Real>& row) {
-  // A label's NaN or +inf is in no sum, and not in every term.
+  // The label is excluded from all sums, so its NaN or +inf would not reach every term.
   const bool finite = row.label.z_s - row.label.z_s == 0 && row.label.z_t - row.label.z_t == 0;
   if (row.label.present && !finite) return undefined_result<Real>();
   return Loss::formula(options_as<Loss>(options), options.needs, row);
 }
 
-// ---- the mixture family: a sum over classes of a function of q and p ---------------------------------------------------
+// ---- the mixture family: a sum over classes of a function of q and p --------------------------------------------
 
-// Code per class is written for a type of number V, a vector on the CPU, and its functions M: VectorMath of cpu/vector.h
-// and ScalarMath of cuda/scalar_math.h.
+// Code per class is generic in the number type V (a vector on the CPU, a float on the GPU) and its functions M:
+// VectorMath of cpu/vector.h, ScalarMath of cuda/scalar_math.h.
 
-// What a class adds to its row's loss, and q times the derivative of the loss in q: from that, h_i, the gradient is
-// q (h_i - mean of h under q) / T. A constant may be added to h; without what is common to all classes nothing cancels.
+// The class's contribution to the row loss, and q h with h the derivative of the loss in q. The gradient is
+// q (h_i - mean of h under q) / T, so a constant may be dropped from h; doing so avoids cancellation.
 template <class V>
 struct MixtureTerm {
   V value, weighted_slope;
 };
 
-// m = of_p p + of_q q, where of_p + of_q = 1, from the difference p - q: at p = q it is q exactly, and log(q / m) is 0.
+// m = weight_p p + weight_q q with weight_p + weight_q = 1, computed from p - q: exactly q at p = q, so that log(q / m)
+// is 0 there.
 template <class M, class V>
-FASTKD_FORMULA V mixture_of(float of_p, float of_q, V q, V p, V difference) {
-  return of_p <= 0.5f ? M::fused(difference, M::number(of_p), q) : M::fused(difference, M::number(-of_q), p);
+FASTKD_FORMULA V mixture_of(float weight_p, float weight_q, V q, V p, V difference) {
+  return weight_p <= 0.5f ? M::fused(difference, M::number(weight_p), q)
+                          : M::fused(difference, M::number(-weight_q), p);
 }
 
-// x y / m, 0 where m is.
+// x y / m, and 0 if m is 0.
 template <class M, class V>
 FASTKD_FORMULA V share_of(V x, V m, V y) {
   return M::quotient(x * y, M::select(m > 0.0f, m, M::number(1.0f)));
@@ -326,7 +328,7 @@ struct SkewKL {
   FASTKD_FORMULA MixtureTerm<V> formula(const Options& options, V q, V p, V difference) {
     const float rest = 1.0f - options.skew;
     const V m = mixture_of<M>(options.skew, rest, q, p, difference), above = rest * difference;  // p - m
-    // The sum of m - p is 0; with it each class's number is positive, and near equality nothing cancels.
+    // Adding m - p, whose sum is 0, makes every class's value positive: no cancellation near equality.
     return {M::times_log_ratio(p, m, above) - above, -rest * share_of<M>(q, m, above)};
   }
 };
@@ -346,10 +348,10 @@ struct SkewReverseKL {
   }
 };
 
-// ---- the pointwise family: a sum over classes of a function of u and v, times T^2 --------------------------------------
+// ---- the pointwise family: a sum over classes of a function of u and v, times T^2 -------------------------------
 
-// What a class adds to its row's loss, value + log(factor), and the derivative in u. Factors are from 1/2 to 1: a product
-// of them takes one logarithm for many classes.
+// The class's contribution to the row loss, value + log(factor), and the derivative in u. Factors are in [1/2, 1], so
+// that one logarithm of a product serves many classes.
 template <class V>
 struct ClassTerm {
   V value, factor, slope;
@@ -387,7 +389,7 @@ struct BinaryKLNorm {
     const V x = (z_s - z_t) * (0.5f * inverse_temperature), magnitude = M::absolute(x);
     const V e_minus_one = M::exp_minus_one(-2.0f * magnitude);  // E = e^{-2|x|} - 1, exact near 0
     const V half_tanh = M::with_sign_of(M::quotient(e_minus_one, -4.0f - 2.0f * e_minus_one), x);
-    // |x| + log((1 + e^{-2|x|}) / 2), or a series where these would cancel.
+    // |x| + log((1 + e^{-2|x|}) / 2), or a series for small |x|, where the two cancel.
     const V s = x * x;
     const V series = s * (0.5f - s * (1.0f / 12 - s * (1.0f / 45 - s * (17.0f / 2520))));
     const auto small = magnitude < 0.2f;
@@ -396,19 +398,19 @@ struct BinaryKLNorm {
   }
 };
 
-// ---- the list --------------------------------------------------------------------------------------------------------
+// ---- the list ---------------------------------------------------------------------------------------------------
 
 template <class... Loss>
 struct LossList {};
 // In the order of LOSSES in fastkd/ops/spec.py.
 typedef LossList<Softmax, NKD, TTM, ReverseKL, JSD, TVD, SkewKL, SkewReverseKL, BinaryKL, BinaryKLNorm> Losses;
 
-// visit(Loss()) for the loss with this place in the list; Result() where there is none.
+// visit(Loss()) for the loss with this index; Result() if there is none.
 template <class Result, class Visit, class... Loss>
-inline __attribute__((always_inline)) Result with_loss(int32_t place, const Visit& visit, LossList<Loss...>) {
+inline __attribute__((always_inline)) Result with_loss(int32_t index, const Visit& visit, LossList<Loss...>) {
   Result result{};
-  int32_t at = 0;
-  (void)((at++ == place && (result = visit(Loss()), true)) || ...);
+  int32_t i = 0;
+  (void)((i++ == index && (result = visit(Loss()), true)) || ...);
   return result;
 }
 

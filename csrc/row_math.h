@@ -1,9 +1,9 @@
-// Statistics of a row, which combine in any order, and scalar functions. Plain code, shared by the CPU and CUDA
-// kernels; row_formulas.h turns the statistics into losses.
+// Statistics of a row, which can be combined in any order, and scalar functions, for CPU and CUDA kernels.
+// row_formulas.h turns the statistics into losses.
 //
-// Notation: z logits, y the label, T the temperature, u = z_s / T, v = z_t / T (of standardised logits where
-// asked for), q = softmax(u), p = softmax(v). Every sum leaves the label out, so that nothing cancels. A NaN in a row
-// reaches a sum of its model, and from there the loss and every factor of the gradient.
+// Notation: z logits, y the label, T the temperature, u = z_s / T, v = z_t / T (z standardised if requested), q =
+// softmax(u), p = softmax(v). The label is excluded from every sum, which avoids cancellation. A NaN logit reaches a
+// sum of its model, and through it the loss and every coefficient of the gradient.
 #pragma once
 
 #include <cmath>
@@ -12,8 +12,8 @@
 #ifdef __CUDACC__
 #define FASTKD_ROW_FUNCTION __host__ __device__ inline
 #else
-// Internal linkage, and no member functions: code compiled for a newer instruction set in one source file must
-// not be linked into another.
+// Internal linkage, and no member functions: code compiled for a newer instruction set must not be linked into other
+// source files.
 #define FASTKD_ROW_FUNCTION static inline
 #endif
 
@@ -23,8 +23,8 @@ namespace fastkd {
 constexpr float kMasked = -1e30f;
 constexpr float kStandardizeEpsilon = 1e-7f;
 
-// What a call needs of the row kernels; each costs work per class. fastkd/ops/spec.py says what each is for, computes
-// them, and is compared with this list when the library is loaded.
+// What a call needs of the row kernels; each need costs work per class. fastkd/ops/spec.py documents and computes them,
+// and is compared with this list when the library is loaded.
 #define FASTKD_NEEDS(need) \
   need(Distills) need(CrossEntropy) need(StudentAtT1) need(TeacherAtT1) need(CrossTerm) need(LogRatio) need(OwnSlopes) \
       need(Standardized) need(LabelSmoothing) need(SumsOnly) need(Labelled)
@@ -39,13 +39,13 @@ enum Needs : unsigned {
 #define FASTKD_NEED(name) k##name = 1u << kBitOf##name,
   FASTKD_NEEDS(FASTKD_NEED)
 #undef FASTKD_NEED
-  // What the row skeletons are compiled for; the rest is decided per row or per call.
+  // Template parameters of the row skeletons; the other needs are tested at run time.
   kCompiledNeeds = kStudentAtT1 |
   kTeacherAtT1 | kCrossTerm | kLogRatio | kOwnSlopes | kStandardized | kSumsOnly
 };
 
-// A product as it is rounded: keeps the compiler from fusing it into a sum where two equal products must cancel to 0. The
-// GPU's code is compiled without fusion.
+// Keeps the compiler from fusing a product into a multiply-add where two equal products must cancel to 0. GPU code is
+// compiled without fusion.
 FASTKD_ROW_FUNCTION float unfused(float x) { return x; }
 FASTKD_ROW_FUNCTION double unfused(double x) {
 #if defined(__CUDACC__)
@@ -59,21 +59,22 @@ FASTKD_ROW_FUNCTION double unfused(double x) {
   return x;
 }
 
-// How one model's logits enter the softmax: u = z * slope up to a constant, which cancels in it. Of standardised
-// logits, their mean (in two parts, the second far smaller) and deviation for the gradient.
+// How one model's logits enter the softmax: u = z * slope, up to a constant, which the softmax cancels. For
+// standardised logits also their mean (as the sum of a float and a small correction) and deviation, which the gradient
+// needs.
 template <class Real>
 struct RowScale {
   Real slope, mean, mean_rest, deviation;
 };
 
-// Sums over a part of a row. Logits enter relative to a base of their own model, the largest logit seen in it or one
-// not far below: x_s = z_s - max_s. Differences of the models are differences of these, so that what is common to all
-// logits of a model cancels before anything is rounded to its size.
+// Sums over a part of a row. Logits are relative to a base of their model, the largest logit seen or one not far below:
+// x_s = z_s - max_s. Differences between the models are formed from these, so that an offset common to all logits of a
+// model cancels before any rounding at its magnitude.
 template <class Real>
 struct SoftmaxStatistics {
   float max_s, max_t;       // the bases
   Real sum_s, sum_t;        // sum exp(u - max u), sum exp(v - max v)
-  Real dot_s, dot_t;        // the same sums times the difference x_t - x_s; with kOwnSlopes, each x times its slope
+  Real dot_s, dot_t;        // the same with each term times x_t - x_s; with kOwnSlopes, each x times its slope
   Real cross_t;             // sum exp(v - max v) x_s
   Real moment_s, moment_t;  // sum exp(u - max u) (z_s - mean), sum exp(v - max v) (z_s - mean)
   Real t1_s, t1_t;          // sum exp(z - max z), at T = 1
@@ -85,23 +86,21 @@ struct RowLabel {
   float z_s, z_t;
 };
 
-// Sums are taken relative to a logit near the largest one seen: rebasing them is worth it only when a logit exceeds
-// that base by so much. e^8 times a million classes is far from overflow, and as exact. `at_t1`: exponentials at T = 1
-// are taken too.
+// Sums are rebased only when a logit exceeds their base by this much: e^8 times a million classes is far from overflow,
+// and as precise. `at_t1`: exponentials at T = 1 are needed too.
 template <class Real>
 FASTKD_ROW_FUNCTION Real headroom(bool at_t1, Real slope) {
   return 8 / (at_t1 && slope < 1 ? Real(1) : slope);
 }
 
-// Brings sums that are relative to smaller bases to larger ones. Sums that kNeeds does not ask for may be left as they
-// are.
+// Rebases sums to larger bases. Sums that kNeeds does not include may be left unchanged.
 template <unsigned kNeeds = ~0u, class Real>
 FASTKD_ROW_FUNCTION void rebase(SoftmaxStatistics<Real>& row, float max_s, float max_t, Real slope_s, Real slope_t) {
   const Real below_s = Real(row.max_s) - Real(max_s), below_t = Real(row.max_t) - Real(max_t);
   const Real step = kNeeds & kOwnSlopes ? below_t * slope_t - below_s * slope_s : below_t - below_s;
   row.max_s = max_s;
   row.max_t = max_t;
-  // What a factor of 0 wipes out must not meet a step that overflowed.
+  // The step may have overflowed where the factor is 0: 0 * inf would be NaN.
   if (row.sum_s != 0 && (below_s != 0 || below_t != 0)) {
     const Real factor = std::exp(below_s * slope_s);
     if (kNeeds & kLogRatio) row.dot_s = factor != 0 ? factor * (row.dot_s + step * row.sum_s) : 0;
@@ -119,7 +118,7 @@ FASTKD_ROW_FUNCTION void rebase(SoftmaxStatistics<Real>& row, float max_s, float
   }
 }
 
-// Adds the sums of a part that is relative to the same largest logits.
+// Adds the sums of a part with the same bases.
 template <class Real>
 FASTKD_ROW_FUNCTION void add_sums(SoftmaxStatistics<Real>& row, const SoftmaxStatistics<Real>& part) {
   row.sum_s += part.sum_s, row.sum_t += part.sum_t;
@@ -130,7 +129,7 @@ FASTKD_ROW_FUNCTION void add_sums(SoftmaxStatistics<Real>& row, const SoftmaxSta
   row.logit_sum += part.logit_sum;
 }
 
-// What a log odds x means: sigmoid(x), sigmoid(-x) and softplus(x) = -log sigmoid(-x), from one exponential.
+// sigmoid(x), sigmoid(-x) and softplus(x) = -log sigmoid(-x) of log odds x, from one exponential.
 template <class Real>
 struct Odds {
   Real yes, no, softplus;
@@ -142,19 +141,19 @@ FASTKD_ROW_FUNCTION Odds<Real> from_log_odds(Real x) {
   return x > 0 ? Odds<Real>{larger, smaller, x + std::log1p(e)} : Odds<Real>{smaller, larger, std::log1p(e)};
 }
 
-// log(a / b). In float exact to rounding also where the two are close; in double that is beyond what the sums hold.
+// log(a / b). The float version is accurate also for a close to b; doubles here come from sums that hold fewer digits.
 FASTKD_ROW_FUNCTION double log_ratio(double a, double b) { return std::log(a / b); }
 FASTKD_ROW_FUNCTION float log_ratio(float a, float b) {
   const float difference = a - b;
   return std::fabs(difference) < b / 2 ? std::log1p(difference / b) : std::log(a / b);
 }
 
-// KL of (p, 1 - p) from (q, 1 - q) by their log odds, of which `difference` is log odds p - log odds q.
+// KL((p, 1 - p) || (q, 1 - q)); `difference` is log odds p - log odds q.
 FASTKD_ROW_FUNCTION double binary_divergence(const Odds<double>& p, const Odds<double>& q, double difference) {
   return p.yes * difference + (q.softplus - p.softplus);
 }
 FASTKD_ROW_FUNCTION float binary_divergence(const Odds<float>& p, const Odds<float>& q, float difference) {
-  // Close to each other the two softplus would cancel.
+  // The difference of the softpluses cancels where the two are close.
   const float rest = std::fabs(difference) < 1 ? std::log1p(p.yes * std::expm1(-difference)) : q.softplus - p.softplus;
   return p.yes * difference + rest;
 }

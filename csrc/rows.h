@@ -1,4 +1,4 @@
-// The rows of a call as every kernel receives them.
+// The rows of a call, as kernels receive them.
 #pragma once
 
 #include <cstdint>
@@ -9,16 +9,16 @@ namespace fastkd {
 
 enum class DType : int32_t { kLong = 4, kHalf = 5, kFloat = 6, kBFloat16 = 15 };  // torch's ScalarType
 
-// Dense rows in one or two leading dimensions: rows of [N, C], or of [M, K, C], where N = M * K.
+// N rows with dense classes: [N, C], or [M, K, C] with N = M * K.
 struct Matrix {
   void* data = nullptr;
   int64_t stride = 0;         // elements from row to row
-  int64_t inner = INT64_MAX;  // rows that `stride` reaches: K, or at least N where there is one leading dimension
+  int64_t inner = INT64_MAX;  // K, or at least N for [N, C]
   int64_t outer_stride = 0;   // elements from one group of `inner` rows to the next
   DType dtype = DType::kFloat;
 };
 
-// Elements from the first row to this one.
+// Offset of a row in elements.
 FASTKD_ROW_FUNCTION int64_t row_offset(const Matrix& matrix, int64_t row) {
   if (row < matrix.inner) return row * matrix.stride;  // spares the division
   return row / matrix.inner * matrix.outer_stride + row % matrix.inner * matrix.stride;
@@ -34,7 +34,7 @@ struct Rows {
   int64_t row_weight_stride;
   float scale;
   float* losses;
-  float* terms;  // four numbers per row, `term_stride` apart
+  float* terms;  // kTerms values per row, `term_stride` apart
   int64_t term_stride;
 };
 

@@ -10,7 +10,7 @@ TorchAbi torch_abi;
 
 const char* load_torch_abi(const char* path, const char* cuda_path) {
   static std::string error;
-  // torch is imported already: this only finds it, also where it was loaded with local symbols.
+  // Finds the library that is already loaded, also if its symbols are local.
   void* torch = dlopen(path, RTLD_LAZY | RTLD_NOLOAD);
   if (torch == nullptr) {
     error = std::string("torch's library is not loaded from ") + path;

@@ -1,10 +1,9 @@
 // The part of PyTorch's stable C ABI that the extension uses.
 //
-// The functions are declared here rather than taken from torch's headers, so that the extension builds
-// without torch: an isolated build then needs a compiler and no second torch of several gigabytes. They
-// are looked up by name in the torch that is loaded (torch_abi.cpp), so nothing is linked either, and one
-// binary serves every torch from 2.10 on. tests/ops/test_native_build.py compiles these declarations beside
-// torch's own headers, where a signature that differs is a compile error.
+// The functions are declared here rather than included from torch's headers, so that an isolated build does not
+// install a second torch of several gigabytes. They are looked up by name in the loaded torch (torch_abi.cpp):
+// nothing is linked, and one binary works with every torch from 2.10 on. tests/ops/test_native_build.py compiles
+// these declarations together with torch's headers, where a differing signature is a compile error.
 #pragma once
 
 #include <cstddef>
@@ -68,11 +67,11 @@ struct TorchAbi {
 
 extern TorchAbi torch_abi;
 
-// Fills torch_abi from the torch library at `path`, and from that of its CUDA part at `cuda_path` if it is loaded.
-// Returns nullptr, or what is missing.
+// Fills torch_abi from the loaded libtorch_cpu at `path` and, if loaded, libtorch_cuda at `cuda_path`. Returns nullptr,
+// or what is missing.
 const char* load_torch_abi(const char* path, const char* cuda_path);
 
-// What the extension was written against: torch 2.10.
+// The ABI version that the extension targets: torch 2.10.
 constexpr uint64_t kTorchVersion = (uint64_t{2} << 56) | (uint64_t{10} << 48);
 
 }  // namespace fastkd

@@ -166,8 +166,8 @@ def _team_path(work: _Work, rows: int, classes: int, dtype: torch.dtype, device:
         accesses += work.reads * further * (1 - team.cached(classes))
         words = team.describe(classes)
     else:
-        words = f"{team.threads_a_row * team.blocks_a_row} threads per row, one pass"
-    return _Path(words, 8, team.threads_a_row * team.rows_a_block // 32 or 1, accesses)
+        words = f"{team.threads_per_row * team.blocks_per_row} threads per row, one pass"
+    return _Path(words, 8, team.threads_per_row * team.rows_per_block // 32 or 1, accesses)
 
 
 @cache

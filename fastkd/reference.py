@@ -1,7 +1,7 @@
 """The losses in plain torch: the specification of every kernel, and the eager backend.
 
 Each function takes logits ``[N, C]`` and returns one value per row, in float32 (float64 for float64
-logits), before any reduction. They are twice differentiable and import nothing of the package.
+logits), before any reduction. They are twice differentiable and import nothing from the package.
 
 Notation: u = z_s / T, v = z_t / T, q = softmax(u), p = softmax(v), y the label, hats renormalised
 over the classes that are not y. T^2 is included, so that a weight means the same at every T.
@@ -20,9 +20,9 @@ STANDARDIZE_EPSILON = 1e-7
 
 
 def as_float(logits: Tensor) -> Tensor:
-    """Logits in float32 (float64 stays), raised before any arithmetic, -inf replaced by MASKED."""
+    """Logits converted to float32 (float64 unchanged) and clamped from below to MASKED."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    return wide.masked_fill(wide < MASKED, MASKED)  # a NaN stays, in the gradient too; clamp_min's would be 0
+    return wide.masked_fill(wide < MASKED, MASKED)  # unlike clamp_min, propagates NaN to the gradient
 
 
 def standardized(logits: Tensor) -> Tensor:
@@ -71,8 +71,8 @@ def softmax_rows(
 ) -> tuple[Tensor, Tensor]:
     """w_ce CE + T^2 (w_kd KD + w_t TCKD + w_n NCKD): the row loss [N] and its four terms [4, N].
 
-    Terms are unweighted (T^2 included), a term of weight 0 is 0. CE is of the raw student logits at
-    T = 1, even where the distillation terms are standardised. With ``fix_acquired`` TCKD is 0 where the
+    Terms are unweighted (T^2 included), and 0 if their weight is 0. CE is of the raw student logits at
+    T = 1, even if the distillation terms are standardised. With ``fix_acquired`` TCKD is 0 where the
     student is at least as confident in the target class as the teacher.
     Hinton et al. 2015; Zhao et al. 2022.
     """
@@ -80,7 +80,9 @@ def softmax_rows(
     u, v = (standardized(z_s), standardized(z_t)) if standardize else (z_s, z_t)
     u, v = u / temperature, v / temperature
     square = temperature * temperature
-    zero = z_s[:, :0].sum(-1)  # with a gradient, which is 0, if no term has a weight
+    zero = z_s[:, :0].sum(
+        -1
+    )  # part of the graph, so that the loss has a (zero) gradient if all weights are 0
     ce = kd = tckd = nckd = zero
     if kd_weight:
         kd = square * kl_from_logits(u, v)
@@ -210,13 +212,13 @@ def binary_kl_norm_rows(
 
 
 def softplus(x: Tensor) -> Tensor:
-    """log(1 + e^x). torch's own turns linear at 20, an error of 2e-9 that float64 would show."""
+    """log(1 + e^x). torch's softplus is linear above 20: an error of 2e-9, too large for float64."""
     return -F.logsigmoid(-x)
 
 
 def log_cosh(x: Tensor) -> Tensor:
-    """log(cosh(x)) without overflow, and without losing a small x to rounding."""
-    # |x| + softplus(-2|x|) - log 2 rounds to 0 for small x; the series is exact to rounding there.
+    """log(cosh(x)) without overflow, and without cancellation for small x."""
+    # |x| + softplus(-2|x|) - log 2 cancels for small x; the series is accurate there.
     small = x.abs() < 0.05 if x.dtype == torch.float32 else x.abs() < 1e-3
     inner = x.masked_fill(~small, 0.0)
     square = inner * inner

@@ -1,4 +1,4 @@
-"""Bad and unusual inputs: what must happen on every backend that runs here, and what did happen.
+"""Bad and unusual inputs: the required and the observed behaviour on every backend that runs here.
 
 ``tests/test_bad_inputs.py`` runs every line of ``tests/bad_input_lines``;
 ``python tests/bad_inputs.py > docs/bad-inputs.md`` writes the page. Each line runs in its own forked process,
@@ -34,20 +34,21 @@ FUSED = ("native", "triton")
 
 @dataclass(frozen=True)
 class Refused:
-    """An error of this type whose text matches."""
+    """Requires an error of this type whose message matches."""
 
     kind: type[BaseException]
     pattern: str
 
     def __str__(self) -> str:
-        """The pattern as words: "TypeError: student_logits … to_local or full_tensor"."""
+        """A readable pattern: "TypeError: student_logits … to_local or full_tensor"."""
         words = re.sub(r"\(\?i\)|[\^()\\]", "", self.pattern.replace(".*", " … ").replace("|", " or "))
         return f"{self.kind.__name__}: {words.strip(' …')}"
 
 
 @dataclass(frozen=True)
 class Gives:
-    """The results of ``expected`` with the eager backend, within rounding; or any that ``holds`` accepts."""
+    """Requires the results of ``expected`` on the eager backend, within rounding, or any that ``holds``
+    accepts."""
 
     words: str
     expected: Callable[[], Any] | None = None
@@ -85,14 +86,14 @@ def near(results: Any, expected: Any) -> bool:
 
 
 def shown(text: str, backend: str) -> str:
-    """Return the first line of a message, without what differs between runs or backends."""
+    """Return the first line of a message, without parts that differ between runs or backends."""
     text = text.replace(f"'{backend}'", "'…'")
     line = re.sub(r"0x[0-9a-f]+", "0x…", text.strip().splitlines()[0] if text.strip() else "")
     return line if len(line) <= 180 else line[:177] + "…"
 
 
 def judge(line: Line, backend: str) -> tuple[bool, str]:
-    """Return whether the right thing happened, and what happened, in words."""
+    """Return whether the behaviour is as required, and a description of it."""
     must = line.must
     torch.manual_seed(0)
     try:

@@ -1,4 +1,4 @@
-"""The losses under test, as functions of the same arguments, and how results are compared."""
+"""The losses under test, with a common signature, and the comparison of results."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Case:
 
     @property
     def averages_classes(self) -> bool:
-        """Whether it averages over all classes, so that it is not defined for masked ones."""
+        """Whether it averages over all classes, and so is undefined with masked ones."""
         return bool(self.needs & (Needs.STANDARDIZED | Needs.LABEL_SMOOTHING))
 
 
@@ -54,8 +54,8 @@ KERNELS = [*spec.distinct_cases(), "dckd", "wttm"]
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 each_kernel = pytest.mark.parametrize("case", [BY_NAME[name] for name in KERNELS], ids=lambda case: case.name)
 
-# Relative to the norm of the reference. float32 is rounding of the sums, the half types are the rounding of
-# the gradient itself (Triton's interpreter truncates to bfloat16: a whole unit in the last place).
+# Relative to the norm of the reference. float32: rounding of the sums; half types: rounding of the gradient
+# itself (Triton's interpreter truncates to bfloat16: an error of up to one unit in the last place).
 LOSS_ERROR = 1e-5
 GRADIENT_ERROR = {torch.float32: 1e-5, torch.bfloat16: 2**-6.5, torch.float16: 2e-3}
 
@@ -75,7 +75,7 @@ def loss_and_gradient(case: Case, student, teacher, target, grad_output=None, **
 
 
 def exact(case: Case, student, teacher, target, grad_output=None, **options):
-    """Return the same from the reference in float64, on the same logits."""
+    """Return loss and gradient of the float64 reference for the same logits."""
     grad_output = None if grad_output is None else grad_output.double()
     with fastkd.use_backend("eager"):
         return loss_and_gradient(case, student.double(), teacher.double(), target, grad_output, **options)

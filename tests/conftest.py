@@ -2,15 +2,15 @@
 
 import os
 
-# With two workers, a second torch thread only waits for time slices. Set before torch is imported, and
-# inherited by the processes that tests start.
+# One torch thread per worker avoids oversubscription. Set before torch is imported, and inherited by
+# subprocesses.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 
-# Without a GPU the Triton kernels run in its interpreter, which must be chosen before Triton is imported.
+# Without a GPU the Triton kernels run in the interpreter, which must be selected before Triton is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -34,7 +34,7 @@ def fused(request):
     """Run the test on a fused backend; return the device for its tensors."""
     name, device = request.param
     reason = missing(name, device)
-    # A backend that cannot run is a failure: a skip would hide that nothing was tested.
+    # A failure rather than a skip, which would hide that nothing was tested.
     assert reason is None, f"{name} cannot run on {device}: {reason}"
     with fastkd.use_backend(name):
         yield device

@@ -15,6 +15,6 @@ def test_what_must_happen(line, backend):
     assert good, f"must: {line.must}; happened: {happened}"
 
 
-def test_lines_have_names_of_their_own():
+def test_line_names_are_unique():
     names = [line.name for line in LINES]
     assert len(set(names)) == len(names)

@@ -1,4 +1,4 @@
-"""What a command line meets before its work: values of the environment, and a reader that stops reading."""
+"""Environment variables, devices and closed pipes on the command line."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ def run(*words: str, **variables: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_a_backend_that_is_none_is_one_line_and_status_2():
+def test_an_unknown_backend_is_one_line_and_status_2():
     done = run("-m", "fastkd", "doctor", FASTKD_BACKEND="nativ")
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
@@ -32,13 +32,13 @@ def test_a_backend_that_is_none_is_one_line_and_status_2():
 @pytest.mark.parametrize(
     "command", [["recipes"], ["check"], ["bench"], ["train", "glyphs/kd"], ["plot", "runs"]]
 )
-def test_every_command_looks_at_the_backend_first(command, monkeypatch, capsys):
+def test_every_command_checks_the_backend_first(command, monkeypatch, capsys):
     monkeypatch.setattr(backend, "_chosen", "Eager")  # as read from the environment
     assert main(command) == 2
     assert "FASTKD_BACKEND is 'Eager'" in capsys.readouterr().err
 
 
-def test_a_backend_that_is_none_is_an_error_at_the_first_loss(monkeypatch):
+def test_an_unknown_backend_is_an_error_at_the_first_loss(monkeypatch):
     """Not at import, so that the command line can report it; a choice made in the program overrides it."""
     monkeypatch.setattr(backend, "_chosen", "nativ")
     with pytest.raises(ValueError, match="FASTKD_BACKEND is 'nativ'; expected one of auto"):
@@ -49,7 +49,7 @@ def test_a_backend_that_is_none_is_an_error_at_the_first_loss(monkeypatch):
         fastkd.get_backend()
 
 
-def test_an_instruction_set_that_is_none_is_one_line():
+def test_an_unknown_instruction_set_is_one_line():
     done = run("-m", "fastkd", "doctor", FASTKD_ISA="AVX2")
     assert done.returncode == 2
     assert done.stderr.startswith("fastkd: error: the environment's FASTKD_ISA is 'AVX2'; expected portable")
@@ -62,7 +62,7 @@ def test_an_empty_variable_counts_as_unset():
 
 
 @pytest.mark.parametrize("value", ["two", "0", "-1", "1.5", " 2", "²"])
-def test_a_count_that_is_none(value, monkeypatch, capsys):
+def test_an_invalid_count(value, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", value)
     for command in (["train", "glyphs/kd"], ["cache-teacher", "glyphs/kd", "--to", "cache"]):
         assert main(command) == 2
@@ -87,7 +87,7 @@ def test_the_other_numbers_of_torchrun(variable, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("command", [["recipes"], ["--help"], ["doctor"], ["bench", "--help"]])
-def test_a_reader_that_has_seen_enough_ends_the_command_quietly(command):
+def test_a_closed_pipe_ends_the_command_quietly(command):
     reader, writer = os.pipe()
     os.close(reader)  # as `head -1` does when it has its line
     with os.fdopen(writer, "w") as pipe:
@@ -99,7 +99,7 @@ def test_a_reader_that_has_seen_enough_ends_the_command_quietly(command):
             cwd=ROOT,
         )
     assert process.stderr == ""
-    assert process.returncode == (0 if "--help" in command else 141)  # argparse passes over a closed pipe
+    assert process.returncode == (0 if "--help" in command else 141)  # argparse ignores a closed pipe
 
 
 @pytest.mark.parametrize(
@@ -113,11 +113,11 @@ def test_a_reader_that_has_seen_enough_ends_the_command_quietly(command):
         (0, TypeError, "device is 0"),
     ],
 )
-def test_a_device_that_is_not_here(device, kind, message):
+def test_an_unavailable_device(device, kind, message):
     with pytest.raises(kind, match=message):
         fastkd.explain(8, 100, device=device)
 
 
-def test_a_device_that_is_here():
+def test_an_available_device():
     assert str(backend.checked_device("cpu", "device")) == "cpu"
     assert fastkd.explain(8, 100, device="cpu").device == "cpu"

@@ -1,4 +1,4 @@
-"""``fastkd.explain``: paths, and numbers that are the plan's."""
+"""``fastkd.explain``: paths and memory accesses agree with the plans."""
 
 import importlib
 
@@ -32,11 +32,11 @@ def test_the_path_follows_the_length_of_the_row():
         assert fastkd.explain(8, 100_000, device=device, loss="jsd").accesses == 7
 
 
-def test_native_cuda_paths_say_what_they_cache():
+def test_native_cuda_paths_report_what_they_cache():
     def path(loss, rows, classes, dtype=torch.bfloat16):
         return explanation._team_path(explanation._work_of(loss), rows, classes, dtype, H100)
 
-    assert "rows a block" in path("kd", 8192, 10).words
+    assert "rows per block" in path("kd", 8192, 10).words
     whole = path("dkd", 4096, 131_072)
     assert whole.accesses == 3
     assert "cluster of 8 blocks" in whole.words
@@ -57,7 +57,7 @@ def test_bad_input():
         fastkd.explain(3, 10, torch.int64)
 
 
-def test_the_function_has_the_name():
+def test_importing_the_module_keeps_the_function():
     importlib.import_module("fastkd.explanation")
     assert fastkd.explain is explanation.explain
 

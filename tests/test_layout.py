@@ -1,4 +1,4 @@
-"""The modules of fastkd import one another in one direction, without circles, and in any order."""
+"""Imports within fastkd follow the layers, have no cycles, and work in any order."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# From the lowest up: a module imports from its own line and from those above it in this table. A name stands
-# for the module or package of that name below fastkd.
+# Lowest first: a module imports only from its own layer and from layers above it in this table. Names are
+# modules and packages of fastkd.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("version", "environment", "errors", "imports", "messages", "files"),
     ("reference",),
@@ -41,11 +41,11 @@ def modules() -> dict[str, Path]:
 
 
 def imports_of(module: str, path: Path, known: dict[str, Path]) -> Iterator[str]:
-    """The modules of fastkd that ``module`` names in import statements, wherever these stand.
+    """The modules of fastkd that ``module`` imports.
 
-    Statements in functions and under ``if TYPE_CHECKING`` count: a circle among them would be a circle of
-    meaning, and would break once one of them moves to the top of its file. A package is imported with each of
-    its modules; that counts only where its own names are used.
+    Imports in functions and under ``if TYPE_CHECKING`` count: a cycle among them fails once one moves to the
+    top of its file. Importing a module also imports its package; that counts only if the package's own names
+    are used.
     """
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -67,7 +67,7 @@ def graph() -> dict[str, set[str]]:
     return {module: set(imports_of(module, path, known)) - {module} for module, path in known.items()}
 
 
-def circles(edges: dict[str, set[str]]) -> list[set[str]]:
+def cycles(edges: dict[str, set[str]]) -> list[set[str]]:
     """Strongly connected components of more than one module, by Tarjan's algorithm."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
@@ -104,16 +104,16 @@ def layer_of(module: str) -> int:
     raise AssertionError(f"{module} is in no layer: add it to LAYERS")
 
 
-def test_no_circle() -> None:
-    assert circles(graph()) == []
+def test_no_cycle() -> None:
+    assert cycles(graph()) == []
 
 
-def test_a_circle_is_found() -> None:
+def test_a_cycle_is_found() -> None:
     edges = {"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}
-    assert circles(edges) == [{"b", "c"}]
+    assert cycles(edges) == [{"b", "c"}]
 
 
-def test_imports_go_down() -> None:
+def test_imports_follow_the_layers() -> None:
     wrong = [
         f"{module} imports {other}"
         for module, others in graph().items()
@@ -123,9 +123,9 @@ def test_imports_go_down() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_every_layer_is_somewhere() -> None:
-    there = {module.partition(".")[2].partition(".")[0] for module in modules()}
-    assert not {name for names in LAYERS for name in names} - there
+def test_layers_name_existing_modules() -> None:
+    existing = {module.partition(".")[2].partition(".")[0] for module in modules()}
+    assert not {name for names in LAYERS for name in names} - existing
 
 
 def test_every_package_is_installed() -> None:

@@ -1,4 +1,4 @@
-"""The reference itself: against the definitions, and differentiable twice."""
+"""The reference: compared with the definitions, and twice differentiable."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_kd_is_torchs_kl():
 
 
 def test_dkd_is_its_definition():
-    """TCKD and NCKD from probabilities, as the paper writes them, and KD = TCKD + (1 - p_y) NCKD."""
+    """TCKD and NCKD from probabilities, as in the paper, and KD = TCKD + (1 - p_y) NCKD."""
     student, teacher, target = double_logits()
     square = 16.0
     q, p = (student / 4).softmax(1), (teacher / 4).softmax(1)
@@ -82,7 +82,7 @@ def test_binary_kl_norm_is_its_definition():
     torch.testing.assert_close(fastkd.binary_kl_norm_loss(student, teacher, reduction="none"), expected)
 
 
-def test_log_cosh_keeps_small_arguments():
+def test_log_cosh_of_small_arguments():
     x = torch.tensor([1e-12, 1e-6, 1e-3, 0.04, 0.06, 1.0, 50.0], dtype=torch.float64)
     expected = torch.where(
         x < 1e-2,

@@ -1,4 +1,4 @@
-"""The CUDA sources' part of the table of tools/compile_kernels.py, without a GPU."""
+"""Compiles the CUDA sources without a GPU, for the table of tools/compile_kernels.py."""
 
 import importlib.util
 import os
@@ -12,13 +12,13 @@ from pathlib import Path
 from fastkd.ops.spec import Needs
 
 ROOT = Path(__file__).parent.parent
-# Architectures, and what each is compiled from: devices with clusters, and without.
+# Architectures and their virtual architectures: without and with clusters.
 ARCHITECTURES = {"sm_80": "compute_80", "sm_90": "compute_90", "sm_100": "compute_90"}
 
 
 def resources(binary: Path) -> dict[str, dict[str, int]]:
-    """Registers, stack, local and shared memory of each function in an NVIDIA binary, by its mangled name.
-    Spilled registers are in the stack."""
+    """Registers, stack, local and shared memory of each function of a cubin, by mangled name. Spills are on
+    the stack."""
     cuobjdump = Path(importlib.util.find_spec("triton").origin).parent / "backends/nvidia/bin/cuobjdump"
     command = [cuobjdump, "--dump-resource-usage", binary]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -59,13 +59,13 @@ def readable(function: str) -> str:
 
 
 def check() -> tuple[int, int]:
-    """Prints a line a kernel; how many were compiled, and how many failed or spilled."""
+    """Print a line per kernel; return how many were compiled, and how many failed or spilled."""
     nvcc = find_nvcc()
     if nvcc is None:
-        print("CUDA sources: not checked, there is no nvcc")
+        print("CUDA sources: not checked, nvcc was not found")
         return 0, 0
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    print(f"CUDA sources, {version.strip().splitlines()[-1]}; any length of row, all dtypes")
+    print(f"CUDA sources, {version.strip().splitlines()[-1]}; all row lengths and dtypes")
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         results = list(pool.map(lambda architecture: compile_for(nvcc, architecture, folder), ARCHITECTURES))
     compiled = failures = 0

@@ -1,17 +1,16 @@
-"""Every launch of the Triton kernels, bound, specialised and compiled as on a GPU, without one.
+"""Binds, specialises and compiles every launch of the Triton kernels as on a GPU, without a GPU.
 
-Triton's interpreter and its ahead-of-time compiler skip what the JIT does with a launch: the binder that is
-generated from the parameters' names, the specialisation of the arguments, the launcher in C. Here the
-library's own ``launch.row_loss`` runs on CPU tensors with ``JITFunction.run`` recorded, under a driver that
-names a GPU; a recorded launch can be compiled, and handed to NVIDIA's launcher over a libcuda that does
-nothing.
+Triton's interpreter and its ahead-of-time compiler skip parts of the JIT: the binder that is generated from
+the parameter names, the specialisation of the arguments, the launcher in C. Here ``launch.row_loss`` runs on
+CPU tensors under a driver that reports a GPU, and ``JITFunction.run`` is replaced to record the launches. A
+recorded launch can be compiled, and passed to NVIDIA's launcher with a stub of libcuda.
 
     python tools/jit_launches.py [--bind] [--compile N] [--target sm_90 gfx942]
 
-binds and specialises every call; compiles those in which any N values of the arguments occur together, and
-hands those for NVIDIA to the launcher. Exit status 1 where one fails.
+--bind binds and specialises every call; --compile compiles calls that cover all N-tuples of argument values,
+and on NVIDIA targets launches them into the stub. Exit status 1 if one fails.
 
-Import it before any kernel: kernels must not be defined for the interpreter.
+Import it before any kernel, so that the kernels are not defined for the interpreter.
 """
 
 import argparse
@@ -59,7 +58,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Driver:
-    """One device for each of TARGETS, so that the JIT keeps their kernels apart; nothing can run on it."""
+    """A fake driver with one device per target, so that the JIT caches kernels per target."""
 
     device = 0
 
@@ -98,9 +97,9 @@ class Driver:
 
 @cache
 def stub_libcuda() -> ctypes.CDLL:
-    """A libcuda whose functions do nothing and succeed, loaded under its name and found by Triton's builds.
+    """A stub of libcuda whose functions succeed without effect, loaded and found by Triton's builds.
 
-    ``fastkd_launches`` counts the kernels that it was asked to launch."""
+    ``fastkd_launches`` counts the launches."""
     folder = Path(tempfile.mkdtemp(prefix="fastkd-libcuda-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     texts = [(NVIDIA / name).read_text() for name in ("driver.c", "driver.py")]
@@ -124,7 +123,7 @@ def stub_libcuda() -> ctypes.CDLL:
 
 @contextmanager
 def on_target(name: str) -> Iterator[Driver]:
-    """``name`` of TARGETS is the current device, and torch says that it is built for it."""
+    """Make ``name`` of TARGETS the current device, and set ``torch.version.hip`` accordingly."""
     fake, hip = Driver(), torch.version.hip
     fake.device = list(TARGETS).index(name)
     driver.set_active(fake)
@@ -141,7 +140,7 @@ _run = JITFunction.run
 
 
 class Variant(NamedTuple):
-    """A kernel with the arguments of a launch; those of one key are one compiled kernel."""
+    """A kernel with the arguments of a launch; equal keys share a compiled kernel."""
 
     key: tuple[str, str, str]
     kernel: JITFunction
@@ -157,7 +156,7 @@ class Variant(NamedTuple):
 
 
 def record(function: Callable[[], object]) -> list[Variant]:
-    """The launches that ``function`` makes on the current target, bound and specialised."""
+    """Run ``function`` and return its launches, bound and specialised for the current target."""
     made: list[Variant] = []
 
     def bind(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
@@ -179,7 +178,7 @@ def record(function: Callable[[], object]) -> list[Variant]:
 
 LOSSES = spec.distinct_cases()
 SCALE = "scale"  # the scaling of a gradient, beside the losses
-# (rows, classes): several rows to a program; one; streamed, all of a row or parts of it.
+# (rows, classes): several rows per program; one row per program; streamed, whole or split.
 PATHS = {
     "C 10": (300, 10),
     "C 100": (300, 100),
@@ -192,7 +191,7 @@ PATHS = {
 
 
 class Call(NamedTuple):
-    """One call of the launcher; each field's values are all that the library passes."""
+    """A call of the launcher; the fields' values are all that the library can pass."""
 
     loss: str
     path: str
@@ -241,23 +240,23 @@ class Call(NamedTuple):
         launcher.row_loss(students * self.pairs, teachers * self.pairs, call, outputs)
 
 
-# [N, C] dense; starting one element in, rows an odd number apart; [M, K, C] with the last of K + 1 left out.
+# [N, C] dense; with an offset of one element and an odd row stride; [M, K, C] sliced from [M, K + 1, C].
 LAYOUTS = ("dense", "unaligned", "sliced")
 
 
 @cache
 def matrix(rows: int, classes: int, dtype: torch.dtype, layout: str) -> torch.Tensor:
-    """Memory that is never touched."""
+    """Uninitialised logits, whose memory is never accessed."""
     if layout == "sliced":
         return torch.empty(rows // 2, 3, classes, dtype=dtype)[:, :-1]
     first = int(layout == "unaligned")
     stride = classes + first * (1 - classes % 2)
-    place = torch.empty(rows * stride + first, dtype=dtype)
-    return place.as_strided((rows, classes), (stride, 1), first)
+    memory = torch.empty(rows * stride + first, dtype=dtype)
+    return memory.as_strided((rows, classes), (stride, 1), first)
 
 
 def calls() -> Iterator[Call]:
-    """All of them: the product of the fields' values, without those that a loss has no use for."""
+    """All calls: the product of the fields' values, without those that do not apply to a loss."""
     flags = (False, True)
     for loss, path in itertools.product([*LOSSES, SCALE], PATHS):
         scale = loss == SCALE
@@ -278,9 +277,9 @@ def calls() -> Iterator[Call]:
 
 
 def covering(all_calls: Iterable[Call], together: int) -> list[Call]:
-    """Calls such that any ``together`` values that occur in a call occur in one of these.
+    """Calls that cover all combinations of ``together`` field values.
 
-    Greedy, in a fixed random order: first those that bring many combinations that are new, then fewer."""
+    Greedy, in a fixed random order, with a decreasing threshold of new combinations per call."""
     order = list(all_calls)
     random.Random(0).shuffle(order)
     chosen: list[Call] = []
@@ -301,28 +300,26 @@ def covering(all_calls: Iterable[Call], together: int) -> list[Call]:
 
 
 def differing(loss: str, *, aligned: bool) -> Iterator[Callable[[], None]]:
-    """Calls that differ in what must not compile again: rows, M, K, strides, options, the target's and the
-    weights' addresses and strides."""
-    spec_of_loss, case = LOSSES[loss]
+    """Calls that must share a compiled kernel: they differ in rows, M, K, strides, options, and the addresses
+    and strides of target and weights."""
+    loss_spec, case = LOSSES[loss]
     shapes = ((1, 1, 1000), (7, 1, 1008), (300, 1, 3200), (1, 12, 1000), (4, 3, 1016), (150, 2, 1000))
     for number, (outer, inner, stride) in enumerate(shapes):
         rows = outer * inner
         stride += not aligned
-        place = torch.empty((rows + outer) * stride)
+        memory = torch.empty((rows + outer) * stride)
         strides = (stride, 1) if inner == 1 else ((inner + 1) * stride, stride, 1)
-        logits = place.as_strided((rows, 1000) if inner == 1 else (outer, inner, 1000), strides)
+        logits = memory.as_strided((rows, 1000) if inner == 1 else (outer, inner, 1000), strides)
         values = tuple(float(value) if value in (0.0, 1.0) else value + number for value in case.options)
         step = 1 + number % 3
         target = torch.zeros(rows * step + number, dtype=torch.int64)[number::step] if case.labelled else None
         weight = torch.ones(rows + number)[number:]
 
-        record_of_call = LossCall(
-            target, weight, rows, spec_of_loss.name, values, None, "triton", False, False, True
-        )
+        loss_call = LossCall(target, weight, rows, loss_spec.name, values, None, "triton", False, False, True)
 
-        def call(logits=logits, record_of_call=record_of_call, rows=rows) -> None:
+        def call(logits=logits, loss_call=loss_call, rows=rows) -> None:
             outputs = Outputs(torch.empty(rows), None, torch.empty(rows, 1000))
-            launcher.row_loss([logits], [logits], record_of_call, outputs)
+            launcher.row_loss([logits], [logits], loss_call, outputs)
 
         yield call
 
@@ -331,14 +328,14 @@ def differing(loss: str, *, aligned: bool) -> Iterator[Callable[[], None]]:
 
 
 def bind_all(target: str) -> list[str]:
-    """What failed of binding and specialising every call; prints how many kernels they come to."""
+    """Bind and specialise every call, print the number of kernels, return the failures."""
     failures, keys, count = [], set(), 0
     with on_target(target):
         for call in calls():
             count += 1
             try:
                 keys |= {variant.key for variant in call.launches()}
-            except Exception as error:  # whatever the binder raises is this call's result
+            except Exception as error:  # any error of the binder is a result
                 failures.append(f"{target}: {call}: {type(error).__name__}: {error}")
         for loss in LOSSES:
             for aligned in (True, False):
@@ -346,13 +343,13 @@ def bind_all(target: str) -> list[str]:
                     {variant.key for variant in record(call)} for call in differing(loss, aligned=aligned)
                 ]
                 if any(other != kernels[0] for other in kernels):
-                    failures.append(f"{target}: {loss}: compiled again for other rows, strides or options")
+                    failures.append(f"{target}: {loss}: recompiled for other rows, strides or options")
     print(f"{target}: {count} calls bound, {len(keys)} kernels", flush=True)
     return failures
 
 
 def compile_covering(target: str, together: int) -> list[str]:
-    """What failed of compiling, and for NVIDIA launching, the covering calls."""
+    """Compile the covering calls, on NVIDIA targets launch them too; return the failures."""
     failures, compiled = [], 0
     nvidia = TARGETS[target].backend == "cuda"
     with on_target(target):
@@ -363,7 +360,7 @@ def compile_covering(target: str, together: int) -> list[str]:
                     compiled += 1
                     if nvidia:
                         variant.launch()
-            except Exception as error:  # whatever a compiler or launcher raises is this call's result
+            except Exception as error:  # any error of compiler or launcher is a result
                 failures.append(f"{target}: {call}: {type(error).__name__}: {error}")
         launched = ctypes.c_int.in_dll(stub_libcuda(), "fastkd_launches").value if nvidia else 0
     print(f"{target}: {compiled} kernels compiled, {launched} launched into a stub", flush=True)
@@ -375,7 +372,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--bind", action="store_true", help="bind and specialise every call")
-    parser.add_argument("--compile", type=int, metavar="N", help="compile the calls that cover any N values")
+    parser.add_argument(
+        "--compile", type=int, metavar="N", help="compile calls that cover all N-tuples of values"
+    )
     parser.add_argument("--target", nargs="+", choices=list(TARGETS), default=["sm_90", "gfx942"])
     arguments = parser.parse_args()
     print(f"triton {triton.__version__}")

@@ -1,12 +1,12 @@
-"""Make a tree of JPEG files like ImageNet's, to try the ImageNet recipes without ImageNet.
+"""Make a tree of JPEG files like ImageNet's, to run the ImageNet recipes without ImageNet.
 
     python tools/make_imagefolder.py FOLDER             # 1000 classes, 4 images of each, 400 MB
     python tools/make_imagefolder.py FOLDER --tiny      # 4 classes of small images, for tests
     python tools/make_imagefolder.py FOLDER --shards 4  # tar shards in WebDataset's format
 
 Sizes are distributed like ImageNet's: half of the images are 500 x 375, most of the others have a longer side
-of 500, and the rest are around 400 x 350; a file has about 95 kB. Each class has its own colours and grain,
-so that there is something to learn.
+of 500, and the rest are around 400 x 350; a file has about 95 kB. Colours and grain depend on the class, so
+that a model can learn it.
 """
 
 from __future__ import annotations
@@ -97,11 +97,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--classes", type=int, default=1000)
-    parser.add_argument("--train", type=int, default=3, help="training images of each class")
-    parser.add_argument("--val", type=int, default=1, help="validation images of each class")
-    parser.add_argument("--scale", type=float, default=1.0, help="of the sides")
-    parser.add_argument("--shards", type=int, metavar="N", help="N tar shards a part in place of a tree")
-    parser.add_argument("--tiny", action="store_true", help="4 classes, 4 + 2 images, sides a fifth")
+    parser.add_argument("--train", type=int, default=3, help="training images per class")
+    parser.add_argument("--val", type=int, default=1, help="validation images per class")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor of the image sides")
+    parser.add_argument(
+        "--shards", type=int, metavar="N", help="write N tar shards each for train and val instead of a tree"
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="4 classes, 4 + 2 images each, sides divided by 5"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.folder.exists() and any(args.folder.iterdir()):

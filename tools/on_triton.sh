@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Binds and compiles the Triton kernels, and looks for spills, with another release of Triton than the environment's.
+# Binds and compiles the Triton kernels, and checks for spills, with a given release of Triton.
 #
 #     tools/on_triton.sh 3.6.0
 #
-# Takes the python of .venv, and about an hour on one core. The release goes to a temporary folder, without its dependencies.
+# Uses .venv/bin/python; about an hour on one core. Installs the release to a temporary folder, without dependencies.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 release=${1:?usage: tools/on_triton.sh RELEASE}

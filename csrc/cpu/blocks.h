@@ -1,4 +1,4 @@
-// Rows of logits of any dtype, as blocks of floats; in a namespace of its own for each instruction set, as vector.h is.
+// Rows of logits of any dtype, as blocks of floats. Compiled per instruction set in its own namespace, like vector.h.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@ FASTKD_INLINE float half_to_float(uint16_t h) {
   float value;
   if (magnitude >= 0x7c00) bits += 112u << 23;  // inf, NaN
   std::memcpy(&value, &bits, 4);
-  if (magnitude < 0x0400) value = float(magnitude) * 5.9604644775390625e-8f;  // subnormal: 2^-24 a step
+  if (magnitude < 0x0400) value = float(magnitude) * 5.9604644775390625e-8f;  // subnormal: in units of 2^-24
   std::memcpy(&bits, &value, 4);
   bits |= sign;
   std::memcpy(&value, &bits, 4);
@@ -32,7 +32,7 @@ FASTKD_INLINE uint16_t float_to_half(float value) {
   bits &= 0x7fffffff;
   if (bits > 0x7f800000) return sign | 0x7e00;
   if (bits >= 0x47800000) return sign | 0x7c00;  // 2^16 and above, inf
-  if (bits < 0x38800000) {                       // subnormal: adding 0.5 leaves the rounded bits below
+  if (bits < 0x38800000) {                       // subnormal: adding 0.5 rounds to units of 2^-24
     float shifted;
     std::memcpy(&shifted, &bits, 4);
     shifted += 0.5f;
@@ -72,7 +72,7 @@ struct Element<DType::kBFloat16> {
     const vu nearest_even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     const vu rounded_bits = (vu)select(x == x, (vf)nearest_even, (vf)(vu{} + 0x7fc0));
 #if defined(FASTKD_USE_AVX2) && !defined(FASTKD_USE_AVX512)
-    // Two halves packed: the compiler's own narrowing masks what is known to be narrow.
+    // Packed explicitly: the compiler's narrowing conversion adds redundant masks.
     const __m256i wide = (__m256i)rounded_bits;
     _mm_storeu_si128((__m128i*)p, _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1)));
 #else
@@ -107,7 +107,7 @@ struct Element<DType::kHalf> {
   }
 };
 
-// Calls visit(Element<...>()) with the element of a dtype.
+// Calls visit(Element<dtype>()).
 template <class Visit>
 FASTKD_INLINE auto with_element(DType dtype, const Visit& visit) {
   switch (dtype) {
@@ -116,7 +116,7 @@ FASTKD_INLINE auto with_element(DType dtype, const Visit& visit) {
     case DType::kHalf: return visit(Element<DType::kHalf>());
     case DType::kLong: break;
   }
-  __builtin_trap();  // whoever made the Matrix has let this dtype in
+  __builtin_trap();  // Tensor::matrix() rejects other dtypes
 }
 
 template <class E>
@@ -124,47 +124,46 @@ FASTKD_INLINE typename E::type* element_at(const Matrix& matrix, int64_t row, in
   return (typename E::type*)matrix.data + row_offset(matrix, row) + offset;
 }
 
-// ---- blocks: the only code that knows of a row's ragged end ------------------------------------------------
+// ---- blocks: the only code that handles ragged row ends ----------------------------------------------------
 
-// Logits are worked on in blocks that stay in the first-level cache, converted to float and padded to whole
-// lines; a padded entry is a masked class, which adds nothing to any sum.
+// Logits are processed in blocks that fit into the L1 cache, converted to float and padded to whole cache lines.
+// Padding is masked classes, which add nothing to any sum.
 constexpr int kBlock = 1024;
-// Floats of a cache line: a loop that fetches memory ahead does it once for so many.
-constexpr int kLine = 16;
+constexpr int kLine = 16;  // floats per cache line; loops prefetch once per line
 static_assert(kLine % kLanes == 0 && kBlock % kLine == 0, "a line is whole vectors");
 
 FASTKD_INLINE int padded_to_line(int n) { return (n + kLine - 1) / kLine * kLine; }
 
-// How many of the `classes` logits are in the block that starts at `offset`.
+// The number of logits in the block that starts at `offset`.
 FASTKD_INLINE int block_size(int64_t classes, int64_t offset) {
   return int(classes - offset < kBlock ? classes - offset : kBlock);
 }
 
-// The memory that is wanted after the present block. It is fetched while this one is computed: the processor's own
-// prefetching stops at each page, which a block fills, and arithmetic and memory would take turns.
-struct Ahead {
+// Memory to prefetch while the current block is computed. The hardware prefetcher stops at page boundaries, and a block
+// of floats is a page: without this, arithmetic and memory accesses would not overlap.
+struct Prefetch {
   const char* data;
   int width;
 };
 
-FASTKD_INLINE Ahead ahead_at(const Matrix& matrix, int64_t row, int64_t offset) {
+FASTKD_INLINE Prefetch prefetch_at(const Matrix& matrix, int64_t row, int64_t offset) {
   const int width = matrix.dtype == DType::kFloat ? 4 : 2;
   return {(const char*)matrix.data + (row_offset(matrix, row) + offset) * width, width};
 }
 
-// The logits of the next block, or of the next row's first.
-FASTKD_INLINE Ahead ahead_of_block(const Matrix& matrix, const Rows& rows, int64_t row, int64_t offset) {
-  if (offset + kBlock < rows.classes) return ahead_at(matrix, row, offset + kBlock);
-  return ahead_at(matrix, row + 1 < rows.count ? row + 1 : row, 0);
+// The logits of the next block, or of the next row's first block.
+FASTKD_INLINE Prefetch prefetch_next_block(const Matrix& matrix, const Rows& rows, int64_t row, int64_t offset) {
+  if (offset + kBlock < rows.classes) return prefetch_at(matrix, row, offset + kBlock);
+  return prefetch_at(matrix, row + 1 < rows.count ? row + 1 : row, 0);
 }
 
-FASTKD_INLINE void fetch(const Ahead& ahead, int i) { __builtin_prefetch(ahead.data + int64_t(i) * ahead.width); }
-FASTKD_INLINE void fetch_to_write(const Ahead& ahead, int i) {
-  __builtin_prefetch(ahead.data + int64_t(i) * ahead.width, 1);
+FASTKD_INLINE void prefetch(const Prefetch& next, int i) { __builtin_prefetch(next.data + int64_t(i) * next.width); }
+FASTKD_INLINE void prefetch_for_write(const Prefetch& next, int i) {
+  __builtin_prefetch(next.data + int64_t(i) * next.width, 1);
 }
 
-// Copies n <= kBlock values to `to`, raising what is below `lowest` to it, and `largest` to the largest of them;
-// returns the padded length.
+// Copies n <= kBlock values to `to`, clamped from below to `lowest`, and updates the running maximum `largest`. Returns
+// the padded length.
 template <class E>
 FASTKD_INLINE int load_block_as(const typename E::type* from, int n, float* to, float lowest, vf& largest) {
   const vf bound = broadcast(lowest);
@@ -208,7 +207,7 @@ FASTKD_INLINE float first_logit(const Matrix& matrix, int64_t row) {
   return logit[0];
 }
 
-// The sum of a loaded block's n entries relative to `origin`, without the padding.
+// The sum of the first n entries of a block, relative to `origin`.
 FASTKD_INLINE float sum_of_block(const float* block, int n, float origin = 0) {
   vf sums = {};
   int i = 0;
@@ -218,7 +217,7 @@ FASTKD_INLINE float sum_of_block(const float* block, int n, float origin = 0) {
   return total;
 }
 
-// Writes value(i) for i = 0, kLanes, ... to the n entries of a row from `offset` on, in the matrix's dtype.
+// Writes the vectors value(0), value(kLanes), ... to n entries of a row.
 template <class E, class Value>
 FASTKD_INLINE void store_block_as(typename E::type* to, int n, const Value& value) {
   int i = 0;
@@ -244,8 +243,8 @@ FASTKD_INLINE void fill_row(const Matrix& matrix, int64_t row, int64_t offset, i
     store_block(matrix, row, offset + i, block_size(n, i), [&](int) { return vector; });
 }
 
-// Loss, terms and gradient of a row that has none: 0 for one left out, NaN for one that cannot be computed.
-FASTKD_INLINE void write_whole_row(const Rows& rows, int64_t index, float value) {
+// Fills loss, terms and gradient of a row with `value`: 0 if its weight is 0, NaN if its label is out of range.
+FASTKD_INLINE void write_uncomputed(const Rows& rows, int64_t index, float value) {
   rows.losses[index] = value;
   for (int term = 0; term < 4 && rows.terms != nullptr; term++) rows.terms[term * rows.term_stride + index] = value;
   if (rows.gradient.data != nullptr) fill_row(rows.gradient, index, 0, rows.classes, value);

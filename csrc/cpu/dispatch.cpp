@@ -9,13 +9,13 @@ namespace {
 
 struct Choice {
   const Kernels* kernels;
-  std::string refusal;  // where there are none
+  std::string refusal;  // if kernels is nullptr
 };
 
 Choice choose() {
   const char* environment = std::getenv("FASTKD_ISA");
   const std::string wanted = environment == nullptr ? "" : environment;
-  const Kernels* runnable[3] = {&portable_kernels};  // the fastest last
+  const Kernels* runnable[3] = {&portable_kernels};  // fastest last
   int count = 1;
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))

@@ -1,6 +1,6 @@
 #if defined(__x86_64__)
-// Included before the target is raised: what these headers define inline stays runnable everywhere. The formulas come
-// after it, and are inlined wherever they are used.
+// Included before the target is raised, so that the inline functions of these headers run on any processor: the linker
+// may keep this file's copy for all. The formulas are included after it; they are always inlined.
 #include <immintrin.h>
 
 #include <cstring>

@@ -1,4 +1,4 @@
-// The kernel table of one instruction set. Included once by each isa_*.cpp, which sets FASTKD_ISA.
+// The kernels of one instruction set. Included by each isa_*.cpp, which defines FASTKD_ISA.
 #pragma once
 
 #include "mixture_rows.h"
@@ -13,7 +13,7 @@
 namespace fastkd {
 namespace FASTKD_ISA {
 
-// nullptr where there is no such loss, or no kernel for what it needs.
+// nullptr if the loss is unknown, or no kernel is compiled for its needs.
 static const Phases* phases_of(const LossOptions& options) {
   return with_loss<const Phases*>(
       options.loss,
@@ -26,39 +26,38 @@ static const Phases* phases_of(const LossOptions& options) {
 
 static bool computes(const LossOptions& options) { return phases_of(options) != nullptr; }
 
-// What one thread caches at most, between calls too: 32 MiB. Reloading beats recomputing, even from DRAM.
-constexpr int64_t kMostCached = 1 << 23;
+// A thread's cache, retained between calls: at most 32 MiB. Reloading beats recomputing, even from DRAM.
+constexpr int64_t kMaxCachedFloats = 1 << 23;
 
-// Room for the exponentials of a row, one of `places` that are computed at once; none if there is none, or no need.
-static Cached cache_for(const Phases& phases, const Rows& rows, const LossOptions& options, int64_t index,
-                        int64_t place, int64_t places) {
+// Memory for the exponentials of a row, number `slot` of `slots` rows in flight; null if too large or not needed.
+static Cached cache_for(const Phases& phases, const Rows& rows, const LossOptions& options, int64_t index, int64_t slot,
+                        int64_t slots) {
   if (rows.gradient.data == nullptr && !phases.always_caches) return {};
-  // Until a row's gradient is written, which is last, its memory holds the student's exponentials: less goes through the
-  // cache.
+  // A float32 gradient holds the student's exponentials until it is written: less memory traffic.
   const bool in_gradient = rows.gradient.data != nullptr && rows.gradient.dtype == DType::kFloat;
   const int64_t blocks = (rows.classes + kBlock - 1) / kBlock, floats = blocks * kBlock;
-  const int64_t of_student = in_gradient ? kBlock : floats;
+  const int64_t student_floats = in_gradient ? kBlock : floats;
   const int64_t at_t1 = options.needs & kStudentAtT1 ? floats : 0;
-  const int64_t size = of_student + floats + at_t1 + 2 * blocks;
-  float* memory = size * places <= kMostCached ? scratch(size * places) : nullptr;
+  const int64_t size = student_floats + floats + at_t1 + 2 * blocks;
+  float* memory = size * slots <= kMaxCachedFloats ? scratch(size * slots) : nullptr;
   if (memory == nullptr) return {};
-  float *student = memory + place * size, *teacher = student + of_student, *t1 = teacher + floats;
+  float *student = memory + slot * size, *teacher = student + student_floats, *t1 = teacher + floats;
   float *last_student = teacher - kBlock, *max_s = t1 + at_t1;
   if (in_gradient) student = element_at<Element<DType::kFloat>>(rows.gradient, index, 0);
   return {student, teacher, t1, last_student, max_s, max_s + blocks};
 }
 
-// Initialises a row; false where nothing is left to do: ignored, or without a valid label.
+// Initialises a row. Returns false if the row is done: its weight is 0, or its label out of range.
 static bool start_row(RowJob& job, const Rows& rows, const LossOptions& options, int64_t index) {
   job = {&rows, &options, index, -1, {}, {}, 0, {}};
   if (weight_of(rows, index) == 0) {
-    write_whole_row(rows, index, 0.0f);  // and not read
+    write_uncomputed(rows, index, 0.0f);  // its logits are not read
     return false;
   }
   if ((options.needs & kLabelled) && rows.target != nullptr) {
     job.label_class = rows.target[index * rows.target_stride];
     if (job.label_class < 0 || job.label_class >= rows.classes) {
-      write_whole_row(rows, index, __builtin_nanf(""));
+      write_uncomputed(rows, index, __builtin_nanf(""));
       return false;
     }
   }
@@ -86,7 +85,7 @@ static void row_loss(const Rows& rows, const LossOptions& options, int64_t begin
   }
 }
 
-// The same with each row in `parts` parts, which `parallel(count, body, context)` shares out over threads.
+// The same with each row split into `parts` parts, which `parallel` distributes over threads.
 static void row_loss_in_parts(const Rows& rows, const LossOptions& options, int parts, Parallel parallel) {
   struct Call {
     const Rows& rows;

@@ -1,5 +1,5 @@
-// The row skeleton of losses that are a sum over classes of a function of q and p: the distributions have to be normalised
-// first, so the sums of the softmax family come before, and a pass of its own before the gradient's.
+// The row skeleton of the mixture family: sums over classes of a function of q and p. q and p need the normalising
+// sums, so there are three passes: softmax sums, loss, gradient.
 #pragma once
 
 #include "softmax_rows.h"
@@ -11,7 +11,7 @@ struct MixtureSums {
   double value, slope, q;
 };
 
-// Of a block, from its exponentials times `factor`: q to `to_q`, q h to `to_slope`, and the sums of loss, q h and q.
+// Writes q and q h of a block, from its exponentials times the factors; returns the sums of loss, q h and q.
 template <class Loss>
 FASTKD_INLINE MixtureSums mix_block(const typename Loss::Options& options, const float* exp_u, const float* exp_v,
                                     double factor_s, double factor_t, int padded, float* to_q, float* to_slope) {
@@ -29,9 +29,9 @@ FASTKD_INLINE MixtureSums mix_block(const typename Loss::Options& options, const
   return {horizontal_sum(value), horizontal_sum(slope), horizontal_sum(q_sum)};
 }
 
-// The block at `offset` of a row whose exponentials were not cached, into `q` and `slope`.
+// The same from the logits, for a row whose exponentials are not cached.
 template <class Loss>
-FASTKD_INLINE MixtureSums mix_again(const RowJob& job, int64_t offset, int n, float* q, float* slope) {
+FASTKD_INLINE MixtureSums recompute_block(const RowJob& job, int64_t offset, int n, float* q, float* slope) {
   float z_s[kBlock], z_t[kBlock];
   const SoftmaxStatistics<double>& sums = job.row.sums;
   const int padded = load_block(job.rows->student, job.index, offset, n, z_s);
@@ -53,7 +53,7 @@ static void mixture_pass(const RowJob& job, int64_t begin, int64_t end, RowPart&
     const int n = block_size(end, offset);
     MixtureSums of_block;
     if (cached.student != nullptr) {
-      // q and q h take the places of the exponentials.
+      // In place: q and q h overwrite the exponentials.
       const Exponentials exponentials = cached_block(cached, offset, n);
       const double below_s = double(cached.max_s[offset / kBlock]) - sums.max_s;
       const double below_t = double(cached.max_t[offset / kBlock]) - sums.max_t;
@@ -62,7 +62,7 @@ static void mixture_pass(const RowJob& job, int64_t begin, int64_t end, RowPart&
                                  __builtin_exp(below_t * job.row.teacher.slope) / sums.sum_t, padded_to_line(n),
                                  exponentials.student, exponentials.teacher);
     } else {
-      of_block = mix_again<Loss>(job, offset, n, q, slope);
+      of_block = recompute_block<Loss>(job, offset, n, q, slope);
     }
     part.value_sum += of_block.value;
     part.slope_sum += of_block.slope;
@@ -73,25 +73,25 @@ static void mixture_pass(const RowJob& job, int64_t begin, int64_t end, RowPart&
 static void combine_mixture(RowJob& job, const RowPart* parts, int count) {
   double value = 0, slope = 0, q = 0;
   for (int i = 0; i < count; i++) value += parts[i].value_sum, slope += parts[i].slope_sum, q += parts[i].q_sum;
-  // Divided by the sum of the very q: what rounding did to all of them cancels in q (h - mean). A teacher's NaN makes the
-  // gradient NaN too.
+  // Divided by the sum of these q rather than by 1: their common rounding error cancels in q (h - mean). 0 * value
+  // propagates a NaN of the teacher to the gradient.
   job.mean_slope = slope / q + 0 * value;
   write_loss(job, value);
 }
 
 template <class Loss>
 static void mixture_gradient_pass(const RowJob& job, int64_t begin, int64_t end, RowPart&) {
-  float again_q[kBlock], again_slope[kBlock];
+  float recomputed_q[kBlock], recomputed_slope[kBlock];
   const vf scale = broadcast(float(weight_of(*job.rows, job.index) * job.row.student.slope));
   const vf mean = broadcast(float(job.mean_slope));
   for (int64_t offset = begin; offset < end; offset += kBlock) {
     const int n = block_size(end, offset);
-    const float *q = again_q, *slope = again_slope;
+    const float *q = recomputed_q, *slope = recomputed_slope;
     if (job.cached.student != nullptr) {
       const Exponentials mixed = cached_block(job.cached, offset, n);
       q = mixed.student, slope = mixed.teacher;
     } else {
-      mix_again<Loss>(job, offset, n, again_q, again_slope);
+      recompute_block<Loss>(job, offset, n, recomputed_q, recomputed_slope);
     }
     store_block(job.rows->gradient, job.index, offset, n,
                 [&](int i) __attribute__((always_inline)) { return scale * (load(slope + i) - load(q + i) * mean); });

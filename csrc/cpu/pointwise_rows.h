@@ -1,4 +1,4 @@
-// Losses that are a sum over classes of a function of two logits: one pass, no row statistics.
+// The row skeleton of the pointwise family: sums over classes of a function of two logits. One pass, no statistics.
 #pragma once
 
 #include "blocks.h"
@@ -7,12 +7,12 @@
 namespace fastkd {
 namespace FASTKD_ISA {
 
-// Every factor is from 1/2 to 1: a product of so many is in the normal range.
-constexpr int kFactors = 64;
+constexpr int kFactors = 64;  // each in [1/2, 1]: their product is a normal float
 
-// `logits(i, s, t)` gives the vectors of n logits, `take(i, slope)` gets each one's derivative; returns the sum.
-template <class Loss, class Logits, class Take>
-FASTKD_INLINE double sum_pointwise(int n, float inverse, const Logits& logits, const Take& take) {
+// Returns the sum over n classes. `logits(i, s, t)` loads vectors of logits, `store_slope(i, slope)` takes the
+// derivatives.
+template <class Loss, class Logits, class Store>
+FASTKD_INLINE double sum_pointwise(int n, float inverse, const Logits& logits, const Store& store_slope) {
   double total = 0;
   for (int begin = 0; begin < n; begin += kFactors * kLanes) {
     const int end = n - begin < kFactors * kLanes ? n : begin + kFactors * kLanes;
@@ -23,7 +23,7 @@ FASTKD_INLINE double sum_pointwise(int n, float inverse, const Logits& logits, c
       const ClassTerm<vf> term = Loss::template formula<VectorMath>(s, t, inverse);
       sum += term.value;
       if (Loss::kHasFactor) product *= term.factor;
-      take(i, term.slope);
+      store_slope(i, term.slope);
     }
     if (Loss::kHasFactor) sum += natural_log(product);
     total += horizontal_sum(sum);
@@ -31,7 +31,8 @@ FASTKD_INLINE double sum_pointwise(int n, float inverse, const Logits& logits, c
   return total;
 }
 
-// Whole vectors of one dtype, from the row to the gradient without a stop; returns how many logits that were.
+// Processes the whole vectors of a block without a buffer, for models of the same dtype. Returns the number of logits
+// done.
 template <class Loss, class E>
 static int pass_over_vectors(const RowJob& job, int64_t offset, int n, float inverse, float slope_weight,
                              double& total) {
@@ -40,21 +41,21 @@ static int pass_over_vectors(const RowJob& job, int64_t offset, int n, float inv
   const typename E::type* from_t = element_at<E>(rows.teacher, job.index, offset);
   const bool with_gradient = rows.gradient.data != nullptr;
   typename E::type* to = with_gradient ? element_at<E>(rows.gradient, job.index, offset) : nullptr;
-  const Ahead next_s = ahead_of_block(rows.student, rows, job.index, offset);
-  const Ahead next_t = ahead_of_block(rows.teacher, rows, job.index, offset);
-  const Ahead next_gradient = ahead_of_block(rows.gradient, rows, job.index, offset);
+  const Prefetch next_s = prefetch_next_block(rows.student, rows, job.index, offset);
+  const Prefetch next_t = prefetch_next_block(rows.teacher, rows, job.index, offset);
+  const Prefetch next_gradient = prefetch_next_block(rows.gradient, rows, job.index, offset);
   const vf masked = broadcast(kMasked);
   const int whole = n - n % kLanes;
   total += sum_pointwise<Loss>(
       whole, inverse,
       [&](int i, vf& s, vf& t) __attribute__((always_inline)) {
-        fetch(next_s, i);
-        fetch(next_t, i);
+        prefetch(next_s, i);
+        prefetch(next_t, i);
         s = at_least(E::load(from_s + i), masked), t = at_least(E::load(from_t + i), masked);
       },
       [&](int i, vf slope) __attribute__((always_inline)) {
         if (!with_gradient) return;
-        fetch_to_write(next_gradient, i);
+        prefetch_for_write(next_gradient, i);
         E::store(to + i, slope * slope_weight);
       });
   return whole;
@@ -81,7 +82,7 @@ static void pointwise_pass(const RowJob& job, int64_t begin, int64_t end, RowPar
     int n = block_size(end, offset);
     const int done = pass_over_vectors<Loss>(job, offset, n, inverse, slope_weight, part.value_sum);
     if (done == n) continue;
-    // The row's last logits, or what has to be converted from two dtypes.
+    // The ragged end of the row, or models of different dtypes.
     n -= done;
     const int64_t rest = offset + done;
     const int padded = load_block(rows.student, job.index, rest, n, z_s);
@@ -112,7 +113,7 @@ static const Phases* phases_for(unsigned, PointwiseFamily) {
   return &phases;
 }
 
-// gradient[row] *= grad_output[row], in place; a row whose factor is 1 is not touched.
+// gradient[row] *= grad_output[row], in place; a row whose factor is 1 is not accessed.
 static void scale_rows(const Matrix& gradient, const float* grad_output, int64_t grad_output_stride, int64_t classes,
                        int64_t begin, int64_t end) {
   float block[kBlock];

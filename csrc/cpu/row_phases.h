@@ -1,5 +1,5 @@
-// A row is computed in phases, each of one pass over its classes. A phase runs over parts of the row, whose results
-// are combined before the next: one part where rows are shared out over threads, several where a row is.
+// A row is computed in phases, each one pass over its classes. A phase runs on parts of the row, whose results are
+// combined before the next phase. A row is one part if rows are distributed over threads, several if each row is split.
 #pragma once
 
 #include "kernels.h"
@@ -7,12 +7,12 @@
 namespace fastkd {
 namespace FASTKD_ISA {
 
-// Of logits: how many, their mean, and the sum of their squared deviations from it.
+// Count, mean and sum of squared deviations of logits.
 struct Moments {
   double count, mean, squares;
 };
 
-// What one part of a row gives in a phase; each phase uses its own.
+// The result of a phase on one part of a row; each phase uses its own fields.
 struct RowPart {
   Moments student, teacher;
   SoftmaxStatistics<double> sums;
@@ -20,12 +20,12 @@ struct RowPart {
   double value_sum, slope_sum, q_sum;
 };
 
-// What a pass caches of a whole row for a later one, so that no exponential is computed twice. Null where that would take
-// too much memory: then the later pass computes them again.
+// The exponentials of a row, cached by one pass for a later one. Null if they would take too much memory; the later
+// pass then recomputes them.
 struct Cached {
-  float *student, *teacher, *t1;  // one number per class, by block
-  float* last_student;            // the student's last block where it is ragged: `student` may end with the row
-  float *max_s, *max_t;           // what each block's exponentials are relative to
+  float *student, *teacher, *t1;  // one value per class
+  float* last_student;            // the student's ragged last block: `student` may have no room for its padding
+  float *max_s, *max_t;           // the bases of each block's exponentials
 };
 
 // The state of a row between its phases.
@@ -35,14 +35,14 @@ struct RowJob {
   int64_t index, label_class;  // -1: no label
   Row<double> row;
   SoftmaxGradient<double> gradient;
-  double mean_slope;  // of a mixture loss: the mean of h under q
+  double mean_slope;  // mixture losses: the mean of h under q
   Cached cached;
 };
 
-// The phases of a loss. `run` passes over the classes from `begin` to `end` (`begin` a multiple of kBlock).
+// The phases of a loss. `run` processes classes [begin, end); `begin` is a multiple of kBlock.
 struct Phases {
   int count;
-  bool always_caches;  // also where no gradient is asked for
+  bool always_caches;  // also without a gradient
   void (*run[3])(const RowJob&, int64_t begin, int64_t end, RowPart&);
   void (*combine[3])(RowJob&, const RowPart* parts, int count);
 };

@@ -1,7 +1,7 @@
-// The row skeleton of the softmax family: statistics in one pass, the row formula, the gradient in a second.
+// The row skeleton of the softmax family: a pass for the statistics, the row formula, a pass for the gradient.
 //
-// The first pass reads each logit once, block by block, and caches its exponentials, relative to the largest logit
-// seen so far or one not far below; the second turns them into the gradient without reading the logits again.
+// The first pass reads the logits block by block and caches their exponentials, relative to the largest logit so far or
+// one not far below. The second forms the gradient from these, without reading the logits again.
 #pragma once
 
 #include "blocks.h"
@@ -12,8 +12,8 @@ namespace FASTKD_ISA {
 
 // ---- standardised logits ---------------------------------------------------------------------------------------
 
-// Of both parts together (Chan et al.).
-FASTKD_INLINE Moments joined(const Moments& a, const Moments& b) {
+// Chan et al.
+FASTKD_INLINE Moments merged(const Moments& a, const Moments& b) {
   const double count = a.count + b.count, step = b.mean - a.mean;
   if (count == 0) return a;
   return {count, a.mean + step * b.count / count, a.squares + b.squares + step * step * a.count * b.count / count};
@@ -25,7 +25,7 @@ static Moments moments_of(const Matrix& logits, int64_t row, int64_t begin, int6
   for (int64_t offset = begin; offset < end; offset += kBlock) {
     const int n = block_size(end, offset);
     const int padded = load_block(logits, row, offset, n, block);
-    // Near the mean, and how far from it the deviations say: far from 0 the sum itself loses the spread.
+    // Two steps: this sum is inexact for logits far from 0, so the deviations from it correct the mean.
     const float near_mean = sum_of_block(block, n) / float(n);
     vf deviations = {}, squares = {};
     for (int i = n; i < padded; i++) block[i] = near_mean;
@@ -35,7 +35,7 @@ static Moments moments_of(const Matrix& logits, int64_t row, int64_t begin, int6
       squares += deviation * deviation;
     }
     const double sum = horizontal_sum(deviations), around_mean = horizontal_sum(squares) - sum * sum / n;
-    total = joined(total, {double(n), near_mean + sum / n, around_mean < 0 ? 0 : around_mean});
+    total = merged(total, {double(n), near_mean + sum / n, around_mean < 0 ? 0 : around_mean});
   }
   return total;
 }
@@ -53,14 +53,14 @@ static void moments_pass(const RowJob& job, int64_t begin, int64_t end, RowPart&
 static void combine_moments(RowJob& job, const RowPart* parts, int count) {
   Moments student{}, teacher{};
   for (int i = 0; i < count; i++)
-    student = joined(student, parts[i].student), teacher = joined(teacher, parts[i].teacher);
+    student = merged(student, parts[i].student), teacher = merged(teacher, parts[i].teacher);
   job.row.student = standardizing_scale(student, job.options->values[0]);
   job.row.teacher = standardizing_scale(teacher, job.options->values[0]);
 }
 
 // ---- statistics ------------------------------------------------------------------------------------------------
 
-// Exponentials of a row's logits, relative to those at the bases.
+// Parameters of the exponentials of a row's logits, relative to the bases.
 struct Exponents {
   vf base_s, base_t;
   Exponent student, teacher;
@@ -73,9 +73,9 @@ FASTKD_INLINE Exponents exponents_of(const Row<double>& row, float max_s, float 
 FASTKD_INLINE vf student_exponential(const Exponents& e, vf s) { return exp_or_zero(s - e.base_s, e.student); }
 FASTKD_INLINE vf teacher_exponential(const Exponents& e, vf t) { return exp_or_zero(t - e.base_t, e.teacher); }
 
-// Takes the label's logits out of a block, as masked classes; `top` is then the largest of what remains.
-FASTKD_INLINE void set_label_aside(float* z_s, float* z_t, int64_t at, int padded, float masked, RowLabel& label,
-                                   vf& top_s, vf& top_t) {
+// Excludes the label from a block by masking it; `top` becomes the maximum of the other classes.
+FASTKD_INLINE void exclude_label(float* z_s, float* z_t, int64_t at, int padded, float masked, RowLabel& label,
+                                 vf& top_s, vf& top_t) {
   label = {true, z_s[at], z_t[at]};
   z_s[at] = z_t[at] = masked;
   for (int i = 0; i < padded; i += kLanes) {
@@ -84,22 +84,22 @@ FASTKD_INLINE void set_label_aside(float* z_s, float* z_t, int64_t at, int padde
   }
 }
 
-// What the classes of a block add to each sum; kNeeds asks for some of them.
+// The sums of a block; those that kNeeds does not include are 0.
 struct BlockSums {
   vf sum_s, sum_t, dot_s, dot_t, cross_t, moment_s, moment_t, t1_s, t1_t;
 };
 
-// Where a block's exponentials are cached.
+// Pointers to the exponentials of a block.
 struct Exponentials {
   float *student, *teacher, *t1;
 };
 
-// Of the block of n classes at `offset`.
+// The block of n classes at `offset`.
 FASTKD_INLINE Exponentials cached_block(const Cached& cached, int64_t offset, int n) {
   return {n == kBlock ? cached.student + offset : cached.last_student, cached.teacher + offset, cached.t1 + offset};
 }
 
-// `logits(i, s, t)` gives the block's vectors.
+// `logits(i, s, t)` loads vectors of the block; the exponentials are written to `to`.
 template <unsigned kNeeds, class Logits>
 FASTKD_INLINE BlockSums sum_block(const RowJob& job, int64_t offset, int padded, const Exponents& exponents,
                                   const Exponentials to, const Logits& logits) {
@@ -107,9 +107,9 @@ FASTKD_INLINE BlockSums sum_block(const RowJob& job, int64_t offset, int padded,
   const Row<double>& row = job.row;
   const vf mean_s = broadcast(float(row.student.mean));
   const vf slope_s = broadcast(float(row.student.slope)), slope_t = broadcast(float(row.teacher.slope));
-  const Ahead next_s = ahead_of_block(rows.student, rows, job.index, offset);
-  const Ahead next_t = ahead_of_block(rows.teacher, rows, job.index, offset);
-  const Ahead gradient = ahead_at(rows.gradient, job.index, offset);
+  const Prefetch next_s = prefetch_next_block(rows.student, rows, job.index, offset);
+  const Prefetch next_t = prefetch_next_block(rows.teacher, rows, job.index, offset);
+  const Prefetch gradient = prefetch_at(rows.gradient, job.index, offset);
   const bool with_gradient = rows.gradient.data != nullptr;
   const vf base_s = exponents.base_s, base_t = exponents.base_t;
   const Exponent exponent_s = exponents.student, exponent_t = kNeeds & kOwnSlopes ? exponents.teacher : exponent_s;
@@ -118,8 +118,8 @@ FASTKD_INLINE BlockSums sum_block(const RowJob& job, int64_t offset, int padded,
   const auto add = [&](int i) __attribute__((always_inline)) {
     vf s, t;
     logits(i, s, t);
-    // The differences below are of the very numbers that the exponentials are taken of: what rounding does to them
-    // then moves the divergence only as a change of the logits would.
+    // The differences are formed from the same rounded values as the exponentials: rounding then acts on the divergence
+    // only like a perturbation of the logits.
     const vf x_s = s - base_s, x_t = t - base_t;
     const vf exp_u = exp_or_zero(x_s, exponent_s), exp_v = exp_or_zero(x_t, exponent_t);
     sum_s += exp_u;
@@ -127,7 +127,7 @@ FASTKD_INLINE BlockSums sum_block(const RowJob& job, int64_t offset, int padded,
     if (kNeeds & kCrossTerm) {
       cross_t += exp_v * x_s;
     } else if (!(kNeeds & kSumsOnly)) {
-      // Equal logits differ by exactly 0, and masked ones by a number. A common slope follows after the sum.
+      // Exactly 0 for equal logits, finite for masked ones. A common slope is applied to the sum.
       const vf difference = kNeeds & kOwnSlopes ? rounded(x_t * slope_t) - rounded(x_s * slope_s) : x_t - x_s;
       if (kNeeds & kLogRatio) dot_s += exp_u * difference;
       else dot_t += exp_v * difference;
@@ -147,9 +147,9 @@ FASTKD_INLINE BlockSums sum_block(const RowJob& job, int64_t offset, int padded,
     }
   };
   for (int line = 0; line < padded; line += kLine) {
-    fetch(next_s, line);
-    fetch(next_t, line);
-    if (with_gradient) fetch_to_write(gradient, line);
+    prefetch(next_s, line);
+    prefetch(next_t, line);
+    if (with_gradient) prefetch_for_write(gradient, line);
     for (int i = line; i < line + kLine; i += kLanes) add(i);
   }
   return {sum_s, sum_t, dot_s, dot_t, cross_t, moment_s, moment_t, t1_s, t1_t};
@@ -172,21 +172,21 @@ FASTKD_INLINE bool all_finite(const BlockSums& b) {
   return horizontal_sum(all - all) == 0;
 }
 
-// What came of a block that was passed over once: converted, compared and summed relative to the bases so far, so that
-// its logits need not be stored before their largest is known.
-enum class Once { kDone, kAboveBase, kNotFinite };
+// The outcome of processing a block in a single pass: its logits are converted, compared and summed relative to the
+// bases so far, without a first pass for their maximum. Unless kDone, the block is processed again in two passes.
+enum class SinglePass { kDone, kAboveBase, kNotFinite };
 
-// Not inlined: with both forms of the loop in one function, its sums were spilled to the stack.
+// Not inlined: with both versions of the loop in one function, the compiler spilled the sums to the stack.
 template <unsigned kNeeds, class E>
-static __attribute__((noinline)) Once sum_at_once(const RowJob& job, int64_t offset, const Exponentials& to,
-                                                  SoftmaxStatistics<double>& total) {
+static __attribute__((noinline)) SinglePass sum_single_pass(const RowJob& job, int64_t offset, const Exponentials& to,
+                                                            SoftmaxStatistics<double>& total) {
   const Row<double>& row = job.row;
   const typename E::type* from_s = element_at<E>(job.rows->student, job.index, offset);
   const typename E::type* from_t = element_at<E>(job.rows->teacher, job.index, offset);
-  if (total.sum_s == 0) {  // the row begins: its first few logits are likely not far below its largest
+  if (total.sum_s == 0) {  // first block: the first few logits are likely close to the row's maximum
     const float first_s = horizontal_max(at_least(E::load(from_s), broadcast(kMasked)));
     const float first_t = horizontal_max(at_least(E::load(from_t), broadcast(kMasked)));
-    if (!(first_s > kMasked && first_t > kMasked)) return Once::kAboveBase;  // all masked, or a NaN
+    if (!(first_s > kMasked && first_t > kMasked)) return SinglePass::kAboveBase;  // all masked, or a NaN
     total.max_s = first_s, total.max_t = first_t;
   }
   const Exponents exponents = exponents_of(row, total.max_s, total.max_t);
@@ -196,19 +196,20 @@ static __attribute__((noinline)) Once sum_at_once(const RowJob& job, int64_t off
         s = E::load(from_s + i), t = E::load(from_t + i);
         top_s = at_least(s, top_s), top_t = at_least(t, top_t);
       });
-  const float room_s = headroom(kNeeds & kStudentAtT1, float(row.student.slope));
-  const float room_t = headroom(kNeeds & kTeacherAtT1, float(row.teacher.slope));
-  if (horizontal_max(top_s) > total.max_s + room_s || horizontal_max(top_t) > total.max_t + room_t)
-    return Once::kAboveBase;
-  if (!all_finite(sums)) return Once::kNotFinite;
+  const float headroom_s = headroom(kNeeds & kStudentAtT1, float(row.student.slope));
+  const float headroom_t = headroom(kNeeds & kTeacherAtT1, float(row.teacher.slope));
+  if (horizontal_max(top_s) > total.max_s + headroom_s || horizontal_max(top_t) > total.max_t + headroom_t)
+    return SinglePass::kAboveBase;
+  if (!all_finite(sums)) return SinglePass::kNotFinite;
   add_block(sums, total);
-  return Once::kDone;
+  return SinglePass::kDone;
 }
 
 template <unsigned kNeeds>
-static Once sum_at_once(const RowJob& job, int64_t offset, const Exponentials& to, SoftmaxStatistics<double>& total) {
+static SinglePass sum_single_pass(const RowJob& job, int64_t offset, const Exponentials& to,
+                                  SoftmaxStatistics<double>& total) {
   return with_element(job.rows->student.dtype, [&](auto element) __attribute__((always_inline)) {
-    return sum_at_once<kNeeds, decltype(element)>(job, offset, to, total);
+    return sum_single_pass<kNeeds, decltype(element)>(job, offset, to, total);
   });
 }
 
@@ -219,9 +220,9 @@ static void statistics_pass(const RowJob& job, int64_t begin, int64_t end, RowPa
   const Row<double>& row = job.row;
   const Cached& cached = job.cached;
   SoftmaxStatistics<double>& total = part.sums;
-  const bool caches = cached.student != nullptr;
-  const bool smooths = (job.options->needs & kLabelSmoothing) != 0;
-  bool at_once = rows.teacher.dtype == rows.student.dtype && !smooths;
+  const bool has_cache = cached.student != nullptr;
+  const bool label_smoothing = (job.options->needs & kLabelSmoothing) != 0;
+  bool single_pass = rows.teacher.dtype == rows.student.dtype && !label_smoothing;
   const float masked = kNeeds & kOwnSlopes ? masked_value(row) : kMasked;
   total.max_s = total.max_t = kMasked;
 
@@ -230,19 +231,19 @@ static void statistics_pass(const RowJob& job, int64_t begin, int64_t end, RowPa
     const int64_t label_at = job.label_class - offset;
     const bool has_label = job.label_class >= 0 && label_at >= 0 && label_at < n;
     const Exponentials to =
-        caches ? cached_block(cached, offset, n) : Exponentials{uncached[0], uncached[1], uncached[2]};
-    Once came = Once::kAboveBase;
-    if (at_once && n == kBlock && !has_label) came = sum_at_once<kNeeds>(job, offset, to, total);
-    at_once = at_once && came != Once::kNotFinite;  // masked classes: likely there are more
-    if (came != Once::kDone) {
+        has_cache ? cached_block(cached, offset, n) : Exponentials{uncached[0], uncached[1], uncached[2]};
+    SinglePass outcome = SinglePass::kAboveBase;
+    if (single_pass && n == kBlock && !has_label) outcome = sum_single_pass<kNeeds>(job, offset, to, total);
+    single_pass = single_pass && outcome != SinglePass::kNotFinite;  // masked classes: likely in the next blocks too
+    if (outcome != SinglePass::kDone) {
       const vf top_before_s = broadcast(total.max_s), top_before_t = broadcast(total.max_t);
       vf top_s = top_before_s, top_t = top_before_t;
       const int padded = load_block(rows.student, job.index, offset, n, z_s, masked, top_s);
       load_block(rows.teacher, job.index, offset, n, z_t, masked, top_t);
-      if (smooths) total.logit_sum += sum_of_block(z_s, n, row.origin);
+      if (label_smoothing) total.logit_sum += sum_of_block(z_s, n, row.origin);
       if (has_label) {
         top_s = top_before_s, top_t = top_before_t;
-        set_label_aside(z_s, z_t, label_at, padded, masked, part.label, top_s, top_t);
+        exclude_label(z_s, z_t, label_at, padded, masked, part.label, top_s, top_t);
       }
       rebase<kNeeds>(total, horizontal_max(top_s), horizontal_max(top_t), row.student.slope, row.teacher.slope);
       const Exponents exponents = exponents_of(row, total.max_s, total.max_t);
@@ -252,7 +253,7 @@ static void statistics_pass(const RowJob& job, int64_t begin, int64_t end, RowPa
                                                });
       add_block(sums, total);
     }
-    if (caches) cached.max_s[offset / kBlock] = total.max_s, cached.max_t[offset / kBlock] = total.max_t;
+    if (has_cache) cached.max_s[offset / kBlock] = total.max_s, cached.max_t[offset / kBlock] = total.max_t;
   }
 }
 
@@ -278,7 +279,7 @@ static void combine_sums(RowJob& job, const RowPart* parts, int count) {
 template <class Loss, unsigned kNeeds>
 static void combine_statistics(RowJob& job, const RowPart* parts, int count) {
   combine_sums<kNeeds>(job, parts, count);
-  if (!(kNeeds & kStudentAtT1)) job.row.sums.t1_s = job.row.sums.sum_s;  // read only where that is what they are
+  if (!(kNeeds & kStudentAtT1)) job.row.sums.t1_s = job.row.sums.sum_s;  // T is 1 if the formula reads it
   if (!(kNeeds & kTeacherAtT1)) job.row.sums.t1_t = job.row.sums.sum_t;
   const Rows& rows = *job.rows;
   const SoftmaxResult<double> result = formula_of<Loss>(*job.options, job.row);
@@ -295,22 +296,23 @@ static void combine_statistics(RowJob& job, const RowPart* parts, int count) {
 
 // ---- gradient --------------------------------------------------------------------------------------------------
 
-// Last block first: it is the one still in cache.
+// Last block first: it is still in cache.
 template <unsigned kNeeds>
 static void gradient_pass(const RowJob& job, int64_t begin, int64_t end, RowPart&) {
-  float z_s[kBlock], z_t[kBlock], again_s[kBlock], again_t[kBlock], again_t1[kBlock];
+  float z_s[kBlock], z_t[kBlock], recomputed_s[kBlock], recomputed_t[kBlock], recomputed_t1[kBlock];
   const Rows& rows = *job.rows;
   const Row<double>& row = job.row;
   const SoftmaxGradient<double>& g = job.gradient;
   const Cached& cached = job.cached;
-  const bool caches = cached.student != nullptr;
+  const bool has_cache = cached.student != nullptr;
   const float mean = float(row.student.mean), affine = float(g.affine);
   const float constant = float(g.constant - g.affine * (row.student.mean - mean));
-  // Differences of logits: exact near equality where the bases are near each other, else relative to them.
+  // Differences of logits: of the logits themselves if the bases are close, which is exact near equality; else relative
+  // to the bases.
   const double bases = (double(row.sums.max_t) - row.sums.max_s) * row.student.slope;
   const bool near = __builtin_fabs(bases) < 1;
   const vf origin_s = broadcast(near ? 0.0f : row.sums.max_s), origin_t = broadcast(near ? 0.0f : row.sums.max_t);
-  // Their mean is taken out before they are multiplied: of a student with one probability it is its difference exactly.
+  // Their mean is subtracted before the multiplication: exact for a student with all probability on one class.
   const double without_ratio = kNeeds & kLogRatio ? g.student / g.log_ratio - (near ? bases : 0.0) : 0.0;
   const vf mean_difference = broadcast(float(without_ratio / row.student.slope));
   const Exponents exponents = exponents_of(row, row.sums.max_s, row.sums.max_t);
@@ -318,24 +320,24 @@ static void gradient_pass(const RowJob& job, int64_t begin, int64_t end, RowPart
     const int64_t offset = block * kBlock;
     const int n = block_size(end, offset);
     const Exponentials exponentials =
-        caches ? cached_block(cached, offset, n) : Exponentials{again_s, again_t, again_t1};
+        has_cache ? cached_block(cached, offset, n) : Exponentials{recomputed_s, recomputed_t, recomputed_t1};
     double below_s = 0, below_t = 0;
-    if (caches) {
+    if (has_cache) {
       below_s = double(cached.max_s[block]) - row.sums.max_s;
       below_t = double(cached.max_t[block]) - row.sums.max_t;
       if (kNeeds & (kStandardized | kLogRatio)) load_block(rows.student, job.index, offset, n, z_s);
       if (kNeeds & kLogRatio) load_block(rows.teacher, job.index, offset, n, z_t);
     } else {
-      // Whatever comes out at the label is replaced below.
+      // The label's entry is overwritten below.
       const int padded = load_block(rows.student, job.index, offset, n, z_s);
       load_block(rows.teacher, job.index, offset, n, z_t);
       for (int i = 0; i < padded; i += kLanes) {
-        store(again_s + i, student_exponential(exponents, load(z_s + i)));
-        store(again_t + i, teacher_exponential(exponents, load(z_t + i)));
-        if (kNeeds & kStudentAtT1) store(again_t1 + i, exp_or_zero(load(z_s + i) - exponents.base_s));
+        store(recomputed_s + i, student_exponential(exponents, load(z_s + i)));
+        store(recomputed_t + i, teacher_exponential(exponents, load(z_t + i)));
+        if (kNeeds & kStudentAtT1) store(recomputed_t1 + i, exp_or_zero(load(z_s + i) - exponents.base_s));
       }
     }
-    // Mostly the largest logit came early, and the factors are 1.
+    // The maximum is usually found early: the factors are then 1.
     const double factor_s = below_s == 0 ? 1.0 : __builtin_exp(below_s * row.student.slope);
     const double factor_t = below_t == 0 ? 1.0 : __builtin_exp(below_t * row.teacher.slope);
     const double factor_1 = (kNeeds & kStudentAtT1) && below_s != 0 ? __builtin_exp(below_s) : 1.0;
@@ -369,7 +371,7 @@ static const Phases& softmax_phases() {
   return kNeeds & kStandardized ? standardized : two_passes;
 }
 
-// nullptr where the skeleton is not compiled for these needs.
+// nullptr if the skeleton is not compiled for these needs.
 template <class Loss, unsigned... kNeeds>
 static const Phases* softmax_phases_for(unsigned needs, VariantList<kNeeds...>) {
   const Phases* found = nullptr;

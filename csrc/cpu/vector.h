@@ -1,6 +1,6 @@
-// A vector of floats in the instruction set that the including file targets, and the functions of it that the
-// kernels need. Compiled once for each instruction set, inside a namespace of its own (FASTKD_ISA), so that no
-// function of a newer set can be linked into an older one's code; for the same reason no std template is used.
+// A vector of floats in the instruction set that the including file targets, and its functions. Compiled once per
+// instruction set in its own namespace (FASTKD_ISA), so that code for a newer set cannot be linked into an older one's;
+// for the same reason no std template is used.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +33,7 @@ FASTKD_INLINE vf load(const float* p) {
 }
 FASTKD_INLINE void store(float* p, vf x) { std::memcpy(p, &x, sizeof x); }
 
-// A NaN in `x` stays; one in `bound` must not occur.
+// Maximum. Propagates a NaN in `x`; `bound` must not be NaN.
 FASTKD_INLINE vf at_least(vf x, vf bound) {
 #if defined(FASTKD_USE_AVX512)
   return (vf)_mm512_max_ps((__m512)bound, (__m512)x);
@@ -44,8 +44,8 @@ FASTKD_INLINE vf at_least(vf x, vf bound) {
 #endif
 }
 
-// The value as it is rounded: caches the compiler from fusing the product into a later sum, which would leave
-// a rounding error where two equal products must cancel to 0.
+// Keeps the compiler from fusing a product into a multiply-add, which would leave a rounding error where two equal
+// products must cancel to 0.
 FASTKD_INLINE vf rounded(vf x) {
 #if defined(__x86_64__) && defined(FASTKD_USE_AVX512)
   asm("" : "+v"(x));
@@ -73,32 +73,32 @@ FASTKD_INLINE float horizontal_max(vf x) {
   return largest;
 }
 
-// 1.5 * 2^23: a sum with it is rounded to an integer, which then stands in its low bits.
-constexpr float kRounder = 12582912.0f;
+// 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits.
+constexpr float kRoundingConstant = 12582912.0f;
 
-// 2^y = scale + scale * minus_one for -127 <= y < 127: kept apart because 2^y - 1 is wanted without cancellation.
+// 2^y = scale + scale * minus_one for -127 <= y < 127; two fields, so that 2^y - 1 can be formed without cancellation.
 struct PowerOfTwo {
   vf scale, minus_one;
 };
 
 FASTKD_INLINE PowerOfTwo power_of_two(vf y) {
-  constexpr float kBias = kRounder + 127.0f;  // the exponent of 1
+  constexpr float kBias = kRoundingConstant + 127.0f;  // the exponent of 1
   const vf shifted = rounded(y + kBias);
   const vf scale = as_float((vi)((vu)shifted << 23)), f = y - (shifted - kBias);
-  // Least-maximum-error fit of (2^f - 1) / f, relative error 1e-8.
+  // Minimax fit of (2^f - 1) / f, relative error 1e-8.
   const vf slope =
       0.693147188f +
       f * (0.240226498f + f * (0.0555035722f + f * (0.00961823793f + f * (0.00133908498f + f * 0.000154035126f))));
   return {scale, f * slope};
 }
 
-// 2^(n / kSteps) from the low bits of n, exactly 0 at -127 * kSteps; and (2^(f / kSteps) - 1) / f for |f| <= 1/2, a fit
-// of least maximum error in the power. A table of steps within an octave takes the place of two terms of it.
+// step_power: 2^(n / kSteps) from the low bits of n, exactly 0 at -127 * kSteps. rest_slope: (2^(f / kSteps) - 1) / f
+// for |f| <= 1/2, a minimax fit; the table of kSteps powers saves it two terms.
 #if defined(FASTKD_USE_AVX2) || defined(FASTKD_USE_AVX512)
 constexpr int kSteps = 8;
 
 FASTKD_INLINE vf step_power(vi n) {
-  // The bits of 2^(j / 8), less what a shift of j itself adds.
+  // The bits of 2^(j / 8), minus the contribution of j to n << 20 below.
 #define FASTKD_STEPS 0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7
 #if defined(FASTKD_USE_AVX512)
   const vi table = {FASTKD_STEPS, FASTKD_STEPS};
@@ -108,7 +108,7 @@ FASTKD_INLINE vf step_power(vi n) {
   const vi step = (vi)_mm256_permutevar8x32_epi32((__m256i)table, (__m256i)n);
 #endif
 #undef FASTKD_STEPS
-  return as_float((vi)((vu)step + ((vu)n << 20)));  // of a NaN any bits come out: they may wrap
+  return as_float((vi)((vu)step + ((vu)n << 20)));  // unsigned: n is arbitrary if the logit is NaN
 }
 
 FASTKD_INLINE vf rest_slope(vf f) {  // error 2.7e-8
@@ -117,7 +117,7 @@ FASTKD_INLINE vf rest_slope(vf f) {  // error 2.7e-8
 #else
 constexpr int kSteps = 1;
 
-FASTKD_INLINE vf step_power(vi n) { return as_float((vi)(((vu)n << 23) + 0x3f800000u)); }  // of a NaN any bits
+FASTKD_INLINE vf step_power(vi n) { return as_float((vi)(((vu)n << 23) + 0x3f800000u)); }  // unsigned, as above
 
 FASTKD_INLINE vf rest_slope(vf f) {  // error 1.1e-7
   return 0.693147004f + f * (0.240222424f + f * (0.0555073395f + f * (0.00967151113f + f * 0.00132646528f)));
@@ -126,7 +126,7 @@ FASTKD_INLINE vf rest_slope(vf f) {  // error 1.1e-7
 
 constexpr double kLog2E = 1.4426950408889634;
 
-// e^(slope x) is 2^(factor x / kSteps), and 0 from `lowest` down.
+// e^(slope x) = 2^(factor x / kSteps); 0 for x <= `lowest`.
 struct Exponent {
   vf factor, lowest;
 };
@@ -136,11 +136,11 @@ FASTKD_INLINE Exponent exponent_of(double slope) {
   return {broadcast(factor), broadcast(-127.0f * kSteps / factor)};
 }
 
-// For slope * x < 88; exactly 0 below 2^-126, NaN stays.
+// For slope * x < 88; exactly 0 below 2^-126, propagates NaN.
 FASTKD_INLINE vf exp_or_zero(vf x, const Exponent& exponent) {
   x = at_least(x, exponent.lowest);
-  const vf shifted = rounded(x * exponent.factor + kRounder);
-  const vf scale = step_power(as_int(shifted)), rest = x * exponent.factor - (shifted - kRounder);
+  const vf shifted = rounded(x * exponent.factor + kRoundingConstant);
+  const vf scale = step_power(as_int(shifted)), rest = x * exponent.factor - (shifted - kRoundingConstant);
   return scale + (scale * rest) * rest_slope(rest);
 }
 
@@ -152,36 +152,36 @@ FASTKD_INLINE vf twice_atanh(vf w) {
   return w * (2.0f + s * (0.666663094f + s * (0.400251554f + s * (0.279569799f + s * 0.281950615f))));
 }
 
-// x = 2^exponent * fraction with a fraction from sqrt(1/2) to sqrt(2), for x > 0 in the normal range.
-struct Halves {
+// x = 2^exponent * fraction with fraction in [sqrt(1/2), sqrt(2)), for normal x > 0.
+struct FloatParts {
   vf exponent, fraction;
 };
 
-FASTKD_INLINE Halves halves_of(vf x) {
+FASTKD_INLINE FloatParts split_float(vf x) {
   const vu bits = (vu)x, above = bits - 0x3f3504f3u;
   return {__builtin_convertvector((vi)above >> 23, vf), (vf)(bits - (above & 0xff800000u))};
 }
 
-// log(x) for x > 0 in the normal range.
+// log(x) for normal x > 0.
 FASTKD_INLINE vf natural_log(vf x) {
-  const Halves halves = halves_of(x);  // (y - 1) / (y + 1) is at most 0.172
-  const vf y = halves.fraction;
-  return twice_atanh((y - 1.0f) / (y + 1.0f)) + halves.exponent * 0.693147181f;
+  const FloatParts parts = split_float(x);  // (y - 1) / (y + 1) is at most 0.172
+  const vf y = parts.fraction;
+  return twice_atanh((y - 1.0f) / (y + 1.0f)) + parts.exponent * 0.693147181f;
 }
 
-// x log(x / m) for probabilities x <= m / weight; 0 at x = 0. `above` is x - m, from which comes the logarithm where the
-// two are close: their rounded ratio is 1 within more than all that the two differ by.
+// x log(x / m) for probabilities x and m, m at least a fixed share of x; 0 at x = 0. `above` is x - m: for close x and
+// m the logarithm is computed from it, because the rounded ratio x / m loses their difference.
 FASTKD_INLINE vf times_log_ratio(vf x, vf m, vf above) {
   const vf one = broadcast(1.0f);
   const vf ratio = select(x > 0.0f, x, one) / select(x > 0.0f, m, one);
-  const Halves ratio_halves = halves_of(ratio);
+  const FloatParts ratio_parts = split_float(ratio);
   const vi close = absolute(above) < 0.25f * m;
-  const vf numerator = select(close, above, ratio_halves.fraction - 1.0f);
-  const vf denominator = select(close, x + m, ratio_halves.fraction + 1.0f);
-  return x * (twice_atanh(numerator / denominator) + select(close, vf{}, ratio_halves.exponent * 0.693147181f));
+  const vf numerator = select(close, above, ratio_parts.fraction - 1.0f);
+  const vf denominator = select(close, x + m, ratio_parts.fraction + 1.0f);
+  return x * (twice_atanh(numerator / denominator) + select(close, vf{}, ratio_parts.exponent * 0.693147181f));
 }
 
-// The functions that the formulas of csrc/row_formulas.h are written in.
+// The functions used by the formulas of csrc/row_formulas.h.
 struct VectorMath {
   FASTKD_INLINE vf number(float x) { return broadcast(x); }
   FASTKD_INLINE vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }

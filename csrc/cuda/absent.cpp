@@ -1,4 +1,4 @@
-// Linked instead of launch.cu where no CUDA compiler was found, or it failed; setup.py says which.
+// Linked instead of launch.cu if no CUDA compiler was found, or it failed; setup.py defines the reason.
 #include <stdexcept>
 #include <string>
 

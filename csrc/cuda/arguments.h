@@ -7,27 +7,27 @@
 namespace fastkd {
 namespace cuda {
 
-// How rows are shared out; chosen by fastkd/ops/team_plan.py.
+// How rows are distributed over threads; chosen by fastkd/ops/team_plan.py.
 struct TeamPlan {
-  // Threads of a block that work on one row: a power of two, with several rows a block at most a warp.
-  int32_t threads_a_row;
-  int32_t rows_a_block;
-  int32_t blocks_a_row;  // the cluster that shares a row; 1 where a block has several rows, or without clusters
-  int32_t slots;         // vectors of each model that a thread has room for in shared memory
+  // A power of two; at most a warp if a block has several rows.
+  int32_t threads_per_row;
+  int32_t rows_per_block;
+  int32_t blocks_per_row;  // the cluster size; 1 if a block has several rows, or without clusters
+  int32_t slots;           // vectors of each model per thread in shared memory
 };
 
-constexpr int kMostPairs = 8;
+constexpr int kMaxPairs = 8;
 
-// Options whose values only the device's memory holds; none where `values` is null.
+// Option values in device memory, which replace the first `count` options.
 struct DynamicOptions {
   const float* values;
   int32_t count;
 };
 
-// Several pairs of logits of equal row count and class count go through one launch: the heads of a student.
+// One launch computes up to kMaxPairs pairs of logits with equal rows and classes: the heads of a student.
 struct RowLossArguments {
-  Rows pairs[kMostPairs];
-  LossOptions options;  // they choose the kernel; NaN for what only `dynamic` holds
+  Rows pairs[kMaxPairs];
+  LossOptions options;  // select the kernel; NaN for values in `dynamic`
   DynamicOptions dynamic;
   TeamPlan plan;
 };

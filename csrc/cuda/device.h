@@ -1,5 +1,5 @@
-// The few things that the kernels ask of the hardware. Everything else in this folder is plain C++, which
-// tests/cuda_emulation/ compiles for the host with its own implementation of these.
+// The hardware interface of the kernels. Everything else in this folder is plain C++, which tests/cuda_emulation/
+// compiles for the host with its own implementation of this header.
 #pragma once
 
 #include <cstdint>
@@ -8,10 +8,10 @@ namespace fastkd {
 namespace cuda {
 
 constexpr int kWarp = 32;
-constexpr int kMostThreads = 512;  // of a block: up to 128 registers a thread
-constexpr int kMostBlocks = 8;     // of a cluster, the largest size that every device with clusters has
+constexpr int kMaxThreads = 512;  // per block: leaves up to 128 registers per thread
+constexpr int kMaxBlocks = 8;     // per cluster: the largest portable cluster size
 
-// What one instruction moves: 4 float or 8 half or bfloat16 logits.
+// The unit of vector loads and stores: 4 float, or 8 half or bfloat16 logits.
 struct alignas(16) Chunk {
   uint32_t word[4];
 };
@@ -23,17 +23,17 @@ struct alignas(16) Chunk {
 #include "cuda_emulation.h"
 #else
 #define FASTKD_DEVICE __device__ __forceinline__
-// One block of the largest size may take all registers: asked for no number, the compiler takes 64 a thread and spills.
-#define FASTKD_KERNEL __global__ void __launch_bounds__(fastkd::cuda::kMostThreads, 1)
+// Explicit launch bounds: without them the compiler limits itself to 64 registers per thread and spills.
+#define FASTKD_KERNEL __global__ void __launch_bounds__(fastkd::cuda::kMaxThreads, 1)
 #define FASTKD_PARAMETER const __grid_constant__
 
 namespace fastkd {
 namespace cuda {
 
-// ---- where we are ----------------------------------------------------------------------------------------------
+// ---- indices ---------------------------------------------------------------------------------------------------
 
-FASTKD_DEVICE int thread_of_block() { return int(threadIdx.x); }
-FASTKD_DEVICE int threads_of_block() { return int(blockDim.x); }
+FASTKD_DEVICE int thread_in_block() { return int(threadIdx.x); }
+FASTKD_DEVICE int threads_per_block() { return int(blockDim.x); }
 FASTKD_DEVICE unsigned block_x() { return blockIdx.x; }
 FASTKD_DEVICE int block_y() { return int(blockIdx.y); }
 
@@ -44,7 +44,7 @@ FASTKD_DEVICE Chunk* shared_memory() {
 
 // ---- threads of a warp, a block, a cluster ---------------------------------------------------------------------
 
-// The values of the lane whose number differs in the bits of `mask`. All lanes of the warp must come here.
+// Values of lane (lane ^ mask). All lanes of the warp must call it.
 template <int kCount>
 FASTKD_DEVICE void shuffle_xor(const float (&values)[kCount], int mask, float (&others)[kCount]) {
 #pragma unroll
@@ -53,7 +53,7 @@ FASTKD_DEVICE void shuffle_xor(const float (&values)[kCount], int mask, float (&
 
 FASTKD_DEVICE void block_barrier() { __syncthreads(); }
 
-// The cluster's barrier in two halves: what a block wrote before it arrives, the others may read after they waited.
+// A split cluster barrier: writes before arrive are visible to the cluster's other blocks after wait.
 FASTKD_DEVICE void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release;" ::: "memory");
@@ -65,45 +65,44 @@ FASTKD_DEVICE void cluster_wait() {
 #endif
 }
 
-// Shared memory of another block of the cluster, by the address of ours.
-FASTKD_DEVICE const float* shared_of_block(const float* ours, int rank) {
+// The address in block `rank` of the cluster that corresponds to `local` in this block's shared memory.
+FASTKD_DEVICE const float* map_shared_rank(const float* local, int rank) {
 #if __CUDA_ARCH__ >= 900
-  uint64_t theirs;
-  asm("mapa.u64 %0, %1, %2;" : "=l"(theirs) : "l"(ours), "r"(rank));
-  return reinterpret_cast<const float*>(theirs);
+  uint64_t remote;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(remote) : "l"(local), "r"(rank));
+  return reinterpret_cast<const float*>(remote);
 #else
-  return ours;
+  return local;
 #endif
 }
 
 // ---- memory ----------------------------------------------------------------------------------------------------
 
-// Global to shared memory, past the registers and the first-level cache; both 16-byte aligned.
+// Asynchronous copy from global to shared memory, bypassing registers and L1; both 16-byte aligned.
 FASTKD_DEVICE void copy_async(Chunk* to, const void* from) {
   const uint32_t address = uint32_t(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
 }
 FASTKD_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits until at most kPending of this thread's latest groups of copies are under way.
+// Waits until at most kPending of this thread's copy groups are in flight.
 template <int kPending>
 FASTKD_DEVICE void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Written once and not read again soon: must not push logits out of the second-level cache.
+// Streaming store: the gradient is not read again soon and must not evict logits from L2.
 FASTKD_DEVICE void store_streaming(void* to, const Chunk& chunk) {
   __stcs(static_cast<uint4*>(to), make_uint4(chunk.word[0], chunk.word[1], chunk.word[2], chunk.word[3]));
 }
 
 // ---- arithmetic ------------------------------------------------------------------------------------------------
-// The code is compiled with -fmad=false: products are rounded where they stand, so that two equal ones cancel to 0.
-// A multiply-add is fused where it is written so.
+// Compiled with -fmad=false: every product is rounded, so that two equal ones cancel to 0. Multiply-adds are explicit.
 
 FASTKD_DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
-FASTKD_DEVICE float quotient(float a, float b) { return __fdividef(a, b); }  // within 2 units, |b| < 2^126
+FASTKD_DEVICE float quotient(float a, float b) { return __fdividef(a, b); }  // within 2 ulp for |b| < 2^126
 
-// 2^y within 2^-22 of it, 0 below 2^-126; NaN stays.
+// 2^y with relative error 2^-22; 0 below 2^-126. Propagates NaN.
 FASTKD_DEVICE float power_of_two(float y) {
   float power;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(y));
@@ -113,7 +112,7 @@ FASTKD_DEVICE float power_of_two(float y) {
 FASTKD_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 FASTKD_DEVICE uint32_t as_bits(float value) { return __float_as_uint(value); }
 
-// The instructions themselves: the toolkit's headers for these types take longer to compile than all kernels.
+// Inline PTX: the toolkit's headers for these types take longer to compile than all kernels.
 FASTKD_DEVICE float half_to_float(uint32_t bits) {
   float value;
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(uint16_t(bits)));

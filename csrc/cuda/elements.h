@@ -1,4 +1,4 @@
-// Logits of any dtype: eight at a time as the kernels work on them, in float32.
+// Logits of any dtype, processed in vectors of eight, in float32.
 #pragma once
 
 #include "arguments.h"
@@ -10,11 +10,11 @@ namespace cuda {
 constexpr int kVector = 8;
 
 FASTKD_DEVICE int size_of(DType dtype) { return dtype == DType::kFloat ? 4 : 2; }    // bytes
-FASTKD_DEVICE int chunks_of(DType dtype) { return dtype == DType::kFloat ? 2 : 1; }  // of a vector
+FASTKD_DEVICE int chunks_of(DType dtype) { return dtype == DType::kFloat ? 2 : 1; }  // per vector
 
-// One row of a matrix. Its vectors start `phase` columns before the row does, so that they lie on 16-byte boundaries
-// wherever the row starts; the first and the last may be cut by the row's ends. In the usual case of dense tensors
-// the phase of the student's row is that of the teacher's and of the gradient's too, whatever their dtypes.
+// A row of a matrix. Its vectors start `phase` columns before the row, on 16-byte boundaries wherever the row starts;
+// the first and last vector may be partial. In dense tensors student, teacher and gradient have the same phase,
+// whatever their dtypes.
 struct RowPointer {
   char* data;
   DType dtype;
@@ -25,7 +25,7 @@ FASTKD_DEVICE RowPointer row_of(const Matrix& matrix, int64_t row) {
   return {static_cast<char*>(matrix.data) + row_offset(matrix, row) * size_of(matrix.dtype), matrix.dtype, false};
 }
 
-// How many columns this row starts after a boundary of whole vectors.
+// The distance in columns from the last vector boundary to the start of the row.
 FASTKD_DEVICE int phase_of(const RowPointer& row) {
   return int(reinterpret_cast<uintptr_t>(row.data) >> (row.dtype == DType::kFloat ? 2 : 1)) & (kVector - 1);
 }
@@ -43,7 +43,7 @@ FASTKD_DEVICE uint32_t minus_infinity(DType dtype) {
   return dtype == DType::kFloat ? 0xff800000u : dtype == DType::kBFloat16 ? 0xff80u : 0xfc00u;
 }
 
-// One vector to this thread's place in shared memory, its chunks `stride` chunks apart; -inf beyond the row's ends.
+// Copies a vector to shared memory, its chunks `stride` chunks apart; -inf outside the row.
 FASTKD_DEVICE void fetch_vector(const RowPointer& row, int column, int classes, Chunk* to, int stride) {
   const int size = size_of(row.dtype);
   const char* from = row.data + int64_t(column) * size;
@@ -68,7 +68,7 @@ FASTKD_DEVICE void fetch_vector(const RowPointer& row, int column, int classes, 
   }
 }
 
-// The vector that was fetched, what is below `lowest` raised to it; a NaN stays.
+// Reads a fetched vector, clamped from below to `lowest`; propagates NaN.
 FASTKD_DEVICE void read_vector(const Chunk* from, int stride, DType dtype, float lowest, float (&values)[kVector]) {
   const Chunk first = from[0];
   if (dtype == DType::kFloat) {
@@ -95,7 +95,7 @@ FASTKD_DEVICE void read_vector(const Chunk* from, int stride, DType dtype, float
   for (int i = 0; i < kVector; i++) values[i] = values[i] < lowest ? lowest : values[i];
 }
 
-// One logit, loaded now and looked at later: the time that takes is spent on the first pass.
+// A logit that is loaded early and converted later, so that the first pass hides the latency of the load.
 struct LoadedLogit {
   uint32_t bits;
   DType dtype;
@@ -115,9 +115,9 @@ FASTKD_DEVICE float value_of(const LoadedLogit& logit) {
 
 FASTKD_DEVICE void store_vector(const RowPointer& row, int column, int classes, const float (&values)[kVector]) {
   char* to = row.data + int64_t(column) * size_of(row.dtype);
-  const bool at_once = row.aligned && is_whole(column, classes);
+  const bool vectorized = row.aligned && is_whole(column, classes);
   if (row.dtype == DType::kFloat) {
-    if (at_once) {
+    if (vectorized) {
       store_streaming(to, {as_bits(values[0]), as_bits(values[1]), as_bits(values[2]), as_bits(values[3])});
       store_streaming(to + sizeof(Chunk),
                       {as_bits(values[4]), as_bits(values[5]), as_bits(values[6]), as_bits(values[7])});
@@ -132,7 +132,7 @@ FASTKD_DEVICE void store_vector(const RowPointer& row, int column, int classes, 
 #pragma unroll
   for (int i = 0; i < kVector; i++)
     bits[i] = row.dtype == DType::kBFloat16 ? float_to_bfloat16(values[i]) : float_to_half(values[i]);
-  if (at_once) {
+  if (vectorized) {
     store_streaming(to, {bits[0] | bits[1] << 16, bits[2] | bits[3] << 16, bits[4] | bits[5] << 16,
                          bits[6] | bits[7] << 16});
     return;

@@ -1,4 +1,4 @@
-// Which kernel computes a loss, and with which numbers: the same for a device and for the tests' emulation.
+// Kernel selection, argument checks and launch dimensions, shared by launch.cu and tests/cuda_emulation/.
 #pragma once
 
 #include <initializer_list>
@@ -11,7 +11,7 @@ namespace cuda {
 
 typedef void (*RowKernel)(RowLossArguments);
 
-// nullptr where the skeleton is not compiled for these needs.
+// nullptr if the skeleton is not compiled for these needs.
 template <class Loss, unsigned... kNeeds>
 RowKernel softmax_kernel_for(unsigned needs, VariantList<kNeeds...>) {
   RowKernel found = nullptr;
@@ -32,7 +32,7 @@ RowKernel kernel_for(unsigned, PointwiseFamily) {
   return pointwise_rows<Loss>;
 }
 
-// nullptr where there is no such loss, or no kernel for what it needs.
+// nullptr if the loss is unknown, or no kernel is compiled for its needs.
 inline RowKernel row_kernel_for(const LossOptions& options) {
   return with_loss<RowKernel>(
       options.loss,
@@ -43,20 +43,22 @@ inline RowKernel row_kernel_for(const LossOptions& options) {
       Losses());
 }
 
-// Why the arguments of a launch cannot be right; nullptr where nothing is wrong.
+// Why a launch is invalid; nullptr if it is valid.
 inline const char* refusal(int64_t classes, const TeamPlan& plan) {
   const auto is_power_of_two = [](int n) { return n > 0 && (n & (n - 1)) == 0; };
-  const int threads = plan.threads_a_row * plan.rows_a_block;
-  if (!is_power_of_two(plan.threads_a_row) || plan.rows_a_block < 1 || threads > kMostThreads || threads % kWarp != 0)
-    return "threads_a_row must be a power of two, and the threads of a block whole warps, at most 512 threads";
-  if (plan.rows_a_block > 1 && (plan.threads_a_row > kWarp || plan.blocks_a_row > 1))
-    return "a block of several rows gives each at most a warp, and shares none with another block";
-  if (plan.blocks_a_row < 1 || plan.blocks_a_row > kMostBlocks || (plan.blocks_a_row > 1 && plan.threads_a_row < kWarp))
-    return "blocks_a_row must be 1 to 8";
+  const int threads = plan.threads_per_row * plan.rows_per_block;
+  if (!is_power_of_two(plan.threads_per_row) || plan.rows_per_block < 1 || threads > kMaxThreads ||
+      threads % kWarp != 0)
+    return "threads_per_row must be a power of two, and a block must have whole warps, at most 512 threads";
+  if (plan.rows_per_block > 1 && (plan.threads_per_row > kWarp || plan.blocks_per_row > 1))
+    return "a block with several rows must have at most a warp per row, and no cluster";
+  if (plan.blocks_per_row < 1 || plan.blocks_per_row > kMaxBlocks ||
+      (plan.blocks_per_row > 1 && plan.threads_per_row < kWarp))
+    return "blocks_per_row must be 1 to 8, with at least a warp per row in each block if there are several";
   if (classes > INT32_MAX - (1 << 20)) return "a row may have at most 2^31 - 2^20 classes";
-  const int64_t vectors = (classes + kVector - 2) / kVector + 1, team = plan.threads_a_row * plan.blocks_a_row;
-  if (plan.slots < kAhead && (vectors + team - 1) / team > plan.slots)
-    return "slots must hold all vectors of a thread, or at least 4 of them";
+  const int64_t vectors = (classes + kVector - 2) / kVector + 1, team = plan.threads_per_row * plan.blocks_per_row;
+  if (plan.slots < kStages && (vectors + team - 1) / team > plan.slots)
+    return "slots must hold all vectors of a thread, or at least 4";
   return nullptr;
 }
 
@@ -65,7 +67,7 @@ inline bool is_kernel_dtype(DType dtype) {
 }
 
 inline const char* refusal(const Rows* pairs, int count, const TeamPlan& plan) {
-  if (count < 1 || count > kMostPairs) return "a launch takes 1 to 8 pairs of logits";
+  if (count < 1 || count > kMaxPairs) return "a launch takes 1 to 8 pairs of logits";
   for (const Matrix& matrix : {pairs[0].student, pairs[0].teacher, pairs[0].gradient})
     if (!is_kernel_dtype(matrix.dtype)) return "logits and gradients must be float32, bfloat16 or float16";
   for (int i = 1; i < count; i++) {
@@ -93,20 +95,20 @@ struct Grid {
   int64_t shared_bytes;
 };
 
-// Of a kernel that reads logits of these dtypes, one beside the other.
+// For a kernel that reads logits of these dtypes.
 inline Grid grid_of(int64_t rows, int pairs, const TeamPlan& plan, std::initializer_list<DType> dtypes) {
-  const int64_t teams = (rows + plan.rows_a_block - 1) / plan.rows_a_block;
-  int chunks_a_vector = 0;
-  for (DType dtype : dtypes) chunks_a_vector += dtype == DType::kFloat ? 2 : 1;
-  return {teams * plan.blocks_a_row, pairs, plan.threads_a_row * plan.rows_a_block, plan.blocks_a_row,
-          shared_chunks(plan, chunks_a_vector) * int64_t(sizeof(Chunk))};
+  const int64_t teams = (rows + plan.rows_per_block - 1) / plan.rows_per_block;
+  int chunks_per_vector = 0;
+  for (DType dtype : dtypes) chunks_per_vector += dtype == DType::kFloat ? 2 : 1;
+  return {teams * plan.blocks_per_row, pairs, plan.threads_per_row * plan.rows_per_block, plan.blocks_per_row,
+          shared_chunks(plan, chunks_per_vector) * int64_t(sizeof(Chunk))};
 }
 
 inline Grid row_loss_grid(const Rows* pairs, int count, const TeamPlan& plan) {
   return grid_of(pairs[0].count, count, plan, {pairs[0].student.dtype, pairs[0].teacher.dtype});
 }
 
-// No cluster: the blocks of a row are on their own.
+// No cluster: the blocks of a row do not communicate.
 inline Grid scale_grid(int64_t rows, const TeamPlan& plan, DType gradient) {
   Grid grid = grid_of(rows, 1, plan, {gradient});
   grid.cluster = 1;

@@ -16,17 +16,17 @@ namespace {
 
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // not to be found again by whoever asks next
+  cudaGetLastError();  // clears it
   throw std::runtime_error(std::string("fastkd_native: ") + what + ": " + cudaGetErrorString(error));
 }
 
-// Makes a device current, and then the one that was before.
+// Makes a device current, and restores the previous one on destruction.
 class CurrentDevice {
  public:
   explicit CurrentDevice(int device) {
-    check(cudaGetDevice(&before_), "the current device");
+    check(cudaGetDevice(&before_), "cannot get the current device");
     if (device == before_) return;
-    check(cudaSetDevice(device), "choosing the device");
+    check(cudaSetDevice(device), "cannot set the device");
     changed_ = true;
   }
   ~CurrentDevice() {
@@ -40,24 +40,25 @@ class CurrentDevice {
   bool changed_ = false;
 };
 
-// A kernel may use more than 48 KiB of shared memory only after it was told so, once a device.
+// Opts a kernel in to more than 48 KiB of dynamic shared memory, once per device.
 void allow_shared_memory(const void* kernel, int device, int64_t bytes) {
   constexpr int64_t kAlwaysAllowed = 48 * 1024;
   if (bytes <= kAlwaysAllowed) return;
   static std::mutex mutex;
   static std::map<std::pair<const void*, int>, int64_t> allowed;
   const std::lock_guard<std::mutex> lock(mutex);
-  int64_t& most = allowed[{kernel, device}];
-  if (bytes <= most) return;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)), "shared memory");
-  most = bytes;
+  int64_t& limit = allowed[{kernel, device}];
+  if (bytes <= limit) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)),
+        "cannot set the shared memory size");
+  limit = bytes;
 }
 
 template <class Arguments>
 void launch(void (*kernel)(Arguments), const Arguments& arguments, const Grid& grid, const Stream& stream) {
   const CurrentDevice current(stream.device);
   allow_shared_memory(reinterpret_cast<const void*>(kernel), stream.device, grid.shared_bytes);
-  if (grid.blocks_x > INT32_MAX) throw std::runtime_error("fastkd_native: more rows than one launch can have blocks");
+  if (grid.blocks_x > INT32_MAX) throw std::runtime_error("fastkd_native: too many rows for one launch");
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(grid.blocks_x), unsigned(grid.blocks_y));
   config.blockDim = dim3(unsigned(grid.threads));
@@ -69,7 +70,7 @@ void launch(void (*kernel)(Arguments), const Arguments& arguments, const Grid& g
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   config.attrs = &cluster;
   config.numAttrs = grid.cluster > 1 ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, kernel, arguments), "the launch of a kernel failed");
+  check(cudaLaunchKernelEx(&config, kernel, arguments), "kernel launch failed");
 }
 
 }  // namespace
@@ -78,7 +79,7 @@ void launch_row_loss(const Rows* pairs, int count, const LossOptions& options, c
                      const TeamPlan& plan, const Stream& stream) {
   const RowKernel kernel = row_kernel_for(options);
   const char* reason =
-      kernel == nullptr ? "there is no such loss, or no kernel for what it needs" : refusal(pairs, count, plan);
+      kernel == nullptr ? "unknown loss, or no kernel compiled for its needs" : refusal(pairs, count, plan);
   if (reason != nullptr) throw std::runtime_error(std::string("fastkd_native: ") + reason);
   launch(kernel, arguments_of(pairs, count, options, dynamic, plan), row_loss_grid(pairs, count, plan), stream);
 }
@@ -92,19 +93,19 @@ void launch_scale_rows(const Matrix& gradient, const float* grad_output, int64_t
 
 const char* missing(int32_t device) {
   static std::string reason;
-  const auto asked = [](cudaError_t error) {
+  const auto failed = [](cudaError_t error) {
     if (error == cudaSuccess) return false;
     cudaGetLastError();
-    reason = std::string("the CUDA runtime it was built with says: ") + cudaGetErrorString(error);
+    reason = std::string("error from the CUDA runtime that it was built with: ") + cudaGetErrorString(error);
     return true;
   };
   int devices = 0;
-  if (asked(cudaGetDeviceCount(&devices))) return reason.c_str();
+  if (failed(cudaGetDeviceCount(&devices))) return reason.c_str();
   try {
     const CurrentDevice current(device);
     cudaFuncAttributes attributes;
-    // Fails where the library holds no code for this device.
-    if (asked(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(scale_rows)))) return reason.c_str();
+    // Fails if the library has no code for this device.
+    if (failed(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(scale_rows)))) return reason.c_str();
   } catch (const std::exception& error) {
     reason = error.what();
     return reason.c_str();

@@ -1,5 +1,5 @@
-// The row skeleton of losses that are a sum over classes of a function of q and p: the distributions have to be normalised
-// first, so the sums of the softmax family come before, and a pass of its own before the gradient's.
+// The row skeleton of the mixture family: sums over classes of a function of q and p. q and p need the normalising
+// sums, so there are three passes: softmax sums, loss, gradient.
 #pragma once
 
 #include "softmax_rows.h"
@@ -12,9 +12,9 @@ FASTKD_KERNEL mixture_rows(FASTKD_PARAMETER RowLossArguments arguments) {
   const Rows& rows = arguments.pairs[block_y()];
   Team team(arguments.plan);
   const int64_t index = team.row();
-  const RowHead head = head_of(rows, index, false);
+  const RowInfo info = row_info(rows, index, false);
   const int classes = int(rows.classes);
-  const Share share = share_of(team, arguments, rows, index, head.kind);
+  const Share share = share_of(team, arguments, rows, index, info.kind);
   Row<float> row{};
   row.classes = rows.classes;
   const LossOptions options = options_of(arguments);
@@ -29,7 +29,7 @@ FASTKD_KERNEL mixture_rows(FASTKD_PARAMETER RowLossArguments arguments) {
   const auto p_of = [&](float t) { return power_of_two((t - max_t) * power) * scale_t; };
   float totals[] = {0.0f, 0.0f, 0.0f};  // of the loss, q h and q
   share.next_pass([&](int, float (&s)[kVector], float (&t)[kVector]) {
-    float value = 0, slope = 0, q_sum = 0;  // signed terms: summed a vector at a time, they lose less
+    float value = 0, slope = 0, q_sum = 0;  // per vector: fewer roundings of the signed terms
     for (int i = 0; i < kVector; i++) {
       const float q = q_of(s[i]), p = p_of(t[i]);
       const MixtureTerm<float> term = Loss::template formula<ScalarMath>(values, q, p, p - q);
@@ -41,18 +41,18 @@ FASTKD_KERNEL mixture_rows(FASTKD_PARAMETER RowLossArguments arguments) {
     totals[1] += slope;
     totals[2] += q_sum;
   });
-  team.all(totals, Sum());
-  team.done_exchanging();
+  team.all_reduce(totals, Sum());
+  team.arrive_before_exit();
 
-  if (head.kind != RowKind::kComputed) {
-    write_uncomputed(team, rows, index, head.kind);
+  if (info.kind != RowKind::kComputed) {
+    write_uncomputed(team, rows, index, info.kind);
   } else {
-    write_losses(team, rows, index, head.weight * totals[0], {});
+    write_losses(team, rows, index, info.weight * totals[0], {});
     if (rows.gradient.data != nullptr) {
       const RowPointer gradient = gradient_row(rows, index, share);
-      // The mean of h is totals[1] / totals[2], of the very q: what rounding did to all of them cancels in h - mean. A NaN
-      // of the teacher's makes the gradient NaN too.
-      const float scale = head.weight * row.student.slope / (totals[2] + 0.0f * totals[0]);
+      // The mean of h is totals[1] / totals[2]: divided by the sum of these q rather than by 1, so that their common
+      // rounding error cancels in h - mean. 0 * totals[0] propagates a NaN of the teacher.
+      const float scale = info.weight * row.student.slope / (totals[2] + 0.0f * totals[0]);
       share.next_pass([&](int column, float (&s)[kVector], float (&t)[kVector]) {
         float gradients[kVector];
         for (int i = 0; i < kVector; i++) {
@@ -64,7 +64,7 @@ FASTKD_KERNEL mixture_rows(FASTKD_PARAMETER RowLossArguments arguments) {
       });
     }
   }
-  team.leave();
+  team.wait_before_exit();
 }
 
 }  // namespace cuda

@@ -1,5 +1,5 @@
-// Losses that are a sum over classes of a function of two logits: one pass, no row statistics. And the scaling of a
-// gradient by grad_output.
+// The row skeleton of the pointwise family: sums over classes of a function of two logits. One pass, no statistics. And
+// the scaling of a gradient by grad_output.
 #pragma once
 
 #include "prologue_epilogue.h"
@@ -13,11 +13,11 @@ FASTKD_KERNEL pointwise_rows(FASTKD_PARAMETER RowLossArguments arguments) {
   const Rows& rows = arguments.pairs[block_y()];
   Team team(arguments.plan);
   const int64_t index = team.row();
-  const RowHead head = head_of(rows, index, false);
+  const RowInfo info = row_info(rows, index, false);
   const int classes = int(rows.classes);
-  const Share share = share_of(team, arguments, rows, index, head.kind);
+  const Share share = share_of(team, arguments, rows, index, info.kind);
   const float temperature = options_of(arguments).values[0], inverse = 1.0f / temperature;
-  const float slope_weight = head.weight * temperature;  // d loss / d z = T^2 f'(u) / T
+  const float slope_weight = info.weight * temperature;  // d loss / d z = T^2 f'(u) / T
   const bool with_gradient = rows.gradient.data != nullptr;
   const RowPointer gradient = gradient_row(rows, index, share);
   float total[] = {0.0f};
@@ -34,15 +34,15 @@ FASTKD_KERNEL pointwise_rows(FASTKD_PARAMETER RowLossArguments arguments) {
     total[0] += sum;
     if (with_gradient) store_vector(gradient, column, classes, slopes);
   });
-  team.all(total, Sum());
-  team.done_exchanging();
-  if (head.kind != RowKind::kComputed) write_uncomputed(team, rows, index, head.kind);
-  else write_losses(team, rows, index, head.weight * temperature * temperature * total[0], {});
-  team.leave();
+  team.all_reduce(total, Sum());
+  team.arrive_before_exit();
+  if (info.kind != RowKind::kComputed) write_uncomputed(team, rows, index, info.kind);
+  else write_losses(team, rows, index, info.weight * temperature * temperature * total[0], {});
+  team.wait_before_exit();
 }
 
-// gradient[row] *= grad_output[row], in place; a row whose factor is 1 is not touched. The factor is read here, so that
-// nobody waits for it. No cross-block communication.
+// gradient[row] *= grad_output[row], in place; a row whose factor is 1 is not accessed. The factor is read on the
+// device, so that the host need not synchronise. No cross-block communication.
 FASTKD_KERNEL scale_rows(FASTKD_PARAMETER ScaleArguments arguments) {
   const Team team(arguments.plan);
   const int64_t index = team.row();

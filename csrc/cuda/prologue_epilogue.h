@@ -1,5 +1,5 @@
-// Prologue and epilogue of a row: whether it is computed, and a thread's share of its logits; loss, terms, and gradients
-// that are one number.
+// Prologue and epilogue of a row kernel: whether the row is computed, and a thread's share of its logits; the writing
+// of losses, terms and constant gradients.
 #pragma once
 
 #include "share.h"
@@ -7,9 +7,9 @@
 namespace fastkd {
 namespace cuda {
 
-enum class RowKind { kComputed, kLeftOut, kUndefined, kAbsent };
+enum class RowKind { kComputed, kIgnored, kInvalidLabel, kPastEnd };
 
-struct RowHead {
+struct RowInfo {
   RowKind kind;
   float weight;
   int label;  // -1 for none
@@ -23,17 +23,17 @@ FASTKD_DEVICE LossOptions options_of(const RowLossArguments& arguments) {
   return options;
 }
 
-// A row of weight 0 is not read, nor is one whose label is no class.
-FASTKD_DEVICE RowHead head_of(const Rows& rows, int64_t index, bool labelled) {
-  if (index >= rows.count) return {RowKind::kAbsent, 0.0f, -1};
+// Rows of weight 0, and rows whose label is out of range, are not read.
+FASTKD_DEVICE RowInfo row_info(const Rows& rows, int64_t index, bool labelled) {
+  if (index >= rows.count) return {RowKind::kPastEnd, 0.0f, -1};
   const int64_t label = labelled ? rows.target[index * rows.target_stride] : -1;
   const float weight = weight_of(rows, index);
-  if (weight == 0) return {RowKind::kLeftOut, 0.0f, -1};
-  if (labelled && (label < 0 || label >= rows.classes)) return {RowKind::kUndefined, weight, -1};
+  if (weight == 0) return {RowKind::kIgnored, 0.0f, -1};
+  if (labelled && (label < 0 || label >= rows.classes)) return {RowKind::kInvalidLabel, weight, -1};
   return {RowKind::kComputed, weight, int(label)};
 }
 
-// What a thread reads of the row: nothing, unless it is to be computed.
+// A thread's share of the row; empty unless the row is computed.
 FASTKD_DEVICE Share share_of(const Team& team, const RowLossArguments& arguments, const Rows& rows, int64_t index,
                              RowKind kind) {
   return Share(team, arguments.plan, rows.student, rows.teacher, (arguments.options.needs & kDistills) != 0, index,
@@ -49,10 +49,10 @@ FASTKD_DEVICE void write_losses(const Team& team, const Rows& rows, int64_t inde
   for (int term = 0; term < kTerms; term++) rows.terms[term * rows.term_stride + index] = terms[term];
 }
 
-// Loss, terms and gradient of a row that has none: 0 for one left out, NaN for one that cannot be computed.
+// Fills loss, terms and gradient: with 0 if the weight is 0, with NaN if the label is out of range.
 FASTKD_DEVICE void write_uncomputed(const Team& team, const Rows& rows, int64_t index, RowKind kind) {
-  if (kind == RowKind::kAbsent) return;
-  const float value = kind == RowKind::kLeftOut ? 0.0f : as_float(0x7fc00000u);
+  if (kind == RowKind::kPastEnd) return;
+  const float value = kind == RowKind::kIgnored ? 0.0f : as_float(0x7fc00000u);
   write_losses(team, rows, index, value, {value, value, value, value});
   if (rows.gradient.data == nullptr) return;
   RowPointer gradient = row_of(rows.gradient, index);
@@ -65,7 +65,7 @@ FASTKD_DEVICE void write_uncomputed(const Team& team, const Rows& rows, int64_t 
     store_vector(gradient, int(column), classes, values);
 }
 
-// The gradient's row, to be written in the vectors in which the student's is read.
+// The gradient's row, with the vectors of the student's.
 FASTKD_DEVICE RowPointer gradient_row(const Rows& rows, int64_t index, const Share& share) {
   RowPointer row = row_of(rows.gradient, index);
   row.aligned = is_aligned(row, share.phase());

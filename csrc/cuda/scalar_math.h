@@ -1,4 +1,4 @@
-// Logarithms and exponentials that stay exact where two numbers are close.
+// Logarithms and exponentials without cancellation for close arguments.
 #pragma once
 
 #include "device.h"
@@ -18,7 +18,7 @@ FASTKD_DEVICE float twice_atanh(float w) {
 // e^x - 1 for x <= 0, without cancellation near 0.
 FASTKD_DEVICE float exp_minus_one(float x) {
   const float y = x * kLog2E, n = rintf(y < -126.0f ? -126.0f : y), f = (y < -126.0f ? -126.0f : y) - n;
-  // Least-maximum-error fit of (2^f - 1) / f, relative error 1e-8.
+  // Minimax fit of (2^f - 1) / f, relative error 1e-8.
   float slope = fused(f, 0.000154035126f, 0.00133908498f);
   slope = fused(f, slope, 0.00961823793f);
   slope = fused(f, slope, 0.0555035722f);
@@ -28,14 +28,14 @@ FASTKD_DEVICE float exp_minus_one(float x) {
   return fused(scale, f * slope, scale - 1.0f);
 }
 
-// x log(x / m) of probabilities; 0 at x = 0. `above` is x - m, from which comes the logarithm where the two are close:
-// their rounded ratio is 1 within more than all that the two differ by.
+// x log(x / m) of probabilities; 0 at x = 0. `above` is x - m: for close x and m the logarithm is computed from it,
+// because the rounded ratio x / m loses their difference.
 FASTKD_DEVICE float times_log_ratio(float x, float m, float above) {
   if (fabsf(above) < 0.25f * m) return x * twice_atanh(quotient(above, x + m));
-  return x > 0 ? x * logf(x / m) : x * 0.0f;  // a NaN stays
+  return x > 0 ? x * logf(x / m) : x * 0.0f;  // propagates NaN
 }
 
-// The functions that the formulas of csrc/row_formulas.h are written in.
+// The functions used by the formulas of csrc/row_formulas.h.
 struct ScalarMath {
   static FASTKD_DEVICE float number(float x) { return x; }
   static FASTKD_DEVICE float select(bool mask, float yes, float no) { return mask ? yes : no; }

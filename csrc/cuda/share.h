@@ -1,5 +1,5 @@
-// A thread's share of a row: every size()-th vector of both models, brought to shared memory ahead of its use and cached
-// there as far as there is room. A thread reads back only what it fetched itself, so no barrier is needed.
+// A thread's share of a row: every size()-th vector of both models, copied to shared memory ahead of use and cached
+// there as far as there is room. A thread reads only what it copied itself, so no barrier is needed.
 #pragma once
 
 #include "elements.h"
@@ -8,13 +8,13 @@
 namespace fastkd {
 namespace cuda {
 
-// Vectors of each model that a thread has under way. With fewer slots than vectors, as many slots are a ring through
-// which pass the vectors that are not cached.
-constexpr int kAhead = 4;
+// Pipeline depth: vectors of each model in flight per thread. With fewer slots than vectors, kStages of the slots are a
+// ring buffer for the vectors that are not cached.
+constexpr int kStages = 4;
 
 class Share {
  public:
-  // Of the row `index`, of which `classes` columns are to be read: none, where the row is left out.
+  // The share of row `index`; `classes` is 0 if the row is not read.
   FASTKD_DEVICE Share(const Team& team, const TeamPlan& plan, const Matrix& student, const Matrix& teacher,
                       bool reads_teacher, int64_t index, int classes, float lowest)
       : student_(row_of(student, index)), teacher_(row_of(teacher, index)), lowest_(lowest), classes_(classes) {
@@ -25,42 +25,42 @@ class Share {
     count_ = vectors > member ? (vectors - 1 - member) / team.size() + 1 : 0;
     first_column_ = member * kVector - phase;
     step_ = team.size() * kVector;
-    cached_ = count_ <= plan.slots ? count_ : plan.slots - kAhead;
-    // Chunks of a slot lie a block's width apart: neighbouring threads use neighbouring chunks.
-    stride_ = threads_of_block();
+    cached_ = count_ <= plan.slots ? count_ : plan.slots - kStages;
+    // Consecutive threads use consecutive chunks: no bank conflicts.
+    stride_ = threads_per_block();
     teacher_chunks_ = reads_teacher ? chunks_of(teacher_.dtype) : 0;
-    memory_ = shared_memory() + kExchangeChunks + thread_of_block();
+    memory_ = shared_memory() + kExchangeChunks + thread_in_block();
   }
 
   FASTKD_DEVICE const RowPointer& student() const { return student_; }
   FASTKD_DEVICE const RowPointer& teacher() const { return teacher_; }
   FASTKD_DEVICE int phase() const { return phase_of(student_); }
 
-  // Calls visit(column, student logits, teacher logits) for each vector of the share. Columns outside of the row are
-  // masked classes. A teacher that is not read is the student.
+  // Calls visit(column, student logits, teacher logits) for each vector of the share. Columns outside the row are
+  // masked classes. If the teacher is not read, its logits are the student's.
   template <class Visit>
   FASTKD_DEVICE void first_pass(const Visit& visit) const {
 #pragma unroll 1
-    for (int k = -kAhead; k < count_; k++) {
+    for (int k = -kStages; k < count_; k++) {
       if (k >= 0) {
-        wait_for_copies<kAhead - 1>();
+        wait_for_copies<kStages - 1>();
         visit_vector(k, visit);
       }
-      if (k + kAhead < count_) fetch(k + kAhead);
+      if (k + kStages < count_) fetch(k + kStages);
       commit_copies();
     }
   }
 
-  // The same last vector first: of what was not cached, the last came last through the second-level cache.
+  // The same, last vector first: of the vectors that are not cached in shared memory, the last are most likely in L2.
   template <class Visit>
   FASTKD_DEVICE void next_pass(const Visit& visit) const {
 #pragma unroll 1
-    for (int k = count_ - 1 + kAhead; k >= 0; k--) {
+    for (int k = count_ - 1 + kStages; k >= 0; k--) {
       if (k < count_) {
-        wait_for_copies<kAhead - 1>();
+        wait_for_copies<kStages - 1>();
         visit_vector(k, visit);
       }
-      if (k - kAhead >= cached_) fetch(k - kAhead);
+      if (k - kStages >= cached_) fetch(k - kStages);
       commit_copies();
     }
   }
@@ -68,7 +68,7 @@ class Share {
  private:
   FASTKD_DEVICE int column(int k) const { return first_column_ + k * step_; }
   FASTKD_DEVICE Chunk* slot(int k) const {
-    const int number = k < cached_ ? k : cached_ + (k - cached_) % kAhead;
+    const int number = k < cached_ ? k : cached_ + (k - cached_) % kStages;
     return memory_ + number * (chunks_of(student_.dtype) + teacher_chunks_) * stride_;
   }
   FASTKD_DEVICE Chunk* teacher_part(Chunk* slot) const { return slot + chunks_of(student_.dtype) * stride_; }
@@ -98,9 +98,9 @@ class Share {
   Chunk* memory_;
 };
 
-// How many chunks of shared memory a block needs, for vectors of so many chunks. The host sizes the launch with it.
-inline int64_t shared_chunks(const TeamPlan& plan, int chunks_a_vector) {
-  return kExchangeChunks + int64_t(plan.slots) * chunks_a_vector * plan.threads_a_row * plan.rows_a_block;
+// Shared memory of a block, in chunks. Called by the host.
+inline int64_t shared_chunks(const TeamPlan& plan, int chunks_per_vector) {
+  return kExchangeChunks + int64_t(plan.slots) * chunks_per_vector * plan.threads_per_row * plan.rows_per_block;
 }
 
 }  // namespace cuda

@@ -1,4 +1,4 @@
-// The row skeleton of the softmax family: statistics in one pass, the row formula, the gradient in a second.
+// The row skeleton of the softmax family: a pass for the statistics, the row formula, a pass for the gradient.
 #pragma once
 
 #include "prologue_epilogue.h"
@@ -7,7 +7,7 @@
 namespace fastkd {
 namespace cuda {
 
-// Calls visit on every sum that kNeeds asks for.
+// Calls visit on every sum that kNeeds includes.
 template <unsigned kNeeds, class Visit>
 FASTKD_DEVICE void each_sum(SoftmaxStatistics<float>& sums, const Visit& visit) {
   visit(sums.sum_s);
@@ -35,16 +35,16 @@ FASTKD_DEVICE void list_sums(SoftmaxStatistics<float>& sums, float (&values)[kSu
 template <unsigned kNeeds>
 FASTKD_DEVICE void combine_statistics(Team& team, Row<float>& row) {
   float bases[] = {row.sums.max_s, row.sums.max_t};
-  team.all(bases, Max());
+  team.all_reduce(bases, Max());
   rebase<kNeeds>(row.sums, bases[0], bases[1], row.student.slope, row.teacher.slope);
   float values[kSumCount<kNeeds>];
   list_sums<kNeeds>(row.sums, values);
-  team.all(values, Sum());
+  team.all_reduce(values, Sum());
   int i = 0;
   each_sum<kNeeds>(row.sums, [&](float& sum) { sum = values[i++]; });
   if (!(kNeeds & kOwnSlopes)) row.sums.dot_s *= row.teacher.slope, row.sums.dot_t *= row.teacher.slope;
   row.sums.cross_t *= row.student.slope;
-  // Where these are not taken, T is 1.
+  // Without these needs T is 1 if the formula reads the sums at T = 1.
   if (!(kNeeds & kStudentAtT1)) row.sums.t1_s = row.sums.sum_s;
   if (!(kNeeds & kTeacherAtT1)) row.sums.t1_t = row.sums.sum_t;
 }
@@ -56,7 +56,7 @@ FASTKD_DEVICE float largest_of(const float (&z)[kVector], float bound) {
   return larger(larger(low, high), bound);
 }
 
-// A member's sums over its share, which `pass` walks; the label, -1 for none, is left out.
+// A member's sums over its share, which `pass` visits. The label, -1 for none, is excluded.
 template <unsigned kNeeds, class Pass>
 FASTKD_DEVICE void sum_share(const Pass& pass, int label, bool with_logit_sum, Row<float>& row) {
   SoftmaxStatistics<float>& sums = row.sums;
@@ -88,11 +88,11 @@ FASTKD_DEVICE void sum_share(const Pass& pass, int label, bool with_logit_sum, R
     const float top_s = largest_of(s, sums.max_s), top_t = largest_of(t, sums.max_t);
     if (top_s > sums.max_s + headroom_s || top_t > sums.max_t + headroom_t)
       rebase<kNeeds>(sums, top_s, top_t, student.slope, teacher.slope);
-    SoftmaxStatistics<float> part{};  // the vector's own sums: adding up eight first loses less in rounding
+    SoftmaxStatistics<float> part{};  // per vector: fewer roundings
 #pragma unroll
     for (int i = 0; i < kVector; i++) {
-      // The differences below are of the very numbers that the exponentials are taken of: what rounding does to them
-      // then moves the divergence only as a change of the logits would.
+      // The differences are formed from the same rounded values as the exponentials: rounding then acts on the
+      // divergence only like a perturbation of the logits.
       const float x_s = s[i] - sums.max_s, x_t = t[i] - sums.max_t;
       const float exp_u = power_of_two(x_s * power_s), exp_v = power_of_two(x_t * power_t);
       part.sum_s += exp_u;
@@ -100,7 +100,7 @@ FASTKD_DEVICE void sum_share(const Pass& pass, int label, bool with_logit_sum, R
       if (kNeeds & kCrossTerm) {
         part.cross_t = fused(exp_v, x_s, part.cross_t);
       } else if (!(kNeeds & kSumsOnly)) {
-        // Equal logits differ by exactly 0, and masked ones by a number. A common slope follows after the sum.
+        // Exactly 0 for equal logits, finite for masked ones. A common slope is applied to the sum.
         const float difference = kNeeds & kOwnSlopes ? x_t * teacher.slope - x_s * student.slope : x_t - x_s;
         if (kNeeds & kLogRatio) part.dot_s = fused(exp_u, difference, part.dot_s);
         else part.dot_t = fused(exp_v, difference, part.dot_t);
@@ -120,12 +120,12 @@ FASTKD_DEVICE void sum_share(const Pass& pass, int label, bool with_logit_sum, R
   });
 }
 
-// Rounding may leave the squares of a constant row below 0; a NaN stays.
+// The squares of a constant row may be below 0 by rounding. Propagates NaN.
 FASTKD_DEVICE float deviation_of(float squares, int classes) {
   return squares < 0 ? 0.0f : sqrtf(squares / float(classes - 1));
 }
 
-// Brings both models' rows to (z - mean) / (deviation + epsilon) / T, the deviation with C - 1.
+// Sets the scales of both models for (z - mean) / (deviation + epsilon) / T; deviation with C - 1.
 FASTKD_DEVICE void standardize(Team& team, const Share& share, Row<float>& row) {
   const int classes = int(row.classes);
   float sums[] = {0.0f, 0.0f};
@@ -136,8 +136,8 @@ FASTKD_DEVICE void standardize(Team& team, const Share& share, Row<float>& row) 
       sums[1] += t[i];
     }
   });
-  team.all(sums, Sum());
-  // Near the means, and how far from them the deviations say: far from 0 the sums themselves lose the spread.
+  team.all_reduce(sums, Sum());
+  // Two steps: these sums are inexact for logits far from 0, so the deviations from them correct the means.
   row.student.mean = sums[0] / float(classes);
   row.teacher.mean = sums[1] / float(classes);
   float deviations[] = {0.0f, 0.0f, 0.0f, 0.0f};  // sums, and sums of squares
@@ -151,7 +151,7 @@ FASTKD_DEVICE void standardize(Team& team, const Share& share, Row<float>& row) 
       deviations[3] = fused(from_mean_t, from_mean_t, deviations[3]);
     }
   });
-  team.all(deviations, Sum());
+  team.all_reduce(deviations, Sum());
   row.student.mean_rest = deviations[0] / float(classes);
   row.teacher.mean_rest = deviations[1] / float(classes);
   row.student.deviation = deviation_of(deviations[2] - deviations[0] * row.student.mean_rest, classes);
@@ -166,7 +166,8 @@ FASTKD_DEVICE void write_gradient(const Share& share, const RowPointer& gradient
   const float power_s = row.student.slope * kLog2E, power_t = row.teacher.slope * kLog2E;
   const float max_s = row.sums.max_s, max_t = row.sums.max_t, log_ratio = g.log_ratio * row.student.slope;
   const int classes = int(row.classes);
-  // Differences of logits: exact near equality where the bases are near each other, else relative to them.
+  // Differences of logits: of the logits themselves if the bases are close, which is exact near equality; else relative
+  // to the bases.
   const float bases = (max_t - max_s) * row.student.slope;
   const bool near = fabsf(bases) < 1.0f;
   const float origin_s = near ? 0.0f : max_s, origin_t = near ? 0.0f : max_t;
@@ -201,9 +202,9 @@ FASTKD_KERNEL softmax_rows(FASTKD_PARAMETER RowLossArguments arguments) {
   const int64_t index = team.row();
   const unsigned needs = arguments.options.needs;
   const bool labelled = (needs & kLabelled) && rows.target != nullptr;
-  const RowHead head = head_of(rows, index, labelled);
-  const int label = head.label;
-  const Share share = share_of(team, arguments, rows, index, head.kind);
+  const RowInfo info = row_info(rows, index, labelled);
+  const int label = info.label;
+  const Share share = share_of(team, arguments, rows, index, info.kind);
   const bool with_logit_sum = (needs & kLabelSmoothing) != 0;
   LoadedLogit label_s{}, label_t{}, origin{};
   if (label >= 0) {
@@ -223,14 +224,14 @@ FASTKD_KERNEL softmax_rows(FASTKD_PARAMETER RowLossArguments arguments) {
     sum_share<kNeeds>([&](const auto& visit) { share.first_pass(visit); }, label, with_logit_sum, row);
   }
   combine_statistics<kNeeds>(team, row);
-  team.done_exchanging();
+  team.arrive_before_exit();
 
-  if (head.kind != RowKind::kComputed) {
-    write_uncomputed(team, rows, index, head.kind);
+  if (info.kind != RowKind::kComputed) {
+    write_uncomputed(team, rows, index, info.kind);
   } else {
     row.label = {label >= 0, value_of(label_s), value_of(label_t)};
     SoftmaxResult<float> result = formula_of<Loss>(options_of(arguments), row);
-    const float weight = head.weight;
+    const float weight = info.weight;
     for (float& term : result.terms) term *= weight;
     write_losses(team, rows, index, weight * result.loss, result.terms);
     if (rows.gradient.data != nullptr) {
@@ -241,7 +242,7 @@ FASTKD_KERNEL softmax_rows(FASTKD_PARAMETER RowLossArguments arguments) {
       write_gradient<kNeeds>(share, gradient_row(rows, index, share), label, row, g);
     }
   }
-  team.leave();
+  team.wait_before_exit();
 }
 
 }  // namespace cuda

@@ -1,6 +1,6 @@
-// The threads that share a row, and sums and maxima over them: within a warp by shuffles, over the warps of a block
-// through its shared memory, over the blocks of a cluster through theirs. The order of every addition is fixed and
-// all threads get the same bits, so a result repeats bit for bit.
+// The threads that share a row, and reductions over them: by shuffles within a warp, through shared memory between the
+// warps of a block, through distributed shared memory between the blocks of a cluster. The order of additions is fixed
+// and all threads get the same bits: results are deterministic.
 #pragma once
 
 #include "arguments.h"
@@ -9,75 +9,76 @@
 namespace fastkd {
 namespace cuda {
 
-constexpr int kMostSums = 8;
-constexpr int kMostWarps = kMostThreads / kWarp;
-// For each exchange a value of every warp and one of the block; two areas, used in turn: who writes an area again has
-// passed the barrier of the exchange between, before which everyone was done reading it.
-constexpr int kExchangeFloats = (kMostWarps + 1) * kMostSums;
+constexpr int kMaxSums = 8;
+constexpr int kMaxWarps = kMaxThreads / kWarp;
+// Per exchange, the values of every warp and those of the block. Double-buffered: the barrier of the intervening
+// exchange orders the reuse of a buffer after its last read.
+constexpr int kExchangeFloats = (kMaxWarps + 1) * kMaxSums;
 constexpr int kExchangeChunks = 2 * kExchangeFloats * int(sizeof(float)) / int(sizeof(Chunk));
 
 struct Sum {
-  static constexpr float kNothing = 0.0f;
+  static constexpr float kIdentity = 0.0f;
   FASTKD_DEVICE float operator()(float a, float b) const { return a + b; }
 };
 struct Max {
-  static constexpr float kNothing = kMasked;
+  static constexpr float kIdentity = kMasked;
   FASTKD_DEVICE float operator()(float a, float b) const { return a > b ? a : b; }
 };
 
 class Team {
  public:
   FASTKD_DEVICE explicit Team(const TeamPlan& plan)
-      : threads_(plan.threads_a_row), blocks_(plan.blocks_a_row), thread_(thread_of_block() & (plan.threads_a_row - 1)),
-        rank_(int(block_x() % unsigned(plan.blocks_a_row))),
-        row_(int64_t(block_x() / unsigned(plan.blocks_a_row)) * plan.rows_a_block +
-             thread_of_block() / plan.threads_a_row) {}
+      : threads_(plan.threads_per_row), blocks_(plan.blocks_per_row),
+        thread_(thread_in_block() & (plan.threads_per_row - 1)), rank_(int(block_x() % unsigned(plan.blocks_per_row))),
+        row_(int64_t(block_x() / unsigned(plan.blocks_per_row)) * plan.rows_per_block +
+             thread_in_block() / plan.threads_per_row) {}
 
   FASTKD_DEVICE int64_t row() const { return row_; }
   FASTKD_DEVICE int size() const { return threads_ * blocks_; }
   FASTKD_DEVICE int member() const { return rank_ * threads_ + thread_; }
 
-  // Combines the values of all members. Every thread of the block, and of the cluster, must come here.
+  // Reduces the values over all members. Every thread of the block, and of the cluster, must call it.
   template <class Combine, int kCount>
-  FASTKD_DEVICE void all(float (&values)[kCount], Combine combine) {
-    static_assert(kCount <= kMostSums, "the exchange area is too small");
+  FASTKD_DEVICE void all_reduce(float (&values)[kCount], Combine combine) {
+    static_assert(kCount <= kMaxSums, "kMaxSums is too small");
     const int lane = thread_ & (kWarp - 1), warp = thread_ / kWarp;
-    over_lanes(values, combine, threads_ < kWarp ? threads_ : kWarp);
-    float* area = reinterpret_cast<float*>(shared_memory()) + (exchanges_++ & 1) * kExchangeFloats;
+    reduce_lanes(values, combine, threads_ < kWarp ? threads_ : kWarp);
+    float* buffer = reinterpret_cast<float*>(shared_memory()) + (exchanges_++ & 1) * kExchangeFloats;
     if (threads_ > kWarp) {
       if (lane == 0)
-        for (int i = 0; i < kCount; i++) area[warp * kCount + i] = values[i];
+        for (int i = 0; i < kCount; i++) buffer[warp * kCount + i] = values[i];
       block_barrier();
-      const int other = lane & (kMostWarps - 1);
-      const bool exists = other < threads_ / kWarp;
-      for (int i = 0; i < kCount; i++) values[i] = exists ? area[other * kCount + i] : Combine::kNothing;
-      over_lanes(values, combine, kMostWarps);
+      const int source = lane & (kMaxWarps - 1);
+      const bool exists = source < threads_ / kWarp;
+      for (int i = 0; i < kCount; i++) values[i] = exists ? buffer[source * kCount + i] : Combine::kIdentity;
+      reduce_lanes(values, combine, kMaxWarps);
     }
     if (blocks_ > 1) {
-      float* of_block = area + kMostWarps * kMostSums;
+      float* block_values = buffer + kMaxWarps * kMaxSums;
       if (thread_ == 0)
-        for (int i = 0; i < kCount; i++) of_block[i] = values[i];
+        for (int i = 0; i < kCount; i++) block_values[i] = values[i];
       cluster_arrive();
       cluster_wait();
-      const int rank = lane & (kMostBlocks - 1);
-      const float* theirs = shared_of_block(of_block, rank < blocks_ ? rank : 0);
-      for (int i = 0; i < kCount; i++) values[i] = rank < blocks_ ? theirs[i] : Combine::kNothing;
-      over_lanes(values, combine, kMostBlocks);
+      const int rank = lane & (kMaxBlocks - 1);
+      const float* remote = map_shared_rank(block_values, rank < blocks_ ? rank : 0);
+      for (int i = 0; i < kCount; i++) values[i] = rank < blocks_ ? remote[i] : Combine::kIdentity;
+      reduce_lanes(values, combine, kMaxBlocks);
     }
   }
 
-  // After the last exchange, and before the end: a block must not end while another reads its shared memory.
-  FASTKD_DEVICE void done_exchanging() const {
+  // A block must not exit while others read its shared memory: call the first after the last exchange, the second
+  // before the end of the kernel.
+  FASTKD_DEVICE void arrive_before_exit() const {
     if (blocks_ > 1) cluster_arrive();
   }
-  FASTKD_DEVICE void leave() const {
+  FASTKD_DEVICE void wait_before_exit() const {
     if (blocks_ > 1) cluster_wait();
   }
 
  private:
-  // Over groups of `lanes` lanes, a power of two.
+  // Reduces over groups of `lanes` lanes, a power of two.
   template <class Combine, int kCount>
-  FASTKD_DEVICE static void over_lanes(float (&values)[kCount], Combine combine, int lanes) {
+  FASTKD_DEVICE static void reduce_lanes(float (&values)[kCount], Combine combine, int lanes) {
     float others[kCount];
 #pragma unroll 1
     for (int mask = lanes / 2; mask > 0; mask /= 2) {

@@ -1,4 +1,4 @@
-"""Which implementation runs a loss: ``triton``, ``native`` or ``eager``, and why one cannot.
+"""Selection of the backend that runs a loss: ``triton``, ``native`` or ``eager``.
 
 The backend is chosen per call: the one requested by name, or with ``auto`` the fastest that runs on the
 logits' device. A backend requested by name that cannot run is an error, never a silent fallback.
@@ -19,7 +19,7 @@ FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class BackendUnavailable(RuntimeError):
-    """The backend requested by name cannot run here; the message says what is missing."""
+    """The backend requested by name cannot run; the message says what is missing."""
 
 
 _chosen = os.environ.get("FASTKD_BACKEND") or "auto"
@@ -31,7 +31,7 @@ def get_backend() -> str:
     Raises ``ValueError`` if the environment's ``FASTKD_BACKEND`` is none of them: on first use, not at
     import, so that the command line can report it in one line.
     """
-    # set_backend refuses an unknown name, so an unknown one comes from the environment.
+    # set_backend rejects unknown names: an unknown one comes from the environment.
     environment.check_choice("FASTKD_BACKEND", _chosen, BACKENDS)
     return _chosen
 
@@ -39,10 +39,10 @@ def get_backend() -> str:
 def set_backend(name: str) -> None:
     """Set the backend of all later calls.
 
-    ``"auto"`` (the default) takes the fastest that runs on the logits' device: triton on GPUs, native on CPUs
-    and on GPUs without triton, eager if neither can run. A name takes that backend, or raises
-    ``BackendUnavailable`` at the call. The environment variable ``FASTKD_BACKEND`` sets the initial backend;
-    an empty value counts as unset, and an unknown one is an error at the first loss.
+    ``"auto"`` (the default) selects the fastest that runs on the logits' device: triton on GPUs, native on
+    CPUs and on GPUs without triton, eager if neither can run. A name selects that backend; a call raises
+    ``BackendUnavailable`` if it cannot run. The environment variable ``FASTKD_BACKEND`` sets the initial
+    backend; an empty value counts as unset, and an unknown one is an error at the first loss.
     """
     global _chosen
     if name not in BACKENDS:
@@ -63,7 +63,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def checked_device(device: str | torch.device, argument: str) -> torch.device:
-    """Return it as a ``torch.device`` that can hold tensors, or raise an error that names ``argument``."""
+    """Return a ``torch.device`` that can hold tensors; errors name ``argument``."""
     if not isinstance(device, str | torch.device):
         raise TypeError(f"{argument} is {device!r}; expected a device such as 'cpu' or 'cuda'")
     try:
@@ -92,27 +92,27 @@ def checked_device(device: str | torch.device, argument: str) -> torch.device:
 
 
 def missing(backend: str, device_type: str) -> str | None:
-    """Return what stops ``backend`` from running on this type of device, or None."""
+    """Return why ``backend`` cannot run on this type of device, or None."""
     return _PROBES[backend](device_type)
 
 
 def resolve(chosen: str, device_type: str, *dtypes: torch.dtype) -> str:
-    """Return the backend that runs logits of these dtypes on this device if ``chosen`` is the current one.
+    """Return the backend for logits of these dtypes on this device if ``chosen`` is the current backend.
 
-    torch.compile evaluates it while it traces and sees a constant; it traces again if the arguments change.
+    torch.compile evaluates it while tracing, as a constant, and retraces if the arguments change.
     """
-    wide = None
+    unsupported = None
     for dtype in dtypes:
         if dtype not in FUSED_DTYPES:
-            wide = dtype
+            unsupported = dtype
     if chosen == "auto":
-        return "eager" if wide is not None else _automatic(device_type)
+        return "eager" if unsupported is not None else _automatic(device_type)
     if chosen == "eager":
         return "eager"
-    if wide is not None:
+    if unsupported is not None:
         raise BackendUnavailable(
             f"backend {chosen!r} computes in float32 and takes float32, bfloat16 and float16 logits, not "
-            f"{wide}; use set_backend('eager') or 'auto' for {wide}"
+            f"{unsupported}; use set_backend('eager') or 'auto' for {unsupported}"
         )
     reason = missing(chosen, device_type)
     if reason is not None:
@@ -120,8 +120,8 @@ def resolve(chosen: str, device_type: str, *dtypes: torch.dtype) -> str:
     return chosen
 
 
-# What torch.compiler.assume_constant_result sets, without importing the whole compiler (two seconds; and
-# Triton, before its interpreter can be chosen).
+# Set by torch.compiler.assume_constant_result, which would import the whole compiler: two seconds, and Triton
+# before its interpreter can be selected.
 resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

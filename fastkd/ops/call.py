@@ -1,4 +1,4 @@
-"""What is asked of a backend, and where it goes: the records that operators and launchers share."""
+"""The arguments and outputs that operators and launchers share."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,21 +9,21 @@ from fastkd.ops.spec import LOSSES, Loss, needs_of
 
 
 class Call(NamedTuple):
-    """What is asked of H pairs of logits [..., C], N rows each: the operator's arguments after them.
+    """The operator's arguments after its H pairs of logits [..., C] of N rows each.
 
-    ``options`` are the values of ``Loss.options``. Where ``dynamic`` is given (float32, on the logits'
-    device) it holds those that are dynamic, known only when the operator runs, and ``options`` selects code:
-    there a NaN is any number but 0 and 1.
+    ``options`` are the values of ``Loss.options``. If ``dynamic`` is given (float32, on the logits' device),
+    it holds the dynamic ones, known only when the operator runs. ``options`` then only selects code, with NaN
+    for any number other than 0 and 1.
     """
 
     target: Tensor | None  # int64 [N]; a label out of range gives a NaN row
     row_weight: Tensor | None  # float32 [N], or [H, N]; a row of weight 0 is not read
-    divisor: int  # of every row, beside its weight
+    divisor: int  # every row loss is divided by it
     loss: str
     options: Sequence[float]
     dynamic: Tensor | None
     backend: str
-    reduced: bool  # to each pair's sum over its rows
+    reduced: bool  # to the sum over rows of each pair
     with_terms: bool
     with_gradient: bool = False
 
@@ -39,7 +39,7 @@ class Call(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What a launcher fills, pair by pair. ``sums`` is for the native backend on the CPU alone."""
+    """Tensors that a launcher fills, pair by pair. ``sums`` is for the native backend on the CPU only."""
 
     rows: Tensor  # float32 [H N]
     terms: Tensor | None = None  # float32 [K, H N]

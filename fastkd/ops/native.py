@@ -27,7 +27,7 @@ def library_path() -> Path | None:
 
 @cache
 def _loaded() -> ctypes.CDLL | str:
-    """The library with its operators registered, or what stopped it."""
+    """The library with its operators registered, or the reason why it cannot be loaded."""
     path = library_path()
     if path is None:
         if _BUILD_ERROR.exists():
@@ -38,8 +38,8 @@ def _loaded() -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         return f"its extension {path.name} does not load: {error}"
-    if found := _unlike_spec(library):
-        return f"its extension {path.name} is of another version of fastkd ({found}); install fastkd again"
+    if found := _spec_mismatch(library):
+        return f"its extension {path.name} is from another version of fastkd ({found}); reinstall fastkd"
     suffix = "dylib" if sys.platform == "darwin" else "so"
     torch_libraries = (
         str(Path(torch.__file__).parent / "lib" / f"libtorch_{part}.{suffix}").encode()
@@ -63,7 +63,7 @@ def _loaded() -> ctypes.CDLL | str:
 
 
 def missing(device_type: str) -> str | None:
-    """What stops the native backend on this kind of device; None where nothing does."""
+    """Why the native backend cannot run on this type of device, or None."""
     if device_type not in ("cpu", "cuda"):
         return f"it runs on CPUs and CUDA devices, not on {device_type}"
     loaded = _loaded()
@@ -73,7 +73,7 @@ def missing(device_type: str) -> str | None:
 
 
 def cuda_kernels_absent() -> str | None:
-    """Why the extension was built without CUDA kernels; None where it has them, whatever the devices."""
+    """Why the extension was built without CUDA kernels; None if it has them."""
     reason = _library().fastkd_cuda_absent()
     return reason.decode() if reason else None
 
@@ -104,14 +104,14 @@ def instruction_set() -> str:
 
 
 def labels_all_valid(target: Tensor, classes: int, ignore_index: int) -> bool:
-    """Whether each label on the CPU is a class and none is ignored; False too where nobody looked.
+    """Whether all labels are in range and none is ignored; False also if they cannot be read here.
 
-    Reads memory past torch's dispatcher, hence only of a plain tensor whose storage holds the labels: a
-    subclass (DTensor, FakeTensor) or a wrapper of a functorch transform may have none of its own.
+    Reads memory without torch's dispatcher, so only of a plain CPU tensor whose storage holds the labels:
+    subclasses (DTensor, FakeTensor) and functorch wrappers may have no memory.
     """
-    look = _label_check()
+    check = _label_check()
     if (
-        look is None
+        check is None
         or type(target) not in _PLAIN
         or target.dtype != torch.int64
         or not target.is_contiguous()
@@ -122,7 +122,7 @@ def labels_all_valid(target: Tensor, classes: int, ignore_index: int) -> bool:
         stored = target.untyped_storage().nbytes() >= 8 * (target.storage_offset() + count)
     except RuntimeError:  # a functorch wrapper, whose type is Tensor
         return False
-    return address != 0 and stored and look(address, count, classes, ignore_index)
+    return address != 0 and stored and check(address, count, classes, ignore_index)
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -134,23 +134,23 @@ def _label_check() -> Callable[[int, int, int, int], bool] | None:
     return None if isinstance(loaded, str) else loaded.fastkd_labels_all_valid
 
 
-# A loss is its place in this list, which csrc/row_formulas.h has in the same order.
-_PLACES = {name: place for place, name in enumerate(LOSSES)}
+# The index of a loss in `Losses` of csrc/row_formulas.h, which has the order of LOSSES.
+_LOSS_INDEX = {name: index for index, name in enumerate(LOSSES)}
 _OPTIONS = 8
 
 
-def _unlike_spec(library: ctypes.CDLL) -> str | None:
-    """How the library's losses, options and needs differ from ``spec``; None where they do not."""
+def _spec_mismatch(library: ctypes.CDLL) -> str | None:
+    """How the library's losses, options and needs differ from ``spec``, or None."""
     if not hasattr(library, "fastkd_losses"):
-        return "it does not name its losses"
+        return "it does not list its losses"
     library.fastkd_losses.restype = ctypes.c_char_p
     losses = library.fastkd_losses().decode()
     needs = " ".join(need.name.title().replace("_", "") for need in Needs)  # type: ignore[union-attr]
     expected = [f"needs {needs}"]
     expected += [f"{name}: {', '.join(loss.options._fields)}" for name, loss in LOSSES.items()]
-    for own, its in zip_longest(expected, losses.splitlines(), fillvalue="nothing"):
-        if own != its:
-            return f"it has {its!r} where this version has {own!r}"
+    for ours, found in zip_longest(expected, losses.splitlines(), fillvalue="nothing"):
+        if ours != found:
+            return f"it has {found!r} where this version has {ours!r}"
     return None
 
 
@@ -160,31 +160,30 @@ def _operator(name: str) -> Callable[..., None]:
     return getattr(torch.ops.fastkd_native, name).default
 
 
-# Placeholder for None; saves one allocation per call. It names dtype and device, which would otherwise be
-# torch's defaults at the first call, and lies on the CPU whatever the logits' device: it has no element.
+# Placeholder for None; saves one allocation per call. Explicit dtype and device: torch's defaults may differ
+# at import. On the CPU whatever the logits' device: it has no elements.
 _ABSENT = torch.empty(0, dtype=torch.float32, device="cpu")
 
 
-def _team(logits: Tensor, pairs: int, again: bool, teacher: Tensor | None = None) -> Sequence[int]:
-    """How a CUDA kernel shares a row; the CPU needs no such plan."""
+def _team(logits: Tensor, pairs: int, rereads: bool, teacher: Tensor | None = None) -> Sequence[int]:
+    """The TeamPlan of a CUDA kernel; empty on the CPU."""
     if not logits.is_cuda:
         return ()
     element_bytes = logits.element_size() + (0 if teacher is None else teacher.element_size())
     rows, classes = logits.shape[:-1].numel(), logits.shape[-1]
     device = device_of(logits.device)
-    return plan_team(rows * pairs, classes, element_bytes, device.capability, device.multiprocessors, again)
+    return plan_team(rows * pairs, classes, element_bytes, device.capability, device.multiprocessors, rereads)
 
 
 def row_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call, outputs: Outputs) -> None:
-    """Fills ``outputs``. Logits are [N, C] or [M, K, C] with dense classes; see ``layout.as_rows``."""
+    """Fill ``outputs``. Logits are [N, C] or [M, K, C] with dense classes; see ``layout.as_rows``."""
     student, teacher, pairs = students[0], teachers[0], len(students)
     rows, terms, gradient, sums = outputs
-    # A kernel of a single pass reads no row again.
-    again = gradient is not None and call.spec.family != "pointwise"
-    one = pairs == 1
-    _operator("row_loss" if one else "row_loss_of_pairs")(
-        student if one else students,
-        teacher if one else teachers,
+    rereads = gradient is not None and call.spec.family != "pointwise"
+    single = pairs == 1
+    _operator("row_loss" if single else "row_loss_of_pairs")(
+        student if single else students,
+        teacher if single else teachers,
         _ABSENT if call.target is None else call.target,
         _ABSENT if call.row_weight is None else call.row_weight,
         1.0 / call.divisor,
@@ -193,14 +192,14 @@ def row_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call,
         _ABSENT if gradient is None else gradient,
         _ABSENT if sums is None else sums,
         _ABSENT if call.dynamic is None else call.dynamic,
-        _PLACES[call.loss],
+        _LOSS_INDEX[call.loss],
         call.needs,
         *call.options,
         *(0.0,) * (_OPTIONS - len(call.options)),
-        *_team(student, pairs, again, teacher),
+        *_team(student, pairs, rereads, teacher),
     )
 
 
 def scale_rows_(gradient: Tensor, factors: Tensor) -> None:
-    """``gradient[n] *= factors[n]`` in place; rows whose factor is 1 are not touched."""
+    """``gradient[n] *= factors[n]`` in place; rows whose factor is 1 are not accessed."""
     _operator("scale_rows_")(gradient, factors, *_team(gradient, 1, False))

@@ -1,10 +1,9 @@
-"""The torch operators: schema, dispatch to a backend, shapes for the compiler, autograd. All in one place.
+"""The torch operator: schema, dispatch to a backend, fake implementation, autograd.
 
-``fastkd::row_loss`` computes the losses of all rows and, when the student needs it, the gradient with them.
-``backward`` then only has to scale that gradient by grad_output. float16 is the exception: most of a
-gradient over many classes is below its smallest number until a loss scale, which is in grad_output, has been
-applied. There ``backward`` computes the rows again, with grad_output multiplied into their weights, and
-rounds once.
+``fastkd::row_loss`` computes the losses of all rows and, if the student requires it, their gradient;
+``backward`` only scales that gradient by grad_output. float16 is the exception: over many classes, most of
+the gradient underflows unless it is multiplied by the loss scale, which arrives in grad_output. So
+``backward`` recomputes the rows, with grad_output multiplied into their weights, and rounds once.
 """
 
 import math
@@ -31,13 +30,14 @@ _library.define(
 def row_loss(
     student_logits: Sequence[Tensor], teacher_logits: Sequence[Tensor], call: Call
 ) -> tuple[Tensor, Tensor | None]:
-    """Losses [H N], pair by pair, and their terms [K, H N], in float32, times the weights; where
-    ``call.reduced``, each pair's sums over its rows: [H] and [K, H], or [] and [K] for one pair. Terms that
-    are not asked for, or that the loss has not, are None or an empty tensor.
+    """Return weighted losses [H N], pair by pair, and their terms [K, H N], in float32.
+
+    If ``call.reduced``, sums over the rows of each pair: [H] and [K, H], or [] and [K] for one pair. Without
+    terms, None or an empty tensor.
     """
     differentiates = torch.is_grad_enabled() and any(logits.requires_grad for logits in student_logits)
     if differentiates and student_logits[0].dtype != torch.float16:
-        call = Call(*call[:-1], True)  # a third of the time of _replace
+        call = Call(*call[:-1], True)  # three times as fast as _replace
     if is_traced((*student_logits, *teacher_logits)):
         rows, terms, _ = torch.ops.fastkd.row_loss(student_logits, teacher_logits, *call)
     elif differentiates:
@@ -61,17 +61,17 @@ def _launcher(backend: str) -> Any:
 def _row_loss(
     students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What the operator gives, with None for what is not asked for: an empty tensor costs a call as well."""
+    """The operator, with None for outputs that are not requested: an empty tensor costs an allocation."""
     pairs, first = len(students), students[0]
     classes = first.shape[-1]
     count = pairs * (first.numel() // classes)
     rows = first.new_empty(count, dtype=torch.float32)
-    kinds = len(call.spec.terms) if call.with_terms else 0
-    terms = rows.new_empty(kinds, count) if kinds else None
+    term_count = len(call.spec.terms) if call.with_terms else 0
+    terms = rows.new_empty(term_count, count) if term_count else None
     gradient = first.new_empty(count, classes) if call.with_gradient else None
     sums = None
     if call.reduced and count and call.backend == "native" and rows.is_cpu:
-        # Along with the rows: to start torch's own sum takes as long as a small loss.
+        # Summed by the same operator: the overhead of torch's sum equals the time of a small loss.
         sums = rows.new_empty(() if pairs == 1 else pairs)
     if count:
         outputs = Outputs(rows, terms, gradient, sums)
@@ -83,8 +83,8 @@ def _row_loss(
 
 
 def _sum_rows(values: Tensor, pairs: int) -> Tensor:
-    """[..., H N] to [..., H], or [...] for one pair: the sums over the rows of each."""
-    if pairs > 1:  # a view costs as much as the sum
+    """Sums over the rows of each pair: [..., H N] to [..., H], or to [...] for one pair."""
+    if pairs > 1:  # otherwise spares the view, which costs as much as the sum
         values = values.view(*values.shape[:-1], pairs, values.shape[-1] // pairs)
     return values.sum(-1)
 
@@ -106,40 +106,41 @@ def _row_loss_shapes(
     students: Sequence[Tensor], teachers: Sequence[Tensor], *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     call, pairs, classes = Call(*arguments), len(students), students[0].shape[-1]
-    count, kinds = pairs * (students[0].numel() // classes), call.spec.terms
-    of_rows: tuple[int, ...] = (count,)
+    count, terms = pairs * (students[0].numel() // classes), call.spec.terms
+    shape: tuple[int, ...] = (count,)
     if call.reduced:
-        of_rows = (pairs,) if pairs > 1 else ()
-    rows = students[0].new_empty(of_rows, dtype=torch.float32)
+        shape = (pairs,) if pairs > 1 else ()
+    rows = students[0].new_empty(shape, dtype=torch.float32)
     return (
         rows,
-        rows.new_empty((len(kinds), *of_rows) if call.with_terms and kinds else 0),
+        rows.new_empty((len(terms), *shape) if call.with_terms and terms else 0),
         students[0].new_empty((count, classes) if call.with_gradient else 0),
     )
 
 
-# ---- autograd: of the operator, and of the same without the dispatcher --------------------------------
+# ---- autograd: of the operator, and of the same function without the dispatcher -----------------------
 
 
 def _save(
     ctx: Any, students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call, gradient: Tensor | None
 ) -> None:
-    """For backward: the gradient, or what it is computed from."""
+    """Save for backward: the gradient, or the inputs that it is computed from."""
     ctx.set_materialize_grads(False)
     ctx.pairs, ctx.shape = len(students), students[0].shape
-    ctx.backend, ctx.again = call.backend, None
+    ctx.backend, ctx.recompute = call.backend, None
     if call.with_gradient:
         ctx.save_for_backward(gradient)
     else:
-        ctx.again = call._replace(target=None, row_weight=None, dynamic=None)
+        ctx.recompute = call._replace(target=None, row_weight=None, dynamic=None)
         tensors = (call.target, call.row_weight, call.dynamic, *students, *teachers)
-        # Autograd saves no tensor of inference mode, as a teacher's logits may be: constants, kept beside.
+        # Autograd cannot save inference tensors, which a teacher's logits may be: they are constants, saved
+        # here.
         ctx.constants = {i: x for i, x in enumerate(tensors) if x is not None and x.is_inference()}
         ctx.save_for_backward(*(None if i in ctx.constants else x for i, x in enumerate(tensors)))
 
 
 def _gradients(ctx: Any, grad_output: Tensor | None) -> Sequence[Tensor | None]:
-    """Of each student's logits."""
+    """The gradients of each student's logits."""
     saved = ctx.saved_tensors
     if grad_output is None:
         return [None] * ctx.pairs
@@ -150,16 +151,16 @@ def _gradients(ctx: Any, grad_output: Tensor | None) -> Sequence[Tensor | None]:
             "fastkd computes the gradient with the loss and does not differentiate it again "
             "(create_graph=True); use fastkd.set_backend('eager') for second derivatives"
         )
-    if ctx.again is None:
+    if ctx.recompute is None:
         gradient = _scaled(saved[0], grad_output, ctx.pairs, ctx.backend, traced)
     else:
         if batched:
             raise RuntimeError(
-                "fastkd computes float16's gradient in backward, for one grad_output and not for a batch "
+                "fastkd computes float16 gradients in backward, for one grad_output and not for a batch "
                 "(is_grads_batched=True); use fastkd.set_backend('eager')"
             )
         target, row_weight, dynamic, *logits = (ctx.constants.get(i, x) for i, x in enumerate(saved))
-        call = ctx.again._replace(
+        call = ctx.recompute._replace(
             target=target, row_weight=_row_factors(row_weight, grad_output, ctx.pairs, ctx.shape),
             dynamic=dynamic, reduced=False, with_terms=False, with_gradient=True,
         )  # fmt: skip
@@ -174,8 +175,7 @@ def _gradients(ctx: Any, grad_output: Tensor | None) -> Sequence[Tensor | None]:
 
 
 def _row_factors(row_weight: Tensor | None, grad_output: Tensor, pairs: int, shape: Sequence[int]) -> Tensor:
-    """grad_output, one number for each pair or each row, times the weights: [N], or [H, N] for several
-    pairs."""
+    """grad_output, one value per pair or per row, times the weights: [N], or [H, N] for several pairs."""
     factors = grad_output.float().reshape(pairs, -1).expand(pairs, math.prod(shape[:-1]))
     if row_weight is not None:
         factors = factors * row_weight
@@ -184,20 +184,22 @@ def _row_factors(row_weight: Tensor | None, grad_output: Tensor, pairs: int, sha
 
 def _scaled(gradient: Tensor, grad_output: Tensor, pairs: int, backend: str, traced: bool) -> Tensor:
     """The gradient computed with the loss, times grad_output."""
-    of_pair = gradient.shape[0] // pairs
-    kept = not traced and torch._C._autograd._get_current_graph_task_keep_graph()
-    # A number on the CPU is read without waiting for anything; on a GPU the kernel decides.
-    one = not traced and grad_output.dim() == 0 and grad_output.is_cpu and grad_output.item() == 1.0
-    if one and not kept:
+    rows_per_pair = gradient.shape[0] // pairs
+    retained = not traced and torch._C._autograd._get_current_graph_task_keep_graph()
+    # Reading a CPU scalar needs no synchronisation; on a GPU the kernel tests the factor.
+    is_one = not traced and grad_output.dim() == 0 and grad_output.is_cpu and grad_output.item() == 1.0
+    if is_one and not retained:
         return gradient
     factors = grad_output
-    if grad_output.numel() != gradient.shape[0]:  # one number a pair
-        factors = grad_output.expand(of_pair) if pairs == 1 else grad_output.repeat_interleave(of_pair)
-    # In place where the saved gradient is ours alone. Whoever keeps the graph may come again, and a
-    # compiler fuses a plain product with what follows.
-    if traced or kept:
+    if grad_output.numel() != gradient.shape[0]:  # one value per pair
+        factors = (
+            grad_output.expand(rows_per_pair) if pairs == 1 else grad_output.repeat_interleave(rows_per_pair)
+        )
+    # Not in place if a retained graph may use the saved gradient again, or if a compiler can fuse the
+    # product.
+    if traced or retained:
         return (gradient * factors.reshape(-1, 1)).to(gradient.dtype)
-    if of_pair:
+    if rows_per_pair:
         _launcher(backend).scale_rows_(gradient, factors.reshape(-1))
     return gradient
 
@@ -217,7 +219,7 @@ torch.library.register_autograd("fastkd::row_loss", _backward, setup_context=_se
 
 
 class _RowLoss(torch.autograd.Function):
-    """The operator without the dispatcher, which outside of a compiler costs more than a small loss."""
+    """The operator without the dispatcher, whose overhead exceeds the time of a small loss."""
 
     @staticmethod
     def forward(ctx: Any, call: Call, *logits: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -1,4 +1,4 @@
-"""How the Triton kernels compute a loss of given size: tiles, warps, programs to a row."""
+"""How the Triton kernels distribute a loss over tiles, warps and programs."""
 
 from functools import cache
 from typing import Literal, NamedTuple
@@ -7,16 +7,16 @@ import torch
 
 from fastkd.ops.spec import Family
 
-# A row of this many classes still fits into the registers of one program: every logit is read once.
+# The longest row that fits into the registers of one program, so that every logit is read once.
 RESIDENT_CLASSES = 8192
-# The same for standardised logits, whose moments and further sums take registers of their own.
+# The same for standardised logits, whose moments and additional sums take registers too.
 RESIDENT_STANDARDIZED = 4096
-# Sixteen warps: with eight the standardised losses spill registers on sm_80 (tools/compile_kernels.py).
+# Sixteen warps: with eight, the standardised losses spill registers on sm_80 (tools/compile_kernels.py).
 STREAMED_TILE = 4096
 STREAMED_WARPS = 16
-# Logits of a row that one warp works on; shorter rows share a program of up to four warps.
-ELEMENTS_A_WARP = 512
-# Of the second-level cache, what the rows in flight may fill between their two passes.
+# Logits per warp; rows shorter than this share a program of up to four warps.
+ELEMENTS_PER_WARP = 512
+# The fraction of the L2 cache that rows in flight may fill between their two passes.
 CACHE_SHARE = 0.6
 MAX_PARTS = 128
 
@@ -24,7 +24,7 @@ ELEMENT_BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2, torch.fl
 
 
 class Device(NamedTuple):
-    """What the planner wants to know of a GPU."""
+    """The properties of a GPU that the planners use."""
 
     multiprocessors: int
     cache_bytes: int
@@ -32,14 +32,14 @@ class Device(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How the Triton kernels share out rows; the numbers of programs do not change the compiled kernel."""
+    """Launch dimensions of a Triton kernel; ``parts`` and ``programs`` do not change the compiled kernel."""
 
-    rows: int  # to a program
+    rows: int  # per program
     tile: int
     one_tile: bool
     warps: int
-    parts: int  # programs to a row
-    programs: int  # of one part of the rows, at most
+    parts: int  # programs per row
+    programs: int  # the most in the grid's first dimension
 
 
 @cache
@@ -59,10 +59,10 @@ def plan_rows(
     device: Device,
     standardized: bool = False,
 ) -> Plan:
-    """Rows that fit on chip are read once (3 accesses per element); longer ones take two passes (5).
+    """The plan for ``rows`` rows: those that fit on chip are read once, longer ones take two passes.
 
-    ``family`` is a loss's, or "scale" for the scaling of a gradient. The kernel that is compiled depends on
-    ``family`` and ``classes`` alone, not on the number of rows.
+    ``family`` is a loss's, or "scale" for the scaling of a gradient. The compiled kernel does not depend on
+    the number of rows.
     """
     resident = family == "softmax"
     longest = RESIDENT_CLASSES if resident else STREAMED_TILE
@@ -70,11 +70,11 @@ def plan_rows(
         longest = RESIDENT_STANDARDIZED
     if classes <= longest:
         tile = max(16, 1 << (classes - 1).bit_length())
-        together = 1 if family == "scale" else max(1, ELEMENTS_A_WARP // tile)
-        # Half as many logits a warp where a class costs more arithmetic, hence more registers.
-        a_warp = ELEMENTS_A_WARP if resident else ELEMENTS_A_WARP // 2
-        warps = min(4, together) if together > 1 else min(16, max(1, tile // a_warp))
-        return Plan(together, tile, resident, warps, 1, rows)
+        rows_per_program = 1 if family == "scale" else max(1, ELEMENTS_PER_WARP // tile)
+        # Half as many logits per warp where a class needs more arithmetic, hence more registers.
+        per_warp = ELEMENTS_PER_WARP if resident else ELEMENTS_PER_WARP // 2
+        warps = min(4, rows_per_program) if rows_per_program > 1 else min(16, max(1, tile // per_warp))
+        return Plan(rows_per_program, tile, resident, warps, 1, rows)
     tiles = -(-classes // STREAMED_TILE)
     parts = 1
     if rows < device.multiprocessors:

@@ -1,8 +1,8 @@
-"""The one list of losses. Whatever enumerates them reads it: kernels, plans, `fastkd check`, bench and tests.
+"""The single list of losses, used by kernels, plans, `fastkd check`, benchmarks and tests.
 
-A loss is a row of ``LOSSES``. Its name is also that of its formula in fastkd/ops/triton/formulas.py and in
-csrc/row_formulas.h. Names, options and needs must agree there: the native library refuses to load otherwise.
-CONTRIBUTING.md says what a new loss consists of.
+A loss is an entry of ``LOSSES``. Its name is also that of its formula in fastkd/ops/triton/formulas.py and in
+csrc/row_formulas.h; names, options and needs are compared when the native library is loaded. CONTRIBUTING.md
+says how to add a loss.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from fastkd import reference
 
-# softmax: sums over both rows, a formula of the sums, one pass that writes the gradient.
-# mixture: the same sums, a pass over a function of q and p of each class, one more for the gradient.
-# pointwise: a sum over classes of a function of two logits; a single pass.
+# softmax: a pass for the softmax sums of both models, a formula of the sums, a pass for the gradient.
+# mixture: the same sums, a pass over a function of q and p per class, a pass for the gradient.
+# pointwise: a sum over classes of a function of two logits, in a single pass.
 Family = Literal["softmax", "mixture", "pointwise"]
-# Of fastkd.reference: (student_logits, teacher_logits, target, *options) -> losses and terms of the rows.
+# In fastkd.reference: (student_logits, teacher_logits, target, *options) -> losses and terms per row.
 RowLoss = Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -27,21 +27,20 @@ class Needs(IntFlag):
     """What a call needs of the row kernels. Each bit costs work per class."""
 
     DISTILLS = auto()  # the teacher is read: sums of both models at the temperature
-    CROSS_ENTROPY = auto()  # that of the student at T = 1
-    STUDENT_AT_T1 = auto()  # the student's sum at T = 1, where it is not the one at the temperature
+    CROSS_ENTROPY = auto()  # of the student, at T = 1
+    STUDENT_AT_T1 = auto()  # the student's sum at T = 1, if it differs from the one at the temperature
     TEACHER_AT_T1 = auto()
-    CROSS_TERM = auto()  # the cross-entropy of both models, in place of their divergence
-    LOG_RATIO = auto()  # a gradient with the term q log(p / q), and the sum of it
-    OWN_SLOPES = auto()  # logits of the two models are scaled differently
-    STANDARDIZED = auto()  # by mean and deviation of the row; the gradient gains an affine term
+    CROSS_TERM = auto()  # the cross-entropy of both models instead of their divergence
+    LOG_RATIO = auto()  # a gradient with the term q log(p / q), and its sum
+    OWN_SLOPES = auto()  # the logits of the two models are scaled differently
+    STANDARDIZED = auto()  # by mean and deviation of the row; adds an affine term to the gradient
     LABEL_SMOOTHING = auto()  # the mean of the student's logits
-    SUMS_ONLY = auto()  # no divergence beside the sums
+    SUMS_ONLY = auto()  # the softmax sums without a divergence
     LABELLED = auto()  # the target class is excluded from every sum
 
 
-# Options of the losses, in the order in which kernels receive them. A field of type float is dynamic: its
-# value may change between calls without compiling anything again. One of type bool is static: it selects
-# code. Dynamic fields come first.
+# Options of the losses, in the order in which kernels receive them. Fields of type float are dynamic: a new
+# value needs no compilation. Fields of type bool are static: they select code. Dynamic fields come first.
 
 
 class SoftmaxOptions(NamedTuple):
@@ -80,12 +79,12 @@ class SkewOptions(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A loss as users call it, and what it asks of the kernels. The cases together reach all kernel code."""
+    """A public call and the kernel options that it results in. Together the cases reach all kernel code."""
 
     name: str
     function: str  # of the package fastkd
     arguments: Mapping[str, Any]
-    options: Any  # what the function makes of the arguments
+    options: Any  # that result from the arguments
     labelled: bool = False  # the loss depends on the target
     vanishes: bool = True  # no gradient at equal logits
     benchmarked: bool = False
@@ -101,12 +100,12 @@ class Loss:
     cases: tuple[Case, ...]
     takes_label: bool = False
     terms: tuple[str, ...] = ()
-    # Values of its first options that select code; any other value is one of many.
+    # For the first options: the value that selects other code.
     code_values: tuple[float, ...] = ()
 
     @property
     def dynamic(self) -> int:
-        """How many of its options are dynamic: the first ones."""
+        """How many of the options are dynamic: the first ones."""
         return sum(kind is float for kind in self.options.__annotations__.values())
 
 
@@ -118,7 +117,7 @@ def _softmax_needs(options: SoftmaxOptions) -> Needs:
         needs |= Needs.DISTILLS
     if options.ce_weight != 0:
         needs |= Needs.CROSS_ENTROPY
-        # At T = 1 the exponentials of the cross-entropy are the student's own.
+        # At T = 1 the cross-entropy uses the same exponentials.
         if options.temperature != 1 or standardizes:
             needs |= Needs.STUDENT_AT_T1
     if options.label_smoothing != 0:
@@ -290,13 +289,13 @@ CASES: dict[str, tuple[Loss, Case]] = {case.name: (loss, case) for loss in _ROWS
 
 @lru_cache(maxsize=1024)
 def needs_of(loss: Loss, options: tuple[float, ...], labelled: bool) -> int:
-    """Bits of ``Needs`` of a call with these values of ``loss.options``."""
+    """Return the bits of ``Needs`` for these values of ``loss.options``."""
     needs = loss.needs(loss.options(*options))
     return int(needs | Needs.LABELLED if labelled else needs)
 
 
 def distinct_cases() -> dict[str, tuple[Loss, Case]]:
-    """The cases that kernels tell apart: one for each loss and what it needs."""
+    """One case per compiled kernel: per loss and needs."""
     names: dict[tuple[str, int], str] = {}
     for name, (loss, case) in CASES.items():
         names.setdefault((loss.name, needs_of(loss, case.options, case.labelled)), name)

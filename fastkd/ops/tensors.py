@@ -1,6 +1,6 @@
-"""Tensors whose values are not simply those in their memory: made ordinary, computed another way, or refused.
+"""Checks for tensors whose values are not in their memory: wrappers, lazy bits, transforms, freed storage.
 
-Kernels read memory, so every tensor is looked at before its pointer is taken.
+Kernels read memory directly, so every tensor is checked before its pointer is taken.
 """
 
 from collections.abc import Iterable
@@ -11,10 +11,10 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
-# Wrappers that tracing passes to the operator, which has shapes for them.
+# Wrappers used by tracing; the operator has a fake implementation for them.
 TRACED = (FakeTensor, FunctionalTensor)
-# How to get an ordinary tensor out of well-known wrappers.
-_WAYS_OUT = {
+# How to unwrap well-known wrappers.
+_REMEDIES = {
     "DTensor": "pass its .to_local() (each rank its own rows) or its .full_tensor()",
     "MaskedTensor": "pass its .to_tensor(value), and ignore rows with weight= or ignore_index",
     "AsyncCollectiveTensor": "pass its .wait()",
@@ -23,23 +23,23 @@ _ORDINARY_DISPATCH = Tensor.__torch_dispatch__
 
 
 def is_transformed(tensor: Tensor) -> bool:
-    """Whether it is inside a transform of torch.func, or of autograd.grad(…, is_grads_batched=True)."""
+    """Whether it is wrapped by a transform of torch.func, or by autograd.grad(…, is_grads_batched=True)."""
     functorch = torch._C._functorch
     return functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
 
 
 def check_ordinary(name: str, tensor: Tensor) -> None:
-    """Raise TypeError for a tensor that no kernel can read as rows of numbers: sparse, nested, a wrapper."""
+    """Raise TypeError for sparse and nested tensors and wrapper subclasses."""
     if torch.compiler.is_compiling():
-        return  # the compiler uses wrappers of its own, and knows which tensors it can trace
+        return  # the compiler uses its own wrappers, and rejects tensors that it cannot trace
     kind = type(tensor)
     if (
         kind is not Tensor
         and kind.__torch_dispatch__ is not _ORDINARY_DISPATCH
         and not isinstance(tensor, TRACED)
     ):
-        way_out = _WAYS_OUT.get(kind.__name__, "pass the ordinary tensor that it wraps")
-        raise TypeError(f"{name} is a {kind.__name__}; expected an ordinary tensor: {way_out}")
+        remedy = _REMEDIES.get(kind.__name__, "pass the ordinary tensor that it wraps")
+        raise TypeError(f"{name} is a {kind.__name__}; expected an ordinary tensor: {remedy}")
     if tensor.is_nested:
         raise TypeError(
             f"{name} is a nested tensor; expected an ordinary one: pass its .values(), which holds all rows"
@@ -49,7 +49,7 @@ def check_ordinary(name: str, tensor: Tensor) -> None:
 
 
 def as_ordinary(name: str, tensor: Tensor) -> Tensor:
-    """Return it with its values in its memory, unchanged if they are there already; differentiable."""
+    """Return a tensor with the values in its memory: the same one if they already are. Differentiable."""
     if torch.compiler.is_compiling():
         return tensor
     if tensor.is_neg():
@@ -61,18 +61,19 @@ def as_ordinary(name: str, tensor: Tensor) -> Tensor:
     try:
         if tensor.untyped_storage().nbytes() or not tensor.numel():
             return tensor
-    except NotImplementedError:  # inside a transform: the wrapped tensor has the memory
+    except NotImplementedError:  # inside a transform: the wrapped tensor has the storage
         return tensor
     if tensor._is_zerotensor():
         return torch.zeros_like(tensor, memory_format=torch.contiguous_format)
     raise ValueError(
         f"{name} has shape {list(tensor.shape)} and its storage is empty (freed by resize_(0), as FSDP "
-        "does between uses); expected a tensor whose values are there"
+        "does between uses); expected a tensor with storage"
     )
 
 
 def is_traced(tensors: Iterable[Tensor]) -> bool:
-    """Whether the call must go through torch's dispatcher: for a compiler, fake tensors, a dispatch mode."""
+    """Whether the call must use torch's dispatcher: under a compiler, with fake tensors or a dispatch
+    mode."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
     for tensor in tensors:  # noqa: SIM110 - a generator is slower
@@ -82,14 +83,14 @@ def is_traced(tensors: Iterable[Tensor]) -> bool:
 
 
 def is_readable(tensor: Tensor) -> bool:
-    """Whether the host can read the values without waiting for a device or breaking a graph."""
+    """Whether the values can be read without synchronisation or a graph break."""
     return tensor.is_cpu and not is_traced((tensor,)) and not is_transformed(tensor)
 
 
 def transform_of(tensors: Iterable[Tensor | None]) -> str | None:
-    """Return the transform of torch.func, or forward-mode AD, that one of these is inside, or None.
+    """Return the transform of torch.func, or forward-mode AD, that applies to one of these, or None.
 
-    The memory of such a tensor is not its whole value: a kernel that reads it loses a tangent or a batch.
+    The memory of such a tensor is only part of its value: a kernel would lose the tangent or the batch.
     """
     if torch.compiler.is_compiling():
         return _transform_around()
@@ -107,9 +108,9 @@ def transform_of(tensors: Iterable[Tensor | None]) -> str | None:
 
 
 def _transform_around() -> str | None:
-    """Return the transforms that are active here, whatever they apply to.
+    """Return the active transforms, whatever they apply to.
 
-    torch.compile enters them as it traces and sees a constant; it traces again elsewhere.
+    torch.compile evaluates it while tracing, inside the transforms, as a constant.
     """
     stack = torch._C._functorch.get_interpreter_stack()
     if stack:

@@ -1,4 +1,4 @@
-"""Compiles emulation.cpp and calls it as fastkd.ops.native calls the extension."""
+"""Compiles emulation.cpp; its kernels are called like those of fastkd.ops.native."""
 
 import ctypes
 import os
@@ -17,7 +17,7 @@ CODES = {torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}
 
 
 def build(folder: Path) -> Path:
-    """The emulation as a shared library in ``folder``; five seconds."""
+    """Compile the emulation to a shared library in ``folder``; takes five seconds."""
     library = folder / "emulation.so"
     command = [
         COMPILER, "-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared",
@@ -66,7 +66,7 @@ class Plan(ctypes.Structure):
 
 
 class Emulation:
-    """What fastkd.ops.native is to the operators, on the emulated kernels; ``plan`` chooses the teams."""
+    """The interface of fastkd.ops.native, on the emulated kernels; ``plan`` returns the TeamPlan."""
 
     def __init__(self, path):
         self.library = ctypes.CDLL(str(path))
@@ -94,7 +94,7 @@ class Emulation:
         self.check(
             self.library.emulated_row_loss(
                 (Rows * len(pairs))(*pairs), len(pairs),
-                ctypes.byref(LossOptions(native._PLACES[call.loss], call.needs, values)),
+                ctypes.byref(LossOptions(native._LOSS_INDEX[call.loss], call.needs, values)),
                 ctypes.c_void_p(None if dynamic is None else dynamic.data_ptr()),
                 0 if dynamic is None else len(dynamic), ctypes.byref(Plan(*plan)),
             )
@@ -110,10 +110,10 @@ class Emulation:
         plan = self.plan(len(rows), classes, element_bytes)
         pairs = []
         for pair, (student, teacher) in enumerate(zip(students, teachers, strict=True)):
-            of_pair = slice(pair * count, (pair + 1) * count)
+            pair_rows = slice(pair * count, (pair + 1) * count)
             weight = row_weight[pair] if row_weight is not None and row_weight.dim() == 2 else row_weight
-            of_rows = rows[of_pair], terms[:, of_pair], gradient[of_pair]
-            pairs.append(self.rows(student, teacher, call.target, weight, 1 / call.divisor, *of_rows))
+            row_outputs = rows[pair_rows], terms[:, pair_rows], gradient[pair_rows]
+            pairs.append(self.rows(student, teacher, call.target, weight, 1 / call.divisor, *row_outputs))
         self.launch(pairs, call, plan)
         if sums is not None:
             sums.copy_(rows.view(len(pairs), count).sum(-1).view_as(sums))

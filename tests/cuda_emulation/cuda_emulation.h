@@ -1,9 +1,9 @@
-// Runs the kernels of csrc/cuda/ on the host: csrc/cuda/device.h includes this where no CUDA compiler is at work.
+// Runs the kernels of csrc/cuda/ on the host: csrc/cuda/device.h includes this header without a CUDA compiler.
 //
-// Every thread of a cluster is a fiber. Barriers and shuffles are the points where fibers change. A warp runs as far
-// ahead of the others as barriers let it, now the first and now the last, so that a missing barrier shows; waiting for
-// threads that never come is an error. Shared memory is NaN before a block begins and after it ends, a guard lies
-// behind it, and asynchronous copies arrive no sooner than they are waited for.
+// Every thread of a cluster is a fiber, which yields at barriers and shuffles. A warp runs as far ahead of the others
+// as barriers allow, in alternating order of the warps, so that a missing barrier shows; a deadlock is an error. Shared
+// memory is NaN before a block starts and after it ends, and is followed by guard words. Asynchronous copies complete
+// only when they are waited for.
 #pragma once
 
 #include <setjmp.h>
@@ -38,7 +38,7 @@ struct Copy {
 
 constexpr uint32_t kGuard = 0x7fdeadbe;  // a NaN
 constexpr int kGuardChunks = 64;
-constexpr Chunk kNothing = {kGuard, kGuard, kGuard, kGuard};
+constexpr Chunk kUnwritten = {kGuard, kGuard, kGuard, kGuard};
 
 struct Block {
   int64_t x;
@@ -46,10 +46,10 @@ struct Block {
   std::vector<Chunk> shared;
   Barrier barrier;
   std::vector<Barrier> warps;
-  std::vector<float> lanes;  // what the threads give to a shuffle: two areas, used in turn
+  std::vector<float> lanes;  // the values of a shuffle, double-buffered
 };
 
-constexpr int kMostShuffled = 16;
+constexpr int kMaxShuffled = 16;
 constexpr size_t kStackBytes = 48 * 1024;
 
 struct Fiber {
@@ -69,8 +69,7 @@ struct Machine {
   std::unique_ptr<char[]> stacks;
   size_t stack_bytes = 0;
   Barrier cluster;
-  ucontext_t home;
-  jmp_buf resume_home;
+  jmp_buf resume_scheduler;
   size_t current = 0;
   size_t progress = 0;  // arrivals at barriers and ends of fibers
   void (*body)(void*) = nullptr;
@@ -78,20 +77,20 @@ struct Machine {
   bool failed = false;
 };
 inline Machine machine;
-inline Fiber& self() { return machine.fibers[machine.current]; }
+inline Fiber& current_fiber() { return machine.fibers[machine.current]; }
 
 inline void run_fiber() {
   machine.body(machine.argument);
-  self().finished = true;
+  current_fiber().finished = true;
   machine.progress++;
-  Block& block = *self().block;
-  if (--block.unfinished == 0) std::fill(block.shared.begin(), block.shared.end() - kGuardChunks, kNothing);
-  _longjmp(machine.resume_home, 1);
+  Block& block = *current_fiber().block;
+  if (--block.unfinished == 0) std::fill(block.shared.begin(), block.shared.end() - kGuardChunks, kUnwritten);
+  _longjmp(machine.resume_scheduler, 1);
 }
 
-// Goes back to the loop that resumes one fiber after the other.
-inline void change() {
-  if (_setjmp(self().resume) == 0) _longjmp(machine.resume_home, 1);
+// Yields to the scheduler.
+inline void yield() {
+  if (_setjmp(current_fiber().resume) == 0) _longjmp(machine.resume_scheduler, 1);
 }
 
 inline unsigned arrive(Barrier& barrier) {
@@ -101,31 +100,31 @@ inline unsigned arrive(Barrier& barrier) {
   return generation;
 }
 inline void wait(const Barrier& barrier, unsigned generation) {
-  while (barrier.generation == generation) change();
+  while (barrier.generation == generation) yield();
 }
 
 inline void resume(size_t fiber) {
   machine.current = fiber;
-  if (self().finished || _setjmp(machine.resume_home) != 0) return;
-  if (self().started) _longjmp(self().resume, 1);
-  self().started = true;
-  setcontext(&self().context);
+  if (current_fiber().finished || _setjmp(machine.resume_scheduler) != 0) return;
+  if (current_fiber().started) _longjmp(current_fiber().resume, 1);
+  current_fiber().started = true;
+  setcontext(&current_fiber().context);
 }
 
-// Runs the threads of one cluster to their end; false where some wait for others that do not come.
+// Runs the threads of a cluster to their end; false on deadlock.
 inline bool run_cluster(void (*body)(void*), void* argument) {
   machine.body = body;
   machine.argument = argument;
   const size_t warps = machine.fibers.size() / kWarp;
-  size_t before, of_warp;
+  size_t before, warp_progress;
   for (size_t round = 0;; round++) {
     before = machine.progress;
     for (size_t i = 0; i < warps; i++) {
       const size_t warp = round % 2 == 0 ? i : warps - 1 - i;
       do {
-        of_warp = machine.progress;
+        warp_progress = machine.progress;
         for (size_t lane = 0; lane < kWarp; lane++) resume(warp * kWarp + lane);
-      } while (machine.progress != of_warp);
+      } while (machine.progress != warp_progress);
     }
     if (machine.progress == before) break;
   }
@@ -136,48 +135,50 @@ inline bool run_cluster(void (*body)(void*), void* argument) {
 
 }  // namespace emulation
 
-inline int thread_of_block() { return emulation::self().thread; }
-inline int threads_of_block() { return emulation::self().block->threads; }
-inline unsigned block_x() { return unsigned(emulation::self().block->x); }
-inline int block_y() { return emulation::self().block->y; }
-inline Chunk* shared_memory() { return emulation::self().block->shared.data(); }
+inline int thread_in_block() { return emulation::current_fiber().thread; }
+inline int threads_per_block() { return emulation::current_fiber().block->threads; }
+inline unsigned block_x() { return unsigned(emulation::current_fiber().block->x); }
+inline int block_y() { return emulation::current_fiber().block->y; }
+inline Chunk* shared_memory() { return emulation::current_fiber().block->shared.data(); }
 
 template <int kCount>
 void shuffle_xor(const float (&values)[kCount], int mask, float (&others)[kCount]) {
-  static_assert(kCount <= emulation::kMostShuffled, "");
-  emulation::Fiber& self = emulation::self();
-  emulation::Block& block = *self.block;
-  float* area = block.lanes.data() + (self.shuffles++ & 1) * block.threads * emulation::kMostShuffled;
-  std::memcpy(area + self.thread * emulation::kMostShuffled, values, sizeof values);
-  emulation::Barrier& warp = block.warps[self.thread / kWarp];
+  static_assert(kCount <= emulation::kMaxShuffled, "");
+  emulation::Fiber& fiber = emulation::current_fiber();
+  emulation::Block& block = *fiber.block;
+  float* buffer = block.lanes.data() + (fiber.shuffles++ & 1) * block.threads * emulation::kMaxShuffled;
+  std::memcpy(buffer + fiber.thread * emulation::kMaxShuffled, values, sizeof values);
+  emulation::Barrier& warp = block.warps[fiber.thread / kWarp];
   emulation::wait(warp, emulation::arrive(warp));
-  std::memcpy(others, area + (self.thread ^ mask) * emulation::kMostShuffled, sizeof others);
+  std::memcpy(others, buffer + (fiber.thread ^ mask) * emulation::kMaxShuffled, sizeof others);
 }
 
 inline void block_barrier() {
-  emulation::Barrier& barrier = emulation::self().block->barrier;
+  emulation::Barrier& barrier = emulation::current_fiber().block->barrier;
   emulation::wait(barrier, emulation::arrive(barrier));
 }
 inline void cluster_arrive() {
-  emulation::self().cluster_generation = emulation::arrive(emulation::machine.cluster);
+  emulation::current_fiber().cluster_generation = emulation::arrive(emulation::machine.cluster);
 }
-inline void cluster_wait() { emulation::wait(emulation::machine.cluster, emulation::self().cluster_generation); }
+inline void cluster_wait() {
+  emulation::wait(emulation::machine.cluster, emulation::current_fiber().cluster_generation);
+}
 
-inline const float* shared_of_block(const float* ours, int rank) {
-  emulation::Block& block = *emulation::self().block;
-  const ptrdiff_t offset = reinterpret_cast<const char*>(ours) - reinterpret_cast<const char*>(block.shared.data());
+inline const float* map_shared_rank(const float* local, int rank) {
+  emulation::Block& block = *emulation::current_fiber().block;
+  const ptrdiff_t offset = reinterpret_cast<const char*>(local) - reinterpret_cast<const char*>(block.shared.data());
   return reinterpret_cast<const float*>(reinterpret_cast<const char*>(emulation::machine.blocks[rank].shared.data()) +
                                         offset);
 }
 
 inline void copy_async(Chunk* to, const void* from) {
-  if (reinterpret_cast<uintptr_t>(from) % sizeof(Chunk) != 0) std::abort();  // what a device would do
-  emulation::self().copies.back().push_back({to, from});
+  if (reinterpret_cast<uintptr_t>(from) % sizeof(Chunk) != 0) std::abort();  // as on a device
+  emulation::current_fiber().copies.back().push_back({to, from});
 }
-inline void commit_copies() { emulation::self().copies.emplace_back(); }
+inline void commit_copies() { emulation::current_fiber().copies.emplace_back(); }
 template <int kPending>
 void wait_for_copies() {
-  auto& copies = emulation::self().copies;  // its last group is not committed yet
+  auto& copies = emulation::current_fiber().copies;  // the last group is not committed yet
   for (; copies.size() > kPending + 1; copies.pop_front())
     for (const emulation::Copy& copy : copies.front()) std::memcpy(copy.to, copy.from, sizeof(Chunk));
 }
@@ -201,7 +202,7 @@ inline float as_float(uint32_t bits) {
   return value;
 }
 
-// With the device's flush to 0, and an error of up to its 2^-22 that depends on y in no simple way.
+// With the device's flush to 0, and a pseudo-random error of up to the device's 2^-22.
 inline float power_of_two(float y) {
   if (y < -126.0f) return 0.0f;
   const float power = exp2f(y), noise = float(int32_t(as_bits(y) * 2654435761u)) * 0x1p-53f;
@@ -210,9 +211,9 @@ inline float power_of_two(float y) {
 
 inline float half_to_float(uint32_t bits) {
   const int exponent = int(bits >> 10 & 31), fraction = int(bits & 1023);
-  const float magnitude = exponent == 31 ? (fraction ? NAN : INFINITY)
-                                         : std::ldexp(float(exponent ? fraction + 1024 : fraction),
-                                                      (exponent ? exponent : 1) - 25);
+  const float magnitude =
+      exponent == 31 ? (fraction ? NAN : INFINITY)
+                     : std::ldexp(float(exponent ? fraction + 1024 : fraction), (exponent ? exponent : 1) - 25);
   return bits & 0x8000 ? -magnitude : magnitude;
 }
 inline uint32_t float_to_half(float value) {
@@ -223,8 +224,8 @@ inline uint32_t float_to_half(float value) {
   if (magnitude == 0) return sign;
   int exponent;
   std::frexp(magnitude, &exponent);
-  const int step = (exponent < -13 ? -13 : exponent) - 11;  // the spacing of halfs there, as a power of two
-  const int units = int(std::nearbyint(std::ldexp(magnitude, -step)));  // a carry into the exponent adds up right
+  const int step = (exponent < -13 ? -13 : exponent) - 11;              // log2 of the spacing of halfs
+  const int units = int(std::nearbyint(std::ldexp(magnitude, -step)));  // a carry goes into the exponent
   return sign | uint32_t(((step + 24) << 10) + units);
 }
 inline uint32_t float_to_bfloat16(float value) {
@@ -235,7 +236,7 @@ inline uint32_t float_to_bfloat16(float value) {
 
 namespace emulation {
 
-// Runs a kernel over its grid, cluster by cluster; nullptr, or what a thread did that it must not.
+// Runs a kernel over its grid, cluster by cluster. Returns nullptr, or the error.
 template <class Arguments>
 const char* launch(void (*kernel)(Arguments), Arguments arguments, int64_t blocks_x, int blocks_y, int threads,
                    int cluster, int64_t shared_bytes) {
@@ -262,10 +263,10 @@ const char* launch(void (*kernel)(Arguments), Arguments arguments, int64_t block
       block.x = (first + rank) % blocks_x;
       block.y = int((first + rank) / blocks_x);
       block.threads = block.unfinished = threads;
-      block.shared.assign(chunks + kGuardChunks, kNothing);
+      block.shared.assign(chunks + kGuardChunks, kUnwritten);
       block.barrier = {threads};
       block.warps.assign(threads / kWarp, Barrier{kWarp});
-      block.lanes.assign(2 * threads * kMostShuffled, NAN);
+      block.lanes.assign(2 * threads * kMaxShuffled, NAN);
       for (int thread = 0; thread < threads; thread++) {
         Fiber& fiber = machine.fibers[rank * threads + thread];
         fiber.block = &block;
@@ -277,11 +278,11 @@ const char* launch(void (*kernel)(Arguments), Arguments arguments, int64_t block
         makecontext(&fiber.context, run_fiber, 0);
       }
     }
-    if (!run_cluster(body, &call)) return "threads wait for others that do not come";
+    if (!run_cluster(body, &call)) return "deadlock: threads wait at a barrier or shuffle that others do not reach";
     for (const Block& block : machine.blocks)
       for (size_t i = chunks; i < block.shared.size(); i++)
         for (uint32_t word : block.shared[i].word)
-          if (word != kGuard) return "a thread wrote beyond the block's shared memory";
+          if (word != kGuard) return "a thread wrote past the end of the block's shared memory";
   }
   return nullptr;
 }

@@ -1,13 +1,13 @@
-// The kernels behind a C interface of plain numbers, for ctypes: tests/ops/test_cuda_kernels.py describes the structs.
+// A C interface to the emulated kernels, for ctypes; __init__.py mirrors the structs.
 #include "../../csrc/cuda/kernel_table.h"
 
 using namespace fastkd;
 using namespace fastkd::cuda;
 
-extern "C" const char* emulated_row_loss(const Rows* pairs, int count, const LossOptions* options,
-                                         const float* dynamic, int dynamic_count, const TeamPlan* plan) {
+extern "C" const char* emulated_row_loss(const Rows* pairs, int count, const LossOptions* options, const float* dynamic,
+                                         int dynamic_count, const TeamPlan* plan) {
   const RowKernel kernel = row_kernel_for(*options);
-  if (kernel == nullptr) return "there is no such loss, or no kernel for what it needs";
+  if (kernel == nullptr) return "unknown loss, or no kernel compiled for its needs";
   if (const char* reason = refusal(pairs, count, *plan)) return reason;
   const Grid grid = row_loss_grid(pairs, count, *plan);
   return emulation::launch(kernel, arguments_of(pairs, count, *options, {dynamic, dynamic_count}, *plan), grid.blocks_x,
@@ -18,7 +18,8 @@ extern "C" const char* emulated_scale_rows(const Matrix* gradient, const float* 
                                            int64_t count, int64_t classes, const TeamPlan* plan) {
   if (const char* reason = refusal(classes, *plan)) return reason;
   const Grid grid = scale_grid(count, *plan, gradient->dtype);
-  return emulation::launch(scale_rows, ScaleArguments{*gradient, grad_output, grad_output_stride, count, classes, *plan},
+  return emulation::launch(scale_rows,
+                           ScaleArguments{*gradient, grad_output, grad_output_stride, count, classes, *plan},
                            grid.blocks_x, grid.blocks_y, grid.threads, grid.cluster, grid.shared_bytes);
 }
 

@@ -1,4 +1,4 @@
-"""Bad input: a clear error that names the argument, its value and what is expected, before anything runs."""
+"""Bad input: an error that names the argument, its value and what is expected, before anything runs."""
 
 import os
 import subprocess
@@ -113,7 +113,7 @@ def test_environment_chooses_the_backend():
     assert "FASTKD_BACKEND is 'fast'; expected one of auto" in refused.stderr
 
 
-def test_triton_on_the_cpu_without_its_interpreter_says_what_to_set():
+def test_triton_on_the_cpu_without_its_interpreter_names_the_variable():
     code = (
         "import triton, torch, fastkd; fastkd.set_backend('triton'); "
         "fastkd.kd_loss(torch.randn(2, 3), torch.randn(2, 3))"
@@ -123,7 +123,7 @@ def test_triton_on_the_cpu_without_its_interpreter_says_what_to_set():
     assert "TRITON_INTERPRET=1" in refused.stderr
 
 
-def test_missing_native_backend_warns_once_and_goes_on():
+def test_missing_native_backend_warns_once_and_falls_back():
     code = """
 import torch, warnings
 from fastkd.ops import native
@@ -178,7 +178,7 @@ LABELS = st.one_of(st.integers(-2, 6), st.sampled_from([-100, 2**31, 2**62, -(2*
 
 
 @given(labels=st.lists(LABELS, max_size=9), ignore_index=st.sampled_from([-100, 2, 7]), spread=st.booleans())
-def test_check_labels_is_what_it_says(labels, ignore_index, spread):
+def test_label_check(labels, ignore_index, spread):
     """For any labels, dense in memory or not; True if none is ignored."""
     target = torch.tensor(labels, dtype=torch.int64)
     target = target.repeat_interleave(2)[::2] if spread else target
@@ -189,9 +189,9 @@ def test_check_labels_is_what_it_says(labels, ignore_index, spread):
             fastkd.check_labels(target, 6, ignore_index)
 
 
-def test_check_labels_of_another_dtype():
+def test_label_check_of_another_dtype():
     labels = torch.tensor([0, 5, 3], dtype=torch.int32)
-    assert not native.labels_all_valid(labels, 6, -100)  # its bytes are not to be read as int64
+    assert not native.labels_all_valid(labels, 6, -100)  # must not be read as int64
     assert fastkd.check_labels(labels, 6)
     with pytest.raises(ValueError, match="target has the label 5"):
         fastkd.check_labels(labels, 5)

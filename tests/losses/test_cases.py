@@ -1,4 +1,4 @@
-"""The cases of ops/spec.py: each is what the public function makes of its arguments."""
+"""The cases of ops/spec.py agree with the public functions."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ each_case = pytest.mark.parametrize("name", CASES)
 @each_case
 @pytest.mark.parametrize(("backend", "function"), [("native", "_numbers"), ("eager", "_eager")])
 def test_the_public_call_has_exactly_these_options(name, backend, function, monkeypatch):
-    """On the way to the operator and to plain torch alike."""
+    """For the fused operator and for the eager backend."""
     loss, case = CASES[name]
     seen = []
     original = getattr(dispatch, function)

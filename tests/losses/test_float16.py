@@ -1,5 +1,4 @@
-"""float16: a loss scale reaches the gradient before it is rounded, in every loss, backend and form of the
-call."""
+"""float16: the loss scale is applied before the gradient is rounded, for every loss and backend."""
 
 import pytest
 import torch
@@ -20,12 +19,12 @@ def scaled_gradient(case, student, teacher, target, grad_output, **options):
 
 
 def flushed(gradient, true_gradient):
-    """The share of elements that are 0 and should not be."""
+    """The fraction of elements that are 0 although their true value is not."""
     return ((gradient == 0) & (true_gradient != 0)).double().mean().item()
 
 
 @each_kernel
-def test_no_more_is_flushed_than_by_eager_on_wider_logits(fused, case):
+def test_no_more_underflows_than_with_eager_on_float32_logits(fused, case):
     rows, classes = 3, 8193  # past a tile
     student, teacher, target = make_logits(rows, classes, torch.float16, fused, spread=2.0)
     grad_output = torch.tensor(SCALE / 64, device=fused)  # of a batch 64 times as large
@@ -39,7 +38,7 @@ def test_no_more_is_flushed_than_by_eager_on_wider_logits(fused, case):
 
 
 def test_the_share_that_was_lost(fused):
-    """Rounded before the loss scale, nearly half of a million small numbers are 0."""
+    """If rounded before the loss scale, nearly half of a million small values are 0."""
     rows, classes = (64, 131072) if fastkd.get_backend() == "native" else (1, 131072)
     student = (2 * torch.randn(rows, classes, device=fused)).half().requires_grad_()
     teacher = (2 * torch.randn(rows, classes, device=fused)).half()
@@ -69,7 +68,7 @@ def test_pairs_have_their_own_grad_output(fused, name):
             assert torch.equal(gradients[pair], again[pair])
 
 
-def test_compiled_and_kept(fused):
+def test_compiled_and_retained(fused):
     torch._dynamo.reset()
     student, teacher, target = make_logits(4, 33, torch.float16, fused)
     student.requires_grad_()
@@ -92,7 +91,7 @@ def test_a_student_changed_before_backward_is_an_error(fused):
 
 
 def test_a_weight_gradient_under_autocast_and_a_scaler(fused):
-    """Of a last layer, beside the same step in float64."""
+    """Of a last layer, compared with the same step in float64."""
     if fused == "cpu" and fastkd.get_backend() == "triton":
         rows, classes = 32, 4096
     else:

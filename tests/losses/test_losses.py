@@ -56,7 +56,7 @@ def test_rows_of_several_tiles(fused, case, classes):
 @each_kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_logits_that_grow_along_the_row(fused, case, dtype):
-    """The running maximum, to which sums are relative, rises again and again, or never, or once by far."""
+    """The running maximum rises often, never, or once by a large step."""
     student, teacher, target = make_logits(3, 4500, torch.float32, fused)
     ramp = torch.linspace(0, 90, 4500, device=fused)
     student, teacher = (logits + torch.stack([ramp, -ramp, 0 * ramp]) for logits in (student, teacher))
@@ -68,7 +68,7 @@ def test_logits_that_grow_along_the_row(fused, case, dtype):
 @each_kernel
 @pytest.mark.parametrize(("rows", "classes"), [(1, 70_001), (2, 150_001), (3, 270_001)])
 def test_long_rows_on_three_threads(case, rows, classes):
-    """On the CPU: rows shared by threads, and rows that are not."""
+    """On the CPU: rows split over threads, and whole rows per thread."""
     threads = torch.get_num_threads()
     student, teacher, target = make_logits(rows, classes)
     student, teacher = student.half(), teacher.bfloat16()
@@ -88,7 +88,7 @@ def test_long_rows_on_three_threads(case, rows, classes):
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("name", ["kd", "ce-kd", "lskd", "reverse-kl", "jsd"])
 def test_rows_too_long_to_cache(name, rows):
-    """On the CPU: exponentials of more than 32 MiB are computed again."""
+    """On the CPU: exponentials that exceed 32 MiB are recomputed."""
     case, classes = BY_NAME[name], 4_200_001
     student, teacher, target = make_logits(rows, classes, torch.bfloat16)
     with fastkd.use_backend("native"):
@@ -132,7 +132,7 @@ def test_layouts(fused, case, layout):
 
 
 @each_kernel
-def test_more_rows_than_a_program_takes(fused, case):
+def test_more_rows_than_a_program_computes(fused, case):
     student, teacher, target = make_logits(70, 10, torch.float32, fused)
     target[3] = -100
     assert_matches(case, student, teacher, target, torch.randn(70, device=fused), reduction="none")
@@ -140,7 +140,7 @@ def test_more_rows_than_a_program_takes(fused, case):
 
 @each_kernel
 def test_rows_in_flight_are_bounded(monkeypatch, case):
-    """More long rows than programs: each program takes several, one after another."""
+    """More long rows than programs: each program computes several, one after another."""
     launch = pytest.importorskip("fastkd.ops.triton.launch")
     monkeypatch.setattr(launch, "device_of", lambda device: Device(multiprocessors=2, cache_bytes=0))
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -155,7 +155,7 @@ def test_a_list_of_pairs_gives_one_loss_per_pair(fused, case, reduction):
     pairs = [make_logits(4, 33, torch.float32, fused)[:2] for _ in range(3)]
     target = torch.tensor([2, 30, -100, 7], device=fused)
     students = [student.requires_grad_() for student, _ in pairs]
-    students[1] = students[1].t().contiguous().t()  # of another stride
+    students[1] = students[1].t().contiguous().t()  # different strides
     grad_output = torch.randn((3, 4) if reduction == "none" else 3, device=fused)
     losses = case.loss(students, [teacher for _, teacher in pairs], target, reduction=reduction)
     gradients = torch.autograd.grad(losses, students, grad_output)
@@ -181,7 +181,7 @@ def test_terms_of_a_list_of_pairs(fused):
 
 
 @each_kernel
-def test_rows_further_apart_than_32_bits_reach(fused, case):
+def test_row_strides_beyond_32_bits(fused, case):
     """Offsets of more than 2^31 elements, in memory of which only the rows are accessed."""
     apart, classes = 2**31 + 64, 40
     student, teacher, target = make_logits(2, classes, torch.bfloat16, fused)
@@ -193,7 +193,7 @@ def test_rows_further_apart_than_32_bits_reach(fused, case):
     assert_matches(case, far_apart(student), far_apart(teacher), target, reduction="sum")
 
 
-def test_a_gradient_of_more_elements_than_32_bits_count(fused):
+def test_a_gradient_with_more_elements_than_32_bits(fused):
     """All rows are the same memory; only the last one, past 2^31 elements, has a grad_output."""
     rows, classes = 2049, 2**20
     if fastkd.get_backend() == "triton" and fused == "cpu":
@@ -254,7 +254,7 @@ def test_saturated_logits_stay_finite(fused, case, dtype):
 
 @each_case
 def test_confident_logits(fused, case):
-    """A margin of 60 and more: probabilities underflow if they are formed before their logarithm."""
+    """A margin of 60 and more: probabilities underflow unless computed in log space."""
     student, teacher, target = make_logits(4, 100, torch.float32, fused)
     student.scatter_(1, target[:, None], 60.0)
     teacher.scatter_(1, (target[:, None] + torch.tensor([[0], [1], [0], [1]], device=fused)) % 100, 150.0)
@@ -263,7 +263,7 @@ def test_confident_logits(fused, case):
 
 @pytest.mark.parametrize(
     "case",
-    # Standardised rows and label smoothing average over all classes: masked ones are not defined there.
+    # Standardised rows and label smoothing average over all classes: undefined with masked ones.
     [case for case in CASES if not case.averages_classes],
     ids=lambda case: case.name,
 )
@@ -294,7 +294,7 @@ def test_nonfinite_logits_are_not_hidden(fused, case, classes, at):
         student, teacher, target = make_logits(3, classes, torch.float32, fused)
         student[1, at] = value
         if value == torch.inf and case.family == "pointwise":
-            continue  # a Bernoulli that is certain: its loss is infinite, not undefined
+            continue  # a Bernoulli probability of 1: the loss is infinite, not NaN
         loss = case.loss(student, teacher, target, reduction="none")
         assert torch.isnan(loss[1])
         assert torch.isfinite(loss[[0, 2]]).all()
@@ -316,7 +316,7 @@ def test_ignored_rows_are_not_read(fused, case):
 
 
 @each_kernel
-def test_no_row_left(fused, case):
+def test_all_rows_ignored(fused, case):
     for rows in (0, 3):
         if rows and not case.ignores_rows:
             continue
@@ -352,7 +352,7 @@ def test_jsd_at_its_ends_is_a_kl(fused, beta):
         torch.testing.assert_close(9.0 * loss, fastkd.kd_loss(student, teacher, temperature=3.0))
 
 
-def test_dckd_that_fixes_nothing_is_dkd_to_the_bit(fused):
+def test_dckd_without_fix_acquired_equals_dkd_bitwise(fused):
     student, teacher, target = make_logits(6, 50, torch.float32, fused)
     free = loss_and_gradient(
         Case("free", lambda s, t, y: fastkd.dckd_loss(s, t, y, fix_acquired=False)), student, teacher, target
@@ -410,7 +410,7 @@ def test_no_gradient_is_computed_for_a_student_that_needs_none(fused):
     torch.testing.assert_close(loss, fastkd.kd_loss(student, teacher).detach())
 
 
-def test_inputs_are_left_as_they_were(fused):
+def test_inputs_are_not_modified(fused):
     student, teacher, target = make_logits(3, 2000, torch.float32, fused)
     before = student.clone(), teacher.clone(), target.clone()
     loss_and_gradient(BY_NAME["ce-dkd"], student, teacher, target)

@@ -1,4 +1,4 @@
-"""The loss modules: options as keyword arguments and attributes, and what any nn.Module has to survive."""
+"""The loss modules: options as keyword arguments and attributes; copies, pickles, repr, subclasses."""
 
 import copy
 import inspect
@@ -36,7 +36,7 @@ def test_options_are_those_of_the_function_with_its_defaults(module):
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_a_copy_and_a_pickle_have_the_options_in_force(module):
+def test_copies_and_pickles_have_the_current_options(module):
     loss = made(module)
     loss.reduction = "sum"
     for other in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):

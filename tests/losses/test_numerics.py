@@ -1,5 +1,4 @@
-"""Where float32 cancels, overflows or meets what is no number: held against float64, and beside eager
-torch."""
+"""Cancellation, overflow, NaN and infinity in float32: compared with float64, and with eager torch."""
 
 from functools import partial
 
@@ -28,12 +27,11 @@ def errors(case, student, teacher, target, grad_output):
 
 
 def assert_as_exact(case, student, teacher, target=None):
-    """Over the rows of a regime the worst row and the rows together are in the range of eager's.
+    """Over the rows of a regime, the largest and the root-mean-square error are close to eager's or smaller.
 
-    The factors are what the order of a sum makes of a result that cancels: sums in four lanes against torch's
-    in sixteen. Eager is at times exact by luck, so a rounding of the result is allowed besides; and of a
-    mixture loss, where one class has nearly all of q, a rounding of the slopes h, of size 1: their
-    differences are the gradient.
+    The factors allow for the order of sums in a result that cancels: four lanes here, sixteen in torch. Eager
+    may be exact by chance, so a rounding of the result is allowed too; for a mixture loss with nearly all of
+    q on one class, a rounding of the slopes h, of magnitude 1, whose differences are the gradient.
     """
     rows = len(student)
     grad_output = torch.rand(rows, device=student.device) + 0.5
@@ -85,7 +83,7 @@ def test_as_exact_as_eager(fused, case, regime, classes):
 
 @each_kernel
 def test_a_common_offset_of_long_rows(fused, case):
-    """Rows of several tiles or parts, merged with the offset between the models taken out."""
+    """Rows of several tiles or parts, whose merge cancels the offset between the models."""
     rows = 4
     student = torch.randn(rows, 20_001, device=fused)
     teacher = student + 0.03 * torch.randn(rows, 20_001, device=fused)
@@ -136,7 +134,7 @@ STANDARDIZED = [case for case in CASES if case.needs & Needs.STANDARDIZED]
 @pytest.mark.parametrize("classes", [10, 1000, 9001])
 @pytest.mark.parametrize("temperature", [4.0, 0.02, 1e-3])
 def test_constant_rows_standardised(fused, classes, temperature):
-    """A row without spread is uniform: the loss is the teacher's distance from that, and finite."""
+    """A constant row is a uniform distribution: the loss is finite."""
     student, teacher, _ = make_logits(4, classes, device=fused)
     student[0], teacher[1] = 7.3, 7.3
     student[2] = teacher[2] = 1e4
@@ -157,7 +155,7 @@ def test_a_mean_far_above_the_spread(fused, case, mean):
     assert_as_exact(case, student + mean, teacher, target)
 
 
-# ---- what is no number ------------------------------------------------------------------------------
+# ---- NaN and infinity -------------------------------------------------------------------------------
 
 
 @each_kernel
@@ -169,7 +167,7 @@ def test_a_mean_far_above_the_spread(fused, case, mean):
 def test_nan_in_is_nan_out_in_that_row_alone(fused, case, dtype, classes):
     places = [0, classes // 2, classes - 1]
     clean_s, clean_t, target = make_logits(8, classes, dtype, fused)
-    target[:] = classes // 2  # one of the places is the label's
+    target[:] = classes // 2  # one of the positions is the label
     student, teacher = clean_s.clone(), clean_t.clone()
     for row, place in enumerate(places):
         student[row, place] = torch.nan
@@ -189,7 +187,7 @@ def test_nan_in_is_nan_out_in_that_row_alone(fused, case, dtype, classes):
 @each_kernel
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("backend", ["native", "triton", "eager"])
-def test_rows_of_weight_0_or_left_out_may_hold_anything(case, dtype, backend):
+def test_ignored_rows_may_hold_anything(case, dtype, backend):
     if dtype == torch.float64:
         backend = "auto"
     device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
@@ -211,7 +209,7 @@ def test_rows_of_weight_0_or_left_out_may_hold_anything(case, dtype, backend):
 
 
 @each_kernel
-def test_an_infinite_logit_does_not_come_out_finite(fused, case):
+def test_an_infinite_logit_gives_no_finite_loss(fused, case):
     if case.family == "pointwise":
         pytest.skip("a probability of 1 is defined there")
     for which in range(2 if case.reads_teacher else 1):
@@ -223,7 +221,7 @@ def test_an_infinite_logit_does_not_come_out_finite(fused, case):
         assert loss[[0, 2]].isfinite().all()
 
 
-# ---- temperatures at the ends of the range ----------------------------------------------------------
+# ---- extreme temperatures ---------------------------------------------------------------------------
 
 AT_TEMPERATURE = {
     "kd": lambda s, t, y, **more: fastkd.kd_loss(s, t, **more),
@@ -237,7 +235,7 @@ AT_TEMPERATURE = {
 
 @pytest.mark.parametrize("name", AT_TEMPERATURE)
 @pytest.mark.parametrize("temperature", [1e-6, 1e-3, 1e3, 1e6])
-def test_temperatures_at_the_ends_of_their_range(fused, name, temperature):
+def test_extreme_temperatures(fused, name, temperature):
     loss = partial(AT_TEMPERATURE[name], temperature=temperature)
     student, teacher, target = make_logits(4, 30, device=fused)
     assert_as_exact(Case(name, loss), student, teacher, target)

@@ -1,5 +1,4 @@
-"""Options on a schedule under torch.compile: any number of values, no compilation for each, the values of
-eager."""
+"""Options on a schedule under torch.compile: no recompilation per value, and the results of eager."""
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from tests.cases import make_logits
 
 VALUES = [0.3 + 0.1 * step for step in range(20)]
 assert 1.0 in VALUES
-# Where these values are out of range, or pass 1 and with it to other code.
+# For options whose range differs, or whose values must not reach 1, which selects other code.
 RANGES = {
     "temperature": lambda value: 2 + value,
     "temperature, standardized": lambda value: 2 + value,
@@ -20,7 +19,7 @@ RANGES = {
     "skew": lambda value: value / 3,
 }
 
-# Each loss as a function of one option that changes.
+# Losses as functions of one varying option.
 SCHEDULED = {
     "kd_weight": lambda s, t, y, w: fastkd.distill_loss(s, t, y, ce_weight=1.0, kd_weight=w)[0],
     "ce_weight": lambda s, t, y, w: fastkd.distill_loss(s, t, y, ce_weight=w, nckd_weight=2.0)[0],
@@ -119,7 +118,7 @@ def test_a_module_takes_an_attribute_that_is_set(fused):
 
 
 def test_a_term_that_begins_at_weight_0_and_passes_1(fused):
-    """A warm-up: 0 chooses code without the term, so it is compiled once more, not for every value."""
+    """A warm-up: 0 selects code without the term, so there is one recompilation, not one per value."""
     student, teacher, target = make_logits(6, 21, torch.float32, fused)
     warmed = SCHEDULED["kd_weight"]
     compiled = torch.compile(warmed, fullgraph=True, backend="aot_eager")

@@ -1,7 +1,9 @@
 """The CUDA kernels without a GPU: the same headers, compiled for the host by tests/cuda_emulation, which runs
-every thread as a fiber. Every loss, layout and way of sharing a row against the reference in float64, with
-the tolerances of the other backends. What this cannot show: that the instructions of csrc/cuda/device.h do
-what they are taken for, and how fast it all is."""
+every thread as a fiber.
+
+Every loss, layout and launch plan is compared with the reference in float64, with the tolerances of the other
+backends. Not covered: the instructions of csrc/cuda/device.h, and speed.
+"""
 
 import ctypes
 from functools import partial
@@ -33,7 +35,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture
 def emulated(emulated_library, monkeypatch):
-    """The emulated kernels in the place of the native backend's."""
+    """The emulated kernels as the native backend."""
     emulation = Emulation(emulated_library)
     monkeypatch.setattr(native, "row_loss", emulation.row_loss)
     monkeypatch.setattr(native, "scale_rows_", emulation.scale_rows_)
@@ -55,28 +57,28 @@ def test_matches_reference(emulated, case, classes, dtype):
     assert_matches(case, student, teacher, target, torch.randn(4), floor, reduction="none")
 
 
-# Threads a row, rows a block, blocks a row, slots; kept whole, in part and not at all.
+# Threads per row, rows per block, blocks per row, slots: rows cached entirely, in part and not at all.
 TEAMS = {
     "a thread": (1, 32, 1, 160),
     "half a warp, two rows": (16, 2, 1, 12),
     "a warp": (32, 1, 1, 9),
     "a warp, eight rows": (32, 8, 1, 4),
     "a block": (128, 1, 1, 3),
-    "a block, a part kept": (64, 1, 1, 5),
+    "a block, partly cached": (64, 1, 1, 5),
     "the largest block": (512, 1, 1, 1),
     "a cluster of two": (64, 1, 2, 3),
-    "a cluster of three, a part kept": (32, 1, 3, 5),
-    "a cluster of four, nothing kept": (32, 1, 4, 4),
+    "a cluster of three, partly cached": (32, 1, 3, 5),
+    "a cluster of four, not cached": (32, 1, 4, 4),
     "a cluster of eight": (32, 1, 8, 2),
 }
 
 
 @each_case
 @pytest.mark.parametrize("team", TEAMS.values(), ids=TEAMS)
-def test_every_way_to_share_a_row(emulated, case, team):
+def test_every_team(emulated, case, team):
     classes = 1203
     forced(emulated, *team)
-    if team == TEAMS["a cluster of four, nothing kept"]:
+    if team == TEAMS["a cluster of four, not cached"]:
         classes = 5003
     student, teacher, target = make_logits(3, classes)
     target[1] = classes - 1
@@ -86,7 +88,7 @@ def test_every_way_to_share_a_row(emulated, case, team):
 @each_case
 @pytest.mark.parametrize("classes", [8193, 40_000])
 def test_long_rows_as_planned(emulated, case, classes):
-    """Many rows ask for the longest shares a thread gets; only two of them are run."""
+    """The plan for many rows, which has the longest shares per thread; two rows are run."""
     emulated.plan = lambda rows, classes, element_bytes: plan_team(4096, classes, element_bytes, (9, 0), 132)
     student, teacher, target = make_logits(2, classes)
     target[1] = classes - 1
@@ -105,18 +107,18 @@ def test_rows_longer_than_shared_memory(emulated, name, capability):
     assert_matches(BY_NAME[name], student, teacher, target, reduction="none")
 
 
-def test_the_cluster_keeps_what_one_block_cannot():
+def test_a_cluster_caches_what_one_block_cannot():
     for classes, element_bytes in ((131_072, 4), (131_072, 8), (32_768, 4)):
         assert plan_team(4096, classes, element_bytes, (9, 0), 132).cached(classes) == 1
-        assert plan_team(4096, classes, element_bytes, (8, 0), 108).blocks_a_row == 1
+        assert plan_team(4096, classes, element_bytes, (8, 0), 108).blocks_per_row == 1
 
 
 @each_case
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["strided rows", "offset", "shared row", "guarded", "teacher elsewhere"])
 def test_layouts(emulated, case, layout, dtype):
-    """Rows that start anywhere between two 16-byte boundaries, the same for both models or not. What lies
-    between guarded rows is NaN: whoever reads it shows it."""
+    """Rows with any alignment, the same for both models or not. The gaps between guarded rows are NaN, so
+    that reading them shows."""
 
     def view(logits, shift=3):
         rows, classes = logits.shape
@@ -157,7 +159,7 @@ def test_equal_logits_give_an_exactly_zero_gradient(emulated, case, team):
 
 @each_case
 def test_near_equal_gradient_is_no_worse_than_eager(emulated, case):
-    """Within a factor of 2: the emulated power of two always errs as much as the device's may at worst."""
+    """Within a factor of 2: the emulated power of two has the device's maximum error."""
     student, _, target = make_logits(32, 1000)
     teacher = student + 1e-3 * torch.randn_like(student)
     _, gradient = loss_and_gradient(case, student, teacher, target)
@@ -183,7 +185,7 @@ def test_saturated_logits_stay_finite(emulated, case, dtype):
 
 @pytest.mark.parametrize(
     "case",
-    # Standardised rows and label smoothing average over all classes: masked ones are not defined there.
+    # Standardised rows and label smoothing average over all classes: undefined with masked ones.
     [case for case in CASES if not case.averages_classes],
     ids=lambda case: case.name,
 )
@@ -206,7 +208,7 @@ def test_nonfinite_logits_are_not_hidden(emulated, case):
         student, teacher, target = make_logits(3, 700)
         student[1, 607] = value
         if value == torch.inf and case.family == "pointwise":
-            continue  # a Bernoulli that is certain: its loss is infinite, not undefined
+            continue  # a Bernoulli probability of 1: the loss is infinite, not NaN
         loss = case.loss(student, teacher, target, reduction="none")
         assert torch.isnan(loss[1])
         assert torch.isfinite(loss[[0, 2]]).all()
@@ -214,23 +216,23 @@ def test_nonfinite_logits_are_not_hidden(emulated, case):
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.ignores_rows], ids=lambda case: case.name)
 @pytest.mark.parametrize("team", [(8, 8, 1, 12), (64, 1, 1, 4), (32, 1, 2, 4)], ids=str)
-def test_rows_left_out_are_not_read(emulated, case, team):
+def test_ignored_rows_are_not_read(emulated, case, team):
     forced(emulated, *team)
     student, teacher, target = make_logits(5, 600)
     target[2] = -7
     student[2], teacher[2] = torch.nan, torch.inf
     options = {"reduction": "none", "ignore_index": -7}
     loss, gradient = loss_and_gradient(case, student, teacher, target, **options)
-    kept = torch.tensor([0, 1, 3, 4])
-    true_loss, true_gradient = exact(case, student[kept], teacher[kept], target[kept], **options)
-    assert error(loss[kept], true_loss) < 1e-5
-    assert error(gradient[kept], true_gradient) < 1e-5
+    others = torch.tensor([0, 1, 3, 4])
+    true_loss, true_gradient = exact(case, student[others], teacher[others], target[others], **options)
+    assert error(loss[others], true_loss) < 1e-5
+    assert error(gradient[others], true_gradient) < 1e-5
     assert loss[2] == 0
     assert gradient[2].count_nonzero() == 0
 
 
 def outputs(rows, classes, dtype=torch.float32):
-    """Losses, terms and gradient as an operator allocates them, full of what no kernel writes."""
+    """Losses, terms and gradient as an operator allocates them, filled with a value that no kernel writes."""
     return (
         torch.full((rows,), 77.0),
         torch.full((4, rows), 77.0),
@@ -273,7 +275,7 @@ def test_weights_and_terms(emulated):
 
 
 @pytest.mark.parametrize("team", [(8, 16, 1, 12), (64, 1, 1, 3), (32, 1, 4, 4)], ids=str)
-def test_several_pairs_in_one_launch_are_each_the_same_bits_as_alone(emulated, team):
+def test_several_pairs_in_one_launch_give_the_same_bits(emulated, team):
     heads = [make_logits(5, 700, torch.bfloat16) for _ in range(8)]
     alone, together, pairs = [], [], []
     forced(emulated, *team)
@@ -297,7 +299,7 @@ def test_same_result_every_time(emulated, case):
     assert all(map(torch.equal, first, loss_and_gradient(case, student, teacher, target)))
 
 
-def test_nothing_but_the_rows_is_written(emulated):
+def test_only_the_rows_are_written(emulated):
     for classes in (5, 45, 1000):
         around = torch.full((4, classes + 17), 5.0)
         out = [torch.empty(4), torch.empty(0, 4), around[:, 3 : 3 + classes]]
@@ -347,7 +349,7 @@ def test_scaled_rows(emulated):
         ((1024, 1, 1, 4), "512 threads"),
     ],
 )
-def test_plans_that_cannot_be_right_are_refused(emulated, plan, why):
+def test_invalid_plans_are_rejected(emulated, plan, why):
     student, teacher, _ = make_logits(2, 2000)
     rows = emulated.rows(student, teacher, None, None, 1.0, *outputs(2, 2000))
     with pytest.raises(RuntimeError, match=why):
@@ -358,22 +360,22 @@ def test_plans_that_cannot_be_right_are_refused(emulated, plan, why):
     st.integers(1, 100_000), st.integers(1, 3_000_000), st.sampled_from([4, 6, 8]),
     st.sampled_from([(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]), st.integers(20, 160), st.booleans(),
 )  # fmt: skip
-def test_plans_fit_the_machine(rows, classes, element_bytes, capability, multiprocessors, keeps):
-    plan = plan_team(rows, classes, element_bytes, capability, multiprocessors, keeps)
-    whole = team_plan.KIB_A_MULTIPROCESSOR.get(capability, 100) * 1024
+def test_plans_fit_the_machine(rows, classes, element_bytes, capability, multiprocessors, rereads):
+    plan = plan_team(rows, classes, element_bytes, capability, multiprocessors, rereads)
+    whole = team_plan.KIB_PER_MULTIPROCESSOR.get(capability, 100) * 1024
     assert plan.shared_bytes(element_bytes) <= whole - team_plan.RESERVED_BYTES
-    assert plan.threads_a_row & (plan.threads_a_row - 1) == 0
-    assert plan.threads_a_row * plan.rows_a_block % 32 == 0
-    assert plan.threads_a_row * plan.rows_a_block <= team_plan.MOST_THREADS
-    assert plan.rows_a_block == 1 or (plan.threads_a_row <= 32 and plan.blocks_a_row == 1)
-    assert plan.blocks_a_row == 1 or capability >= (9, 0)
-    needed = -(-team_plan.vectors_of(classes) // (plan.threads_a_row * plan.blocks_a_row))
-    assert plan.slots >= min(needed, team_plan.AHEAD)
+    assert plan.threads_per_row & (plan.threads_per_row - 1) == 0
+    assert plan.threads_per_row * plan.rows_per_block % 32 == 0
+    assert plan.threads_per_row * plan.rows_per_block <= team_plan.MAX_THREADS
+    assert plan.rows_per_block == 1 or (plan.threads_per_row <= 32 and plan.blocks_per_row == 1)
+    assert plan.blocks_per_row == 1 or capability >= (9, 0)
+    needed = -(-team_plan.vectors_of(classes) // (plan.threads_per_row * plan.blocks_per_row))
+    assert plan.slots >= min(needed, team_plan.STAGES)
     assert 0 <= plan.cached(classes) <= 1
-    assert str(plan.threads_a_row) in plan.describe(classes)
+    assert str(plan.threads_per_row) in plan.describe(classes)
 
 
-def test_the_planner_counts_shared_memory_as_the_launch_does(emulated):
+def test_planner_and_launch_agree_on_shared_memory(emulated):
     for plan in TEAMS.values():
         for student, teacher in ((torch.float32, torch.bfloat16), (torch.float16, torch.bfloat16)):
             launched = emulated.library.shared_bytes(

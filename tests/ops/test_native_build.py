@@ -1,4 +1,4 @@
-"""The extension's build: torch's ABI as declared, every instruction set, a wheel for any Python and torch."""
+"""The extension's build: the declared torch ABI, every instruction set, a wheel for any Python and torch."""
 
 import ctypes
 import os
@@ -18,7 +18,7 @@ COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") o
 
 
 def test_the_declared_abi_is_torchs_own(tmp_path):
-    """Both declarations in one source file: a function that differs in its signature does not compile."""
+    """Both declarations in one source file: a differing signature is a compile error."""
     source = tmp_path / "both.cpp"
     source.write_text('#include <torch/csrc/stable/c/shim.h>\n#include "torch_abi.h"\n')
     include = Path(torch.__file__).parent / "include"
@@ -42,7 +42,7 @@ def test_the_declared_abi_is_torchs_own(tmp_path):
     ):
         assert ours in declared
         (tmp_path / "changed.h").write_text(declared.replace(ours, wrong))
-        assert subprocess.run(command, capture_output=True).returncode != 0, "the check cannot fail"
+        assert subprocess.run(command, capture_output=True).returncode != 0, "a wrong declaration compiled"
 
 
 SUPPORTED = ["portable"]
@@ -52,7 +52,7 @@ if native.missing("cpu") is None:
 
 @pytest.mark.parametrize("instruction_set", SUPPORTED)
 def test_every_instruction_set_of_this_processor(instruction_set):
-    """The rest of the suite runs the fastest set; this runs the others through the same comparison."""
+    """The rest of the suite runs only the fastest instruction set."""
     code = """
 import torch, fastkd
 from fastkd.ops import native
@@ -81,7 +81,7 @@ for case in CASES:
 
 
 def test_half_conversions_are_torchs(tmp_path):
-    """All 65,536 halves through the portable kernels, which convert in software."""
+    """All 65,536 half values, in the portable kernels, which convert in software."""
     code = """
 import torch
 from fastkd.ops import native
@@ -101,7 +101,7 @@ for dtype in (torch.float16, torch.bfloat16):
     assert done.returncode == 0, done.stderr
 
 
-def test_what_is_missing_on_a_gpu_is_told():
+def test_what_is_missing_on_a_gpu_is_reported():
     assert native.missing("mps") == "it runs on CPUs and CUDA devices, not on mps"
     absent = native.cuda_kernels_absent()
     reason = native.missing("cuda")
@@ -126,7 +126,7 @@ def test_the_library_needs_neither_torch_nor_python():
 
 @pytest.fixture
 def source_tree(tmp_path):
-    """A copy of what the build reads, so that building leaves nothing in the checkout."""
+    """A copy of the build's inputs, so that builds do not write to the checkout."""
     tree = tmp_path / "source"
     for name in ("csrc", "fastkd", "recipes"):
         shutil.copytree(
@@ -148,7 +148,7 @@ def build_wheel(tree: Path, destination: Path, **environment: str) -> tuple[zipf
 
 
 def test_the_wheel_serves_every_python_and_torch(source_tree, tmp_path):
-    """Also where the CUDA compiler fails: the CPU's kernels are built, and the library says what it lacks."""
+    """Also if the CUDA compiler fails: the CPU kernels are built, and the library records the reason."""
     broken = tmp_path / "cuda/bin/nvcc"
     broken.parent.mkdir(parents=True)
     broken.write_text("#!/bin/sh\necho 'no \"host\" compiler' >&2\nexit 1\n")
@@ -171,7 +171,7 @@ def test_the_wheel_serves_every_python_and_torch(source_tree, tmp_path):
     ("name", "value"),
     [("FASTKD_WITHOUT_CUDA", "no"), ("FASTKD_CUDA_ARCHS", "sm_80"), ("FASTKD_CUDA_ARCHS", "80,90")],
 )
-def test_what_the_build_does_not_understand_stops_it(source_tree, tmp_path, name, value):
+def test_an_invalid_variable_stops_the_build(source_tree, tmp_path, name, value):
     done = subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", str(tmp_path / "temp")],
         capture_output=True, text=True, cwd=source_tree, env={**os.environ, name: value},
@@ -181,7 +181,7 @@ def test_what_the_build_does_not_understand_stops_it(source_tree, tmp_path, name
     assert not (tmp_path / "temp").exists()
 
 
-def test_without_a_compiler_the_install_succeeds_and_says_so(source_tree, tmp_path):
+def test_without_a_compiler_the_install_succeeds_and_reports_it(source_tree, tmp_path):
     wheel, output = build_wheel(
         source_tree,
         tmp_path / "dist",
@@ -189,7 +189,7 @@ def test_without_a_compiler_the_install_succeeds_and_says_so(source_tree, tmp_pa
         CXX="/no/such/compiler",
         FASTKD_WITHOUT_CUDA="1",
     )
-    assert "the native backend was not built, the install goes on without it" in output
+    assert "the native backend was not built, the install continues without it" in output
     site = tmp_path / "site"
     wheel.extractall(site)
     code = "import fastkd; from fastkd import doctor; print(fastkd.__file__); print(doctor.report())"

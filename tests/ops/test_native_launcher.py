@@ -1,6 +1,6 @@
-"""What the native backend's launcher takes: strides, weights, options known at run time; what it refuses.
+"""The native launcher: strides, weights, dynamic options, and the inputs that it rejects.
 
-Each launcher test runs the CPU kernels as built and the CUDA kernels in their emulation.
+Each launcher test runs the CPU kernels and the emulated CUDA kernels.
 """
 
 import math
@@ -19,7 +19,7 @@ from tests.cuda_emulation import Emulation
 from tests.ops.test_native_build import ROOT
 
 ALL = (4.0, 0.5, 0.9, 1.1, 2.0, 0.1, 0.0, 0.0)
-# Name, options as numbers, and those of them that stay known when the rest travels in a tensor.
+# Loss, options, and the indices of those that stay static when the others are in a tensor.
 LOSSES = {
     "everything": ("softmax", ALL, ()),
     "standardized": ("softmax", (2.0, 0.1, 9.0, 0.0, 0.0, 0.0, 1.0, 0.0), (3, 4, 5)),
@@ -45,7 +45,7 @@ def launch(request):
 def outputs(
     launch, students, teachers, target=None, weight=None, *, loss=("softmax", ALL), dynamic=None, sums=None
 ):
-    """Rows, terms and gradient as a launcher fills them; full of what no kernel writes before."""
+    """Rows, terms and gradient from a launcher; prefilled with a value that no kernel writes."""
     classes = students[0].shape[-1]
     rows = torch.full((sum(one.numel() for one in students) // classes,), 77.0)
     terms = torch.full((4, len(rows)), 77.0)
@@ -56,7 +56,7 @@ def outputs(
 
 
 def assert_same(left, right):
-    """But for the order of sums: the CUDA kernels cut a row into vectors by its address."""
+    """Up to the order of sums: the CUDA kernels split a row into vectors by its alignment."""
     for one, other in zip(left, right, strict=True):
         tolerance = 1e-2 if one.dtype == torch.bfloat16 else 1e-5
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance / 10)
@@ -64,7 +64,7 @@ def assert_same(left, right):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_two_leading_strides_need_no_copy(launch, dtype):
-    """Rows out of a larger tensor: shifted, transposed, broadcast, one position per sequence."""
+    """Views of a larger tensor: shifted, transposed, broadcast, one position per sequence."""
     large, other = (torch.full((4, 6, 150), torch.nan, dtype=dtype) for _ in range(2))
     for logits in (large, other):
         logits[:3, 1:6, 7:140] = torch.randn(3, 5, 133).to(dtype)
@@ -115,10 +115,10 @@ def test_strided_weights_and_labels_are_read_with_their_stride(launch):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_options_in_a_tensor_give_what_the_same_numbers_give(launch, name):
+def test_options_in_a_tensor_give_the_same_results(launch, name):
     loss, values, known = LOSSES[name]
     student, teacher, target = torch.randn(3, 1100), torch.randn(3, 1100), torch.tensor([5, 0, 1099])
-    # What is 0 or 1 may be known to be and then chooses code; the values come from the tensor alone.
+    # Static values 0 and 1 may select code; the values themselves come from the tensor only.
     for hide in (lambda value: math.nan, lambda value: value if value in (0.0, 1.0) else math.nan):
         choosing = tuple(
             value if index in known or index > 5 else hide(value) for index, value in enumerate(values)
@@ -156,7 +156,7 @@ def cut_short(tensor: Tensor) -> Tensor:
         "dynamic",
     ],
 )
-def test_a_tensor_whose_storage_does_not_hold_it_is_refused_by_name(name, spoil):
+def test_a_tensor_with_too_small_a_storage_is_rejected_by_name(name, spoil):
     arguments = {
         "student_logits": torch.randn(6, 45),
         "teacher_logits": torch.randn(6, 45),
@@ -175,7 +175,7 @@ def test_a_tensor_whose_storage_does_not_hold_it_is_refused_by_name(name, spoil)
         native.row_loss([student], [teacher], call, Outputs(rows, terms, gradient, sums))
 
 
-def test_one_of_several_pairs_is_named():
+def test_an_error_names_the_pair():
     students, teachers = ([torch.randn(3, 45) for _ in range(2)] for _ in range(2))
     freed(teachers[1])
     with pytest.raises(RuntimeError, match=r"teacher_logits\[1\] has elements"):
@@ -185,12 +185,12 @@ def test_one_of_several_pairs_is_named():
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"target": torch.zeros(5, dtype=torch.int64)}, "target must have one label for each row"),
+        ({"target": torch.zeros(5, dtype=torch.int64)}, "target must have one label per row"),
         ({"target": torch.zeros(6)}, "target must be int64"),
-        ({"weight": torch.ones(5)}, "row_weight must have one number for each row"),
-        ({"weight": torch.ones(2, 6)}, "row_weight must have one number for each row"),
+        ({"weight": torch.ones(5)}, "row_weight must have one value per row"),
+        ({"weight": torch.ones(2, 6)}, "row_weight must have one value per row"),
         ({"weight": torch.ones(6, dtype=torch.float64)}, "row_weight must be float32"),
-        ({"dynamic": torch.ones(9)}, "dynamic has more numbers than"),
+        ({"dynamic": torch.ones(9)}, "dynamic has more values than"),
         ({"dynamic": torch.ones(8, dtype=torch.float64)}, "dynamic must be float32"),
         ({"dynamic": torch.ones(16)[::2]}, "dynamic must be contiguous"),
         (
@@ -198,53 +198,50 @@ def test_one_of_several_pairs_is_named():
             "must have dense rows",
         ),
         ({"teachers": [torch.randn(6, 45).double()]}, "teacher_logits must be float32"),
-        ({"teachers": [torch.randn(6, 44)]}, "teacher_logits has another shape"),
+        ({"teachers": [torch.randn(6, 44)]}, "teacher_logits must have the same shape"),
         ({"teachers": [torch.randn(1, 2, 3, 45)]}, "teacher_logits must have two or three dimensions"),
     ],
 )
-def test_what_no_kernel_can_read_is_refused(change, why):
+def test_unreadable_inputs_are_rejected(change, why):
     arguments = {"students": [torch.randn(6, 45)], "teachers": [torch.randn(6, 45)], **change}
     with pytest.raises(RuntimeError, match=why):
         outputs(native.row_loss, **arguments)
 
 
-class Odd(Call):
-    """A call that needs what no softmax loss does."""
+class Unsupported(Call):
+    """A call with a combination of needs that no kernel is compiled for."""
 
     needs = int(Needs.DISTILLS | Needs.LOG_RATIO | Needs.CROSS_TERM)
 
 
-def test_a_loss_without_a_kernel_is_refused(launch, monkeypatch):
+def test_a_loss_without_a_kernel_is_rejected(launch, monkeypatch):
     logits = [torch.randn(2, 45)]
     call = Call(None, None, 1, "softmax", ALL, None, "native", False, False, True)
     outputs = Outputs(torch.empty(2), None, torch.empty(2, 45))
-    with pytest.raises(RuntimeError, match="no such loss, or no kernel for what it needs"):
-        launch(logits, logits, Odd(*call), outputs)
-    for place in (-1, len(spec.LOSSES)):
-        monkeypatch.setitem(native._PLACES, "softmax", place)
-        with pytest.raises(RuntimeError, match="no such loss"):
+    with pytest.raises(RuntimeError, match="unknown loss, or no kernel compiled for its needs"):
+        launch(logits, logits, Unsupported(*call), outputs)
+    for index in (-1, len(spec.LOSSES)):
+        monkeypatch.setitem(native._LOSS_INDEX, "softmax", index)
+        with pytest.raises(RuntimeError, match="unknown loss"):
             launch(logits, logits, call, outputs)
 
 
-def test_a_library_of_other_losses_is_refused(monkeypatch):
-    assert native._unlike_spec(native._library()) is None
+def test_a_library_with_other_losses_is_rejected(monkeypatch):
+    assert native._spec_mismatch(native._library()) is None
     with monkeypatch.context() as patch:
         patch.setattr(native, "LOSSES", dict(reversed(spec.LOSSES.items())))
-        assert "it has 'softmax: temperature, ce_weight" in native._unlike_spec(native._library())
+        assert "it has 'softmax: temperature, ce_weight" in native._spec_mismatch(native._library())
     with monkeypatch.context() as patch:
         patch.setattr(native, "Needs", list(spec.Needs)[1:])
-        assert "it has 'needs Distills" in native._unlike_spec(native._library())
+        assert "it has 'needs Distills" in native._spec_mismatch(native._library())
     monkeypatch.setattr(native, "LOSSES", {**spec.LOSSES, "new": spec.LOSSES["tvd"]})
-    assert "where this version has 'new: temperature'" in native._unlike_spec(native._library())
-    native._loaded.cache_clear()
-    try:
-        assert "is of another version of fastkd" in native.missing("cpu")
-    finally:
-        native._loaded.cache_clear()
+    assert "where this version has 'new: temperature'" in native._spec_mismatch(native._library())
+    # Not through the cache: the operators cannot be registered a second time.
+    assert "is from another version of fastkd" in native._loaded.__wrapped__()
 
 
 def test_torchs_defaults_do_not_matter():
-    """Each first call of a process under other defaults: what is cached then is used ever after."""
+    """In a new process, under other defaults at the first calls: values cached then are used from then on."""
     code = """
 import torch, fastkd
 fastkd.set_backend("native")
@@ -253,9 +250,9 @@ torch.set_default_dtype(torch.float64)
 with torch.device("meta"):
     one, several = fastkd.kd_loss(s, t), fastkd.kd_loss([s, s], [t, t])
 torch.set_default_device("meta")
-again = fastkd.kd_loss(s, t)
-assert one.dtype == again.dtype == torch.float32
-assert one.item() == again.item() == several[1].item() > 0
+second = fastkd.kd_loss(s, t)
+assert one.dtype == second.dtype == torch.float32
+assert one.item() == second.item() == several[1].item() > 0
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -265,7 +262,7 @@ class Wrapped(Tensor):
     pass
 
 
-def test_labels_are_read_only_of_plain_tensors_with_storage():
+def test_only_labels_of_plain_tensors_with_storage_are_read():
     labels = torch.tensor([1, 2])
     assert native.labels_all_valid(labels, 3, -100)
     assert native.labels_all_valid(torch.nn.Parameter(labels, requires_grad=False), 3, -100)
@@ -285,7 +282,7 @@ def test_labels_are_read_only_of_plain_tensors_with_storage():
 
 
 @pytest.mark.parametrize("value", ["AVX2", "avx2 "])
-def test_an_instruction_set_is_named_exactly(value):
+def test_instruction_set_names_match_exactly(value):
     code = "import torch, fastkd; fastkd.kd_loss(torch.randn(2, 3), torch.randn(2, 3))"
     done = subprocess.run(
         [sys.executable, "-c", code],

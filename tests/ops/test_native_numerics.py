@@ -1,6 +1,6 @@
-"""Numerics of the native kernels: offsets, constant rows, NaN, and errors beside those of plain torch.
+"""Numerics of the native kernels: offsets, constant rows, NaN, and errors compared with eager torch.
 
-Everything here runs on the CPU's kernels of each instruction set and on the emulated CUDA kernels.
+Everything runs on the CPU kernels of each instruction set and on the emulated CUDA kernels.
 """
 
 import os
@@ -20,13 +20,13 @@ CHECKS = []
 
 
 def check(function):
-    """Registers a check, which runs in this process and in one for each lower instruction set."""
+    """Register a check, which runs in this process and in one per lower instruction set."""
     CHECKS.append(function)
     return function
 
 
 def errors(case, student, teacher, target):
-    """Of loss and gradient, each row's distance from float64; of the native backend and of eager."""
+    """Each row's error of loss and gradient against float64, for the native backend and for eager."""
     true_loss, true_gradient = exact(case, student, teacher, target, reduction="none")
     found = []
     for backend in ("native", "eager"):
@@ -41,10 +41,10 @@ def rms(values):
 
 
 def assert_no_worse_than_eager(case, student, teacher, target):
-    """Root mean square over the rows: within three times eager's (two with AVX-512), or the rounding
-    of the result, or of what the result is a difference of: terms of the size that models one apart give.
+    """The error's root mean square over the rows is within three times eager's (two with AVX-512), or within
+    the rounding of the result, or of the terms that it is a difference of: those of logits about 1 apart.
 
-    A single row may have more: eager's own error there may be 0 by luck.
+    A single row may exceed it, since eager's error there may be 0 by chance.
     """
     ours, eager, *size = errors(case, student, teacher, target)
     unit = loss_and_gradient(case, *APART, reduction="none")
@@ -58,8 +58,8 @@ APART = (torch.tensor([[1.0, -1.0, 0.0]]), torch.tensor([[-1.0, 1.0, 0.0]]), tor
 
 
 @check
-def an_offset_common_to_all_logits_costs_nothing(classes):
-    """s = t + 0.03 randn + 1000: the sums of e^v (v - u) lost single rows by up to 74 %."""
+def a_common_offset_costs_no_accuracy(classes):
+    """s = t + 0.03 randn + 1000: with sums of e^v (v - u), single rows had errors of up to 74 %."""
     for name in ("kd", "kd-t1", "lskd", "dkd", "tckd", "ce-kd-t1", "nkd", "wttm", "reverse-kl", "jsd"):
         teacher = torch.randn(8, classes)
         for offset in (1e3, -1e4):
@@ -86,7 +86,7 @@ def losses_are_no_worse_than_eager(classes):
 
 @check
 def a_constant_row_is_uniform_when_standardised(classes):
-    """The mean, rounded, is off by more than 1e-7, by which a row without spread is divided."""
+    """The rounding error of the mean exceeds 1e-7, the divisor of a constant row."""
     for name in ("lskd", "ls-dkd", "ce-lskd"):
         for constant in (7.3, 0.1, -1234.5):
             for student, teacher in (
@@ -138,7 +138,7 @@ def nan_in_is_nan_out_in_that_row_alone(classes):
 
 
 @check
-def what_a_cross_entropy_does_not_read_may_be_nan(classes):
+def an_unread_teacher_may_be_nan(classes):
     student, target = torch.randn(3, classes), torch.tensor([0, 1, classes - 1])
     teacher = torch.full((3, classes), torch.nan)
     loss, gradient = loss_and_gradient(BY_NAME["ce"], student, teacher, target)
@@ -148,7 +148,7 @@ def what_a_cross_entropy_does_not_read_may_be_nan(classes):
 
 
 @check
-def infinite_logits_do_not_come_out_finite(classes):
+def infinite_logits_give_no_finite_loss(classes):
     target = torch.tensor([0, 1, 2])
     for case in CASES:
         if case.family == "pointwise":
@@ -156,7 +156,7 @@ def infinite_logits_do_not_come_out_finite(classes):
         for place in (1, 7, classes - 1):
             student, teacher = torch.randn(3, classes), torch.randn(3, classes)
             student[1, place] = torch.inf
-            # At the label too, where a cross-entropy would be 0.
+            # Also at the label, where a cross-entropy of 0 would hide it.
             loss = case.loss(student, teacher, target, reduction="none")
             assert not torch.isfinite(loss[1]), case.name
             assert torch.isfinite(loss[[0, 2]]).all()

@@ -1,4 +1,4 @@
-"""The torch operators: schema and shapes, autograd's contract, torch.compile, autocast."""
+"""The torch operator: schema and shapes, autograd, torch.compile, autocast."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from fastkd.ops import operators, spec
 from fastkd.ops.call import Call
 from tests.cases import BY_NAME, each_kernel, exact, loss_and_gradient, make_logits
 
-# The case of each loss that asks most of it.
+# Per loss, the case with the most options set.
 OPTIONS = {
     loss.name: max((case.options for case in loss.cases), key=lambda options: sum(map(bool, options)))
     for loss in spec.LOSSES.values()
@@ -40,7 +40,7 @@ def test_fake_shapes_are_the_real_ones(fused):
 
 
 @each_kernel
-def test_backward_twice_over_a_kept_graph(fused, case):
+def test_backward_twice_over_a_retained_graph(fused, case):
     student, teacher, target = make_logits(4, 33, torch.float32, fused)
     student.requires_grad_()
     loss = case.loss(student, teacher, target)
@@ -53,7 +53,7 @@ def test_backward_twice_over_a_kept_graph(fused, case):
     torch.testing.assert_close(student.grad, expected, rtol=1e-4, atol=rounding)
 
 
-def test_a_graph_that_is_not_kept_gives_its_gradient_once(fused):
+def test_a_graph_that_is_not_retained_gives_its_gradient_once(fused):
     student, teacher, _ = make_logits(4, 33, torch.float32, fused)
     student.requires_grad_()
     loss = fastkd.kd_loss(student, teacher)
@@ -65,7 +65,7 @@ def test_a_graph_that_is_not_kept_gives_its_gradient_once(fused):
 
 
 def test_gradient_of_a_shared_loss_is_not_overwritten(fused):
-    """Two uses of one loss under different factors add up, and neither sees the other's scaling."""
+    """Two uses of a loss with different factors add up, without scaling each other's gradient."""
     student, teacher, target = make_logits(3, 20, torch.float32, fused)
     student.requires_grad_()
     hidden = student * 1.0
@@ -78,7 +78,7 @@ def test_gradient_of_a_shared_loss_is_not_overwritten(fused):
 
 
 @each_kernel
-def test_second_derivatives_are_refused(fused, case):
+def test_second_derivatives_are_rejected(fused, case):
     student, teacher, target = make_logits(3, 8, torch.float32, fused)
     loss = case.loss(student.requires_grad_(), teacher, target)
     with pytest.raises(RuntimeError, match="create_graph"):
@@ -95,7 +95,7 @@ def test_autocast_leaves_the_arithmetic_in_float32(fused):
 
 
 @pytest.mark.parametrize("name", ["kd", "ce-dkd", "lskd", "binary-kl-norm"])
-def test_compiles_whole_and_not_again_for_a_new_batch_size(fused, name):
+def test_compiles_whole_and_does_not_recompile_for_a_new_batch_size(fused, name):
     case = BY_NAME[name]
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
@@ -108,7 +108,7 @@ def test_compiles_whole_and_not_again_for_a_new_batch_size(fused, name):
         loss = compiled(student, teacher, target)
         loss.backward()
         torch.testing.assert_close((loss.detach(), student.grad), expected)
-    assert counters["stats"]["unique_graphs"] == 2, "one graph of fixed and one of any batch size"
+    assert counters["stats"]["unique_graphs"] == 2, "one graph for a fixed and one for any batch size"
 
 
 def test_compiled_code_follows_a_change_of_backend(fused):
@@ -122,7 +122,8 @@ def test_compiled_code_follows_a_change_of_backend(fused):
 
 
 def test_a_label_out_of_range_poisons_its_row_where_no_check_is_made(fused):
-    """On a GPU labels are not read back, and a wrong one must show. Called below the checks of the CPU."""
+    """On a GPU labels are not checked on the host, so a wrong one must give NaN. Bypasses the CPU's
+    checks."""
     student, teacher, target = make_logits(3, 9, torch.float32, fused)
     target[1] = 9
     call = Call(target, None, 1, "softmax", OPTIONS["softmax"], None, fastkd.get_backend(), False, True)
@@ -163,7 +164,7 @@ def test_cuda_graph_capture(case):
 
 @needs_cuda
 @each_kernel
-def test_cuda_runs_without_waiting_for_the_device(case):
+def test_cuda_does_not_synchronise(case):
     student, teacher, target = make_logits(6, 1000, torch.float32, "cuda")
     target[1] = -100
     loss_and_gradient(case, student, teacher, target)  # compiles

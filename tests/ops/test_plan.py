@@ -1,4 +1,4 @@
-"""The planner of the Triton kernels: tiles that cover the row."""
+"""The planner of the Triton kernels."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,12 +25,12 @@ def test_plans_cover_the_rows(family, rows, classes):
     if planned.one_tile:
         assert tiles == 1
         assert planned.tile < 2 * max(classes, 9)
-    # A new number of rows changes how many programs run, not what is compiled.
+    # The number of rows changes the number of programs, not the compiled kernel.
     other = plan.plan_rows(family, rows + 1, classes, 2, H100)
     assert planned[:4] == other[:4]
 
 
-def test_rows_are_shared_bounded_or_put_together_by_shape():
+def test_rows_are_split_bounded_or_grouped_by_shape():
     few = plan.plan_rows("softmax", 4, 1_000_000, 2, H100)
     assert 2 * H100.multiprocessors <= few.parts * 4 <= 3 * H100.multiprocessors
     many = plan.plan_rows("softmax", 8192, 32768, 2, H100)

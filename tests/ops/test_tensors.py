@@ -1,4 +1,4 @@
-"""Tensors that are not the plain memory they look like: each gives its value, or an error that names it."""
+"""Tensors whose values are not in their memory: each gives the right result, or an error that names it."""
 
 import pytest
 import torch
@@ -112,7 +112,7 @@ def logits_of(kind, plain):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["sparse", "csr", "nested", "jagged", "quantized", "masked", "freed"])
 @pytest.mark.parametrize("place", ["student", "teacher", "weight"])
-def test_what_is_no_memory_is_refused_by_name(fused, kind, place):
+def test_tensors_without_dense_memory_are_rejected_by_name(fused, kind, place):
     student, teacher, target = make_logits(3, 8)
     given = {"student": student, "teacher": teacher, "weight": torch.rand(3)}
     of_two_dimensions = kind in ("csr", "nested", "jagged") and place == "weight"
@@ -126,7 +126,7 @@ def test_what_is_no_memory_is_refused_by_name(fused, kind, place):
             fastkd.kd_loss([given["student"]] * 2, [given["teacher"]] * 2)
 
 
-def test_labels_without_memory_are_refused(fused):
+def test_labels_without_memory_are_rejected(fused):
     student, teacher, target = make_logits(3, 8)
     freed = target.clone()
     freed.untyped_storage().resize_(0)
@@ -136,7 +136,7 @@ def test_labels_without_memory_are_refused(fused):
 
 
 @pytest.mark.parametrize("replaced", ["student", "teacher", "target", "weight", "all"])
-def test_a_dtensor_is_refused_by_name(fused, replaced):
+def test_a_dtensor_is_rejected_by_name(fused, replaced):
     from torch.distributed import destroy_process_group, init_process_group
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import distribute_tensor
@@ -159,11 +159,11 @@ def test_a_dtensor_is_refused_by_name(fused, replaced):
 
 
 class Named(torch.Tensor):
-    """A subclass with memory of its own, as torchvision's tv_tensors are."""
+    """A subclass with its own memory, like torchvision's tv_tensors."""
 
 
 @each_kernel
-def test_subclasses_with_memory_of_their_own_give_their_value(fused, case):
+def test_subclasses_with_their_own_memory(fused, case):
     student, teacher, target = make_logits(3, 8, device=fused)
     expected = loss_and_gradient(case, student, teacher, target)
     parameter = torch.nn.Parameter(student)
@@ -173,7 +173,7 @@ def test_subclasses_with_memory_of_their_own_give_their_value(fused, case):
 
 
 @each_kernel
-def test_a_lazy_negation_is_seen(fused, case):
+def test_a_lazy_negation_is_resolved(fused, case):
     student, teacher, target = make_logits(4, 9, device=fused)
 
     def lazily(plain):
@@ -191,7 +191,7 @@ def test_a_lazy_negation_is_seen(fused, case):
 
 
 @each_kernel
-def test_fake_tensors_have_shapes_alone(fused, case):
+def test_fake_tensors(fused, case):
     with FakeTensorMode():
         student, teacher, target = make_logits(4, 9, torch.bfloat16, fused)
         student.requires_grad_()
@@ -246,7 +246,7 @@ def dual(function, point, direction):
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("name", ["kd", "ce-dkd", "jsd", "binary-kl-norm"])
-def test_a_transform_gets_its_value_or_is_refused_by_name(transform, name):
+def test_a_transform_gives_its_value_or_is_rejected_by_name(transform, name):
     case = BY_NAME[name]
     student, teacher, target = make_logits(3, 6)
     direction = torch.randn(3, 6)
@@ -311,7 +311,7 @@ def test_logits_of_inference_mode(fused):
 
 
 def test_a_constant_inside_a_transform_stays_fast():
-    """Nothing of the call is transformed: it is an ordinary one."""
+    """No argument of the loss is transformed, so the fused backend runs."""
     student, teacher, _ = make_logits(3, 6)
     with fastkd.use_backend("native"):
         gradient = torch.func.grad(lambda x: x * fastkd.kd_loss(student, teacher))(torch.tensor(1.0))
@@ -352,7 +352,7 @@ def test_pairs_without_rows(fused, case):
 
 
 def test_no_copy_is_made_of_a_shifted_sequence():
-    """By the profiler: what is allocated is the gradient alone."""
+    """According to the profiler, only the gradient is allocated."""
     from torch.profiler import ProfilerActivity, profile
 
     batch, length, classes = 4, 65, 4096

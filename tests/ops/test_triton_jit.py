@@ -1,6 +1,6 @@
 """Every launch of the Triton kernels through the JIT's binder, specialisation, compiler and launcher.
 
-Without a GPU, and in processes of their own: here the kernels are defined for Triton's interpreter, which
+Without a GPU, in separate processes: in this one the kernels are defined for Triton's interpreter, which
 skips all of these.
 """
 
@@ -30,7 +30,7 @@ def test_every_launch_is_bound_and_specialised(target):
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_launches_with_every_value_of_every_argument_are_compiled(target):
-    """And for NVIDIA launched into a libcuda that does nothing. `FULL=1 .ci/run` takes any two values."""
-    told = jit_launches("--compile", "1", "--target", target)
+    """And for NVIDIA launched into a stub of libcuda. `FULL=1 .ci/run` covers all pairs of values."""
+    output = jit_launches("--compile", "1", "--target", target)
     if target == "sm_90":
-        assert " 0 launched" not in told
+        assert " 0 launched" not in output

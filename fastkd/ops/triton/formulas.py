@@ -1,7 +1,7 @@
-"""The formulas of the losses, by their names in ``ops/spec.py``, and the scalar functions they are made of.
+"""The formulas of the losses, by their names in ``ops/spec.py``, and the scalar functions that they use.
 
-Those of ``csrc/row_formulas.h``, in float32 throughout; docs/formulas.md derives them. Options arrive as
-plain numbers, in the order of the NamedTuple that each formula makes of them.
+The same as in ``csrc/row_formulas.h``, in float32 throughout; docs/formulas.md derives them. Options are
+passed as a tuple of numbers, in the order of the NamedTuple that each formula builds.
 """
 
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from fastkd.ops.triton.statistics import CROSS_ENTROPY, DISTILLS, LABELLED, STAN
 
 @triton.jit
 def log1p(x):
-    # log(1 + x) alone loses x's low bits; dividing by what 1 + x kept of it restores them (Kahan).
+    # Corrects for the low bits of x that 1 + x loses (Kahan).
     y = 1.0 + x
     return tl.where(y == 1.0, x, tl.log(y) * (x / tl.where(y == 1.0, 1.0, y - 1.0)))
 
@@ -33,7 +33,7 @@ def sigmoid(x):
 
 @triton.jit
 def twice_atanh(w):
-    """2 atanh(w) for |w| <= 1/3: a least-maximum-error fit, relative error 4e-9."""
+    """2 atanh(w) for |w| <= 1/3: a minimax fit, relative error 4e-9."""
     s = w * w
     return w * (2.0 + s * (0.666663094 + s * (0.400251554 + s * (0.279569799 + s * 0.281950615))))
 
@@ -59,7 +59,7 @@ def log1p_of_negative(x):
 
 @triton.jit
 def log_ratio(x, y):
-    """log(x / y) of two sums: the difference of their logarithms loses what is common to both."""
+    """log(x / y) of two sums, without cancellation for close x and y."""
     w = (x - y) / (x + y)
     near = tl.abs(w) < 1.0 / 3
     return tl.where(near, twice_atanh(tl.where(near, w, 0.0)), tl.log(x) - tl.log(y))
@@ -69,7 +69,7 @@ def log_ratio(x, y):
 
 
 class Row(NamedTuple):
-    """What a formula of the softmax family may use."""
+    """Inputs of the formulas of the softmax family."""
 
     sums: Any  # Statistics
     slopes: Any  # Pair of 1 / T
@@ -82,7 +82,7 @@ class Row(NamedTuple):
 class Gradient(NamedTuple):
     """g_i = (student + log_ratio (b_i - a_i)) e^{a_i} - teacher e^{b_i} + student_t1 e^{z_i - max z}
     + constant + affine (z_i - mean), and g_y = label; a and b as in statistics.py. ``excess`` is
-    student - teacher, from their difference: near equality it is lost in the rounding of the two."""
+    student - teacher, computed without cancellation."""
 
     student: Any = 0.0
     teacher: Any = 0.0
@@ -101,8 +101,8 @@ def forward_kl(sums):
 
 
 @triton.jit
-def apart_inverses(sum_s, sum_t):
-    """1 / sum_s - 1 / sum_t without the rounding of both."""
+def inverse_difference(sum_s, sum_t):
+    """1 / sum_s - 1 / sum_t without cancellation."""
     return (sum_t - sum_s) / sum_s / sum_t
 
 
@@ -133,7 +133,7 @@ def softmax(row, numbers, NEEDS: tl.constexpr):
     label = 0.0
     if DISTILLS & NEEDS:
         nckd = forward_kl(sums)
-        # Without a label nothing is left out, and KD is NCKD over all classes.
+        # Without a label no class is excluded: KD is NCKD over all classes.
         p_rest = 1.0
         q_rest = 1.0
         q_minus_p = 0.0
@@ -143,31 +143,31 @@ def softmax(row, numbers, NEEDS: tl.constexpr):
             label_b = (row.label.teacher - sums.max_t) * row.slopes.teacher
             odds_s = label_a - tl.log(sums.sum_s)
             odds_t = label_b - tl.log(sums.sum_t)
-            apart = (label_b - label_a) - log_ratio(sums.sum_t, sums.sum_s)
-            # Far apart, that of the rounded odds: with another the KL of the two would have their rounding.
-            near = tl.abs(apart) < 1.0
-            apart = tl.where(near, apart, odds_t - odds_s)
+            difference = (label_b - label_a) - log_ratio(sums.sum_t, sums.sum_s)
+            # Far from equality, the difference of the rounded odds: consistent with the KL's other terms.
+            near = tl.abs(difference) < 1.0
+            difference = tl.where(near, difference, odds_t - odds_s)
             q = sigmoid(odds_s)
             p = sigmoid(odds_t)
             q_rest = sigmoid(-odds_s)
             p_rest = sigmoid(-odds_t)
-            fraction = expm1_of_negative(-tl.abs(apart))
-            q_minus_p = tl.where(apart <= 0, -q * p_rest, p * q_rest) * fraction
-            # By the smaller of p_y and 1 - p_y, and of softplus(m) and softplus(-m): a confident teacher's
-            # KL would be lost in the rounding of the larger.
+            fraction = expm1_of_negative(-tl.abs(difference))
+            q_minus_p = tl.where(difference <= 0, -q * p_rest, p * q_rest) * fraction
+            # In terms of the smaller of p_y and 1 - p_y, and of softplus(m) and softplus(-m): otherwise the
+            # KL of a confident teacher is lost to rounding.
             confident = odds_t > 0
             sign = tl.where(confident, -1.0, 1.0)
             x = sign * odds_s
             y = sign * odds_t
             ratio = log1p_of_negative(tl.where(near, sigmoid(tl.maximum(x, y)) * fraction, 0.0))
             above = tl.where(near, tl.where(x < y, ratio, -ratio), softplus(x) - softplus(y))
-            tckd = tl.where(confident, -p_rest, p) * apart + above
-            gate = tl.where(apart <= 0, tl.where(options.fix_acquired != 0, 0.0, 1.0), 1.0)
+            tckd = tl.where(confident, -p_rest, p) * difference + above
+            gate = tl.where(difference <= 0, tl.where(options.fix_acquired != 0, 0.0, 1.0), 1.0)
         kd = tckd + p_rest * nckd
         tckd = gate * tckd
         student = temperature / sums.sum_s * (w_kd * q_rest - w_t * gate * q_minus_p + w_n)
         teacher = temperature / sums.sum_t * (w_kd * p_rest + w_n)
-        excess = (w_kd * q_rest + w_n) * apart_inverses(sums.sum_s, sums.sum_t)
+        excess = (w_kd * q_rest + w_n) * inverse_difference(sums.sum_s, sums.sum_t)
         excess = temperature * (excess - q_minus_p * (w_kd / sums.sum_t + w_t * gate / sums.sum_s))
         label = temperature * (w_kd + w_t * gate) * q_minus_p
         if STANDARDIZED & NEEDS:
@@ -213,7 +213,7 @@ def nkd(row, numbers, NEEDS: tl.constexpr):
     nontarget = tl.log(sums.sum_s) + sums.dot / sums.sum_t
     scale = options.gamma * options.temperature
     loss = p * softplus(-odds_s) + scale * options.temperature * nontarget
-    excess = scale * apart_inverses(sums.sum_s, sums.sum_t)
+    excess = scale * inverse_difference(sums.sum_s, sums.sum_t)
     student_t1 = p * rest / sums.t1_s
     gradient = Gradient(scale / sums.sum_s, scale / sums.sum_t, excess, student_t1, label=-p * rest)
     return loss, (0.0, 0.0, 0.0, 0.0), gradient
@@ -224,9 +224,9 @@ def ttm(row, numbers, NEEDS: tl.constexpr):
     """KL(softmax(gamma z_t) || softmax(z_s)), weighted by sum_i softmax(z_t)_i^gamma."""
     options = TTMOptions(*numbers)
     sums = row.sums
-    of_row = tl.exp(tl.log(sums.sum_t) - options.gamma * tl.log(sums.t1_t))
-    weight = tl.where(options.weighted != 0, of_row, 1.0)
-    excess = weight * apart_inverses(sums.sum_s, sums.sum_t)
+    power_sum = tl.exp(tl.log(sums.sum_t) - options.gamma * tl.log(sums.t1_t))
+    weight = tl.where(options.weighted != 0, power_sum, 1.0)
+    excess = weight * inverse_difference(sums.sum_s, sums.sum_t)
     gradient = Gradient(weight / sums.sum_s, weight / sums.sum_t, excess)
     return weight * forward_kl(sums), (0.0, 0.0, 0.0, 0.0), gradient
 
@@ -242,32 +242,32 @@ def reverse_kl(row, numbers, NEEDS: tl.constexpr):
 
 
 # ---- the mixture family --------------------------------------------------------------------------------
-# A formula returns what a class adds to its row's loss, and q times the derivative h of the loss in q: the
-# gradient is q (h_i - mean of h under q) / T. A constant may be added to h.
+# A formula returns the class's contribution to the row loss, and q h with h the derivative of the loss in q:
+# the gradient is q (h_i - mean of h under q) / T, so a constant may be dropped from h.
 
 
 class Probabilities(NamedTuple):
-    """Of a class. All but q and p from d = log(p / q), which is exact near equality."""
+    """Values per class; ``difference`` is computed from d, which is accurate near equality."""
 
     q: Any
     p: Any
     difference: Any  # p - q
-    d: Any
+    d: Any  # log(p / q)
 
 
 @triton.jit
-def logs_over_mixture(d, of_p, of_q):
-    """log(q / m) and log(p / m) of m = of_p p + of_q q, where of_p + of_q = 1.
+def logs_over_mixture(d, weight_p, weight_q):
+    """log(q / m) and log(p / m) of m = weight_p p + weight_q q, where weight_p + weight_q = 1.
 
     m is the larger of q and p times 1 + x, x = w (e^-|d| - 1), w the weight of the smaller one. Near x = -1,
-    the sum of the weighted terms is 1 + x without cancellation."""
+    1 + x is computed as the sum of the weighted terms, without cancellation."""
     teacher_larger = d > 0
-    of_larger = tl.where(teacher_larger, of_p, of_q)
-    of_smaller = tl.where(teacher_larger, of_q, of_p)
-    x = of_smaller * expm1_of_negative(-tl.abs(d))
+    weight_larger = tl.where(teacher_larger, weight_p, weight_q)
+    weight_smaller = tl.where(teacher_larger, weight_q, weight_p)
+    x = weight_smaller * expm1_of_negative(-tl.abs(d))
     near = x > -0.5
     y = tl.where(near, x, 0.0)
-    total = of_larger + of_smaller * tl.exp(-tl.abs(d))
+    total = weight_larger + weight_smaller * tl.exp(-tl.abs(d))
     log_total = tl.log(tl.where(total < 1e-37, 1e-37, total))
     log_larger = -tl.where(near, twice_atanh(y / (2.0 + y)), log_total)
     log_q = tl.where(teacher_larger, log_larger - d, log_larger)
@@ -276,45 +276,45 @@ def logs_over_mixture(d, of_p, of_q):
 
 
 @triton.jit
-def jsd(at, numbers):
+def jsd(probs, numbers):
     """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q; h = (1 - beta) log(q / m)."""
     beta = JSDOptions(*numbers).beta
-    log_q, log_p = logs_over_mixture(at.d, beta, 1.0 - beta)
-    weighted_slope = (1.0 - beta) * (at.q * log_q)
-    return beta * (at.p * log_p) + weighted_slope, weighted_slope
+    log_q, log_p = logs_over_mixture(probs.d, beta, 1.0 - beta)
+    weighted_slope = (1.0 - beta) * (probs.q * log_q)
+    return beta * (probs.p * log_p) + weighted_slope, weighted_slope
 
 
 @triton.jit
-def tvd(at, numbers):
+def tvd(probs, numbers):
     """1/2 |p - q|; h = 1/2 sign(q - p)."""
-    sign = tl.where(at.d > 0, -0.5, tl.where(at.d < 0, 0.5, 0.0))
-    return 0.5 * tl.abs(at.difference), sign * at.q
+    sign = tl.where(probs.d > 0, -0.5, tl.where(probs.d < 0, 0.5, 0.0))
+    return 0.5 * tl.abs(probs.difference), sign * probs.q
 
 
 @triton.jit
-def skew_kl(at, numbers):
+def skew_kl(probs, numbers):
     """KL(p || m), m = skew p + (1 - skew) q; h = (1 - skew) (1 - p / m)."""
     skew = SkewOptions(*numbers).skew
-    log_q, log_p = logs_over_mixture(at.d, skew, 1.0 - skew)
+    log_q, log_p = logs_over_mixture(probs.d, skew, 1.0 - skew)
     rest = 1.0 - skew
     # q / m = e^log(q / m); 1 - p / m = (m - p) / m, and m - p = -rest (p - q).
-    slope = -(rest * rest) * (tl.exp(log_q) * at.difference)
-    # The sum of m - p is 0; with it each class's number is positive, and near equality nothing cancels.
-    return at.p * log_p - rest * at.difference, slope
+    slope = -(rest * rest) * (tl.exp(log_q) * probs.difference)
+    # Adding m - p, whose sum is 0, makes every class's value positive: no cancellation near equality.
+    return probs.p * log_p - rest * probs.difference, slope
 
 
 @triton.jit
-def skew_reverse_kl(at, numbers):
+def skew_reverse_kl(probs, numbers):
     """KL(q || m), m = (1 - skew) p + skew q; h = log(q / m) + skew (1 - q / m)."""
     skew = SkewOptions(*numbers).skew
     rest = 1.0 - skew
-    log_q, log_p = logs_over_mixture(at.d, rest, skew)
-    q_log = at.q * log_q
-    return q_log + rest * at.difference, q_log + (skew * rest) * (tl.exp(log_q) * at.difference)
+    log_q, log_p = logs_over_mixture(probs.d, rest, skew)
+    q_log = probs.q * log_q
+    return q_log + rest * probs.difference, q_log + (skew * rest) * (tl.exp(log_q) * probs.difference)
 
 
 # ---- the pointwise family ------------------------------------------------------------------------------
-# A formula returns the value of a class, to be multiplied by T^2, and its derivative in u.
+# A formula returns the value per class, to be multiplied by T^2, and its derivative in u.
 
 
 @triton.jit
@@ -339,7 +339,7 @@ def binary_kl_norm(student, teacher, inverse):
     size = tl.abs(x)
     small = size < 0.2
     s = tl.where(small, x * x, 0.0)
-    # The series where log cosh would cancel to rounding, and tanh lose what e^{-2|x|} - 1 loses.
+    # Series for small |x|, where log cosh and e^{-2|x|} - 1 cancel.
     value_series = s * (0.5 - s * (1.0 / 12 - s * (1.0 / 45 - s * (17.0 / 2520))))
     tanh_series = x * (
         1.0 - s * (1.0 / 3 - s * (2.0 / 15 - s * (17.0 / 315 - s * (62.0 / 2835 - s * (1382.0 / 155925)))))

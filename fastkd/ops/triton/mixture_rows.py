@@ -1,7 +1,7 @@
-"""The row skeleton of losses that are a sum over classes of a function of q and p.
+"""The row skeleton of the mixture family: sums over classes of a function of q and p.
 
-The distributions have to be normalised first, so there are three passes over a row; a short one comes from
-cache the second and third time.
+q and p need the normalising sums, so there are three passes: softmax sums, loss, gradient. The second and
+third read short rows from cache.
 """
 
 import triton
@@ -15,9 +15,9 @@ from fastkd.ops.triton.statistics import (
     WIDTH,
     Pair,
     combine_statistics,
+    compute_statistics,
     relative,
     store_partial,
-    take_statistics,
 )
 from fastkd.ops.triton.tiles import (
     NOT_SPECIALIZED,
@@ -35,13 +35,13 @@ from fastkd.ops.triton.tiles import (
 # The phase between STATISTICS and GRADIENT.
 MIXTURE = tl.constexpr(4)
 NEEDS = tl.constexpr(DISTILLS.value | SUMS_ONLY.value)
-# Numbers that a part of a row hands on in that phase.
+# Size of the partial results of that phase.
 TOTALS = tl.constexpr(3)
 
 
 @triton.jit
-def probabilities_of(rows, columns, classes, exists, sums, slope, EVICT: tl.constexpr):
-    """Of a tile."""
+def tile_probabilities(rows, columns, classes, exists, sums, slope, EVICT: tl.constexpr):
+    """q, p and their differences of a tile."""
     a = relative(load_logits(rows.student, columns, classes, exists, EVICT), sums.max_s, slope)
     b = relative(load_logits(rows.teacher, columns, classes, exists, EVICT), sums.max_t, slope)
     q = tl.exp(a) * (1.0 / sums.sum_s)
@@ -52,9 +52,9 @@ def probabilities_of(rows, columns, classes, exists, sums, slope, EVICT: tl.cons
 
 
 @triton.jit
-def combine_total(of_row, parts, PARTS: tl.constexpr):
+def combine_total(row_pointer, parts, PARTS: tl.constexpr):
     part = tl.arange(0, PARTS)[None, :]
-    return tl.sum(tl.load(of_row + part * TOTALS, mask=part < parts, other=0.0), 1, keep_dims=True)
+    return tl.sum(tl.load(row_pointer + part * TOTALS, mask=part < parts, other=0.0), 1, keep_dims=True)
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def mixture_block(
     PARTS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """One block of rows, or this program's part of it."""
+    """Compute a block of rows, or this program's part of it."""
     loss_pointer, gradient_pointer = outputs
     totals_pointer, sums_pointer = partials
     count, inner_rows, parts, classes = sizes
@@ -98,7 +98,7 @@ def mixture_block(
 
     if PHASE == WHOLE or PHASE == STATISTICS:  # noqa: SIM109
         no_label = tl.full((ROWS, 1), -1, tl.int32)
-        sums = take_statistics(
+        sums = compute_statistics(
             rows, 0.0, 0.0, no_label, 0.0, classes, read, slopes, (0.0, 0.0), first_tile, end_tile, NEEDS,
             ROWS, TILE, False,
         )  # fmt: skip
@@ -112,18 +112,18 @@ def mixture_block(
         slope_sum = tl.zeros((ROWS, 1), tl.float32)
         q_sum = tl.zeros((ROWS, 1), tl.float32)
         if PHASE == GRADIENT:
-            totals_of_row = totals_pointer + result * parts * TOTALS
-            loss = combine_total(totals_of_row, parts, PARTS)
-            slope_sum = combine_total(totals_of_row + 1, parts, PARTS)
-            q_sum = combine_total(totals_of_row + 2, parts, PARTS)
+            row_totals = totals_pointer + result * parts * TOTALS
+            loss = combine_total(row_totals, parts, PARTS)
+            slope_sum = combine_total(row_totals + 1, parts, PARTS)
+            q_sum = combine_total(row_totals + 2, parts, PARTS)
         else:
             for tile in range(first_tile, end_tile):
                 columns = tile * TILE + tl.arange(0, TILE)[None, :]
-                at = probabilities_of(rows, columns, classes, read, sums, slope, "evict_last")
-                value, weighted_slope = FORMULA(at, numbers)
+                probs = tile_probabilities(rows, columns, classes, read, sums, slope, "evict_last")
+                value, weighted_slope = FORMULA(probs, numbers)
                 loss += tl.sum(value, 1, keep_dims=True)
                 slope_sum += tl.sum(weighted_slope, 1, keep_dims=True)
-                q_sum += tl.sum(at.q, 1, keep_dims=True)
+                q_sum += tl.sum(probs.q, 1, keep_dims=True)
 
         if PHASE == MIXTURE:
             store_partial(totals_pointer + partial * TOTALS, (loss, slope_sum, q_sum), exists)
@@ -131,15 +131,15 @@ def mixture_block(
             if part == 0:
                 tl.store(loss_pointer + result, tl.where(weight == 0.0, 0.0, weight * loss), mask=exists)
             if WITH_GRADIENT:
-                # The mean of h is slope_sum / q_sum, of the very q: what rounding did to all of them cancels
-                # in h - mean. A NaN of the teacher's makes the gradient NaN too.
+                # The mean of h is slope_sum / q_sum: divided by the sum of these q rather than by 1, so that
+                # their common rounding error cancels in h - mean. A NaN loss propagates to the gradient.
                 factor = weight * slope / tl.where(loss == loss, q_sum, loss)
                 gradient_rows = gradient_pointer + multiple(result * gradient_stride, VECTOR)
                 for tile in range(first_tile, end_tile):
                     columns = tile * TILE + tl.arange(0, TILE)[None, :]
-                    at = probabilities_of(rows, columns, classes, read, sums, slope, "evict_first")
-                    _, weighted_slope = FORMULA(at, numbers)
-                    value = factor * (weighted_slope * q_sum - at.q * slope_sum)
+                    probs = tile_probabilities(rows, columns, classes, read, sums, slope, "evict_first")
+                    _, weighted_slope = FORMULA(probs, numbers)
+                    value = factor * (weighted_slope * q_sum - probs.q * slope_sum)
                     store_tile(gradient_rows, columns, classes, exists, value, weight, False)
 
 
@@ -176,7 +176,7 @@ def mixture_rows(
     PARTS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """Losses and gradient of ``count`` rows of each pair. Programs, ``numbers``, DYNAMIC and VECTOR as in
+    """Compute losses and gradient of ``count`` rows per pair. Grid, ``numbers``, DYNAMIC and VECTOR as in
     softmax_rows."""
     pair = tl.program_id(2)
     logits = Pair(of_pair(student_pointers, pair), of_pair(teacher_pointers, pair))

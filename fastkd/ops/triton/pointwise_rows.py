@@ -1,4 +1,4 @@
-"""Losses that are a sum over classes of a function of two logits, and the scaling of a gradient."""
+"""The row skeleton of the pointwise family, sums over classes of f(z_s, z_t), and gradient scaling."""
 
 import triton
 import triton.language as tl
@@ -45,9 +45,9 @@ def pointwise_rows(
     TILE: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """T^2 sum_i f(z_s,i / T, z_t,i / T) of the classes of each part of a row; FORMULA gives f and f'.
+    """Compute T^2 sum_i f(z_s,i / T, z_t,i / T) for each part of a row; FORMULA returns f and f'.
 
-    Programs, ``numbers``, DYNAMIC and VECTOR as in softmax_rows."""
+    Grid, ``numbers``, DYNAMIC and VECTOR as in softmax_rows."""
     pair = tl.program_id(2).to(tl.int64)
     part = tl.program_id(1)
     temperature = numbers_of(numbers, dynamic_pointer, DYNAMIC)[0]
@@ -89,7 +89,7 @@ def scale_rows(
     TILE: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """``gradient[row] *= factor[row]`` in place. Decided on the device: a factor of 1 touches nothing."""
+    """``gradient[row] *= factor[row]`` in place; a row whose factor is 1 is not accessed."""
     row = tl.program_id(0).to(tl.int64)
     factor = tl.load(factor_pointer + row * factor_stride)
     classes = multiple(classes, VECTOR)

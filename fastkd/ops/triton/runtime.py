@@ -1,4 +1,4 @@
-"""Whether Triton's kernels can run on a device: compiled on a GPU, interpreted on the CPU."""
+"""Whether the Triton kernels can run on a device: compiled on a GPU, interpreted on the CPU."""
 
 import importlib.util
 import os
@@ -10,11 +10,11 @@ import torch
 
 @cache
 def missing(device_type: str) -> str | None:
-    """What stops the Triton kernels on this kind of device; None where nothing does.
+    """Why the Triton kernels cannot run on this type of device, or None.
 
-    On the CPU they run in Triton's interpreter, slowly: for tests and for reading intermediate values. The
-    interpreter is chosen by an environment variable that Triton reads when it is first imported, which this
-    function sets where there is no GPU and Triton is not imported yet.
+    On the CPU they run slowly, in Triton's interpreter: for tests and debugging. The interpreter is selected
+    by an environment variable that Triton reads at import; this function sets it if there is no GPU and
+    Triton is not imported yet.
     """
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed (`pip install triton`)"
@@ -32,5 +32,5 @@ def missing(device_type: str) -> str | None:
 
 
 def interpreting() -> bool:
-    """Whether kernels that are defined now are interpreted on the CPU."""
+    """Whether kernels defined from now on are interpreted on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")

@@ -1,8 +1,7 @@
 """The row skeleton of the softmax family: sums, a formula, the gradient.
 
-Rows that fit into a tile are read once and their gradient written once, several short rows to a program. A
-longer row is passed over twice; where there are few of them each is shared by several programs, a launch per
-phase.
+Rows that fit into a tile are read once, several short rows per program. Longer rows take two passes; if there
+are few of them, each is split over several programs, with one launch per phase.
 """
 
 import triton
@@ -24,11 +23,11 @@ from fastkd.ops.triton.statistics import (
     base_of_rows,
     combine_moments,
     combine_statistics,
+    compute_moments,
+    compute_statistics,
     relative,
     slope_of_moments,
     store_partial,
-    take_moments,
-    take_statistics,
 )
 from fastkd.ops.triton.tiles import (
     NOT_SPECIALIZED,
@@ -44,7 +43,7 @@ from fastkd.ops.triton.tiles import (
     weight_of_rows,
 )
 
-# What a launch does: all of a row; or, of a row that programs share, one phase over what the last one found.
+# What a launch computes: whole rows, or one phase of rows that are split over programs.
 WHOLE = tl.constexpr(0)
 MOMENTS = tl.constexpr(1)
 STATISTICS = tl.constexpr(2)
@@ -55,7 +54,7 @@ GRADIENT = tl.constexpr(3)
 def gradient_tile(
     student, teacher, columns, label, sums, gradient, paired, slopes, centre, weight, NEEDS: tl.constexpr
 ):
-    """The gradient of a tile; where ``paired`` is 1, ``gradient.teacher`` is what e^b has beside e^a."""
+    """The gradient of a tile; its main term is student (e^a - paired e^b) - teacher e^b."""
     a = relative(student, sums.max_s, slopes.student)
     exp_a = tl.exp(a)
     if LOG_RATIO & NEEDS:
@@ -79,7 +78,7 @@ def gradient_tile(
 
 @triton.jit
 def slopes_of(numbers, NEEDS: tl.constexpr):
-    """1 / T of student and teacher; where only the slopes differ, the first option is the teacher's and the
+    """1 / T of student and teacher. With OWN_SLOPES alone (TTM), the first option is the teacher's slope, the
     student's is 1."""
     if OWN_SLOPES & NEEDS and not STANDARDIZED & NEEDS:
         return Pair(1.0, numbers[0])
@@ -112,7 +111,7 @@ def softmax_block(
     PARTS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """One block of rows, or this program's part of it."""
+    """Compute a block of rows, or this program's part of it."""
     loss_pointer, terms_pointer, gradient_pointer = outputs
     moments_pointer, sums_pointer = partials
     count, inner_rows, parts, classes = sizes
@@ -140,15 +139,15 @@ def softmax_block(
             teacher = student
 
     if PHASE == MOMENTS:
-        place = moments_pointer + partial * (2 * MOMENTS_WIDTH)
-        moments_s = take_moments(
+        pointer = moments_pointer + partial * (2 * MOMENTS_WIDTH)
+        moments_s = compute_moments(
             rows.student, student, classes, read, first_tile, end_tile, ROWS, TILE, ONE_TILE
         )
-        store_partial(place, moments_s, exists)
-        moments_t = take_moments(
+        store_partial(pointer, moments_s, exists)
+        moments_t = compute_moments(
             rows.teacher, teacher, classes, read, first_tile, end_tile, ROWS, TILE, ONE_TILE
         )
-        store_partial(place + MOMENTS_WIDTH, moments_t, exists)
+        store_partial(pointer + MOMENTS_WIDTH, moments_t, exists)
     else:
         label = tl.full((ROWS, 1), -1, tl.int32)
         label_s = tl.zeros((ROWS, 1), tl.float32)
@@ -167,16 +166,16 @@ def softmax_block(
         label_above_mean = 0.0
         if STANDARDIZED & NEEDS:
             if PHASE == WHOLE:
-                moments_s = take_moments(
+                moments_s = compute_moments(
                     rows.student, student, classes, read, first_tile, end_tile, ROWS, TILE, ONE_TILE
                 )
-                moments_t = take_moments(
+                moments_t = compute_moments(
                     rows.teacher, teacher, classes, read, first_tile, end_tile, ROWS, TILE, ONE_TILE
                 )
             else:
-                moments_of_row = moments_pointer + result * parts * (2 * MOMENTS_WIDTH)
-                moments_s = combine_moments(moments_of_row, parts, PARTS)
-                moments_t = combine_moments(moments_of_row + MOMENTS_WIDTH, parts, PARTS)
+                row_moments = moments_pointer + result * parts * (2 * MOMENTS_WIDTH)
+                moments_s = combine_moments(row_moments, parts, PARTS)
+                moments_t = combine_moments(row_moments + MOMENTS_WIDTH, parts, PARTS)
             slope_s, deviation = slope_of_moments(moments_s, numbers[0])
             slope_t, _ = slope_of_moments(moments_t, numbers[0])
             slopes = Pair(slope_s, slope_t)
@@ -187,7 +186,7 @@ def softmax_block(
         if PHASE == GRADIENT:
             sums = combine_statistics(sums_pointer + result * parts * WIDTH, parts, slopes, NEEDS, PARTS)
         else:
-            sums = take_statistics(
+            sums = compute_statistics(
                 rows, student, teacher, label, label_s, classes, read, slopes, centre,
                 first_tile, end_tile, NEEDS, ROWS, TILE, ONE_TILE,
             )  # fmt: skip
@@ -195,7 +194,7 @@ def softmax_block(
         if PHASE == STATISTICS:
             store_partial(sums_pointer + partial * WIDTH, sums, exists)
         else:
-            # Where a formula reads sums at T = 1 that were not taken, T is 1.
+            # Without these needs T is 1 if the formula reads the sums at T = 1.
             t1_s = sums.t1_s if STUDENT_AT_T1 & NEEDS else sums.sum_s
             t1_t = sums.t1_t if TEACHER_AT_T1 & NEEDS else sums.sum_t
             sums = Statistics(
@@ -215,17 +214,17 @@ def softmax_block(
                         value = tl.where(weight == 0.0, 0.0, tl.where(bad_label, invalid, value))
                         tl.store(terms_pointer + term * stride + result, value, mask=exists)
             if WITH_GRADIENT:
-                # Where the sums are near: A e^a - B e^b = A (e^a - e^b) + (A - B) e^b, which rounds neither A
-                # nor B apart.
+                # If the sums are close: A e^a - B e^b = A (e^a - e^b) + (A - B) e^b, with A - B computed
+                # without cancellation.
                 near = tl.abs(sums.sum_t - sums.sum_s) < 0.5 * sums.sum_s
                 paired = tl.where(near, 1.0, 0.0)
-                by_student = gradient.student
-                by_teacher = tl.where(near, -gradient.excess, gradient.teacher)
+                student_factor = gradient.student
+                teacher_factor = tl.where(near, -gradient.excess, gradient.teacher)
                 if not STUDENT_AT_T1 & NEEDS:
-                    by_student += gradient.student_t1
-                    by_teacher -= paired * gradient.student_t1
+                    student_factor += gradient.student_t1
+                    teacher_factor -= paired * gradient.student_t1
                 gradient = Gradient(
-                    by_student, by_teacher, gradient.excess, gradient.student_t1, gradient.constant,
+                    student_factor, teacher_factor, gradient.excess, gradient.student_t1, gradient.constant,
                     gradient.affine, gradient.log_ratio, gradient.label,
                 )  # fmt: skip
                 gradient_rows = gradient_pointer + multiple(result * gradient_stride, VECTOR)
@@ -236,18 +235,18 @@ def softmax_block(
                     )  # fmt: skip
                     store_tile(gradient_rows, columns, classes, exists, value, weight, bad_label)
                 else:
-                    # Last tile first: it is the one still in cache.
+                    # Last tile first: it is still in cache.
                     for step in range(first_tile, end_tile):
-                        of_tile = (first_tile + end_tile - 1 - step) * TILE + tl.arange(0, TILE)[None, :]
-                        logits_s = load_logits(rows.student, of_tile, classes, read, "evict_first")
+                        tile_columns = (first_tile + end_tile - 1 - step) * TILE + tl.arange(0, TILE)[None, :]
+                        logits_s = load_logits(rows.student, tile_columns, classes, read, "evict_first")
                         logits_t = logits_s
                         if DISTILLS & NEEDS:
-                            logits_t = load_logits(rows.teacher, of_tile, classes, read, "evict_first")
+                            logits_t = load_logits(rows.teacher, tile_columns, classes, read, "evict_first")
                         value = gradient_tile(
-                            logits_s, logits_t, of_tile, label, sums, gradient, paired, slopes, centre,
+                            logits_s, logits_t, tile_columns, label, sums, gradient, paired, slopes, centre,
                             weight, NEEDS,
                         )  # fmt: skip
-                        store_tile(gradient_rows, of_tile, classes, exists, value, weight, bad_label)
+                        store_tile(gradient_rows, tile_columns, classes, exists, value, weight, bad_label)
 
 
 @triton.jit(
@@ -294,12 +293,12 @@ def softmax_rows(
     PARTS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """Loss, terms and gradient of ``count`` rows of each pair: what FORMULA makes of their statistics.
+    """Compute loss, terms and gradient of ``count`` rows per pair by FORMULA, from their statistics.
 
-    Programs: (blocks of ROWS rows, parts of a row, pairs). ``numbers`` are the loss's options; a parameter of
-    that name would collide with the ``**options`` of the function that Triton's JIT generates. DYNAMIC: how
-    many of them are read from ``dynamic_pointer``. NEEDS: bits of ``statistics``. PARTS: the most that
-    ``parts`` may be. VECTOR: divides every stride and ``classes``.
+    Grid: (blocks of ROWS rows, parts of a row, pairs). ``numbers`` are the loss's options; a parameter named
+    options would collide with the ``**options`` of the function that Triton's JIT generates. The first
+    DYNAMIC of them are read from ``dynamic_pointer``. NEEDS: bits of ``statistics``. PARTS: an upper bound of
+    ``parts``. VECTOR: divides every stride and ``classes``.
     """
     pair = tl.program_id(2)
     logits = Pair(of_pair(student_pointers, pair), of_pair(teacher_pointers, pair))
@@ -311,7 +310,7 @@ def softmax_rows(
     strides = (student_strides, teacher_strides, target_stride, weight_stride, gradient_stride)
     values = numbers_of(numbers, dynamic_pointer, DYNAMIC)
     if PHASE == WHOLE and not ONE_TILE:
-        # Fewer programs than rows where more rows at once would leave the cache between the two passes.
+        # Persistent programs: more rows in flight would not stay in L2 between the two passes.
         for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
             softmax_block(
                 block, logits, target_pointer, weight_pointer, outputs, partials, sizes, strides, scale,

@@ -1,9 +1,8 @@
-"""Statistics of rows of logits: taken tile by tile, written for one part of a row, combined over its parts.
+"""Statistics of rows of logits: accumulated tile by tile, and combined over the parts of a row.
 
-They are relative to the largest logits of each model that were seen, a_i = (z_s,i - max z_s) / T_s and b_i =
-(z_t,i - max z_t) / T_t, so that neither an offset between the models nor a mean far above the spread is ever
-added to what the losses are made of. Every part of a row may have seen other maxima; the parts are rebased
-exactly and added up in their order.
+They are relative to the running maximum of each model, a_i = (z_s,i - max z_s) / T_s and b_i = (z_t,i - max
+z_t) / T_t, so that neither an offset between the models nor a mean far above the spread enters the sums that
+make up the losses. The parts of a row may have different maxima: they are rebased and added in order.
 """
 
 from typing import Any, NamedTuple
@@ -16,8 +15,8 @@ from fastkd.ops.triton.tiles import LOWEST, MASKED, load_logits
 
 STANDARDIZE_EPSILON = tl.constexpr(1e-7)
 
-# Bits of NEEDS. Tested as `BIT & NEEDS`: in the interpreter NEEDS is a plain number, which cannot take a
-# constexpr on its right.
+# Bits of NEEDS. Tested as `BIT & NEEDS`, not `NEEDS & BIT`: in the interpreter NEEDS is an int, which does
+# not support a constexpr as right operand.
 DISTILLS = tl.constexpr(Needs.DISTILLS.value)
 CROSS_ENTROPY = tl.constexpr(Needs.CROSS_ENTROPY.value)
 STUDENT_AT_T1 = tl.constexpr(Needs.STUDENT_AT_T1.value)
@@ -32,14 +31,14 @@ LABELLED = tl.constexpr(Needs.LABELLED.value)
 
 
 class Pair(NamedTuple):
-    """Of student and teacher."""
+    """Values of student and teacher."""
 
     student: Any
     teacher: Any
 
 
 class Moments(NamedTuple):
-    """Of logits above a base: their mean, the sum of their squared deviations from it, their number."""
+    """Mean, sum of squared deviations and count of logits relative to a base."""
 
     mean: Any
     squares: Any
@@ -47,7 +46,7 @@ class Moments(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Of one row, or a part of it; x is the standardised z_s / T. Without the label, but for the last."""
+    """Sums over a row or a part of it; x is the standardised z_s / T. All but the last exclude the label."""
 
     max_s: Any
     sum_s: Any  # of e^a
@@ -61,7 +60,7 @@ class Statistics(NamedTuple):
     above_label: Any  # of z_s - z_s,y
 
 
-# Numbers that a part of a row hands on.
+# Size of the partial results of a part of a row.
 WIDTH = tl.constexpr(len(Statistics._fields))
 MOMENTS_WIDTH = tl.constexpr(len(Moments._fields))
 
@@ -69,14 +68,14 @@ MOMENTS_WIDTH = tl.constexpr(len(Moments._fields))
 @triton.jit
 def relative(logits, top, slope):
     below = (logits - top) * slope
-    return tl.where(below < LOWEST, LOWEST, below)  # keeps a NaN
+    return tl.where(below < LOWEST, LOWEST, below)  # unlike a maximum, propagates NaN
 
 
 @triton.jit
 def rebased(total, shift, of, factor):
-    """factor * (total + shift * of): a sum of e^x y whose x and y are taken from another maximum.
+    """factor * (total + shift * of): rebases a sum of e^x y to a new maximum.
 
-    Where the factor is 0 the shift may be so large that its product overflows."""
+    If the factor is 0, shift * of may overflow."""
     return tl.where(factor == 0.0, 0.0, factor * (total + shift * of))
 
 
@@ -85,14 +84,14 @@ def rebased(total, shift, of, factor):
 
 @triton.jit
 def base_of_rows(rows, classes, exists, ROWS: tl.constexpr):
-    """The first logit of each row. Moments are taken of what lies above it: the rounding of a mean far above
-    the spread would be as large as the deviations."""
+    """The first logit of each row. Moments are relative to it: for a mean far above the spread, the rounding
+    of the mean would be as large as the deviations."""
     return load_logits(rows, tl.zeros((ROWS, 1), tl.int32), classes, exists, "")
 
 
 @triton.jit
 def update_moments(moments, logits, base, first, columns, classes, TILE: tl.constexpr):
-    """Those of the part seen so far and one tile more (Chan et al.)."""
+    """Add a tile (Chan et al.)."""
     inside = columns < classes
     count = tl.minimum(classes - first, TILE).to(tl.float32)
     above = tl.where(inside, logits - base, 0.0)
@@ -105,7 +104,7 @@ def update_moments(moments, logits, base, first, columns, classes, TILE: tl.cons
 
 
 @triton.jit
-def take_moments(
+def compute_moments(
     rows,
     logits,
     classes,
@@ -116,7 +115,7 @@ def take_moments(
     TILE: tl.constexpr,
     ONE_TILE: tl.constexpr,
 ):
-    """Those of tiles ``first_tile`` to ``end_tile``, or of the row's one tile, which is ``logits``."""
+    """Moments of tiles ``first_tile`` to ``end_tile``, or of the row's only tile, ``logits``."""
     base = base_of_rows(rows, classes, exists, ROWS)
     zero = tl.zeros((ROWS, 1), tl.float32)
     moments = Moments(zero, zero, zero)
@@ -126,24 +125,24 @@ def take_moments(
     else:
         for tile in range(first_tile, end_tile):
             columns = tile * TILE + tl.arange(0, TILE)[None, :]
-            of_tile = load_logits(rows, columns, classes, exists, "evict_last")
-            moments = update_moments(moments, of_tile, base, tile * TILE, columns, classes, TILE)
+            tile_logits = load_logits(rows, columns, classes, exists, "evict_last")
+            moments = update_moments(moments, tile_logits, base, tile * TILE, columns, classes, TILE)
     return moments
 
 
 @triton.jit
-def combine_moments(of_row, parts, PARTS: tl.constexpr):
-    """Of the whole row, from the moments that its parts wrote."""
+def combine_moments(row_pointer, parts, PARTS: tl.constexpr):
+    """Moments of the whole row, from those of its parts."""
     part = tl.arange(0, PARTS)[None, :]
     written = part < parts
-    of_part = of_row + part * (2 * MOMENTS_WIDTH)
-    mean = tl.load(of_part, mask=written, other=0.0)
-    squares = tl.load(of_part + 1, mask=written, other=0.0)
-    count = tl.load(of_part + 2, mask=written, other=0.0)
+    part_pointer = row_pointer + part * (2 * MOMENTS_WIDTH)
+    mean = tl.load(part_pointer, mask=written, other=0.0)
+    squares = tl.load(part_pointer + 1, mask=written, other=0.0)
+    count = tl.load(part_pointer + 2, mask=written, other=0.0)
     total = tl.sum(count, 1, keep_dims=True)
     whole = tl.sum(mean * count, 1, keep_dims=True) / total
-    apart = mean - whole
-    return Moments(whole, tl.sum(squares + count * apart * apart, 1, keep_dims=True), total)
+    deviation = mean - whole
+    return Moments(whole, tl.sum(squares + count * deviation * deviation, 1, keep_dims=True), total)
 
 
 @triton.jit
@@ -160,8 +159,8 @@ def slope_of_moments(moments, temperature):
 def update_statistics(
     before, student, teacher, columns, label, label_logit, classes, slopes, centre, NEEDS: tl.constexpr
 ):
-    """The statistics of the part seen so far and one tile more. The label is left out of every sum but the
-    last, so that nothing cancels; ``centre`` is the base and mean of the student's logits."""
+    """Add a tile. The label is excluded from all sums but the last, which avoids cancellation; ``centre`` is
+    the base and mean of the student's logits."""
     sum_s = before.sum_s
     t1_s = before.t1_s
     max_t = before.max_t
@@ -213,7 +212,7 @@ def update_statistics(
 
 
 @triton.jit
-def take_statistics(
+def compute_statistics(
     rows,
     student,
     teacher,
@@ -230,7 +229,7 @@ def take_statistics(
     TILE: tl.constexpr,
     ONE_TILE: tl.constexpr,
 ):
-    """Those of tiles ``first_tile`` to ``end_tile`` of ``rows``, or of the one tile, ``student`` and
+    """Statistics of tiles ``first_tile`` to ``end_tile`` of ``rows``, or of the only tile, ``student`` and
     ``teacher``."""
     zero = tl.zeros((ROWS, 1), tl.float32)
     lowest = tl.full((ROWS, 1), MASKED, tl.float32)
@@ -242,34 +241,34 @@ def take_statistics(
         )
     else:
         for tile in range(first_tile, end_tile):
-            of_tile = tile * TILE + columns
-            logits = load_logits(rows.student, of_tile, classes, exists, "evict_last")
+            tile_columns = tile * TILE + columns
+            logits = load_logits(rows.student, tile_columns, classes, exists, "evict_last")
             others = (
-                load_logits(rows.teacher, of_tile, classes, exists, "evict_last")
+                load_logits(rows.teacher, tile_columns, classes, exists, "evict_last")
                 if DISTILLS & NEEDS
                 else logits
             )
             sums = update_statistics(
-                sums, logits, others, of_tile, label, label_logit, classes, slopes, centre, NEEDS
+                sums, logits, others, tile_columns, label, label_logit, classes, slopes, centre, NEEDS
             )
     return sums
 
 
 @triton.jit
-def store_partial(place, values, exists):
-    """What one part of a row found, for the next launch to combine."""
-    for which in tl.static_range(len(values)):
-        tl.store(place + which, values[which], mask=exists)
+def store_partial(pointer, values, exists):
+    """Store the partial results of a part of a row, for the next launch."""
+    for field in tl.static_range(len(values)):
+        tl.store(pointer + field, values[field], mask=exists)
 
 
 @triton.jit
-def combine_statistics(of_row, parts, slopes, NEEDS: tl.constexpr, PARTS: tl.constexpr):
-    """Of the whole row, from the statistics that its parts wrote, in the order of their fields."""
+def combine_statistics(row_pointer, parts, slopes, NEEDS: tl.constexpr, PARTS: tl.constexpr):
+    """Statistics of the whole row, from those of its parts; offsets are the order of the fields."""
     part = tl.arange(0, PARTS)[None, :]
     written = part < parts
-    of_part = of_row + part * WIDTH
-    part_max_s = tl.load(of_part, mask=written, other=MASKED)
-    part_sum_s = tl.load(of_part + 1, mask=written, other=0.0)
+    part_pointer = row_pointer + part * WIDTH
+    part_max_s = tl.load(part_pointer, mask=written, other=MASKED)
+    part_sum_s = tl.load(part_pointer + 1, mask=written, other=0.0)
     max_s = tl.max(part_max_s, 1, keep_dims=True)
     shift_s = relative(part_max_s, max_s, slopes.student)
     factor_s = tl.exp(shift_s)
@@ -283,33 +282,33 @@ def combine_statistics(of_row, parts, slopes, NEEDS: tl.constexpr, PARTS: tl.con
     moment_t = zero
     above_label = zero
     if STUDENT_AT_T1 & NEEDS:
-        of_parts = tl.load(of_part + 2, mask=written, other=0.0)
-        t1_s = tl.sum(tl.exp(part_max_s - max_s) * of_parts, 1, keep_dims=True)
+        part_values = tl.load(part_pointer + 2, mask=written, other=0.0)
+        t1_s = tl.sum(tl.exp(part_max_s - max_s) * part_values, 1, keep_dims=True)
     if LABEL_SMOOTHING & NEEDS:
-        above_label = tl.sum(tl.load(of_part + 9, mask=written, other=0.0), 1, keep_dims=True)
+        above_label = tl.sum(tl.load(part_pointer + 9, mask=written, other=0.0), 1, keep_dims=True)
     if DISTILLS & NEEDS:
-        part_max_t = tl.load(of_part + 3, mask=written, other=MASKED)
-        part_sum_t = tl.load(of_part + 4, mask=written, other=0.0)
+        part_max_t = tl.load(part_pointer + 3, mask=written, other=MASKED)
+        part_sum_t = tl.load(part_pointer + 4, mask=written, other=0.0)
         max_t = tl.max(part_max_t, 1, keep_dims=True)
         shift_t = relative(part_max_t, max_t, slopes.teacher)
         factor_t = tl.exp(shift_t)
         sum_t = tl.sum(factor_t * part_sum_t, 1, keep_dims=True)
         if TEACHER_AT_T1 & NEEDS:
-            of_parts = tl.load(of_part + 5, mask=written, other=0.0)
-            t1_t = tl.sum(tl.exp(part_max_t - max_t) * of_parts, 1, keep_dims=True)
+            part_values = tl.load(part_pointer + 5, mask=written, other=0.0)
+            t1_t = tl.sum(tl.exp(part_max_t - max_t) * part_values, 1, keep_dims=True)
         if not SUMS_ONLY & NEEDS:
-            of_parts = tl.load(of_part + 6, mask=written, other=0.0)
+            part_values = tl.load(part_pointer + 6, mask=written, other=0.0)
             if LOG_RATIO & NEEDS:
-                of_parts = rebased(of_parts, shift_t - shift_s, part_sum_s, factor_s)
+                part_values = rebased(part_values, shift_t - shift_s, part_sum_s, factor_s)
             elif CROSS_TERM & NEEDS:
-                of_parts = rebased(of_parts, -shift_s, part_sum_t, factor_t)
+                part_values = rebased(part_values, -shift_s, part_sum_t, factor_t)
             else:
-                of_parts = rebased(of_parts, shift_t - shift_s, part_sum_t, factor_t)
-            dot = tl.sum(of_parts, 1, keep_dims=True)
+                part_values = rebased(part_values, shift_t - shift_s, part_sum_t, factor_t)
+            dot = tl.sum(part_values, 1, keep_dims=True)
         if STANDARDIZED & NEEDS:
-            of_parts = tl.load(of_part + 7, mask=written, other=0.0)
-            moment_s = tl.sum(factor_s * of_parts, 1, keep_dims=True)
-            of_parts = tl.load(of_part + 8, mask=written, other=0.0)
-            moment_t = tl.sum(factor_t * of_parts, 1, keep_dims=True)
+            part_values = tl.load(part_pointer + 7, mask=written, other=0.0)
+            moment_s = tl.sum(factor_s * part_values, 1, keep_dims=True)
+            part_values = tl.load(part_pointer + 8, mask=written, other=0.0)
+            moment_t = tl.sum(factor_t * part_values, 1, keep_dims=True)
     sum_s = tl.sum(factor_s * part_sum_s, 1, keep_dims=True)
     return Statistics(max_s, sum_s, t1_s, max_t, sum_t, t1_t, dot, moment_s, moment_t, above_label)

@@ -1,14 +1,14 @@
-"""What every row kernel does with tiles of logits: choose the rows, load, weigh, store.
+"""Functions common to all row kernels: indices, loads, weights and stores of tiles of logits.
 
-A program works on tiles of ``[ROWS, TILE]``: a number that belongs to a row is a ``[ROWS, 1]`` tensor. A long
-row may be shared by ``parts`` programs, each of which walks along its own tiles.
+A program works on tiles of ``[ROWS, TILE]``; a value per row is a ``[ROWS, 1]`` tensor. A long row may be
+split over ``parts`` programs, each with its own range of tiles.
 """
 
 import triton
 import triton.language as tl
 
 # Arguments of the row kernels that must not trigger a recompilation: Triton specialises on integers that are
-# 1 or multiples of 16 and on aligned pointers. What kernels use of strides and class counts is in VECTOR.
+# 1 or multiples of 16 and on aligned pointers. The divisibility that kernels use is in VECTOR.
 NOT_SPECIALIZED = [
     "weight_pointer", "loss_pointer", "dynamic_pointer", "count", "inner_rows", "parts", "classes",
     "student_outer_stride", "student_inner_stride", "teacher_outer_stride", "teacher_inner_stride",
@@ -16,14 +16,14 @@ NOT_SPECIALIZED = [
 ]  # fmt: skip
 # Below this a logit is a masked class; see MASKED in fastkd/reference.py.
 MASKED = tl.constexpr(-1e30)
-# Where relative logits end, in units of the temperature: finite, so that the difference of two masked classes
-# is 0 and 0 times it is 0, whatever the slope.
+# Lower bound of relative logits, in units of the temperature: finite, so that the difference of two masked
+# classes is 0, and 0 times a relative logit is 0, whatever the slope.
 LOWEST = tl.constexpr(-1e37)
 
 
 @triton.jit
 def of_pair(pointers, pair):
-    """The pointer of one pair of logits among those of the launch."""
+    """The pointer of a pair, among those of the launch."""
     chosen = pointers[0]
     for other in tl.static_range(1, len(pointers)):
         if pair == other:
@@ -33,9 +33,9 @@ def of_pair(pointers, pair):
 
 @triton.jit
 def multiple(number, VECTOR: tl.constexpr):
-    """``number``, which is a multiple of VECTOR, in a form that tells the compiler; it makes loads wide.
+    """``number``, a multiple of VECTOR, in a form from which the compiler infers that: it enables wide loads.
 
-    A specialisation on the value would compile again for other strides and class counts."""
+    Specialisation on the value would recompile for other strides and class counts."""
     if VECTOR > 1:
         number = number // VECTOR * VECTOR
     return number
@@ -43,7 +43,7 @@ def multiple(number, VECTOR: tl.constexpr):
 
 @triton.jit
 def row_starts(index, inner_rows, strides, VECTOR: tl.constexpr):
-    """Where rows of [M, inner_rows, C] logits start; [N, C] logits are [N, 1, C]."""
+    """Offsets of rows of [M, inner_rows, C]; [N, C] counts as [N, 1, C]."""
     outer_stride, inner_stride = strides
     outer = index // inner_rows
     return multiple(outer * outer_stride + (index - outer * inner_rows) * inner_stride, VECTOR)
@@ -51,14 +51,14 @@ def row_starts(index, inner_rows, strides, VECTOR: tl.constexpr):
 
 @triton.jit
 def rows_of_block(block, count, ROWS: tl.constexpr):
-    """Indices [ROWS, 1] of a block of rows, and which of them exist."""
+    """Indices [ROWS, 1] of a block of rows, and the mask of those that exist."""
     index = block * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
     return index, index < count
 
 
 @triton.jit
 def tiles_of_part(part, parts, classes, TILE: tl.constexpr):
-    """First tile of a part of the row, and the one after its last."""
+    """The range of tiles of a part of the row."""
     tiles = tl.cdiv(classes, TILE)
     each = tl.cdiv(tiles, parts)
     return part * each, tl.minimum((part + 1) * each, tiles)
@@ -70,30 +70,30 @@ def numbers_of(numbers, dynamic_pointer, DYNAMIC: tl.constexpr):
     values = ()
     for which in tl.static_range(len(numbers)):
         value = tl.load(dynamic_pointer + which) if which < DYNAMIC else numbers[which]
-        # The JIT knows neither a starred element nor an annotation of the tuple.
+        # The JIT supports neither unpacking nor a variable annotated with a non-constexpr type.
         values = values + (value,)  # type: ignore[assignment]  # noqa: RUF005
     return values
 
 
 @triton.jit
 def load_logits(rows, columns, classes, exists, EVICT: tl.constexpr):
-    """A tile of logits in float32; beyond the row's end, and below MASKED (-inf), it is a masked class."""
+    """A tile of logits in float32; masked classes past the end of the row and below MASKED (-inf)."""
     inside = (columns < classes) & exists
     logits = tl.load(rows + columns, mask=inside, other=float("-inf"), eviction_policy=EVICT)
     logits = logits.to(tl.float32)
-    return tl.where(logits < MASKED, MASKED, logits)  # unlike a maximum, keeps a NaN
+    return tl.where(logits < MASKED, MASKED, logits)  # unlike a maximum, propagates NaN
 
 
 @triton.jit
 def load_label_logit(rows, label, classes, exists):
-    """NaN for +inf: the label is in no sum, where an infinite logit becomes NaN by itself."""
+    """The label's logit, NaN if +inf: in sums +inf becomes NaN, but the label is excluded from them."""
     logit = load_logits(rows, label, classes, exists, "")
     return tl.where(logit == float("inf"), float("nan"), logit)
 
 
 @triton.jit
 def weight_of_rows(weight_pointer, weight_stride, pair, index, exists, scale, WEIGHTED: tl.constexpr):
-    """Weights of the rows, and which rows are read: one of weight 0 may hold anything."""
+    """Weights of the rows, and the mask of rows to read: those of weight 0 are not read."""
     weight = tl.where(exists, scale, 0.0)
     if WEIGHTED:
         weight *= tl.load(weight_pointer + pair * weight_stride + index, mask=exists, other=0.0)
@@ -102,6 +102,6 @@ def weight_of_rows(weight_pointer, weight_stride, pair, index, exists, scale, WE
 
 @triton.jit
 def store_tile(rows, columns, classes, exists, value, weight, bad_label):
-    """A row left out has no gradient, one with a label out of range an undefined one."""
+    """Store the gradient: 0 for rows of weight 0, NaN for labels out of range."""
     value = tl.where(weight == 0.0, 0.0, tl.where(bad_label, float("nan"), value))
     tl.store(rows + columns, value.to(rows.dtype.element_ty), mask=(columns < classes) & exists)
