@@ -268,10 +268,20 @@ FASTKD_ROW_FUNCTION SoftmaxResult<Real> formula_of(const LossOptions& options, c
 // VectorMath of cpu/vector.h, ScalarMath of cuda/scalar_math.h.
 
 // The class's contribution to the row loss, and q h with h the derivative of the loss in q. The gradient is
-// q (h_i - mean of h under q) / T, so a constant may be dropped from h; doing so avoids cancellation.
+// q (h_i - mean of h under q) / T, so h may be given relative to an origin, in which nothing cancels. With two origins each
+// class has the one that it is near to: `shifted` is q at the second, origin_step() above the first, and 0 at the first.
 template <class V>
 struct MixtureTerm {
-  V value, weighted_slope;
+  V value, weighted_slope, shifted;
+};
+
+// A loss of one origin.
+struct OneOrigin {
+  static constexpr bool kTwoOrigins = false;
+  template <class Options>
+  FASTKD_FORMULA float origin_step(const Options&) {
+    return 0.0f;
+  }
 };
 
 // m = weight_p p + weight_q q with weight_p + weight_q = 1, computed from p - q: exactly q at p = q, so that log(q / m)
@@ -289,7 +299,7 @@ FASTKD_FORMULA V share_of(V x, V m, V y) {
 }
 
 // beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q; h = (1 - beta) log(q / m).
-struct JSD {
+struct JSD : OneOrigin {
   static constexpr const char* kName = "jsd";
   typedef MixtureFamily Family;
   FASTKD_OPTIONS(temperature, beta);
@@ -301,40 +311,47 @@ struct JSD {
     const V m = mixture_of<M>(beta, rest, q, p, difference);
     const V q_log = M::times_log_ratio(q, m, -beta * difference);
     const V p_log = M::times_log_ratio(p, m, rest * difference);
-    return {beta * p_log + rest * q_log, rest * q_log};
+    return {beta * p_log + rest * q_log, rest * q_log, M::number(0.0f)};
   }
 };
 
-// 1/2 |p - q|; h = 1/2 sign(q - p).
+// 1/2 |p - q|; h = 1/2 sign(q - p), relative to 1/2, and to -1/2 where p > q.
 struct TVD {
   static constexpr const char* kName = "tvd";
+  static constexpr bool kTwoOrigins = true;
   typedef MixtureFamily Family;
   FASTKD_OPTIONS(temperature);
 
+  FASTKD_FORMULA float origin_step(const Options&) { return -1.0f; }
   template <class M, class V>
   FASTKD_FORMULA MixtureTerm<V> formula(const Options&, V q, V, V difference) {
-    const V half = 0.5f * q, negative = M::select(difference < 0.0f, half, M::number(0.0f));
-    return {0.5f * M::absolute(difference), M::select(difference > 0.0f, -half, negative)};
+    const V none = M::number(0.0f);
+    return {0.5f * M::absolute(difference), M::select(difference == 0.0f, -0.5f * q, none),
+            M::select(difference > 0.0f, q, none)};
   }
 };
 
-// KL(p || m), m = skew p + (1 - skew) q; h = (1 - skew) (1 - p / m).
+// KL(p || m), m = skew p + (1 - skew) q; h = -(1 - skew) p / m, relative to its value at p = q unless p < q / 2.
 struct SkewKL {
   static constexpr const char* kName = "skew_kl";
+  static constexpr bool kTwoOrigins = true;
   typedef MixtureFamily Family;
   FASTKD_OPTIONS(temperature, skew);
 
+  FASTKD_FORMULA float origin_step(const Options& options) { return 1.0f - options.skew; }
   template <class M, class V>
   FASTKD_FORMULA MixtureTerm<V> formula(const Options& options, V q, V p, V difference) {
     const float rest = 1.0f - options.skew;
     const V m = mixture_of<M>(options.skew, rest, q, p, difference), above = rest * difference;  // p - m
+    const auto far = 2.0f * p < q;
     // Adding m - p, whose sum is 0, makes every class's value positive: no cancellation near equality.
-    return {M::times_log_ratio(p, m, above) - above, -rest * share_of<M>(q, m, above)};
+    return {M::times_log_ratio(p, m, above) - above, -rest * share_of<M>(q, m, M::select(far, p, above)),
+            M::select(far, q, M::number(0.0f))};
   }
 };
 
 // KL(q || m), m = (1 - skew) p + skew q; h = log(q / m) + skew (1 - q / m).
-struct SkewReverseKL {
+struct SkewReverseKL : OneOrigin {
   static constexpr const char* kName = "skew_reverse_kl";
   typedef MixtureFamily Family;
   FASTKD_OPTIONS(temperature, skew);
@@ -344,7 +361,7 @@ struct SkewReverseKL {
     const float rest = 1.0f - options.skew;
     const V m = mixture_of<M>(rest, options.skew, q, p, difference), below = rest * difference;  // m - q
     const V q_log = M::times_log_ratio(q, m, -below);
-    return {q_log + below, q_log + options.skew * share_of<M>(q, m, below)};
+    return {q_log + below, q_log + options.skew * share_of<M>(q, m, below), M::number(0.0f)};
   }
 };
 

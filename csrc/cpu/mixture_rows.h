@@ -8,25 +8,27 @@ namespace fastkd {
 namespace FASTKD_ISA {
 
 struct MixtureSums {
-  double value, slope, q;
+  double value, slope, q_first, q_second;
 };
 
-// Writes q and q h of a block, from its exponentials times the factors; returns the sums of loss, q h and q.
+// Writes q and q h of a block, from its exponentials times the factors; returns the sums of loss, of q h, and of the q at
+// the first and at the second origin, whose sign is set where it is written.
 template <class Loss>
 FASTKD_INLINE MixtureSums mix_block(const typename Loss::Options& options, const float* exp_u, const float* exp_v,
                                     double factor_s, double factor_t, int padded, float* to_q, float* to_slope) {
   const vf a = broadcast(float(factor_s)), b = broadcast(float(factor_t));
-  vf value = {}, slope = {}, q_sum = {};
+  vf value = {}, slope = {}, first = {}, second = {};
   for (int i = 0; i < padded; i += kLanes) {
     const vf q = a * load(exp_u + i), p = b * load(exp_v + i);
     const MixtureTerm<vf> term = Loss::template formula<VectorMath>(options, q, p, rounded(p) - rounded(q));
     value += term.value;
     slope += term.weighted_slope;
-    q_sum += q;
-    store(to_q + i, q);
+    first += Loss::kTwoOrigins ? q - term.shifted : q;
+    if (Loss::kTwoOrigins) second += term.shifted;
+    store(to_q + i, Loss::kTwoOrigins ? q - 2.0f * term.shifted : q);
     store(to_slope + i, term.weighted_slope);
   }
-  return {horizontal_sum(value), horizontal_sum(slope), horizontal_sum(q_sum)};
+  return {horizontal_sum(value), horizontal_sum(slope), horizontal_sum(first), horizontal_sum(second)};
 }
 
 // The same from the logits, for a row whose exponentials are not cached.
@@ -66,16 +68,23 @@ static void mixture_pass(const RowJob& job, int64_t begin, int64_t end, RowPart&
     }
     part.value_sum += of_block.value;
     part.slope_sum += of_block.slope;
-    part.q_sum += of_block.q;
+    part.q_first += of_block.q_first;
+    part.q_second += of_block.q_second;
   }
 }
 
+template <class Loss>
 static void combine_mixture(RowJob& job, const RowPart* parts, int count) {
-  double value = 0, slope = 0, q = 0;
-  for (int i = 0; i < count; i++) value += parts[i].value_sum, slope += parts[i].slope_sum, q += parts[i].q_sum;
+  double value = 0, slope = 0, first = 0, second = 0;
+  for (int i = 0; i < count; i++) {
+    value += parts[i].value_sum, slope += parts[i].slope_sum;
+    first += parts[i].q_first, second += parts[i].q_second;
+  }
   // Divided by the sum of these q rather than by 1: their common rounding error cancels in q (h - mean). 0 * value
   // propagates a NaN of the teacher to the gradient.
-  job.mean_slope = slope / q + 0 * value;
+  const double step = Loss::origin_step(options_as<Loss>(*job.options));
+  job.mean_slope = (slope + step * second) / (first + second) + 0 * value;
+  job.shifted_mean = (slope - step * first) / (first + second) + 0 * value;
   write_loss(job, value);
 }
 
@@ -83,7 +92,7 @@ template <class Loss>
 static void mixture_gradient_pass(const RowJob& job, int64_t begin, int64_t end, RowPart&) {
   float recomputed_q[kBlock], recomputed_slope[kBlock];
   const vf scale = broadcast(float(weight_of(*job.rows, job.index) * job.row.student.slope));
-  const vf mean = broadcast(float(job.mean_slope));
+  const vf mean = broadcast(float(job.mean_slope)), shifted_mean = broadcast(float(job.shifted_mean));
   for (int64_t offset = begin; offset < end; offset += kBlock) {
     const int n = block_size(end, offset);
     const float *q = recomputed_q, *slope = recomputed_slope;
@@ -93,8 +102,11 @@ static void mixture_gradient_pass(const RowJob& job, int64_t begin, int64_t end,
     } else {
       recompute_block<Loss>(job, offset, n, recomputed_q, recomputed_slope);
     }
-    store_block(job.rows->gradient, job.index, offset, n,
-                [&](int i) __attribute__((always_inline)) { return scale * (load(slope + i) - load(q + i) * mean); });
+    store_block(job.rows->gradient, job.index, offset, n, [&](int i) __attribute__((always_inline)) {
+      const vf weight = load(q + i);
+      if (!Loss::kTwoOrigins) return scale * (load(slope + i) - weight * mean);
+      return scale * (load(slope + i) - absolute(weight) * select(weight < 0.0f, shifted_mean, mean));
+    });
   }
 }
 
@@ -103,7 +115,7 @@ static const Phases* phases_for(unsigned, MixtureFamily) {
   static constexpr Phases phases = {3,
                                     true,
                                     {statistics_pass<kSumsOnly>, mixture_pass<Loss>, mixture_gradient_pass<Loss>},
-                                    {combine_sums<kSumsOnly>, combine_mixture, nothing_to_combine}};
+                                    {combine_sums<kSumsOnly>, combine_mixture<Loss>, nothing_to_combine}};
   return &phases;
 }
 

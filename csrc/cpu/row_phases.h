@@ -17,7 +17,7 @@ struct RowPart {
   Moments student, teacher;
   SoftmaxStatistics<double> sums;
   RowLabel label;
-  double value_sum, slope_sum, q_sum;
+  double value_sum, slope_sum, q_first, q_second;
 };
 
 // The exponentials of a row, cached by one pass for a later one. Null if they would take too much memory; the later
@@ -35,7 +35,7 @@ struct RowJob {
   int64_t index, label_class;  // -1: no label
   Row<double> row;
   SoftmaxGradient<double> gradient;
-  double mean_slope;  // mixture losses: the mean of h under q
+  double mean_slope, shifted_mean;  // mixture losses: the mean of h under q, relative to each origin
   Cached cached;
 };
 

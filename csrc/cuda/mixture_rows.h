@@ -27,19 +27,21 @@ FASTKD_KERNEL mixture_rows(FASTKD_PARAMETER RowLossArguments arguments) {
   const float scale_s = 1.0f / row.sums.sum_s, scale_t = 1.0f / row.sums.sum_t;
   const auto q_of = [&](float s) { return power_of_two((s - max_s) * power) * scale_s; };
   const auto p_of = [&](float t) { return power_of_two((t - max_t) * power) * scale_t; };
-  float totals[] = {0.0f, 0.0f, 0.0f};  // of the loss, q h and q
+  float totals[] = {0.0f, 0.0f, 0.0f, 0.0f};  // of the loss, q h, and the q at the first and at the second origin
   share.next_pass([&](int, float (&s)[kVector], float (&t)[kVector]) {
-    float value = 0, slope = 0, q_sum = 0;  // per vector: fewer roundings of the signed terms
+    float value = 0, slope = 0, first = 0, second = 0;  // per vector: fewer roundings of the signed terms
     for (int i = 0; i < kVector; i++) {
       const float q = q_of(s[i]), p = p_of(t[i]);
       const MixtureTerm<float> term = Loss::template formula<ScalarMath>(values, q, p, p - q);
       value += term.value;
       slope += term.weighted_slope;
-      q_sum += q;
+      first += q - term.shifted;
+      second += term.shifted;
     }
     totals[0] += value;
     totals[1] += slope;
-    totals[2] += q_sum;
+    totals[2] += first;
+    totals[3] += second;
   });
   team.all_reduce(totals, Sum());
   team.arrive_before_exit();
@@ -50,15 +52,18 @@ FASTKD_KERNEL mixture_rows(FASTKD_PARAMETER RowLossArguments arguments) {
     write_losses(team, rows, index, info.weight * totals[0], {});
     if (rows.gradient.data != nullptr) {
       const RowPointer gradient = gradient_row(rows, index, share);
-      // The mean of h is totals[1] / totals[2]: divided by the sum of these q rather than by 1, so that their common
-      // rounding error cancels in h - mean. 0 * totals[0] propagates a NaN of the teacher.
-      const float scale = info.weight * row.student.slope / (totals[2] + 0.0f * totals[0]);
+      // The means of h relative to the two origins are these sums divided by the sum of the computed q, rather than by 1:
+      // their common rounding error cancels in h - mean. 0 * totals[0] propagates a NaN of the teacher.
+      const float q_sum = totals[2] + totals[3], step = Loss::origin_step(values);
+      const float slope_sum = totals[1] + step * totals[3], shifted_sum = totals[1] - step * totals[2];
+      const float scale = info.weight * row.student.slope / (q_sum + 0.0f * totals[0]);
       share.next_pass([&](int column, float (&s)[kVector], float (&t)[kVector]) {
         float gradients[kVector];
         for (int i = 0; i < kVector; i++) {
           const float q = q_of(s[i]), p = p_of(t[i]);
           const MixtureTerm<float> term = Loss::template formula<ScalarMath>(values, q, p, p - q);
-          gradients[i] = scale * fused(q, -totals[1], term.weighted_slope * totals[2]);
+          const float sum = term.shifted > 0.0f ? shifted_sum : slope_sum;
+          gradients[i] = scale * (term.weighted_slope * q_sum - q * sum);  // equal products cancel: not fused
         }
         store_vector(gradient, column, classes, gradients);
       });

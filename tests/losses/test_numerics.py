@@ -30,21 +30,17 @@ def assert_as_exact(case, student, teacher, target=None):
     """Over the rows of a regime, the largest and the root-mean-square error are close to eager's or smaller.
 
     The factors allow for the order of sums in a result that cancels: four lanes here, sixteen in torch. Eager
-    may be exact by chance, so a rounding of the result is allowed too; for a mixture loss with nearly all of
-    q on one class, a rounding of the slopes h, of magnitude 1, whose differences are the gradient.
+    may be exact by chance, so a rounding of the result is allowed too.
     """
     rows = len(student)
     grad_output = torch.rand(rows, device=student.device) + 0.5
     if target is None:
         target = torch.randint(0, student.shape[1], (rows,), device=student.device)
     ours, eager, truth = errors(case, student, teacher, target, grad_output)
-    dominated = student.double().softmax(-1).amax(-1) > 0.9
-    of_slopes = 6e-8 * grad_output.double() * dominated if case.family == "mixture" else torch.zeros(rows)
     for what, mine, theirs, size in zip(("loss", "gradient"), ours, eager, truth, strict=True):
-        slopes = of_slopes.to(mine) if what == "gradient" else torch.zeros_like(mine)
         assert mine.isfinite().all(), what
-        assert mine.max() <= 4 * theirs.max() + 2e-7 * size.max() + slopes.max(), what
-        assert mine.norm() <= 3 * theirs.norm() + 2e-7 * size.norm() + slopes.norm(), what
+        assert mine.max() <= 4 * theirs.max() + 2e-7 * size.max(), what
+        assert mine.norm() <= 3 * theirs.norm() + 2e-7 * size.norm(), what
 
 
 REGIMES = {
@@ -114,7 +110,7 @@ def test_the_gradient_at_equal_logits_is_0_whatever_the_offset(fused, case):
         assert gradient.count_nonzero() == 0
 
 
-@pytest.mark.parametrize("share", [1e-6, 1e-3, 0.5, 0.999])
+@pytest.mark.parametrize("share", [1e-6, 1e-3, 0.5, 0.9])
 @pytest.mark.parametrize("name", ["jsd", "skew", "skew, reverse"])
 def test_a_mixture_of_any_shares(fused, name, share):
     def loss(student, teacher, target, **more):

@@ -243,7 +243,8 @@ def reverse_kl(row, numbers, NEEDS: tl.constexpr):
 
 # ---- the mixture family --------------------------------------------------------------------------------
 # A formula returns the class's contribution to the row loss, and q h with h the derivative of the loss in q:
-# the gradient is q (h_i - mean of h under q) / T, so a constant may be dropped from h.
+# the gradient is q (h_i - mean of h under q) / T, so h may be given relative to an origin, in which nothing
+# cancels. And whether h is relative to a second origin, and how far that is above the first.
 
 
 class Probabilities(NamedTuple):
@@ -281,26 +282,28 @@ def jsd(probs, numbers):
     beta = JSDOptions(*numbers).beta
     log_q, log_p = logs_over_mixture(probs.d, beta, 1.0 - beta)
     weighted_slope = (1.0 - beta) * (probs.q * log_q)
-    return beta * (probs.p * log_p) + weighted_slope, weighted_slope
+    return beta * (probs.p * log_p) + weighted_slope, weighted_slope, False, 0.0
 
 
 @triton.jit
 def tvd(probs, numbers):
-    """1/2 |p - q|; h = 1/2 sign(q - p)."""
-    sign = tl.where(probs.d > 0, -0.5, tl.where(probs.d < 0, 0.5, 0.0))
-    return 0.5 * tl.abs(probs.difference), sign * probs.q
+    """1/2 |p - q|; h = 1/2 sign(q - p), relative to 1/2, and to -1/2 where p > q."""
+    weighted_slope = tl.where(probs.d == 0, -0.5 * probs.q, 0.0)
+    return 0.5 * tl.abs(probs.difference), weighted_slope, probs.d > 0, -1.0
 
 
 @triton.jit
 def skew_kl(probs, numbers):
-    """KL(p || m), m = skew p + (1 - skew) q; h = (1 - skew) (1 - p / m)."""
+    """KL(p || m), m = skew p + (1 - skew) q; h = -(1 - skew) p / m, relative to its value at p = q unless
+    p < q / 2."""
     skew = SkewOptions(*numbers).skew
     log_q, log_p = logs_over_mixture(probs.d, skew, 1.0 - skew)
     rest = 1.0 - skew
-    # q / m = e^log(q / m); 1 - p / m = (m - p) / m, and m - p = -rest (p - q).
-    slope = -(rest * rest) * (tl.exp(log_q) * probs.difference)
+    above = rest * probs.difference  # p - m
+    far = 2.0 * probs.p < probs.q
+    slope = -rest * (tl.exp(log_q) * tl.where(far, probs.p, above))  # q / m = e^log(q / m)
     # Adding m - p, whose sum is 0, makes every class's value positive: no cancellation near equality.
-    return probs.p * log_p - rest * probs.difference, slope
+    return probs.p * log_p - above, slope, far, rest
 
 
 @triton.jit
@@ -310,7 +313,8 @@ def skew_reverse_kl(probs, numbers):
     rest = 1.0 - skew
     log_q, log_p = logs_over_mixture(probs.d, rest, skew)
     q_log = probs.q * log_q
-    return q_log + rest * probs.difference, q_log + (skew * rest) * (tl.exp(log_q) * probs.difference)
+    weighted_slope = q_log + (skew * rest) * (tl.exp(log_q) * probs.difference)
+    return q_log + rest * probs.difference, weighted_slope, False, 0.0
 
 
 # ---- the pointwise family ------------------------------------------------------------------------------

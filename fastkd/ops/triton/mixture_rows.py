@@ -36,7 +36,7 @@ from fastkd.ops.triton.tiles import (
 MIXTURE = tl.constexpr(4)
 NEEDS = tl.constexpr(DISTILLS.value | SUMS_ONLY.value)
 # Size of the partial results of that phase.
-TOTALS = tl.constexpr(3)
+TOTALS = tl.constexpr(4)
 
 
 @triton.jit
@@ -110,36 +110,41 @@ def mixture_block(
     else:
         loss = tl.zeros((ROWS, 1), tl.float32)
         slope_sum = tl.zeros((ROWS, 1), tl.float32)
-        q_sum = tl.zeros((ROWS, 1), tl.float32)
+        q_first = tl.zeros((ROWS, 1), tl.float32)  # of the classes at the first origin
+        q_second = tl.zeros((ROWS, 1), tl.float32)
         if PHASE == GRADIENT:
             row_totals = totals_pointer + result * parts * TOTALS
             loss = combine_total(row_totals, parts, PARTS)
             slope_sum = combine_total(row_totals + 1, parts, PARTS)
-            q_sum = combine_total(row_totals + 2, parts, PARTS)
+            q_first = combine_total(row_totals + 2, parts, PARTS)
+            q_second = combine_total(row_totals + 3, parts, PARTS)
         else:
             for tile in range(first_tile, end_tile):
                 columns = tile * TILE + tl.arange(0, TILE)[None, :]
                 probs = tile_probabilities(rows, columns, classes, read, sums, slope, "evict_last")
-                value, weighted_slope = FORMULA(probs, numbers)
+                value, weighted_slope, shifted, _ = FORMULA(probs, numbers)
                 loss += tl.sum(value, 1, keep_dims=True)
                 slope_sum += tl.sum(weighted_slope, 1, keep_dims=True)
-                q_sum += tl.sum(probs.q, 1, keep_dims=True)
+                q_first += tl.sum(tl.where(shifted, 0.0, probs.q), 1, keep_dims=True)
+                q_second += tl.sum(tl.where(shifted, probs.q, 0.0), 1, keep_dims=True)
 
         if PHASE == MIXTURE:
-            store_partial(totals_pointer + partial * TOTALS, (loss, slope_sum, q_sum), exists)
+            store_partial(totals_pointer + partial * TOTALS, (loss, slope_sum, q_first, q_second), exists)
         else:
             if part == 0:
                 tl.store(loss_pointer + result, tl.where(weight == 0.0, 0.0, weight * loss), mask=exists)
             if WITH_GRADIENT:
-                # The mean of h is slope_sum / q_sum: divided by the sum of these q rather than by 1, so that
+                # The mean of h relative to an origin is a sum divided by the sum of these q rather than by 1:
                 # their common rounding error cancels in h - mean. A NaN loss propagates to the gradient.
+                q_sum = q_first + q_second
                 factor = weight * slope / tl.where(loss == loss, q_sum, loss)
                 gradient_rows = gradient_pointer + multiple(result * gradient_stride, VECTOR)
                 for tile in range(first_tile, end_tile):
                     columns = tile * TILE + tl.arange(0, TILE)[None, :]
                     probs = tile_probabilities(rows, columns, classes, read, sums, slope, "evict_first")
-                    _, weighted_slope = FORMULA(probs, numbers)
-                    value = factor * (weighted_slope * q_sum - probs.q * slope_sum)
+                    _, weighted_slope, shifted, step = FORMULA(probs, numbers)
+                    mean = tl.where(shifted, slope_sum - step * q_first, slope_sum + step * q_second)
+                    value = factor * (weighted_slope * q_sum - probs.q * mean)
                     store_tile(gradient_rows, columns, classes, exists, value, weight, False)
 
 
