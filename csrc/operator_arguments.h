@@ -28,7 +28,7 @@ int64_t width_of(DType dtype) {
 }
 
 // An owned tensor argument. Memory is accessed through data() only, which checks the storage: a tensor may have
-// elements without memory behind them. A tensor without elements stands for None.
+// elements without memory behind them. A tensor without elements represents None.
 class Tensor {
  public:
   // `index`: position in a list argument, or -1.

@@ -168,11 +168,11 @@ def page() -> tuple[str, int]:
             good, words = run(line, backend)
             wrong += not good
             happened.setdefault(words if good else f"**wrong**: {words}", []).append(backend)
-        told = "; ".join(
+        observed = "; ".join(
             words if len(happened) == 1 else f"{', '.join(names)}: {words}"
             for words, names in happened.items()
         )
-        cells = (line.input, str(line.must), told)
+        cells = (line.input, str(line.must), observed)
         text.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(text) + "\n", wrong
 

@@ -48,7 +48,7 @@ def test_every_field_of_a_record(run):
             assert record["gradient_error"] is None
         else:
             assert record["gradient_error"] < (1e-4 if record["dtype"] == "float32" else 0.2)
-            # The gradient itself, at the least.
+            # At least the gradient.
             assert record["extra_bytes"] >= size * record["rows"] * record["classes"]
         if record["variant"] == "fastkd":
             assert set(record["speedup_over"]) == {"eager"}
@@ -73,7 +73,7 @@ def test_extra_memory_counts_what_lives_at_once():
     assert protocol.CPUClock().extra_memory(call) == 6000
 
 
-def test_what_does_not_fit_or_fails_is_told(tmp_path, monkeypatch, capsys):
+def test_what_does_not_fit_or_fails_is_reported(tmp_path, monkeypatch, capsys):
     def fails(*_):
         raise RuntimeError("no such instruction\nsecond line")
 
@@ -133,7 +133,7 @@ def slower(factor, *variants):
 
 
 def drifted(record):
-    """The machine is 1.7 times slower in everything."""
+    """Everything is 1.7 times slower."""
     quiet(record)
     for name in ("ms", "p20", "p80"):
         record[name] *= 1.7

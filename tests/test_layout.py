@@ -134,8 +134,8 @@ def test_every_package_is_installed() -> None:
     assert [name for name in packages if f'"{name}"' not in text] == []
 
 
-# Each module is imported by a process of its own, in which nothing of fastkd is imported yet. torch and the
-# like are imported once, before these processes are forked.
+# Each module is imported in a forked process with nothing of fastkd imported. torch and other dependencies
+# are imported once, before the forks.
 IMPORT_EACH = """
 import importlib, os, sys, traceback
 for name in ("torch", "numpy", "triton", "torchvision", "pydantic", "rich.progress", "yaml", "torch._dynamo"):

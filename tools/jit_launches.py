@@ -177,7 +177,7 @@ def record(function: Callable[[], object]) -> list[Variant]:
 
 
 LOSSES = spec.distinct_cases()
-SCALE = "scale"  # the scaling of a gradient, beside the losses
+SCALE = "scale"  # gradient scaling, in addition to the losses
 # (rows, classes): several rows per program; one row per program; streamed, whole or split.
 PATHS = {
     "C 10": (300, 10),

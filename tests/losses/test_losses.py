@@ -183,12 +183,12 @@ def test_terms_of_a_list_of_pairs(fused):
 @each_kernel
 def test_row_strides_beyond_32_bits(fused, case):
     """Offsets of more than 2^31 elements, in memory of which only the rows are accessed."""
-    apart, classes = 2**31 + 64, 40
+    row_stride, classes = 2**31 + 64, 40
     student, teacher, target = make_logits(2, classes, torch.bfloat16, fused)
 
     def far_apart(logits):
-        place = torch.empty(apart + classes, dtype=logits.dtype, device=fused)
-        return place.as_strided((2, classes), (apart, 1)).copy_(logits)
+        memory = torch.empty(row_stride + classes, dtype=logits.dtype, device=fused)
+        return memory.as_strided((2, classes), (row_stride, 1)).copy_(logits)
 
     assert_matches(case, far_apart(student), far_apart(teacher), target, reduction="sum")
 
@@ -267,24 +267,24 @@ def test_confident_logits(fused, case):
     [case for case in CASES if not case.averages_classes],
     ids=lambda case: case.name,
 )
-@pytest.mark.parametrize(("classes", "kept"), [(40, 30), (4500, 3000)])
-def test_classes_masked_in_both_models_add_nothing(fused, case, classes, kept):
+@pytest.mark.parametrize(("classes", "unmasked"), [(40, 30), (4500, 3000)])
+def test_classes_masked_in_both_models_add_nothing(fused, case, classes, unmasked):
     student, teacher, target = make_logits(4, classes, torch.float32, fused)
-    target %= kept
+    target %= unmasked
     masked_student, masked_teacher = student.clone(), teacher.clone()
-    masked_student[:, kept:] = masked_teacher[:, kept:] = -torch.inf
+    masked_student[:, unmasked:] = masked_teacher[:, unmasked:] = -torch.inf
     loss, gradient = loss_and_gradient(case, masked_student, masked_teacher, target, reduction="none")
-    fewer = (student[:, :kept], teacher[:, :kept], target)
+    fewer = (student[:, :unmasked], teacher[:, :unmasked], target)
     true_loss, true_gradient = exact(case, *fewer, reduction="none")
     assert error(loss, true_loss) < 1e-5
-    assert error(gradient[:, :kept], true_gradient) < 1e-5
-    assert gradient[:, kept:].count_nonzero() == 0
+    assert error(gradient[:, :unmasked], true_gradient) < 1e-5
+    assert gradient[:, unmasked:].count_nonzero() == 0
 
     first = [logits.flip(-1) for logits in (masked_student, masked_teacher)]  # masked from the row's first on
     loss, gradient = loss_and_gradient(case, *first, classes - 1 - target, reduction="none")
     assert error(loss, true_loss) < 1e-5
-    assert error(gradient.flip(-1)[:, :kept], true_gradient) < 1e-5
-    assert gradient[:, : classes - kept].count_nonzero() == 0
+    assert error(gradient.flip(-1)[:, :unmasked], true_gradient) < 1e-5
+    assert gradient[:, : classes - unmasked].count_nonzero() == 0
 
 
 @each_kernel
@@ -308,10 +308,10 @@ def test_ignored_rows_are_not_read(fused, case):
     for reduction in ("batchmean", "sum", "none"):
         options = {"reduction": reduction, "ignore_index": -7}
         loss, gradient = loss_and_gradient(case, student, teacher, target, **options)
-        kept = torch.tensor([0, 1, 3])
-        true_loss, true_gradient = exact(case, student[kept], teacher[kept], target[kept], **options)
-        assert error(loss[kept] if reduction == "none" else loss, true_loss) < 1e-5
-        assert error(gradient[kept], true_gradient) < 1e-5
+        others = torch.tensor([0, 1, 3])
+        true_loss, true_gradient = exact(case, student[others], teacher[others], target[others], **options)
+        assert error(loss[others] if reduction == "none" else loss, true_loss) < 1e-5
+        assert error(gradient[others], true_gradient) < 1e-5
         assert gradient[2].count_nonzero() == 0
 
 
