@@ -5,11 +5,11 @@ training.
 
 DHKD (Yang et al. 2024) claims that on one shared head the gradients of cross-entropy and of BinaryKL-Norm
 point against each other in the linear classifier, late in training, while they agree in the backbone; hence
-two heads. The student is trained with both losses, on one head and on two (without alignment), each from the
-same start. At regular steps the two gradients are computed apart, on the batch at hand, and their cosine is
-kept, for the classifier (of two heads: between the main head's and the auxiliary head's weights, each from
-its own loss) and for the backbone. Written: OUTPUT.jsonl, a header and one line a measurement, and
-OUTPUT.png. key=value words override the recipe.
+two heads. The student is trained with both losses, on one head and on two (without alignment), from the same
+start. At regular steps the two gradients are computed separately on the current batch, and their cosine is
+recorded, for the classifier (with two heads: between the main and the auxiliary head's weights, each from its
+own loss) and for the backbone. Writes OUTPUT.jsonl, a header and one line per measurement, and OUTPUT.png.
+key=value words override the recipe.
 """
 
 from __future__ import annotations
