@@ -2,12 +2,12 @@
 
     python benchmarks/studies/choose_hyperparameters.py glyphs/dhkd glyphs/mhkd --output FILE.jsonl
 
-Glyphs: one training face, Serif Bold, validates; the faces that are reported are left out altogether, and the
+Glyphs: one training face, Serif Bold, validates; the reported faces are left out altogether, and the
 teacher is trained without any of them. Fashion-MNIST: 10,000 training images validate; the test images are
-left alone. Every point of the grid below is trained as the recipe says (seed 100 unless ``--seeds`` says
-more, never the seeds reported); the mean accuracy of the last epoch decides, the recipe's own value in a
-tie. FILE gets one line a run as it ends and one with the choice; runs that it has already are not made
-again. key=value words after the recipes go to every run.
+not used. Every point of the grid below is trained as the recipe says (seed 100 unless ``--seeds`` gives
+more, never the reported seeds); the mean accuracy of the last epoch decides, the recipe's own value in a
+tie. FILE gets one line per run as it ends and one with the choice; runs already in it are not repeated.
+key=value words after the recipes are passed to every run.
 """
 
 from __future__ import annotations
