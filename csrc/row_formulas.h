@@ -404,7 +404,8 @@ struct BinaryKLNorm {
   template <class M, class V>
   FASTKD_FORMULA ClassTerm<V> formula(V z_s, V z_t, float inverse_temperature) {
     const V x = (z_s - z_t) * (0.5f * inverse_temperature), magnitude = M::absolute(x);
-    const V e_minus_one = M::exp_minus_one(-2.0f * magnitude);  // E = e^{-2|x|} - 1, exact near 0
+    constexpr float kMinusTwoLog2E = -2.88539008f;
+    const V e_minus_one = M::exp2_minus_one(magnitude * kMinusTwoLog2E);  // E = e^{-2|x|} - 1, exact near 0
     const V half_tanh = M::with_sign_of(M::quotient(e_minus_one, -4.0f - 2.0f * e_minus_one), x);
     // |x| + log((1 + e^{-2|x|}) / 2), or a series for small |x|, where the two cancel.
     const V s = x * x;

@@ -192,8 +192,8 @@ struct VectorMath {
     return as_float(as_int(magnitude) | (as_int(x) & int32_t(0x80000000)));
   }
   FASTKD_INLINE vf exp(vf x) { return exp_or_zero(x); }  // of x < 88
-  FASTKD_INLINE vf exp_minus_one(vf x) {                 // of x <= 0
-    const PowerOfTwo e = power_of_two(at_least(x * float(kLog2E), broadcast(-126.0f)));
+  FASTKD_INLINE vf exp2_minus_one(vf y) {                // of y <= 0
+    const PowerOfTwo e = power_of_two(at_least(y, broadcast(-126.0f)));
     return e.scale * e.minus_one + (e.scale - 1.0f);
   }
   FASTKD_INLINE vf twice_atanh(vf w) { return FASTKD_ISA::twice_atanh(w); }

@@ -15,9 +15,9 @@ FASTKD_DEVICE float twice_atanh(float w) {
   return w * fused(s, tail, 2.0f);
 }
 
-// e^x - 1 for x <= 0, without cancellation near 0.
-FASTKD_DEVICE float exp_minus_one(float x) {
-  const float y = x * kLog2E, n = rintf(y < -126.0f ? -126.0f : y), f = (y < -126.0f ? -126.0f : y) - n;
+// 2^y - 1 for y <= 0, without cancellation near 0.
+FASTKD_DEVICE float exp2_minus_one(float y) {
+  const float n = rintf(y < -126.0f ? -126.0f : y), f = (y < -126.0f ? -126.0f : y) - n;
   // Minimax fit of (2^f - 1) / f, relative error 1e-8.
   float slope = fused(f, 0.000154035126f, 0.00133908498f);
   slope = fused(f, slope, 0.00961823793f);
@@ -46,7 +46,7 @@ struct ScalarMath {
     return as_float(as_bits(magnitude) | (as_bits(x) & 0x80000000u));
   }
   static FASTKD_DEVICE float exp(float x) { return power_of_two(x * kLog2E); }
-  static FASTKD_DEVICE float exp_minus_one(float x) { return cuda::exp_minus_one(x); }
+  static FASTKD_DEVICE float exp2_minus_one(float y) { return cuda::exp2_minus_one(y); }
   static FASTKD_DEVICE float twice_atanh(float w) { return cuda::twice_atanh(w); }
   static FASTKD_DEVICE float times_log_ratio(float x, float m, float above) {
     return cuda::times_log_ratio(x, m, above);
