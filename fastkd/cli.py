@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fastkd.command import run_command
 from fastkd.messages import one_line
@@ -130,30 +131,27 @@ def _parser() -> argparse.ArgumentParser:
 
     from fastkd.train.commands import cache_teacher, export, plot
 
-    caching = commands.add_parser(
-        "cache-teacher", help="store the teacher's logits, to train without the teacher"
+    _add_command(
+        commands, "cache-teacher", cache_teacher, "store the teacher's logits, to train without the teacher"
     )
-    cache_teacher.add_arguments(caching)
-    caching.set_defaults(run=cache_teacher.run)
-    plotting = commands.add_parser("plot", help="compare runs in one figure")
-    plot.add_arguments(plotting)
-    plotting.set_defaults(run=plot.run)
-    exporting = commands.add_parser("export", help="write the student as a state dict, program or ONNX model")
-    export.add_arguments(exporting)
-    exporting.set_defaults(run=export.run)
+    _add_command(commands, "plot", plot, "compare runs in one figure")
+    _add_command(commands, "export", export, "write the student as a state dict, program or ONNX model")
 
     recipes = commands.add_parser("recipes", help="list the recipes that come with fastkd")
     recipes.set_defaults(run=_recipes)
     doctor = commands.add_parser("doctor", help="show which backends work here, and why others do not")
     doctor.set_defaults(run=_doctor)
 
-    check = commands.add_parser("check", help="check every loss on every backend here against float64")
-    check_command.add_arguments(check)
-    check.set_defaults(run=check_command.run)
-    timing = commands.add_parser("bench", help="time the losses beside their peers; report and compare")
-    bench.add_arguments(timing)
-    timing.set_defaults(run=bench.run)
+    _add_command(commands, "check", check_command, "check every loss on every backend here against float64")
+    _add_command(commands, "bench", bench, "time the losses beside their peers; report and compare")
     return parser
+
+
+def _add_command(commands: Any, name: str, module: Any, description: str) -> None:
+    """A command of a module of its own, which has ``add_arguments(parser)`` and ``run(args)``."""
+    parser = commands.add_parser(name, help=description)
+    module.add_arguments(parser)
+    parser.set_defaults(run=module.run)
 
 
 def _train(args: argparse.Namespace) -> int:

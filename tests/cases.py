@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import fastkd
-from fastkd.losses.cases import call_of, use_of_target
+from fastkd.losses.cases import call_of, takes_target
 from fastkd.ops import spec
 from fastkd.ops.spec import Needs
 
@@ -34,12 +34,11 @@ class Case:
 
 
 def _from_spec(loss: spec.Loss, case: spec.Case) -> Case:
-    use = use_of_target(case)
     return Case(
         case.name,
         call_of(case, ignores_rows=True),
-        uses_label=use == "label",
-        ignores_rows=use is not None,
+        uses_label=case.labelled,
+        ignores_rows=takes_target(case),
         vanishes=case.vanishes,
         family=loss.family,
         needs=loss.needs(case.options),
@@ -96,3 +95,25 @@ def assert_matches(case: Case, student, teacher, target, grad_output=None, floor
     assert gradient.shape == student.shape
     assert error(loss, true_loss, floor) < LOSS_ERROR
     assert error(gradient, true_gradient, floor) < GRADIENT_ERROR[student.dtype]
+
+
+def assert_saturated_logits_stay_finite(case: Case, dtype: torch.dtype, device="cpu"):
+    student, teacher, target = make_logits(4, 33, dtype, device)
+    for size in (100.0, 3e4, torch.finfo(dtype).max):
+        if size > 1e18 and case.needs & (Needs.STANDARDIZED | Needs.LOG_RATIO):
+            continue  # the variance of such rows overflows; the gradient of reverse KL grows with the logits
+        large_student, large_teacher = student.sign() * size, teacher.sign() * size
+        _, gradient = loss_and_gradient(case, large_student, large_teacher, target, reduction="none")
+        assert torch.isfinite(gradient).all()
+        if not case.needs & Needs.STANDARDIZED and size < 1e5:
+            assert_matches(case, large_student, large_teacher, target, reduction="none")
+
+
+def assert_near_equal_gradient_is_no_worse_than_eager(case: Case, rows: int, factor: float, device="cpu"):
+    student, _, target = make_logits(rows, 1000, torch.float32, device)
+    teacher = student + 1e-3 * torch.randn_like(student)
+    _, gradient = loss_and_gradient(case, student, teacher, target)
+    _, true_gradient = exact(case, student, teacher, target)
+    with fastkd.use_backend("eager"):
+        _, eager_gradient = loss_and_gradient(case, student, teacher, target)
+    assert error(gradient, true_gradient) <= factor * error(eager_gradient, true_gradient) + 1e-7

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -10,12 +10,9 @@ from fastkd import losses
 from fastkd.ops.spec import Case
 
 
-def use_of_target(case: Case) -> Literal["label", "rows"] | None:
-    """Whether the case's function takes a target for its labels, or only to ignore rows, or not at all."""
-    target = inspect.signature(getattr(losses, case.function)).parameters.get("target")
-    if target is None:
-        return None
-    return "label" if target.default is target.empty else "rows"
+def takes_target(case: Case) -> bool:
+    """Whether the case's function takes a target: for its labels, or only to ignore rows."""
+    return "target" in inspect.signature(getattr(losses, case.function)).parameters
 
 
 def call_of(case: Case, *, ignores_rows: bool = False) -> Callable[..., Tensor]:
@@ -25,11 +22,10 @@ def call_of(case: Case, *, ignores_rows: bool = False) -> Callable[..., Tensor]:
     ignore rows.
     """
     function = getattr(losses, case.function)
-    use = use_of_target(case)
-    takes_target = use == "label" or (use == "rows" and ignores_rows)
+    passes_target = case.labelled or (ignores_rows and takes_target(case))
 
     def loss(student_logits: Any, teacher_logits: Any, target: Tensor | None, **more: Any) -> Tensor:
-        if takes_target:
+        if passes_target:
             more["target"] = target
         result = function(student_logits, teacher_logits, **case.arguments, **more)
         value: Tensor = result[0] if isinstance(result, tuple) else result

@@ -45,14 +45,7 @@ def _loaded() -> ctypes.CDLL | str:
         str(Path(torch.__file__).parent / "lib" / f"libtorch_{part}.{suffix}").encode()
         for part in ("cpu", "cuda")
     )
-    for function in (
-        "register",
-        "losses",
-        "instruction_set",
-        "instruction_set_refusal",
-        "cuda_absent",
-        "cuda_missing",
-    ):
+    for function in ("register", "instruction_set", "instruction_set_refusal", "cuda_absent", "cuda_missing"):
         getattr(library, f"fastkd_{function}").restype = ctypes.c_char_p
     if refusal := library.fastkd_instruction_set_refusal():
         raise EnvironmentValueError(refusal.decode())

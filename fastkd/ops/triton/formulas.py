@@ -50,11 +50,11 @@ def expm1_of_negative(x):
 
 
 @triton.jit
-def log1p_of_negative(x):
-    """log(1 + x) for -1 < x <= 0."""
+def log1p_of_negative(x, one_plus_x):
+    """log(1 + x) for -1 <= x <= 0; ``one_plus_x`` may be more accurate than the sum, near x = -1."""
     near = x > -0.5
     y = tl.where(near, x, 0.0)
-    return tl.where(near, twice_atanh(y / (2.0 + y)), tl.log(1.0 + x))
+    return tl.where(near, twice_atanh(y / (2.0 + y)), tl.log(one_plus_x))
 
 
 @triton.jit
@@ -159,7 +159,8 @@ def softmax(row, numbers, NEEDS: tl.constexpr):
             sign = tl.where(confident, -1.0, 1.0)
             x = sign * odds_s
             y = sign * odds_t
-            ratio = log1p_of_negative(tl.where(near, sigmoid(tl.maximum(x, y)) * fraction, 0.0))
+            step = tl.where(near, sigmoid(tl.maximum(x, y)) * fraction, 0.0)
+            ratio = log1p_of_negative(step, 1.0 + step)
             above = tl.where(near, tl.where(x < y, ratio, -ratio), softplus(x) - softplus(y))
             tckd = tl.where(confident, -p_rest, p) * difference + above
             gate = tl.where(difference <= 0, tl.where(options.fix_acquired != 0, 0.0, 1.0), 1.0)
@@ -266,11 +267,8 @@ def logs_over_mixture(d, weight_p, weight_q):
     weight_larger = tl.where(teacher_larger, weight_p, weight_q)
     weight_smaller = tl.where(teacher_larger, weight_q, weight_p)
     x = weight_smaller * expm1_of_negative(-tl.abs(d))
-    near = x > -0.5
-    y = tl.where(near, x, 0.0)
     total = weight_larger + weight_smaller * tl.exp(-tl.abs(d))
-    log_total = tl.log(tl.where(total < 1e-37, 1e-37, total))
-    log_larger = -tl.where(near, twice_atanh(y / (2.0 + y)), log_total)
+    log_larger = -log1p_of_negative(x, tl.where(total < 1e-37, 1e-37, total))
     log_q = tl.where(teacher_larger, log_larger - d, log_larger)
     log_p = tl.where(teacher_larger, log_larger, log_larger + d)
     return log_q, log_p

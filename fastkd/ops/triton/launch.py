@@ -9,7 +9,6 @@ from torch import Tensor
 
 from fastkd.ops.call import Call, Outputs
 from fastkd.ops.plan import MAX_PARTS, Plan, device_of, plan_rows
-from fastkd.ops.spec import Needs
 from fastkd.ops.triton import formulas, mixture_rows, softmax_rows, statistics
 from fastkd.ops.triton.pointwise_rows import pointwise_rows, scale_rows
 
@@ -35,7 +34,7 @@ def row_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call,
     rows, terms, gradient, _ = outputs
     student, teacher = students[0], teachers[0]
     count, classes = rows.shape[0] // len(students), student.shape[-1]
-    standardized = bool(needs & Needs.STANDARDIZED)
+    standardized = bool(needs & statistics.STANDARDIZED.value)
     plan = plan_rows(
         spec.family, rows.shape[0], classes, student.element_size(), device_of(student.device), standardized
     )
@@ -81,8 +80,8 @@ def row_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call,
                     PHASE=phase, PARTS=MAX_PARTS, **compile_options(plan, many_registers=True),
                 )  # fmt: skip
             return
-        label = call.target if needs & Needs.LABELLED else None
-        many_registers = bool(needs & (Needs.STANDARDIZED | Needs.STUDENT_AT_T1))
+        label = call.target if needs & statistics.LABELLED.value else None
+        many_registers = standardized or bool(needs & statistics.STUDENT_AT_T1.value)
         moments = partials(rows, plan, 2 * statistics.MOMENTS_WIDTH.value)
         for phase in softmax_phases(plan, standardized):
             softmax_rows.softmax_rows[grid](
