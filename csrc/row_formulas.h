@@ -5,50 +5,9 @@
 // (softmax_rows.h, mixture_rows.h or pointwise_rows.h in cpu/ and cuda/) do the rest.
 #pragma once
 
-#include <cstring>
-
-#include "row_math.h"
+#include "loss_list.h"
 
 namespace fastkd {
-
-constexpr int kOptions = 8;
-constexpr int kTerms = 4;
-
-// A loss by its index in `Losses`, the needs of the call, and the options in the order of Loss::Options.
-struct LossOptions {
-  int32_t loss;
-  uint32_t needs;
-  float values[kOptions];
-};
-
-// Declares the options of a loss: a struct, and their names, which are compared with fastkd/ops/spec.py at load.
-#define FASTKD_OPTIONS(...) \
-  struct Options { \
-    float __VA_ARGS__; \
-  }; \
-  static constexpr const char* kOptionNames = #__VA_ARGS__
-
-// Always inlined: an out-of-line copy compiled for a newer instruction set could be linked into other source files.
-#ifdef __CUDACC__
-#define FASTKD_FORMULA static __host__ __device__ __forceinline__
-#else
-#define FASTKD_FORMULA static inline __attribute__((always_inline))
-#endif
-
-template <class Loss>
-FASTKD_ROW_FUNCTION typename Loss::Options options_as(const LossOptions& options) {
-  typename Loss::Options result;
-  memcpy(&result, options.values, sizeof result);
-  return result;
-}
-
-struct SoftmaxFamily {};
-struct MixtureFamily {};
-struct PointwiseFamily {};
-
-// The values of needs & kCompiledNeeds that a loss of the softmax family can have.
-template <unsigned... kNeeds>
-struct VariantList {};
 
 // ---- the softmax family: from the statistics of a row to its loss and the coefficients of its gradient ----------
 
@@ -129,8 +88,8 @@ struct Softmax {
       // Without a label no class is excluded: KD is NCKD over all classes.
       Real q = 0, p = 0, q_rest = 1, p_rest = 1, tckd = 0, gate = 1;
       if (row.label.present) {
-        const Real u = unfused(above_base<Real>(row.label.z_s, sums.max_s) * row.student.slope);
-        const Real v = unfused(above_base<Real>(row.label.z_t, sums.max_t) * row.teacher.slope);
+        const Real u = rounded(above_base<Real>(row.label.z_s, sums.max_s) * row.student.slope);
+        const Real v = rounded(above_base<Real>(row.label.z_t, sums.max_t) * row.teacher.slope);
         const Real difference = (v - u) - log_ratio(sums.sum_t, sums.sum_s);
         const Odds<Real> student_odds = from_log_odds(u - std::log(sums.sum_s));
         const Odds<Real> teacher_odds = from_log_odds(v - std::log(sums.sum_t));
@@ -145,15 +104,15 @@ struct Softmax {
       result.terms[2] = options.tckd_weight != 0 ? square * gate * tckd : 0;
       result.terms[3] = w_n != 0 ? square * nckd : 0;
 
-      gradient.student = temperature / sums.sum_s * (unfused(w_kd * q_rest) + w_t * (p - q) + w_n);
-      gradient.teacher = temperature / sums.sum_t * (unfused(w_kd * p_rest) + w_n);
+      gradient.student = temperature / sums.sum_s * (rounded(w_kd * q_rest) + w_t * (p - q) + w_n);
+      gradient.teacher = temperature / sums.sum_t * (rounded(w_kd * p_rest) + w_n);
       gradient.label = temperature * (w_kd + w_t) * (q - p);
       if (needs & kStandardized) {
         // G = sum g_i x_i over the standardised logits x.
         const Real inverse = row.student.slope * temperature;
         const Real label_z = row.label.present ? above_mean(row.label.z_s, row.student) : Real(0);
-        const Real along = inverse * (unfused(gradient.student * sums.moment_s) -
-                                      unfused(gradient.teacher * sums.moment_t) + gradient.label * label_z);
+        const Real along = inverse * (rounded(gradient.student * sums.moment_s) -
+                                      rounded(gradient.teacher * sums.moment_t) + gradient.label * label_z);
         gradient.affine =
             row.student.deviation > 0 ? -along * inverse / (Real(row.classes - 1) * row.student.deviation) : Real(0);
         gradient.student *= inverse;
@@ -418,18 +377,7 @@ struct BinaryKLNorm {
 
 // ---- the list ---------------------------------------------------------------------------------------------------
 
-template <class... Loss>
-struct LossList {};
 // In the order of LOSSES in fastkd/ops/spec.py.
 typedef LossList<Softmax, NKD, TTM, ReverseKL, JSD, TVD, SkewKL, SkewReverseKL, BinaryKL, BinaryKLNorm> Losses;
-
-// visit(Loss()) for the loss with this index; Result() if there is none.
-template <class Result, class Visit, class... Loss>
-inline __attribute__((always_inline)) Result with_loss(int32_t index, const Visit& visit, LossList<Loss...>) {
-  Result result{};
-  int32_t i = 0;
-  (void)((i++ == index && (result = visit(Loss()), true)) || ...);
-  return result;
-}
 
 }  // namespace fastkd

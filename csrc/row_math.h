@@ -44,17 +44,21 @@ enum Needs : unsigned {
   kTeacherAtT1 | kCrossTerm | kLogRatio | kOwnSlopes | kStandardized | kSumsOnly
 };
 
-// Keeps the compiler from fusing a product into a multiply-add where two equal products must cancel to 0. GPU code is
-// compiled without fusion.
-FASTKD_ROW_FUNCTION float unfused(float x) { return x; }
-FASTKD_ROW_FUNCTION double unfused(double x) {
-#if defined(__CUDACC__)
-#elif defined(__x86_64__)
-  asm("" : "+x"(x));
+// An operand of inline assembly that holds floating-point numbers.
+#if defined(__x86_64__)
+#define FASTKD_FLOAT_REGISTER "+x"
 #elif defined(__aarch64__)
-  asm("" : "+w"(x));
+#define FASTKD_FLOAT_REGISTER "+w"
 #else
-  asm("" : "+m"(x));
+#define FASTKD_FLOAT_REGISTER "+m"
+#endif
+
+// Keeps the compiler from fusing a product into a multiply-add, which would leave a rounding error where two equal
+// products must cancel to 0. GPU code is compiled without fusion.
+FASTKD_ROW_FUNCTION float rounded(float x) { return x; }
+FASTKD_ROW_FUNCTION double rounded(double x) {
+#ifndef __CUDACC__
+  asm("" : FASTKD_FLOAT_REGISTER(x));
 #endif
   return x;
 }

@@ -49,7 +49,7 @@ static Cached cache_for(const Phases& phases, const Rows& rows, const LossOption
 
 // Initialises a row. Returns false if the row is done: its weight is 0, or its label out of range.
 static bool start_row(RowJob& job, const Rows& rows, const LossOptions& options, int64_t index) {
-  job = {&rows, &options, index, -1, {}, {}, 0, {}};
+  job = {&rows, &options, index, -1};
   if (weight_of(rows, index) == 0) {
     write_uncomputed(rows, index, 0.0f);  // its logits are not read
     return false;

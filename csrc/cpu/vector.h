@@ -44,17 +44,12 @@ FASTKD_INLINE vf at_least(vf x, vf bound) {
 #endif
 }
 
-// Keeps the compiler from fusing a product into a multiply-add, which would leave a rounding error where two equal
-// products must cancel to 0.
+// As the scalar function of row_math.h.
 FASTKD_INLINE vf rounded(vf x) {
-#if defined(__x86_64__) && defined(FASTKD_USE_AVX512)
-  asm("" : "+v"(x));
-#elif defined(__x86_64__)
-  asm("" : "+x"(x));
-#elif defined(__aarch64__)
-  asm("" : "+w"(x));
+#if defined(FASTKD_USE_AVX512)
+  asm("" : "+v"(x));  // all 32 registers
 #else
-  asm("" : "+m"(x));
+  asm("" : FASTKD_FLOAT_REGISTER(x));
 #endif
   return x;
 }
