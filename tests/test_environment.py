@@ -1,5 +1,7 @@
 """Environment variables, devices and closed pipes on the command line."""
 
+import argparse
+import io
 import os
 import subprocess
 import sys
@@ -86,6 +88,20 @@ def test_the_other_numbers_of_torchrun(variable, monkeypatch, capsys):
     assert f"the environment's {variable} is 'first'; expected an integer" in capsys.readouterr().err
 
 
+class ClosedPipe(io.StringIO):
+    def write(self, text):
+        raise BrokenPipeError
+
+
+def help_status() -> int:
+    """Of ``--help`` into a closed pipe: argparse ignores the error, except in early 3.10 and 3.11."""
+    try:
+        argparse.ArgumentParser().print_help(ClosedPipe())
+    except BrokenPipeError:
+        return 141
+    return 0
+
+
 @pytest.mark.parametrize("command", [["recipes"], ["--help"], ["doctor"], ["bench", "--help"]])
 def test_a_closed_pipe_ends_the_command_quietly(command):
     reader, writer = os.pipe()
@@ -99,7 +115,7 @@ def test_a_closed_pipe_ends_the_command_quietly(command):
             cwd=ROOT,
         )
     assert process.stderr == ""
-    assert process.returncode == (0 if "--help" in command else 141)  # argparse ignores a closed pipe
+    assert process.returncode == (help_status() if "--help" in command else 141)
 
 
 @pytest.mark.parametrize(

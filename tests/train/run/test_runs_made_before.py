@@ -7,7 +7,7 @@ package, ``fastkd.train``.
 
 from __future__ import annotations
 
-import tarfile
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,7 @@ def state_of(folder: Path) -> dict[str, Any]:
 
 
 def test_a_run_of_the_flat_trainer_is_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(tmp_path, filter="data")
+    shutil.unpack_archive(ARCHIVE, tmp_path)
     folder = tmp_path / "stopped-001"
     before = state_of(folder)
     assert len(before["history"]) == 1
