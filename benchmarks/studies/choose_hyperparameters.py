@@ -4,19 +4,23 @@
 
 Glyphs: one training face, Serif Bold, validates; the reported faces are left out altogether, and the
 teacher is trained without any of them. Fashion-MNIST: 10,000 training images validate; the test images are
-not used. Every point of the grid below is trained as the recipe says (seed 100 unless ``--seeds`` gives
-more, never the reported seeds); the mean accuracy of the last epoch decides, the recipe's own value in a
-tie. FILE gets one line per run as it ends and one with the choice; runs already in it are not repeated.
+not used. Emoji: one artist validates, the reported artist is left out; ``data.folder`` names such a folder.
+
+The search starts at the recipe's own options and tries, for each option, the next smaller and the next larger
+value (STEPS), or every other value (VALUES); it moves to the best point found and goes on until no neighbour
+of the best is better, so the best is never at the end of a grid. Every point is trained as the recipe says
+(seed 100 unless ``--seeds`` gives more, never the reported seeds); the mean accuracy of the last epoch
+decides. FILE gets one line per run as it ends and one with the choice; runs already in it are not repeated.
 key=value words after the recipes are passed to every run.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import statistics
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +31,28 @@ from fastkd.recipe.schema import load_recipe
 from fastkd.train.display.console import make_console
 from fastkd.train.run.run import run_recipe
 
-# By method: the options to try, every combination of them. A recipe's own comes first: BinaryKL-Norm is a sum
-# over classes, and what a weight means depends on their number.
-GRIDS: dict[str, dict[str, list[Any]]] = {
-    "kd": {"temperature": [2.0, 4.0, 8.0]},
-    "lskd": {"kd_weight": [3.0, 9.0], "temperature": [2.0, 4.0]},
-    "dkd": {"beta": [2.0, 8.0], "temperature": [2.0, 4.0]},
-    "dckd": {"beta": [2.0, 8.0], "temperature": [2.0, 4.0]},
-    "nkd": {"gamma": [0.5, 1.5], "temperature": [1.0, 3.0]},
-    "binary_kl_norm": {"weight": [1e-3, 1e-2, 1e-1]},
-    "dhkd": {"alpha": [1e-2, 1e-1, 1.0], "head": ["nonlinear", "linear"]},
-    "glyphs/dhkd": {"alpha": [1e-4, 1e-3, 1e-2], "head": ["nonlinear", "linear"]},
-    "mhkd": {"alpha": [0.3, 1.0, 3.0]},
+Point = dict[str, Any]
+
+# By method: options on a geometric scale, and the factor between neighbours.
+STEPS: dict[str, dict[str, float]] = {
+    "kd": {"temperature": 2.0},
+    "lskd": {"kd_weight": 3.0, "temperature": 2.0},
+    "dkd": {"beta": 2.0, "temperature": 2.0},
+    "dckd": {"beta": 2.0, "temperature": 2.0},
+    "fitnets": {"hint_weight": 10.0},
+    "rkd": {"distance_weight": 5.0},
+    "binary_kl_norm": {"weight": 10**0.5},
+    "dhkd": {"alpha": 10**0.5},
+    "mhkd": {"alpha": 3.0, "beta": 3.0},
 }
-SPLITS = {
+# Options with a few values, of which each is a neighbour of the others.
+VALUES: dict[str, dict[str, list[Any]]] = {
+    "dhkd": {"head": ["nonlinear", "linear"], "align": ["all", "none"]},
+}
+SPLITS: dict[str, list[str]] = {
     "glyphs": ["data.holdout=[DejaVu Serif Bold]", f"data.exclude=[{', '.join(DEJAVU_HOLDOUT)}]"],
     "fashion-mnist": ["data.holdout=10000"],
+    "emoji": [],  # data.folder is of another split
 }
 
 
@@ -52,24 +62,28 @@ def main() -> None:
     )
     parser.add_argument("words", nargs="+", metavar="RECIPE … [key=value …]")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl")
+    parser.add_argument("--try", action="append", default=[], metavar="OPTION=VALUE", dest="tries")
     parser.add_argument("--seeds", type=int, default=1, metavar="N")
     parser.add_argument("--runs", type=Path, default=Path("runs/choice"), metavar="FOLDER")
     args = parser.parse_intermixed_args()
     overrides = [word for word in args.words if "=" in word]
+    tries = [dict([word.split("=", 1)]) for word in args.tries]
     for name in args.words:
         if "=" not in name:
-            choose(name, overrides, range(100, 100 + args.seeds), args.output, args.runs)
+            choose(name, overrides, tries, range(100, 100 + args.seeds), args.output, args.runs)
 
 
-def choose(name: str, overrides: list[str], seeds: range, output: Path, runs: Path) -> None:
+def choose(
+    name: str, overrides: list[str], tries: list[Point], seeds: range, output: Path, runs: Path
+) -> None:
     split = SPLITS.get(name.partition("/")[0])
     if split is None:
         raise SystemExit(f"{name}: no split to choose on; there is one for {', '.join(SPLITS)}")
     console = make_console()
     _, stated = load_recipe(name, overrides)
-    if stated.method not in GRIDS:
-        raise SystemExit(f"{name}: no grid for the method {stated.method}; there are {', '.join(GRIDS)}")
-    grid = GRIDS.get(name, GRIDS[stated.method])
+    steps, values = STEPS.get(stated.method, {}), VALUES.get(stated.method, {})
+    if not steps and not values:
+        raise SystemExit(f"{name}: nothing to choose for the method {stated.method}; see STEPS and VALUES")
     earlier = read(output)
     done = {
         (line["recipe"], json.dumps(line["options"]), line["seed"]): line
@@ -77,37 +91,51 @@ def choose(name: str, overrides: list[str], seeds: range, output: Path, runs: Pa
         if "seed" in line and line["overrides"] == overrides
     }
     means: dict[str, float] = {}
-    for values in itertools.product(*grid.values()):
-        options = dict(zip(grid, values, strict=True))
-        key = json.dumps(options)
-        accuracies = []
-        for seed in seeds:
-            line = done.get((name, key, seed))
-            if line is None:
-                given = [f"method.{option}={value}" for option, value in options.items()]
-                _, recipe = load_recipe(name, [*split, *overrides, *given, f"train.seed={seed}"])
-                console.print(f"{name}, {key}, seed {seed}", markup=False)
-                summary = run_recipe(name, recipe, runs=runs, console=console)
-                line = {
-                    "recipe": name,
-                    "options": options,
-                    "seed": seed,
-                    "last": summary["last"]["val_accuracy"],
-                }
-                line |= {"best": summary["best"]["val_accuracy"], "overrides": overrides, "split": split}
-                append(output, {**line, "made_with": summary["made_with"]})
-            accuracies.append(line["last"])
-        means[key] = statistics.mean(accuracies)
 
-    def rank(key: str) -> tuple[float, bool]:
-        return means[key], all(stated.options[option] == value for option, value in json.loads(key).items())
+    def accuracy(point: Point) -> float:
+        key = json.dumps(point)
+        if key not in means:
+            means[key] = statistics.mean(trained(point, seed) for seed in seeds)
+        return means[key]
 
-    best = max(means, key=rank)
-    console.print(f"{name}: chosen {best}, {means[best]:.2%} on the face or images held out", markup=False)
-    choice = {"recipe": name, "chosen": json.loads(best), "last": means[best], "grid": grid}
+    def trained(point: Point, seed: int) -> float:
+        line = done.get((name, json.dumps(point), seed))
+        if line is None:
+            given = [f"method.{option}={value}" for option, value in point.items()]
+            _, recipe = load_recipe(name, [*overrides, *split, *given, f"train.seed={seed}"])
+            console.print(f"{name}, {json.dumps(point)}, seed {seed}", markup=False)
+            summary = run_recipe(name, recipe, runs=runs, console=console)
+            line = {"recipe": name, "options": point, "seed": seed, "last": summary["last"]["val_accuracy"]}
+            line |= {"best": summary["best"]["val_accuracy"], "overrides": overrides, "split": split}
+            append(output, {**line, "made_with": summary["made_with"]})
+        return float(line["last"])
+
+    start = {option: stated.options[option] for option in (*steps, *values)}
+    for point in (start, *({**start, **{k: float(v) for k, v in one.items()}} for one in tries)):
+        accuracy(point)
+    best = start
+    while True:
+        for point in neighbours(best, steps, values):
+            accuracy(point)
+        found = json.loads(max(means, key=lambda key: means[key]))
+        if accuracy(found) <= accuracy(best):
+            break
+        best = found
+    console.print(f"{name}: chosen {best}, {accuracy(best):.2%} on the face or images held out", markup=False)
+    choice = {"recipe": name, "chosen": best, "last": accuracy(best), "tried": len(means)}
     choice |= {"overrides": overrides, "split": split}
     if choice not in earlier:
         append(output, choice)
+
+
+def neighbours(point: Point, steps: dict[str, float], values: dict[str, list[Any]]) -> Iterator[Point]:
+    for option, factor in steps.items():
+        for value in (point[option] / factor, point[option] * factor):
+            yield {**point, option: float(f"{value:.2g}")}
+    for option, several in values.items():
+        for value in several:
+            if value != point[option]:
+                yield {**point, option: value}
 
 
 def read(path: Path) -> list[dict[str, Any]]:

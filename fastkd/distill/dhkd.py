@@ -10,6 +10,7 @@ from torch.amp import GradScaler
 from fastkd import losses
 
 from .alignment import GradientAlignment
+from .centering import describe_offset
 from .classifier import find_classifier
 from .heads import pooled_head
 from .logits import cross_entropy
@@ -30,6 +31,9 @@ class DHKD(Method):
     Args:
         alpha: published: 1 for CIFAR-100, 0.1 for ImageNet. The loss sums over classes, so more classes need
             a smaller weight.
+        center_teacher: take the mean of each row's teacher logits out, which softmax does not see and this
+            loss does (``fastkd.binary_kl_norm_loss``). Published without, with teachers trained by SGD, whose
+            mean stays near 0.
         head: "linear", or "nonlinear": Linear(d, hidden), Dropout, BatchNorm, ReLU, Linear(hidden, C).
         align: scope of the alignment: "all" as released, "shared", or "none" (published for ImageNet).
         stop_epoch: train this many epochs with the auxiliary head, then only on the labels. Published: 50 of
@@ -48,6 +52,7 @@ class DHKD(Method):
         ce_weight: Weight = 1.0,
         alpha: Weight = 1.0,
         temperature: Positive = 2.0,
+        center_teacher: bool = True,
         head: Literal["linear", "nonlinear"] = "nonlinear",
         hidden: Count = 200,
         dropout: Fraction = 0.1,
@@ -58,7 +63,8 @@ class DHKD(Method):
     ) -> None:
         super().__init__(student, teacher, **shared)
         self.ce_weight, self.alpha = ce_weight, alpha
-        self.temperature, self.stop_epoch = temperature, stop_epoch
+        self.stop_epoch = stop_epoch
+        self.options: dict[str, Any] = {"temperature": temperature, "center_teacher": center_teacher}
         self.alignment = None if align == "none" else GradientAlignment(align)
         if feature is None:
             path, classifier = find_classifier(student)
@@ -72,6 +78,11 @@ class DHKD(Method):
             device = self.example.device
         self.head = pooled_head(head, width, num_classes, hidden=hidden, dropout=dropout).to(device)
 
+    def describe_start(self, seen: Seen) -> list[str]:
+        if not self.needs_teacher():
+            return []
+        return [describe_offset(seen.teacher_logits, self.options["center_teacher"])]
+
     def needs_teacher(self) -> bool:
         return self.alpha > 0 and (self.stop_epoch is None or self.epoch < self.stop_epoch)
 
@@ -82,9 +93,7 @@ class DHKD(Method):
         terms = {"ce": self.ce_weight * cross_entropy(seen.student_logits, seen.target)}
         if self.needs_teacher():
             logits = self.head(pooled(seen.student[self.feature]))
-            distillation = losses.binary_kl_norm_loss(
-                logits, seen.teacher_logits, temperature=self.temperature
-            )
+            distillation = losses.binary_kl_norm_loss(logits, seen.teacher_logits, **self.options)
             terms["binary_kl_norm"] = self.alpha * distillation
         return terms
 

@@ -14,6 +14,7 @@ from fastkd import losses
 from fastkd.losses import DistillLoss
 from fastkd.losses.module import LossModule
 
+from .centering import describe_offset
 from .method import TOTAL, Method, Seen, Terms, fused_terms
 from .options import Epochs, Fraction, Positive, Weight
 
@@ -234,7 +235,13 @@ class NKD(Method):
 
 
 class BinaryKL(Method, name="binary_kl"):
-    """ce_weight CE + weight BinaryKL on a single head, to compare with DHKD's auxiliary head."""
+    """ce_weight CE + weight BinaryKL on a single head, to compare with DHKD's auxiliary head.
+
+    Args:
+        weight: the loss sums over classes, so more classes need a smaller weight.
+        center_teacher: take the mean of each row's teacher logits out, which softmax does not see and this
+            loss does (``fastkd.binary_kl_loss``). Published without; see ``DHKD``.
+    """
 
     distillation: Callable[..., Tensor] = staticmethod(losses.binary_kl_loss)
 
@@ -246,15 +253,18 @@ class BinaryKL(Method, name="binary_kl"):
         ce_weight: Weight = 1.0,
         weight: Weight = 1.0,
         temperature: Positive = 2.0,
+        center_teacher: bool = True,
         **shared: Any,
     ) -> None:
         super().__init__(student, teacher, **shared)
-        self.ce_weight, self.weight, self.temperature = ce_weight, weight, temperature
+        self.ce_weight, self.weight = ce_weight, weight
+        self.options: dict[str, Any] = {"temperature": temperature, "center_teacher": center_teacher}
+
+    def describe_start(self, seen: Seen) -> list[str]:
+        return [describe_offset(seen.teacher_logits, self.options["center_teacher"])]
 
     def terms(self, seen: Seen) -> Terms:
-        distillation = self.distillation(
-            seen.student_logits, seen.teacher_logits, temperature=self.temperature
-        )
+        distillation = self.distillation(seen.student_logits, seen.teacher_logits, **self.options)
         ce = cross_entropy(seen.student_logits, seen.target)
         return {"ce": self.ce_weight * ce, self.name: self.weight * distillation}
 

@@ -112,6 +112,8 @@ class Method(nn.Module):
         self.student = student
         self._example = example
         self.epoch = 0
+        self._notes: list[str] = []
+        self._started = False
         # Set by a trainer that runs the teacher in another format; None: the current autocast.
         self.teacher_dtype: torch.dtype | None = None
         # In a tuple, so that it does not become a submodule.
@@ -150,6 +152,10 @@ class Method(nn.Module):
         are wrapped by ``fused_terms``.
         """
         raise NotImplementedError
+
+    def describe_start(self, seen: Seen) -> list[str]:
+        """What a user should know of the first training batch; ``take_notes`` returns it once."""
+        return []
 
     def needs_teacher(self) -> bool:
         """Whether this epoch's terms use the teacher; if not, it does not run."""
@@ -192,7 +198,11 @@ class Method(nn.Module):
                 teacher_logits = logits_of(self.teacher, inputs, "teacher")
         with self.student_taps.reading() as student_features:
             student_logits = logits_of(self.student, inputs, "student")
-        terms = self.terms(Seen(student_logits, teacher_logits, target, student_features, teacher_features))
+        seen = Seen(student_logits, teacher_logits, target, student_features, teacher_features)
+        if self.training and not self._started and not torch.compiler.is_compiling():
+            self._started = True
+            self._notes += self.describe_start(seen)
+        terms = self.terms(seen)
         total_of(terms)  # raises for invalid terms
         extra_terms: Terms = {}
         if self.hint is not None:
@@ -225,6 +235,11 @@ class Method(nn.Module):
 
     def finish_gradients(self) -> None:
         """Call once per step after the last ``backward`` and unscaling, before clipping; aligns gradients."""
+
+    def take_notes(self) -> list[str]:
+        """Notes that have come up since the last call, for the user to see."""
+        notes, self._notes = self._notes, []
+        return notes
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch that begins, from 0, for warm-ups and stops."""

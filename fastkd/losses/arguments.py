@@ -192,7 +192,7 @@ _OF_OPTION: dict[str, Callable[[str, Any], None]] = {
     **dict.fromkeys(("label_smoothing", "skew"), check_fraction),
     "ignore_index": lambda name, value: check_ignore_index(value),
     "reduction": lambda name, value: check_reduction(value),
-    **dict.fromkeys(("standardize", "fix_acquired", "weighted", "reverse"), check_flag),
+    **dict.fromkeys(("standardize", "fix_acquired", "weighted", "reverse", "center_teacher"), check_flag),
 }
 
 

@@ -25,6 +25,7 @@ def reduced_loss(
     target: Tensor | None = None,
     *,
     uses_label: bool = False,
+    center_teacher: bool = False,
     ignore_index: int = -100,
     weight: Tensor | None,
     reduction: str,
@@ -33,7 +34,7 @@ def reduced_loss(
     """A loss of ``ops.spec`` and, if asked for, its terms; conventions of ``fastkd.losses``.
 
     ``options`` is the loss's NamedTuple. Its numbers may be symbolic while torch.compile traces. Without
-    ``uses_label`` the target only marks the rows to ignore.
+    ``uses_label`` the target only marks the rows to ignore. ``center_teacher``: see ``centered``.
     """
     arguments.check_reduction(reduction)
     arguments.check_ignore_index(ignore_index)
@@ -53,6 +54,8 @@ def reduced_loss(
     chosen = _backend_for((*students, *teachers, weight, target), student, teachers[0])
     students = [as_ordinary("student_logits", logits) for logits in students]
     teachers = [as_ordinary("teacher_logits", logits) for logits in teachers]
+    if center_teacher:
+        teachers = [centered(logits) for logits in teachers]
 
     reduced = reduction != "none"
     leading, classes = student.shape[:-1], student.shape[-1]
@@ -75,6 +78,15 @@ def reduced_loss(
     if not with_terms or terms is None:
         return rows, ()
     return rows, terms.detach().view(terms.shape[0], *shape)
+
+
+def centered(logits: Tensor) -> Tensor:
+    """Logits minus the mean of their row, in float32 (float64 for float64).
+
+    Half types would round the difference once more.
+    """
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return wide - wide.mean(-1, keepdim=True)
 
 
 def _backend_for(tensors: Sequence[Tensor | None], student: Tensor, teacher: Tensor) -> str:

@@ -237,6 +237,8 @@ def _train_epoch(
                 training.step_scheduler("step")
                 continue
             train_step(training, options, batch, meter, watch, passes)
+            for note in method.take_notes():
+                watcher.note(note)
             training.step_scheduler("step")
             watch.lap("student")
             meter.waited = train.waited
