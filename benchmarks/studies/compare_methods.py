@@ -1,0 +1,113 @@
+"""Train several methods with several seeds and print them as tables, with differences paired by seed.
+
+    python benchmarks/studies/compare_methods.py glyphs --output FILE.jsonl
+    python benchmarks/studies/compare_methods.py glyphs --rows KD DHKD --output FILE.jsonl train.epochs=24
+    python benchmarks/studies/compare_methods.py glyphs --table FILE.jsonl
+
+The rows of each problem are in ``comparison_rows.py``: recipes with overrides. key=value words apply to every
+row. FILE gets one line per run as it ends; runs already in it are not repeated, so several processes with
+different ``--rows`` can share it. Each row names the commit that it was made at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from choose_hyperparameters import append, read
+from comparison_rows import DIFFERENCES, PROBLEMS, rows_of
+
+from fastkd.recipe.schema import load_recipe
+from fastkd.train.display.console import make_console
+from fastkd.train.run.run import run_recipe
+
+Line = dict[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("problem", choices=PROBLEMS)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="all of the problem's if not given")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="FOLDER")
+    files = parser.add_mutually_exclusive_group(required=True)
+    files.add_argument("--output", type=Path, metavar="FILE.jsonl")
+    files.add_argument("--table", type=Path, metavar="FILE.jsonl", help="print it")
+    args = parser.parse_intermixed_args()
+    rows = rows_of(args.problem)
+    unknown = [label for label in args.rows or () if label not in rows]
+    if unknown:
+        raise SystemExit(f"--rows: there is no row {unknown}; there are {', '.join(rows)}")
+    if args.table is not None:
+        print(tables([line for line in read(args.table) if line["overrides"] == args.overrides]))
+        return
+    for seed in args.seeds:
+        for label in args.rows or rows:
+            train(args.problem, label, rows[label], seed, args.overrides, args.output, args.runs)
+
+
+def train(
+    problem: str, label: str, words: list[str], seed: int, overrides: list[str], output: Path, runs: Path
+) -> None:
+    """One run, unless ``output`` has it."""
+    key = {"problem": problem, "row": label, "seed": seed, "overrides": overrides}
+    if any(all(line[name] == value for name, value in key.items()) for line in read(output)):
+        return
+    console = make_console()
+    console.print(f"{problem}, {label}, seed {seed}", markup=False)
+    name, recipe = load_recipe(words[0], [*words[1:], *overrides, f"train.seed={seed}"])
+    summary = run_recipe(name, recipe, runs=runs, console=console)
+    teacher = summary["teacher"] or {}
+    line = {**key, "words": words}
+    line |= {which: summary[which] for which in ("best", "last", "made_with")}
+    line |= {"teacher": teacher.get("val_accuracy"), "seconds": round(sum(summary["seconds"].values()), 1)}
+    append(output, {**line, "commit": commit()})
+
+
+def commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def tables(lines: list[Line]) -> str:
+    """Means over seeds, and differences paired by seed, in percentage points; Markdown."""
+    rows: dict[str, dict[int, Line]] = {}
+    for line in lines:
+        rows.setdefault(line["row"], {})[line["seed"]] = line
+    out = ["| row | seeds | best epoch, % | last epoch, % |", "|---|---|---|---|"]
+    for label, runs in rows.items():
+        best, last = (
+            spread([100 * run[which]["val_accuracy"] for run in runs.values()]) for which in ("best", "last")
+        )
+        out.append(f"| {label} | {len(runs)} | {best} | {last} |")
+    teachers = sorted({f"{100 * line['teacher']:.2f}" for line in lines if line["teacher"] is not None})
+    out += ["", f"Teacher, %: {', '.join(teachers)}", ""]
+    out += ["| last epoch, points, paired by seed | mean | each |", "|---|---|---|"]
+    for first, second in DIFFERENCES:
+        seeds = sorted(set(rows.get(first, {})) & set(rows.get(second, {})))
+        if seeds:
+            apart = [
+                100 * (rows[first][seed]["last"]["val_accuracy"] - rows[second][seed]["last"]["val_accuracy"])
+                for seed in seeds
+            ]
+            each = ", ".join(f"{value:+.2f}" for value in apart)
+            out.append(f"| {first} - {second} | {spread(apart, '+')} | {each} |")
+    return "\n".join(out)
+
+
+def spread(values: list[float], sign: str = "") -> str:
+    mean = f"{statistics.mean(values):{sign}.2f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.2f}"
+
+
+if __name__ == "__main__":
+    main()

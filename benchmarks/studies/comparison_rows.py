@@ -1,0 +1,81 @@
+"""The rows of each problem's table: a recipe and its overrides, by label; and the differences to print."""
+
+from __future__ import annotations
+
+from fastkd.recipe.schema import load_recipe
+
+
+def _rows(problem: str, layer: str, hint: str, relations: list[str]) -> dict[str, list[str]]:
+    """``layer`` gets the hint, whose weight is ``hint``; ``relations`` are RKD's weights."""
+    no_hint = "method.hint_weight=0.0"
+    hints = [f"method.hint_layer={layer}", f"method.hint_weight={hint}"]
+
+    def other(method: str, *options: str) -> list[str]:
+        return [f"{problem}/kd", f"method={method}", *options]
+
+    dhkd, one_head = f"{problem}/dhkd", f"{problem}/binary-kl-norm"
+    return {
+        "labels alone": [f"{problem}/student"],
+        "KD": [f"{problem}/kd"],
+        "LSKD": [f"{problem}/lskd"],
+        "DKD": [f"{problem}/dkd"],
+        "MHKD": [f"{problem}/mhkd"],
+        "one head": [one_head],
+        "one head, raw teacher": [one_head, "method.center_teacher=false"],
+        "DHKD": [dhkd],
+        "DHKD, raw teacher": [dhkd, "method.center_teacher=false"],
+        "DHKD, nonlinear, aligned": [dhkd, "method.head=nonlinear", "method.align=all"],
+        "DHKD, nonlinear, not aligned": [dhkd, "method.head=nonlinear", "method.align=none"],
+        "DHKD, linear, aligned": [dhkd, "method.head=linear", "method.align=all"],
+        "DHKD, linear, not aligned": [dhkd, "method.head=linear", "method.align=none"],
+        "DCKD": [f"{problem}/dckd", no_hint],
+        "DCKD, argmax": other("dckd_by_argmax:ByArgmax", *_options(f"{problem}/dckd", "beta", "temperature")),
+        "hint": other("fitnets", *hints),
+        "RKD": other("rkd", *relations),
+        "KD + hint": [f"{problem}/kd", *hints],
+        "DKD + hint": [f"{problem}/dkd", *hints],
+        "DCKD + hint": [f"{problem}/dckd", *hints],
+        "DKD + RKD": [f"{problem}/dkd", *relations],
+        "DCKD + RKD": [f"{problem}/dckd", no_hint, *relations],
+    }
+
+
+def _options(recipe: str, *names: str) -> list[str]:
+    options = load_recipe(recipe)[1].options
+    return [f"method.{name}={options[name]}" for name in names]
+
+
+# The hint's layer and weight, and RKD's weights. Angles cost N^3 D operations, too many for a glyph's 1,536
+# features.
+_FEATURE_TERMS = {
+    "glyphs": ("stages.2", "100.0", ["method.distance_weight=25.0", "method.angle_weight=0.0"]),
+    "fashion-mnist": ("stages.2", "100.0", ["method.distance_weight=25.0", "method.angle_weight=50.0"]),
+}
+PROBLEMS = tuple(_FEATURE_TERMS)
+
+
+def rows_of(problem: str) -> dict[str, list[str]]:
+    return _rows(problem, *_FEATURE_TERMS[problem])
+
+
+# (first, second): the accuracy of the first minus that of the second.
+DIFFERENCES = [
+    *((label, "labels alone") for label in ("KD", "LSKD", "DKD", "DCKD", "MHKD", "one head", "DHKD")),
+    *((label, "KD") for label in ("LSKD", "DKD", "DCKD", "MHKD", "one head", "DHKD")),
+    ("DHKD", "one head"),
+    ("one head", "one head, raw teacher"),
+    ("DHKD", "DHKD, raw teacher"),
+    ("DHKD, nonlinear, aligned", "DHKD, nonlinear, not aligned"),
+    ("DHKD, linear, aligned", "DHKD, linear, not aligned"),
+    ("DHKD, nonlinear, aligned", "DHKD, linear, aligned"),
+    ("DHKD, nonlinear, not aligned", "DHKD, linear, not aligned"),
+    ("DCKD", "DKD"),
+    ("DCKD, argmax", "DCKD"),
+    ("DCKD + hint", "DCKD"),
+    ("DCKD + hint", "hint"),
+    ("DCKD + hint", "DKD + hint"),
+    ("DCKD + hint", "KD + hint"),
+    ("DCKD + RKD", "DCKD"),
+    ("DCKD + RKD", "RKD"),
+    ("DCKD + RKD", "DKD + RKD"),
+]
