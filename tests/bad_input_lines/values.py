@@ -101,6 +101,11 @@ for wrong in ("yes", 1, None):
         Refused(TypeError, "^fix_acquired is"),
     )
     add(
+        f"center_teacher={wrong!r}",
+        lambda v=wrong: fastkd.binary_kl_norm_loss(S, T, center_teacher=v),
+        Refused(TypeError, "^center_teacher is"),
+    )
+    add(
         f"weighted={wrong!r}",
         lambda v=wrong: fastkd.ttm_loss(S, T, gamma=1.0, weighted=v),
         Refused(TypeError, "^weighted is"),

@@ -311,3 +311,51 @@ def test_an_unknown_scope() -> None:
     with pytest.raises(ValueError, match="align = 'backbone'"):
         DHKD(*pair(), align="backbone")
     assert isinstance(pair()[0], Net)
+
+
+@pytest.mark.parametrize("name", ["dhkd", "binary_kl", "binary_kl_norm"])
+def test_what_is_said_of_the_teachers_offset(name: str) -> None:
+    """Once, in the first training batch, with the default that was taken."""
+
+    def said(**options: object) -> str:
+        student, teacher = pair()
+        with torch.no_grad():
+            teacher.fc.bias.add_(offset)
+        method = find_method(name)(student, teacher, **options)
+        method.check(batch())
+        assert method.take_notes() == []
+        method((batch()))
+        (note,) = method.take_notes()
+        method(batch())
+        assert method.take_notes() == []
+        return note
+
+    offset = -16.0
+    assert "row mean -15.9" in said() and "center_teacher=true takes the mean out" in said()
+    assert "says nothing about the classes" in said(center_teacher=False)
+    offset = 0.0
+    assert said(center_teacher=False).endswith("center_teacher=false")
+
+
+@pytest.mark.parametrize("name", ["dhkd", "binary_kl", "binary_kl_norm"])
+def test_a_centered_teacher_has_no_offset(name: str) -> None:
+    options = {"align": "none", "dropout": 0.0} if name == "dhkd" else {}
+
+    def terms(offset: float, center_teacher: bool) -> dict[str, Tensor]:
+        student, teacher = pair()
+        with torch.no_grad():
+            teacher.fc.bias.add_(offset)
+        torch.manual_seed(0)
+        method = find_method(name)(student, teacher, center_teacher=center_teacher, **options)
+        return method(batch())
+
+    for key, value in terms(0.0, True).items():
+        torch.testing.assert_close(terms(-16.0, True)[key], value, rtol=1e-4, atol=1e-5)
+    (distilled,) = set(terms(0.0, False)) - {"ce"}
+    assert terms(-16.0, False)[distilled] > 2 * terms(0.0, False)[distilled]
+
+
+def test_dhkd_that_has_stopped_says_nothing_of_its_teacher() -> None:
+    method = DHKD(*pair(), stop_epoch=0)
+    method(batch())
+    assert method.take_notes() == []
