@@ -5,8 +5,9 @@
     python benchmarks/studies/compare_methods.py glyphs --table FILE.jsonl
 
 The rows of each problem are in ``comparison_rows.py``: recipes with overrides. key=value words apply to every
-row. FILE gets one line per run as it ends; runs already in it are not repeated, so several processes with
-different ``--rows`` can share it. Each row names the commit that it was made at.
+row; {seed} in one is replaced. FILE gets one line per run as it ends, with the commit that it was made at. Runs
+already in it are not repeated, so several processes with different ``--rows`` can share it; a row whose recipe
+equals another row's takes its result.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from choose_hyperparameters import append, read
 from comparison_rows import DIFFERENCES, PROBLEMS, rows_of
 
+from fastkd.files.sealed import short_digest_of
 from fastkd.recipe.schema import load_recipe
 from fastkd.train.display.console import make_console
 from fastkd.train.run.run import run_recipe
@@ -60,11 +62,18 @@ def train(
 ) -> None:
     """One run, unless ``output`` has it."""
     key = {"problem": problem, "row": label, "seed": seed, "overrides": overrides}
-    if any(all(line[name] == value for name, value in key.items()) for line in read(output)):
+    earlier = read(output)
+    if any(all(line[name] == value for name, value in key.items()) for line in earlier):
         return
+    given = [word.replace("{seed}", str(seed)) for word in overrides]
+    name, recipe = load_recipe(words[0], [*words[1:], *given, f"train.seed={seed}"])
+    key["recipe"] = short_digest_of({**recipe.flat(), "description": ""})
+    for line in earlier:
+        if line["recipe"] == key["recipe"]:
+            append(output, {**line, **key, "words": words})
+            return
     console = make_console()
     console.print(f"{problem}, {label}, seed {seed}", markup=False)
-    name, recipe = load_recipe(words[0], [*words[1:], *overrides, f"train.seed={seed}"])
     summary = run_recipe(name, recipe, runs=runs, console=console)
     teacher = summary["teacher"] or {}
     line = {**key, "words": words}
