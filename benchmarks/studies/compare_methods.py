@@ -5,9 +5,9 @@
     python benchmarks/studies/compare_methods.py glyphs --table FILE.jsonl
 
 The rows of each problem are in ``comparison_rows.py``: recipes with overrides. key=value words apply to every
-row; {seed} in one is replaced. FILE gets one line per run as it ends, with the commit that it was made at. Runs
-already in it are not repeated, so several processes with different ``--rows`` can share it; a row whose recipe
-equals another row's takes its result.
+row; {seed} in one is replaced. FILE gets one line per run as it ends, with the commit that it was made at.
+Runs already in it are not repeated, so several processes with different ``--rows`` can share it; a row whose
+recipe equals another row's takes its result, and a row whose recipe has changed is trained again.
 """
 
 from __future__ import annotations
@@ -61,17 +61,15 @@ def train(
     problem: str, label: str, words: list[str], seed: int, overrides: list[str], output: Path, runs: Path
 ) -> None:
     """One run, unless ``output`` has it."""
-    key = {"problem": problem, "row": label, "seed": seed, "overrides": overrides}
-    earlier = read(output)
-    if any(all(line[name] == value for name, value in key.items()) for line in earlier):
-        return
     given = [word.replace("{seed}", str(seed)) for word in overrides]
     name, recipe = load_recipe(words[0], [*words[1:], *given, f"train.seed={seed}"])
+    key = {"problem": problem, "row": label, "seed": seed, "overrides": overrides}
     key["recipe"] = short_digest_of({**recipe.flat(), "description": ""})
-    for line in earlier:
-        if line["recipe"] == key["recipe"]:
-            append(output, {**line, **key, "words": words})
-            return
+    equal = [line for line in read(output) if line["recipe"] == key["recipe"]]
+    if equal:
+        if not any(line["row"] == label for line in equal):
+            append(output, {**equal[0], **key, "words": words})
+        return
     console = make_console()
     console.print(f"{problem}, {label}, seed {seed}", markup=False)
     summary = run_recipe(name, recipe, runs=runs, console=console)
