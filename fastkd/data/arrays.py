@@ -1,4 +1,4 @@
-"""Data sets that fit into memory: Fashion-MNIST, CIFAR-100, and random images."""
+"""Images in memory, and the data sets that are kept so: Fashion-MNIST, CIFAR-100, and random images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import math
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastkd.errors import DataError
-from fastkd.recipe.schema import FolderData, ImageData, ShardData, SyntheticData
+from fastkd.recipe.schema import ArraysData, FolderData, ImageData, MemoryImages, ShardData, SyntheticData
 
 from .order import EpochOrder, IndexedLoader
 from .transforms import IMAGENET_MEAN, IMAGENET_STD, Mixing, Normalize
 
 
 @dataclass(frozen=True)
-class _Kind:
+class Kind:
     """Constants of a data set: its sizes, and mean and standard deviation of pixels in 0..1."""
 
     title: str
@@ -34,19 +34,25 @@ class _Kind:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     padding: int = 0  # of the random crops
+    measured: bool = False  # title from the folder's name; classes, mean and std from its files
+
+    @property
+    def identity(self) -> list[object]:
+        """What a trained network depends on besides the images. A folder can be renamed."""
+        return ["arrays", self.classes, *self.mean, *self.std] if self.measured else [self.title]
 
 
 KINDS = {
-    "fashion_mnist": _Kind("Fashion-MNIST", 10, 1, 28, (0.2860,), (0.3530,), padding=2),
-    "cifar100": _Kind("CIFAR-100", 100, 3, 32, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), padding=4),
+    "fashion_mnist": Kind("Fashion-MNIST", 10, 1, 28, (0.2860,), (0.3530,), padding=2),
+    "cifar100": Kind("CIFAR-100", 100, 3, 32, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), padding=4),
 }
 
 
 @dataclass(frozen=True)
 class ArrayData:
-    """Images in memory, uint8 ``[N, C, H, W]``, with int64 labels; see ``load_image_data``."""
+    """Images in memory, uint8 ``[N, C, H, W]``, with int64 labels; see ``array_data``."""
 
-    kind: _Kind
+    kind: Kind
     train: tuple[Tensor, Tensor] = field(repr=False)
     val: tuple[Tensor, Tensor] = field(repr=False)
     augment: bool
@@ -69,7 +75,7 @@ class ArrayData:
 
     @property
     def content(self) -> list[object]:
-        return [self.kind.title, _digest(self.train), len(self.train[1])]
+        return [*self.kind.identity, _digest(self.train), len(self.train[1])]
 
     @property
     def samples(self) -> int:
@@ -108,7 +114,7 @@ class ArrayLoader(IndexedLoader):
 
     def __init__(
         self,
-        kind: _Kind,
+        kind: Kind,
         images: Tensor,
         target: Tensor,
         batch_size: int,
@@ -163,23 +169,25 @@ def crop_and_flip(images: Tensor, padding: int, moves: Tensor) -> Tensor:
     ]
 
 
-def random_images(config: ImageData | FolderData | ShardData | SyntheticData) -> ArrayData:
+def random_images(config: ImageData | ArraysData | FolderData | ShardData | SyntheticData) -> ArrayData:
     """Random images and labels, with the shape of the data set that they replace."""
     if isinstance(config, SyntheticData):
         count, mixing = config.images, Mixing(0.0, 0.0, config.classes)
         half = (0.5,) * config.channels
-        kind = _Kind("synthetic", config.classes, config.channels, config.size, half, half)
+        kind = Kind("synthetic", config.classes, config.channels, config.size, half, half)
     else:
         assert config.synthetic is not None
         count = config.synthetic
         if isinstance(config, ImageData):
             kind = KINDS[config.name]
+        elif isinstance(config, ArraysData):  # only the files know their shape
+            kind = replace(KINDS["cifar100"], title=config.name)
         else:
-            kind = _Kind(config.name, 1000, 3, config.size, IMAGENET_MEAN, IMAGENET_STD)
+            kind = Kind(config.name, 1000, 3, config.size, IMAGENET_MEAN, IMAGENET_STD)
         mixing = Mixing(config.mixup, config.cutmix, kind.classes)
     generator = torch.Generator().manual_seed(0)
     train, val = (_random_images(kind, count, generator) for _ in range(2))
-    augment = isinstance(config, ImageData) and config.augment
+    augment = isinstance(config, MemoryImages) and config.augment
     return ArrayData(kind, train, val, augment, "random images", mixing)
 
 
@@ -197,6 +205,13 @@ def load_image_data(config: ImageData) -> ArrayData:
         )
     read = _fashion_mnist if config.name == "fashion_mnist" else _cifar100
     train, test = (read(folder, part, config.download) for part in (True, False))
+    return array_data(config, kind, train, test)
+
+
+def array_data(
+    config: MemoryImages, kind: Kind, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]
+) -> ArrayData:
+    """``train`` validated on ``test``, or on the part of ``train`` that the recipe holds out."""
     mixing = Mixing(config.mixup, config.cutmix, kind.classes)
     if config.holdout is None:
         return ArrayData(kind, train, test, config.augment, "validated on its test images", mixing)
@@ -209,7 +224,7 @@ def load_image_data(config: ImageData) -> ArrayData:
     return ArrayData(kind, *parts, config.augment, where, mixing)
 
 
-def _random_images(kind: _Kind, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _random_images(kind: Kind, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     shape = (count, kind.channels, kind.side, kind.side)
     images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     return images, torch.randint(0, kind.classes, (count,), generator=generator)

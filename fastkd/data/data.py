@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastkd.errors import DataError
-from fastkd.recipe.schema import DataSection, GlyphsData, ImageData, SyntheticData
+from fastkd.recipe.schema import ArraysData, DataSection, GlyphsData, ImageData, SyntheticData
 
 from .order import IndexedLoader
 
@@ -83,6 +83,10 @@ def load_data(config: DataSection) -> Data:
         return random_images(config)
     if isinstance(config, ImageData):
         return load_image_data(config)
+    if isinstance(config, ArraysData):
+        from .npz import load_npz_data
+
+        return load_npz_data(config)
     if config.root is None:
         raise DataError(
             "data.root is missing: the folder of the images (data.synthetic=64 tries a recipe without data)"

@@ -18,7 +18,7 @@ from fastkd.errors import DataError
 from fastkd.files.regular import open_regular, read_regular
 
 _MOST_SHARDS = 1_000_000
-_LARGEST_LABEL = 2**24 - 1  # a network has one output per label up to the largest
+LARGEST_LABEL = 2**24 - 1  # a network has one output per label up to the largest
 SUFFIXES = ("jpg", "jpeg", "png", "webp", "ppm", "bmp")  # of images in shards
 
 
@@ -210,10 +210,10 @@ def _samples_of(shard: Path) -> Iterator[tuple[str, int, int, int]]:
                     raise DataError(f"the shard {shard} is truncated at sample {sample['__key__']}")
                 content.seek(sample["cls"][0])
                 text = content.read(sample["cls"][1])
-                if not re.fullmatch(rb"\s*[0-9]{1,9}\s*", text) or int(text) > _LARGEST_LABEL:
+                if not re.fullmatch(rb"\s*[0-9]{1,9}\s*", text) or int(text) > LARGEST_LABEL:
                     raise DataError(
                         f"the shard {shard}: {sample['__key__']}.cls is {text[:20]!r}; "
-                        f"expected a number from 0 to {_LARGEST_LABEL}"
+                        f"expected a number from 0 to {LARGEST_LABEL}"
                     )
                 yield sample["__key__"], *image, int(text)
     except DataError:

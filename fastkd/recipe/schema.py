@@ -52,13 +52,22 @@ class _Images(_Section):
     synthetic: Count | None = None  # this many random images of the same shape, without the files
 
 
-class ImageData(_Images):
+class MemoryImages(_Images):
+    folder: str | None = None
+    holdout: Count | None = None  # validate on this many training images instead of the test images
+
+
+class ImageData(MemoryImages):
     """A torchvision data set that fits into memory."""
 
     name: Literal["fashion_mnist", "cifar100"]
-    folder: str | None = None
     download: bool = False  # into the folder, if it is missing
-    holdout: Count | None = None  # validate on this many training images instead of the test images
+
+
+class ArraysData(MemoryImages):
+    """Images and labels in train.npz and test.npz, which fit into memory."""
+
+    name: Literal["arrays"]
 
 
 class SyntheticData(_Section):
@@ -97,7 +106,7 @@ class ShardData(_FileImages):
     classes: Annotated[int, Field(ge=2)] | None = None  # None: the largest label + 1
 
 
-DataSection = GlyphsData | ImageData | FolderData | ShardData | SyntheticData
+DataSection = GlyphsData | ImageData | ArraysData | FolderData | ShardData | SyntheticData
 
 
 class Model(_Section):

@@ -7,6 +7,7 @@ must happen, function that tries it in an empty working directory and returns wh
 
 from __future__ import annotations
 
+from .arrays import ARRAYS
 from .common import NotTriedError, Row, happened
 from .disk import DISK
 from .files import OTHER_FILES
@@ -17,4 +18,4 @@ from .resuming import RESUME
 
 __all__ = ["ROWS", "NotTriedError", "happened"]
 
-ROWS: list[Row] = [*RECIPES, *IMAGES, *RESUME, *OTHER_FILES, *DISK, *OF_MODELS]
+ROWS: list[Row] = [*RECIPES, *IMAGES, *ARRAYS, *RESUME, *OTHER_FILES, *DISK, *OF_MODELS]
