@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .precision import at_least_float32
 from .taps import FeatureError, pooled, width_of
 
 
@@ -24,7 +25,8 @@ class Hint(nn.Module):
         self.projection = nn.Conv2d(*widths, 1) if len(student) == 4 else nn.Linear(*widths)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return F.mse_loss(self.projection(student).float(), teacher.float())
+        projected = at_least_float32(self.projection(student))
+        return F.mse_loss(projected, teacher.to(projected.dtype))
 
 
 def check_same_space(student: torch.Size, teacher: torch.Size, layers: tuple[str, str], what: str) -> None:
@@ -84,8 +86,7 @@ def angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _flat(feature: Tensor) -> Tensor:
-    flat = pooled(feature)
-    return flat if flat.dtype == torch.float64 else flat.float()
+    return at_least_float32(pooled(feature))
 
 
 def _distances(points: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from fastkd.messages import nearest
 from .classifier import find_classifier
 from .features import Hint, angle_loss, distance_loss, over_all_ranks
 from .options import GIVEN, Weight, check_options
+from .precision import dtype_of_parts
 from .sharing import check_apart
 from .taps import INPUT, Taps, eval_mode, logits_of, unwrapped
 
@@ -127,7 +128,8 @@ class Method(nn.Module):
             self._hint_layers = self.tap_both(hint_layer, hint_teacher_layer)
             (of_student, _), (of_teacher, _) = self.all_shapes()
             layers = self._hint_layers
-            self.hint = Hint(of_student[layers[0]], of_teacher[layers[1]], layers).to(self.example.device)
+            hint = Hint(of_student[layers[0]], of_teacher[layers[1]], layers)
+            self.hint = hint.to(self.example.device, dtype_of_parts(student))
         if distance_weight or angle_weight:
             if relation_layer is None:
                 assert teacher is not None

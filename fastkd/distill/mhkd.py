@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from .heads import MapHead
 from .logits import cross_entropy
 from .method import Method, Seen, Terms
 from .options import Count, File, Fraction, Positive, Weight
+from .precision import dtype_of_parts
 
 
 class MHKD(Method):
@@ -71,8 +73,10 @@ class MHKD(Method):
         for pair in self.pairs:
             shapes = of_student[pair[0]], of_teacher_[pair[1]]
             check_same_space(*shapes, pair, "a pair of heads")
-            for made, shape, logits in zip(heads, shapes, (student_logits, teacher_logits), strict=True):
-                made.append(MapHead(tuple(shape), logits[1], width=head_width).to(self.example.device))
+            of_models = zip(heads, (student, teacher), shapes, (student_logits, teacher_logits), strict=True)
+            for made, model, shape, logits in of_models:
+                head = MapHead(tuple(shape), logits[1], width=head_width)
+                made.append(head.to(self.example.device, dtype_of_parts(model)))
         self.student_heads, self.teacher_heads = (nn.ModuleList(made) for made in heads)
         self.teacher_heads_train = teacher_heads is None
         if teacher_heads is not None:
@@ -140,7 +144,11 @@ class MHKD(Method):
 
 def _of_one_dtype(logits: list[Tensor]) -> list[Tensor]:
     """One dtype for one launch; autocast may have been on for only some of them."""
-    return logits if len({one.dtype for one in logits}) == 1 else [one.float() for one in logits]
+    dtypes = {one.dtype for one in logits}
+    if len(dtypes) == 1:
+        return logits
+    widest = functools.reduce(torch.promote_types, dtypes, torch.float32)
+    return [one.to(widest) for one in logits]
 
 
 def _sum(values: list[Tensor]) -> Tensor:
