@@ -15,7 +15,6 @@ from fastkd.files.plain import load_plain
 from fastkd.files.regular import open_regular
 from fastkd.files.sealed import Damage, check_sealed
 
-from .features import check_same_space
 from .heads import MapHead
 from .logits import cross_entropy
 from .method import Method, Seen, Terms
@@ -35,8 +34,8 @@ class MHKD(Method):
     ``example``.
 
     Args:
-        layers: paths of the student's layers. Features of a pair must have the same spatial size; widths may
-            differ.
+        layers: paths of the student's layers. Each head reads only its own layer and averages over space, so
+            the features of a pair may differ in width, spatial size and kind (map, tokens, vector).
         teacher_layers: paths of the teacher's, in the same order; by default the student's.
         head_width: channels of the heads. Published: 256.
         teacher_heads: a checkpoint of an MHKD run (``last.pt``) whose teacher heads to use, frozen; by
@@ -72,7 +71,6 @@ class MHKD(Method):
         heads: list[list[MapHead]] = [[], []]
         for pair in self.pairs:
             shapes = of_student[pair[0]], of_teacher_[pair[1]]
-            check_same_space(*shapes, pair, "a pair of heads")
             of_models = zip(heads, (student, teacher), shapes, (student_logits, teacher_logits), strict=True)
             for made, model, shape, logits in of_models:
                 head = MapHead(tuple(shape), logits[1], width=head_width)

@@ -121,9 +121,54 @@ def test_bad_layers() -> None:
         build(layers=[])
     with pytest.raises(ValueError, match="example is missing"):
         build(example=None)
-    student, _ = pair()
-    unlike = Net(6, stride=1)
-    with pytest.raises(
-        FeatureError, match=r"'features\.1' gives \[N, 8, 4, 4\].*'features\.1' \[N, 12, 8, 8\]"
-    ):
-        MHKD(student, unlike, layers=LAYERS, example=batch(2)[0])
+
+
+@pytest.mark.parametrize(
+    ("layers", "teacher_layers", "shapes"),
+    [
+        (["features.1"], ["features.0"], ([8, 4, 4], [6, 8, 8])),
+        (["features.0"], ["features.1"], ([4, 8, 8], [12, 4, 4])),
+        (["fc:input"], ["features.0"], ([8], [6, 8, 8])),
+        (["features.0"], ["tokens"], ([4, 8, 8], [16, 12])),
+        (["tokens"], ["features.1"], ([16, 8], [12, 4, 4])),
+    ],
+)
+def test_pairs_that_differ_in_width_and_space(
+    layers: list[str], teacher_layers: list[str], shapes: tuple[list[int], list[int]]
+) -> None:
+    torch.manual_seed(0)
+    student, teacher = TokenNet(4), TokenNet(6)
+    options = {"layers": layers, "teacher_layers": teacher_layers, "head_width": 8}
+    method = MHKD(student, teacher, example=batch(2)[0], **options).eval()
+    found = [of_model[0][path] for of_model, path in zip(method.all_shapes(), method.pairs[0], strict=True)]
+    assert [list(shape[1:]) for shape in found] == list(shapes)
+    images, target = batch()
+    with method.student_taps.reading() as s, method.teacher_taps.reading() as t:
+        student(images), teacher(images)
+    of_student, of_teacher = (
+        method.student_heads[0](s[layers[0]]),
+        method.teacher_heads[0](t[teacher_layers[0]]),
+    )
+    kd = 16 * F.kl_div((of_student / 4).log_softmax(1), (of_teacher / 4).softmax(1), reduction="batchmean")
+    terms = method((images, target))
+    torch.testing.assert_close(terms["head_kd"], 0.9 * kd)
+    method.train()
+    optimizer = torch.optim.SGD(method.parameters(), lr=0.05)
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        losses.append(method.backward(method((images, target))).item())
+        optimizer.step()
+    assert losses[-1] < losses[0]
+
+
+class TokenNet(Net):
+    """``Net`` whose last feature also exists as a sequence of tokens: the output of ``tokens``."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.tokens = nn.Identity()
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.tokens(self.features(images).flatten(2).transpose(1, 2))
+        return self.fc(tokens.mean(1))
