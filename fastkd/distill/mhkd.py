@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from .precision import dtype_of_parts
 
 
 class MHKD(Method):
-    """Auxiliary heads on paired inner layers: Multi-head KD (arXiv 2012.02911, first author's later code).
+    """Auxiliary heads on paired inner layers: Multi-head knowledge distillation (arXiv 2012.02911).
 
     ce_weight CE(z_s, y) + alpha T^2 KL(z_t, z_s) + sum_h CE(teacher head h, y)
     + beta sum_h [head_kd T^2 KL(sg teacher head h, student head h) + (1 - head_kd) CE(student head h, y)]
@@ -33,11 +33,18 @@ class MHKD(Method):
     heads and the final logits share one launch of the fused loss. Heads are only used in training. Needs
     ``example``.
 
+    Of the paper only the abstract was available. The defaults of ``ce_weight``, ``temperature``, ``head_kd``,
+    ``head_width`` and ``head_linears`` are those of its first author's later code; ``alpha`` and ``beta`` of
+    1, and layers, are not published. A reproduction by others (DIH, intermediate classifiers) has
+    ``ce_weight`` 0.1, ``alpha`` 0.9, ``beta`` 0.5 and ``head_linears`` 2 at the same temperature.
+
     Args:
         layers: paths of the student's layers. Each head reads only its own layer and averages over space, so
             the features of a pair may differ in width, spatial size and kind (map, tokens, vector).
         teacher_layers: paths of the teacher's, in the same order; by default the student's.
-        head_width: channels of the heads. Published: 256.
+        head_width: channels of the heads, also between two linear layers.
+        head_linears: linear layers after the mean over space: 1, Linear(head_width, C), or 2, Linear, ReLU,
+            Linear. Both are published.
         teacher_heads: a checkpoint of an MHKD run (``last.pt``) whose teacher heads to use, frozen; by
             default they are trained too.
     """
@@ -55,6 +62,7 @@ class MHKD(Method):
         temperature: Positive = 4.0,
         head_kd: Fraction = 0.9,
         head_width: Count = 256,
+        head_linears: Literal[1, 2] = 1,
         teacher_heads: File | None = None,
         **shared: Any,
     ) -> None:
@@ -73,7 +81,7 @@ class MHKD(Method):
             shapes = of_student[pair[0]], of_teacher_[pair[1]]
             of_models = zip(heads, (student, teacher), shapes, (student_logits, teacher_logits), strict=True)
             for made, model, shape, logits in of_models:
-                head = MapHead(tuple(shape), logits[1], width=head_width)
+                head = MapHead(tuple(shape), logits[1], width=head_width, linears=head_linears)
                 made.append(head.to(self.example.device, dtype_of_parts(model)))
         self.student_heads, self.teacher_heads = (nn.ModuleList(made) for made in heads)
         self.teacher_heads_train = teacher_heads is None

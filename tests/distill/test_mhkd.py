@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastkd.distill import MHKD, FeatureError
+from fastkd.distill import MHKD, FeatureError, OptionError
 
 from .models import Net, batch, pair
 
@@ -51,6 +51,50 @@ def test_heads_of_unlike_widths() -> None:
     assert [head.layers[0].in_channels for head in method.student_heads] == [4, 8]
     assert [head.layers[0].in_channels for head in method.teacher_heads] == [6, 12]
     assert method.student_heads[0].classifier.in_features == 16
+
+
+def test_heads_with_two_linear_layers(tmp_path: Path) -> None:
+    method = build(head_linears=2)
+    for head in (*method.student_heads, *method.teacher_heads):
+        assert [type(layer) for layer in head.classifier] == [nn.Linear, nn.ReLU, nn.Linear]
+        assert [(head.classifier[i].in_features, head.classifier[i].out_features) for i in (0, 2)] == [
+            (8, 8),
+            (8, 7),
+        ]
+    feature = torch.randn(2, 4, 8, 8)
+    head = method.student_heads[0].eval()
+    pooled = head.layers(feature).mean((2, 3))
+    expected = head.classifier[2](head.classifier[0](pooled).relu())
+    torch.testing.assert_close(head(feature), expected)
+    method.backward(method(batch()))
+    assert head.classifier[0].weight.grad.any()
+    for bad in (0, 3, 1.5):
+        with pytest.raises(OptionError, match="head_linears"):
+            build(head_linears=bad)
+    path = tmp_path / "last.pt"
+    torch.save({"format": "fastkd-1", "method": method.parts_state()}, path)
+    loaded = build(head_linears=2, teacher_heads=str(path))
+    assert torch.equal(
+        loaded.teacher_heads[1].classifier[2].weight, method.teacher_heads[1].classifier[2].weight
+    )
+    with pytest.raises(ValueError, match="does not fit"):
+        build(teacher_heads=str(path))
+
+
+def test_the_keys_of_a_checkpoint_stay() -> None:
+    """Those of ``last.pt`` of earlier runs, whose teacher heads are loaded by name."""
+    norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    head = ["layers.0.weight", *(f"layers.1.{name}" for name in norm)]
+    head += [
+        "layers.3.weight",
+        *(f"layers.4.{name}" for name in norm),
+        "classifier.weight",
+        "classifier.bias",
+    ]
+    expected = [
+        f"{of}_heads.{index}.{key}" for of in ("student", "teacher") for index in (0, 1) for key in head
+    ]
+    assert list(build().parts_state()) == expected
 
 
 def test_the_teacher_stays_as_it_was_and_its_heads_learn() -> None:
