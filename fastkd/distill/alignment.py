@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
+from .precision import at_least_float32
+
 
 class GradientAlignment:
     """Adds max(0, -<g1, g0> / |g0|^2) g0 to the gradient g0 + g1 of two losses (Yang et al. 2024).
@@ -57,13 +59,13 @@ class GradientAlignment:
         """Correct ``.grad``, which must be reduced over ranks and unscaled, and reset g0."""
         if self._first is None:
             return
-        first = torch.cat([gradient.flatten().float() for gradient in self._first])
+        first = torch.cat([at_least_float32(gradient.flatten()) for gradient in self._first])
         self._first = None
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(first)
             first /= dist.get_world_size()
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self._parameters]
-        both = torch.cat([gradient.flatten().float() for gradient in gradients])
+        both = torch.cat([at_least_float32(gradient.flatten()) for gradient in gradients])
         square = first.dot(first)
         # -<g1, g0> / |g0|^2 with g1 = both - first; no correction where g0 = 0.
         correction = torch.where(square > 0, 1 - both.dot(first) / square, 0.0).clamp_min(0)

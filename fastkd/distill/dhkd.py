@@ -16,6 +16,7 @@ from .heads import pooled_head
 from .logits import cross_entropy
 from .method import TOTAL, Method, Seen, Terms
 from .options import Count, Epochs, Fraction, Positive, Weight
+from .precision import dtype_of_parts
 from .taps import INPUT, pooled, width_of
 
 
@@ -76,7 +77,8 @@ class DHKD(Method):
             shapes, logits_shape = self.student_taps.shapes(self.example)
             width, num_classes = width_of(shapes[feature]), logits_shape[1]
             device = self.example.device
-        self.head = pooled_head(head, width, num_classes, hidden=hidden, dropout=dropout).to(device)
+        aux = pooled_head(head, width, num_classes, hidden=hidden, dropout=dropout)
+        self.head = aux.to(device, dtype_of_parts(student))
 
     def describe_start(self, seen: Seen) -> list[str]:
         if not self.needs_teacher():

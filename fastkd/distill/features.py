@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .precision import at_least_float32
 from .taps import FeatureError, pooled, width_of
 
 
@@ -14,28 +15,47 @@ class Hint(nn.Module):
     """Mean squared error between a projected student feature and the teacher's (Romero et al. 2015).
 
     The projection is a 1x1 convolution for feature maps ``[N, D, H, W]``, and a linear layer for ``[N, D]``
-    and ``[N, L, D]``. Raises ``FeatureError`` if spatial sizes or numbers of tokens differ.
+    and ``[N, L, D]``. Maps of different sizes are compared at the smaller height and the smaller width of the
+    two, to which ``adaptive_avg_pool2d`` reduces each map that is larger. Raises ``FeatureError`` for
+    different numbers of tokens, which are not a grid, or a map beside a vector.
     """
 
     def __init__(self, student: torch.Size, teacher: torch.Size, layers: tuple[str, str]) -> None:
         super().__init__()
-        check_same_space(student, teacher, layers, "a hint")
+        _check_comparable(student, teacher, layers)
         widths = width_of(student), width_of(teacher)
         self.projection = nn.Conv2d(*widths, 1) if len(student) == 4 else nn.Linear(*widths)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return F.mse_loss(self.projection(student).float(), teacher.float())
+        if student.dim() == 4:
+            student, teacher = _at_one_size(student, teacher)
+        projected = at_least_float32(self.projection(student))
+        return F.mse_loss(projected, teacher.to(projected.dtype))
 
 
-def check_same_space(student: torch.Size, teacher: torch.Size, layers: tuple[str, str], what: str) -> None:
-    def space(shape: torch.Size) -> list[int]:
-        return list(shape[1:2] if len(shape) == 3 else shape[2:])
+def _check_comparable(student: torch.Size, teacher: torch.Size, layers: tuple[str, str]) -> None:
+    if len(student) != len(teacher):
+        needs = "two feature maps [N, D, H, W], two sequences of tokens [N, L, D] or two vectors [N, D]"
+    elif len(student) == 3 and student[1] != teacher[1]:
+        needs = "as many tokens L of both models, in [N, L, D]"
+    else:
+        return
+    raise FeatureError(
+        f"a hint needs {needs}, but the student's layer {layers[0]!r} gives {_sizes(student)} and the "
+        f"teacher's layer {layers[1]!r} {_sizes(teacher)}"
+    )
 
-    if len(student) != len(teacher) or space(student) != space(teacher):
-        raise FeatureError(
-            f"{what} needs features of one spatial size, but the student's layer {layers[0]!r} gives "
-            f"{_sizes(student)} and the teacher's layer {layers[1]!r} {_sizes(teacher)}"
-        )
+
+def _at_one_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Both maps at the smaller height and the smaller width; a map of this size unchanged."""
+    height, width = (min(student.shape[dim], teacher.shape[dim]) for dim in (2, 3))
+
+    def pooled_to_size(feature: Tensor) -> Tensor:
+        if feature.shape[2:] == (height, width):
+            return feature
+        return F.adaptive_avg_pool2d(feature, (height, width))
+
+    return pooled_to_size(student), pooled_to_size(teacher)
 
 
 def _sizes(shape: torch.Size) -> str:
@@ -84,8 +104,7 @@ def angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _flat(feature: Tensor) -> Tensor:
-    flat = pooled(feature)
-    return flat if flat.dtype == torch.float64 else flat.float()
+    return at_least_float32(pooled(feature))
 
 
 def _distances(points: Tensor) -> Tensor:

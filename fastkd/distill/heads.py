@@ -38,11 +38,13 @@ def pooled_head(
 class MapHead(nn.Module):
     """Twice 3x3 convolution, BatchNorm, ReLU with ``width`` channels; then the mean over space and Linear.
 
-    For features without space (``[N, D]``, or the mean over tokens of ``[N, L, D]``) linear layers replace
-    the convolutions.
+    With ``linears`` 2 the last part is Linear(width, width), ReLU, Linear(width, C). For features without
+    space (``[N, D]``, or the mean over tokens of ``[N, L, D]``) linear layers replace the convolutions.
     """
 
-    def __init__(self, shape: tuple[int, ...], num_classes: int, *, width: int = 256) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], num_classes: int, *, width: int = 256, linears: int = 1
+    ) -> None:
         super().__init__()
         self.is_map = len(shape) == 4
         channels = shape[1] if self.is_map else shape[-1]
@@ -54,7 +56,10 @@ class MapHead(nn.Module):
                 layers += [nn.Linear(inputs, width, bias=False), RowBatchNorm(width)]
             layers.append(nn.ReLU(inplace=True))
         self.layers = nn.Sequential(*layers)
-        self.classifier = nn.Linear(width, num_classes)
+        # The keys of a single layer are those of checkpoints before there was a choice.
+        self.classifier: nn.Module = nn.Linear(width, num_classes)
+        if linears == 2:
+            self.classifier = nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True), self.classifier)
 
     def forward(self, feature: Tensor) -> Tensor:
         if not self.is_map:

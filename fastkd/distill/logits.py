@@ -17,10 +17,11 @@ from fastkd.losses.module import LossModule
 from .centering import describe_offset
 from .method import TOTAL, Method, Seen, Terms, fused_terms
 from .options import Epochs, Fraction, Positive, Weight
+from .precision import at_least_float32
 
 
 def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    return F.cross_entropy(logits.float(), target, label_smoothing=label_smoothing)
+    return F.cross_entropy(at_least_float32(logits), target, label_smoothing=label_smoothing)
 
 
 class CrossEntropy(Method, name="cross_entropy"):

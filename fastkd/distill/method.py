@@ -24,6 +24,7 @@ from fastkd.messages import nearest
 from .classifier import find_classifier
 from .features import Hint, angle_loss, distance_loss, over_all_ranks
 from .options import GIVEN, Weight, check_options
+from .precision import dtype_of_parts
 from .sharing import check_apart
 from .taps import INPUT, Taps, eval_mode, logits_of, unwrapped
 
@@ -56,7 +57,8 @@ class Method(nn.Module):
             gradient and is not a submodule: not in ``parameters()`` or ``state_dict()``, not wrapped by DDP.
         example: a batch of inputs on the student's device, for methods that need the shapes of features.
         hint_weight: weight of FitNets' hint, the mean squared error between the teacher's feature and a
-            projection of the student's. Published: 100 (CRD's benchmark).
+            projection of the student's. Published: 100 (CRD's benchmark, whose projection also has BatchNorm
+            and ReLU). The larger of two feature maps is average-pooled.
         hint_layer, hint_teacher_layer: paths of the two layers; the teacher's is by default the student's.
         distance_weight, angle_weight: weights of RKD's relations. Published: 25 and 50.
         relation_layer, relation_teacher_layer: paths of the features for relations; by default the pooled
@@ -65,7 +67,7 @@ class Method(nn.Module):
     Raises:
         OptionError: an unknown option or a bad value.
         ValueError: a missing teacher, or parts that both models share.
-        FeatureError: a layer does not exist or returns no features, or spatial sizes differ.
+        FeatureError: a layer does not exist or returns no features, or features cannot be compared.
     """
 
     name: ClassVar[str] = ""
@@ -129,7 +131,8 @@ class Method(nn.Module):
             self._hint_layers = self.tap_both(hint_layer, hint_teacher_layer)
             (of_student, _), (of_teacher, _) = self.all_shapes()
             layers = self._hint_layers
-            self.hint = Hint(of_student[layers[0]], of_teacher[layers[1]], layers).to(self.example.device)
+            hint = Hint(of_student[layers[0]], of_teacher[layers[1]], layers)
+            self.hint = hint.to(self.example.device, dtype_of_parts(student))
         if distance_weight or angle_weight:
             if relation_layer is None:
                 assert teacher is not None

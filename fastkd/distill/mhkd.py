@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +15,15 @@ from fastkd.files.plain import load_plain
 from fastkd.files.regular import open_regular
 from fastkd.files.sealed import Damage, check_sealed
 
-from .features import check_same_space
 from .heads import MapHead
 from .logits import cross_entropy
 from .method import Method, Seen, Terms
 from .options import Count, File, Fraction, Positive, Weight
+from .precision import dtype_of_parts
 
 
 class MHKD(Method):
-    """Auxiliary heads on paired inner layers: Multi-head KD (arXiv 2012.02911, first author's later code).
+    """Auxiliary heads on paired inner layers: Multi-head knowledge distillation (arXiv 2012.02911).
 
     ce_weight CE(z_s, y) + alpha T^2 KL(z_t, z_s) + sum_h CE(teacher head h, y)
     + beta sum_h [head_kd T^2 KL(sg teacher head h, student head h) + (1 - head_kd) CE(student head h, y)]
@@ -32,11 +33,18 @@ class MHKD(Method):
     heads and the final logits share one launch of the fused loss. Heads are only used in training. Needs
     ``example``.
 
+    Of the paper only the abstract was available. The defaults of ``ce_weight``, ``temperature``, ``head_kd``,
+    ``head_width`` and ``head_linears`` are those of its first author's later code; ``alpha`` and ``beta`` of
+    1, and layers, are not published. A reproduction by others (DIH, intermediate classifiers) has
+    ``ce_weight`` 0.1, ``alpha`` 0.9, ``beta`` 0.5 and ``head_linears`` 2 at the same temperature.
+
     Args:
-        layers: paths of the student's layers. Features of a pair must have the same spatial size; widths may
-            differ.
+        layers: paths of the student's layers. Each head reads only its own layer and averages over space, so
+            the features of a pair may differ in width, spatial size and kind (map, tokens, vector).
         teacher_layers: paths of the teacher's, in the same order; by default the student's.
-        head_width: channels of the heads. Published: 256.
+        head_width: channels of the heads, also between two linear layers.
+        head_linears: linear layers after the mean over space: 1, Linear(head_width, C), or 2, Linear, ReLU,
+            Linear. Both are published.
         teacher_heads: a checkpoint of an MHKD run (``last.pt``) whose teacher heads to use, frozen; by
             default they are trained too.
     """
@@ -54,6 +62,7 @@ class MHKD(Method):
         temperature: Positive = 4.0,
         head_kd: Fraction = 0.9,
         head_width: Count = 256,
+        head_linears: Literal[1, 2] = 1,
         teacher_heads: File | None = None,
         **shared: Any,
     ) -> None:
@@ -70,9 +79,10 @@ class MHKD(Method):
         heads: list[list[MapHead]] = [[], []]
         for pair in self.pairs:
             shapes = of_student[pair[0]], of_teacher_[pair[1]]
-            check_same_space(*shapes, pair, "a pair of heads")
-            for made, shape, logits in zip(heads, shapes, (student_logits, teacher_logits), strict=True):
-                made.append(MapHead(tuple(shape), logits[1], width=head_width).to(self.example.device))
+            of_models = zip(heads, (student, teacher), shapes, (student_logits, teacher_logits), strict=True)
+            for made, model, shape, logits in of_models:
+                head = MapHead(tuple(shape), logits[1], width=head_width, linears=head_linears)
+                made.append(head.to(self.example.device, dtype_of_parts(model)))
         self.student_heads, self.teacher_heads = (nn.ModuleList(made) for made in heads)
         self.teacher_heads_train = teacher_heads is None
         if teacher_heads is not None:
@@ -140,7 +150,11 @@ class MHKD(Method):
 
 def _of_one_dtype(logits: list[Tensor]) -> list[Tensor]:
     """One dtype for one launch; autocast may have been on for only some of them."""
-    return logits if len({one.dtype for one in logits}) == 1 else [one.float() for one in logits]
+    dtypes = {one.dtype for one in logits}
+    if len(dtypes) == 1:
+        return logits
+    widest = functools.reduce(torch.promote_types, dtypes, torch.float32)
+    return [one.to(widest) for one in logits]
 
 
 def _sum(values: list[Tensor]) -> Tensor:

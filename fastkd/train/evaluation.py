@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
+from fastkd.distill.precision import at_least_float32
 from fastkd.distill.taps import eval_mode, logits_of
 from fastkd.errors import TrainError
 
@@ -59,7 +60,7 @@ def evaluate_rows(
             with autocast(device, precision):
                 logits = logits_of(model, images, "network")
             correct += (logits.argmax(-1) == target).sum()
-            total += F.cross_entropy(logits.float(), target, reduction="sum").to(total)
+            total += F.cross_entropy(at_least_float32(logits), target, reduction="sum").to(total)
             rows += len(target)
     counts = torch.stack([correct.to(total), total, torch.full_like(total, rows)])
     correct_rows, loss, all_rows = distributed.sum_over_ranks(counts).tolist()

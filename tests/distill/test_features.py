@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastkd.distill import DHKD, DKD, KD, RKD, FeatureError, FitNets, Taps, find_classifier
-from fastkd.distill.features import angle_loss, distance_loss
+from fastkd.distill.features import Hint, angle_loss, distance_loss
 from fastkd.models import GlyphCNN
 
 from .models import batch, pair
@@ -138,11 +138,77 @@ def test_a_hint() -> None:
         FitNets(student, teacher)
     with pytest.raises(ValueError, match="example is missing: fitnets"):
         FitNets(student, teacher, hint_layer="features.1")
-    options = {"hint_layer": "features.1", "hint_teacher_layer": "features.0", "example": images[:2]}
-    with pytest.raises(FeatureError, match=r"one spatial size.*\[N, 8, 4, 4\].*\[N, 6, 8, 8\]"):
+    options = {"hint_layer": "features.1", "hint_teacher_layer": "fc:input", "example": images[:2]}
+    with pytest.raises(FeatureError, match=r"two feature maps.* gives \[N, 8, 4, 4\] and .* \[N, 12\]"):
         FitNets(student, teacher, **options)
     with pytest.raises(ValueError, match="teacher is None"):
         KD(student, None, hint_weight=1.0, hint_layer="fc")
+
+
+@pytest.mark.parametrize(
+    ("of_student", "of_teacher", "compared"),
+    [
+        ((8, 8), (4, 4), (4, 4)),
+        ((4, 4), (8, 8), (4, 4)),
+        ((8, 2), (4, 6), (4, 2)),  # each is larger in one dimension
+        ((7, 5), (4, 5), (4, 5)),
+        ((3, 5), (3, 5), (3, 5)),
+    ],
+)
+def test_a_hint_between_maps_of_different_sizes(
+    of_student: tuple[int, int], of_teacher: tuple[int, int], compared: tuple[int, int]
+) -> None:
+    torch.manual_seed(0)
+    s = torch.randn(2, 3, *of_student, dtype=torch.float64, requires_grad=True)
+    t = torch.randn(2, 5, *of_teacher, dtype=torch.float64)
+    hint = Hint(s.shape, t.shape, ("a", "b")).double()
+
+    def plain(s: Tensor) -> Tensor:
+        """The mean of each cell, which reaches from floor(i in / out) to ceil((i + 1) in / out)."""
+
+        def cells(x: Tensor) -> Tensor:
+            rows = torch.stack([x[:, :, low:high].mean(2) for low, high in spans(x.shape[2], compared[0])], 2)
+            columns = [rows[..., low:high].mean(3) for low, high in spans(x.shape[3], compared[1])]
+            return torch.stack(columns, 3)
+
+        def spans(inputs: int, outputs: int) -> list[tuple[int, int]]:
+            return [(i * inputs // outputs, -(-(i + 1) * inputs // outputs)) for i in range(outputs)]
+
+        return (hint.projection(cells(s)) - cells(t)).square().mean()
+
+    value, expected = hint(s, t), plain(s)
+    torch.testing.assert_close(value, expected, rtol=1e-13, atol=0.0)
+    wanted = [s, *hint.parameters()]
+    for found, gradient in zip(
+        torch.autograd.grad(value, wanted), torch.autograd.grad(expected, wanted), strict=True
+    ):
+        torch.testing.assert_close(found, gradient, rtol=1e-12, atol=1e-16)
+    if of_student == of_teacher:
+        assert torch.equal(value, F.mse_loss(hint.projection(s), t))
+
+
+def test_a_hint_of_another_size_trains_any_method() -> None:
+    student, teacher = pair()
+    images, target = batch()
+    options = {"hint_layer": "features.1", "hint_teacher_layer": "features.0", "hint_weight": 2.0}
+    method = KD(student, teacher, example=images[:2], **options).eval()
+    terms = method((images, target))
+    s, t = method.hint.projection(student.features(images)), teacher.features[0](images)
+    torch.testing.assert_close(terms["hint"], 2 * F.mse_loss(s, F.avg_pool2d(t, 2)))
+    method.backward(terms)
+    assert method.hint.projection.weight.grad.any()
+
+
+def test_hints_of_tokens() -> None:
+    tokens = torch.Size([2, 5, 8])
+    assert Hint(tokens, torch.Size([2, 5, 12]), ("a", "b")).projection.out_features == 12
+    for other, words in (
+        ([2, 7, 8], r"as many tokens L .*'a' gives \[N, 5, 8\] and .*'b' \[N, 7, 8\]"),
+        ([2, 8], r"two sequences of tokens .*'b' \[N, 8\]"),
+        ([2, 8, 4, 4], r"two feature maps .*'b' \[N, 8, 4, 4\]"),
+    ):
+        with pytest.raises(FeatureError, match=words):
+            Hint(tokens, torch.Size(other), ("a", "b"))
 
 
 def test_relations() -> None:

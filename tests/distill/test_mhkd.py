@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastkd.distill import MHKD, FeatureError
+from fastkd.distill import MHKD, FeatureError, OptionError
 
 from .models import Net, batch, pair
 
@@ -51,6 +51,50 @@ def test_heads_of_unlike_widths() -> None:
     assert [head.layers[0].in_channels for head in method.student_heads] == [4, 8]
     assert [head.layers[0].in_channels for head in method.teacher_heads] == [6, 12]
     assert method.student_heads[0].classifier.in_features == 16
+
+
+def test_heads_with_two_linear_layers(tmp_path: Path) -> None:
+    method = build(head_linears=2)
+    for head in (*method.student_heads, *method.teacher_heads):
+        assert [type(layer) for layer in head.classifier] == [nn.Linear, nn.ReLU, nn.Linear]
+        assert [(head.classifier[i].in_features, head.classifier[i].out_features) for i in (0, 2)] == [
+            (8, 8),
+            (8, 7),
+        ]
+    feature = torch.randn(2, 4, 8, 8)
+    head = method.student_heads[0].eval()
+    pooled = head.layers(feature).mean((2, 3))
+    expected = head.classifier[2](head.classifier[0](pooled).relu())
+    torch.testing.assert_close(head(feature), expected)
+    method.backward(method(batch()))
+    assert head.classifier[0].weight.grad.any()
+    for bad in (0, 3, 1.5):
+        with pytest.raises(OptionError, match="head_linears"):
+            build(head_linears=bad)
+    path = tmp_path / "last.pt"
+    torch.save({"format": "fastkd-1", "method": method.parts_state()}, path)
+    loaded = build(head_linears=2, teacher_heads=str(path))
+    assert torch.equal(
+        loaded.teacher_heads[1].classifier[2].weight, method.teacher_heads[1].classifier[2].weight
+    )
+    with pytest.raises(ValueError, match="does not fit"):
+        build(teacher_heads=str(path))
+
+
+def test_the_keys_of_a_checkpoint_stay() -> None:
+    """Those of ``last.pt`` of earlier runs, whose teacher heads are loaded by name."""
+    norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    head = ["layers.0.weight", *(f"layers.1.{name}" for name in norm)]
+    head += [
+        "layers.3.weight",
+        *(f"layers.4.{name}" for name in norm),
+        "classifier.weight",
+        "classifier.bias",
+    ]
+    expected = [
+        f"{of}_heads.{index}.{key}" for of in ("student", "teacher") for index in (0, 1) for key in head
+    ]
+    assert list(build().parts_state()) == expected
 
 
 def test_the_teacher_stays_as_it_was_and_its_heads_learn() -> None:
@@ -121,9 +165,54 @@ def test_bad_layers() -> None:
         build(layers=[])
     with pytest.raises(ValueError, match="example is missing"):
         build(example=None)
-    student, _ = pair()
-    unlike = Net(6, stride=1)
-    with pytest.raises(
-        FeatureError, match=r"'features\.1' gives \[N, 8, 4, 4\].*'features\.1' \[N, 12, 8, 8\]"
-    ):
-        MHKD(student, unlike, layers=LAYERS, example=batch(2)[0])
+
+
+@pytest.mark.parametrize(
+    ("layers", "teacher_layers", "shapes"),
+    [
+        (["features.1"], ["features.0"], ([8, 4, 4], [6, 8, 8])),
+        (["features.0"], ["features.1"], ([4, 8, 8], [12, 4, 4])),
+        (["fc:input"], ["features.0"], ([8], [6, 8, 8])),
+        (["features.0"], ["tokens"], ([4, 8, 8], [16, 12])),
+        (["tokens"], ["features.1"], ([16, 8], [12, 4, 4])),
+    ],
+)
+def test_pairs_that_differ_in_width_and_space(
+    layers: list[str], teacher_layers: list[str], shapes: tuple[list[int], list[int]]
+) -> None:
+    torch.manual_seed(0)
+    student, teacher = TokenNet(4), TokenNet(6)
+    options = {"layers": layers, "teacher_layers": teacher_layers, "head_width": 8}
+    method = MHKD(student, teacher, example=batch(2)[0], **options).eval()
+    found = [of_model[0][path] for of_model, path in zip(method.all_shapes(), method.pairs[0], strict=True)]
+    assert [list(shape[1:]) for shape in found] == list(shapes)
+    images, target = batch()
+    with method.student_taps.reading() as s, method.teacher_taps.reading() as t:
+        student(images), teacher(images)
+    of_student, of_teacher = (
+        method.student_heads[0](s[layers[0]]),
+        method.teacher_heads[0](t[teacher_layers[0]]),
+    )
+    kd = 16 * F.kl_div((of_student / 4).log_softmax(1), (of_teacher / 4).softmax(1), reduction="batchmean")
+    terms = method((images, target))
+    torch.testing.assert_close(terms["head_kd"], 0.9 * kd)
+    method.train()
+    optimizer = torch.optim.SGD(method.parameters(), lr=0.05)
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        losses.append(method.backward(method((images, target))).item())
+        optimizer.step()
+    assert losses[-1] < losses[0]
+
+
+class TokenNet(Net):
+    """``Net`` whose last feature also exists as a sequence of tokens: the output of ``tokens``."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.tokens = nn.Identity()
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.tokens(self.features(images).flatten(2).transpose(1, 2))
+        return self.fc(tokens.mean(1))

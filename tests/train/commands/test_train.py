@@ -259,8 +259,13 @@ def test_bad_input_is_refused_before_anything_is_written(
             ["method mhkd: the student has no layer 'stages.3'", "stages.2"],
         ),
         (
-            ["glyphs/mhkd", "method.teacher_layers=[stages.1, stages.0]"],
-            ["one spatial size", "[N, 2, 16, 16]", "[N, 8, 8, 8]"],
+            [
+                "glyphs/kd",
+                "method=fitnets",
+                "method.hint_layer=stages.0",
+                "method.hint_teacher_layer=head:input",
+            ],
+            ["two feature maps", "[N, 2, 16, 16]", "the teacher's layer 'head:input' [N, 256]"],
         ),
         (["glyphs/dhkd", "method.feature=stage"], ["the student has no layer 'stage'", "stages"]),
         (["glyphs/kd", "method=fitnets"], ["hint_layer is missing"]),
