@@ -50,6 +50,7 @@ def _options(recipe: str, *names: str) -> list[str]:
 _FEATURE_TERMS = {
     "glyphs": ("stages.2", "100.0", ["method.distance_weight=25.0", "method.angle_weight=0.0"]),
     "fashion-mnist": ("stages.2", "100.0", ["method.distance_weight=25.0", "method.angle_weight=50.0"]),
+    "emoji": ("layer3", "100.0", ["method.distance_weight=25.0", "method.angle_weight=50.0"]),
 }
 PROBLEMS = tuple(_FEATURE_TERMS)
 
