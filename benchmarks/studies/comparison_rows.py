@@ -5,10 +5,16 @@ from __future__ import annotations
 from fastkd.recipe.schema import load_recipe
 
 
-def _rows(problem: str, layer: str, hint: str, relations: list[str]) -> dict[str, list[str]]:
-    """``layer`` gets the hint, whose weight is ``hint``; ``relations`` are RKD's weights."""
+def _rows(problem: str, layers: list[str], hint: str, relations: list[str]) -> dict[str, list[str]]:
+    """``layers`` are three stages of both models, of which the last gets the hint with weight ``hint``.
+
+    ``relations`` are RKD's weights. In the rows "other sizes" each stage of the student is paired with the one
+    before in the teacher, whose maps are twice as large and half as wide.
+    """
+    first, second, third = layers
     no_hint = "method.hint_weight=0.0"
-    hints = [f"method.hint_layer={layer}", f"method.hint_weight={hint}"]
+    hints = [f"method.hint_layer={third}", f"method.hint_weight={hint}"]
+    other_heads = [f"method.layers=[{second}, {third}]", f"method.teacher_layers=[{first}, {second}]"]
 
     def other(method: str, *options: str) -> list[str]:
         return [f"{problem}/kd", f"method={method}", *options]
@@ -20,6 +26,7 @@ def _rows(problem: str, layer: str, hint: str, relations: list[str]) -> dict[str
         "LSKD": [f"{problem}/lskd"],
         "DKD": [f"{problem}/dkd"],
         "MHKD": [f"{problem}/mhkd"],
+        "MHKD, other sizes": [f"{problem}/mhkd", *other_heads],
         "one head": [one_head],
         "one head, raw teacher": [one_head, "method.center_teacher=false"],
         "DHKD": [dhkd],
@@ -31,6 +38,7 @@ def _rows(problem: str, layer: str, hint: str, relations: list[str]) -> dict[str
         "DCKD": [f"{problem}/dckd", no_hint],
         "DCKD, argmax": other("dckd_by_argmax:ByArgmax", *_options(f"{problem}/dckd", "beta", "temperature")),
         "hint": other("fitnets", *hints),
+        "hint, other sizes": other("fitnets", *hints, f"method.hint_teacher_layer={second}"),
         "RKD": other("rkd", *relations),
         "KD + hint": [f"{problem}/kd", *hints],
         "DKD + hint": [f"{problem}/dkd", *hints],
@@ -47,10 +55,12 @@ def _options(recipe: str, *names: str) -> list[str]:
 
 # The hint's layer and weight, and RKD's weights. Angles cost N^3 D operations, too many for a glyph's 1,536
 # features.
+_DISTANCES = ["method.distance_weight=25.0", "method.angle_weight=0.0"]
+_RELATIONS = ["method.distance_weight=25.0", "method.angle_weight=50.0"]
 _FEATURE_TERMS = {
-    "glyphs": ("stages.2", "100.0", ["method.distance_weight=25.0", "method.angle_weight=0.0"]),
-    "fashion-mnist": ("stages.2", "100.0", ["method.distance_weight=25.0", "method.angle_weight=50.0"]),
-    "emoji": ("layer3", "100.0", ["method.distance_weight=25.0", "method.angle_weight=50.0"]),
+    "glyphs": (["stages.0", "stages.1", "stages.2"], "100.0", _DISTANCES),
+    "fashion-mnist": (["stages.0", "stages.1", "stages.2"], "100.0", _RELATIONS),
+    "emoji": (["layer1", "layer2", "layer3"], "100.0", _RELATIONS),
 }
 PROBLEMS = tuple(_FEATURE_TERMS)
 
@@ -70,6 +80,9 @@ DIFFERENCES = [
     ("DHKD, linear, aligned", "DHKD, linear, not aligned"),
     ("DHKD, nonlinear, aligned", "DHKD, linear, aligned"),
     ("DHKD, nonlinear, not aligned", "DHKD, linear, not aligned"),
+    ("MHKD", "hint"),
+    ("MHKD, other sizes", "KD"),
+    ("MHKD, other sizes", "hint, other sizes"),
     ("DCKD", "DKD"),
     ("DCKD, argmax", "DCKD"),
     ("DCKD + hint", "DCKD"),

@@ -37,7 +37,7 @@ def test_another_method_is_another_name(tiny: list[str], capsys: pytest.CaptureF
     assert first.startswith("glyphs/kd method=dkd: ce_weight CE + T^2 (alpha TCKD + beta NCKD): decoupled")
     assert "glyphs/kd with " in first
     assert "Hinton" not in out
-    assert "temperature 8" not in out
+    assert "temperature 4" not in out
     run = Path("runs/glyphs-kd-method-dkd-001")
     assert "│ glyphs/kd method=dkd" in out
     assert json.loads((run / "summary.json").read_text())["name"] == "glyphs/kd method=dkd"
@@ -52,14 +52,14 @@ def test_another_method_is_another_name(tiny: list[str], capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("overrides", "name", "description"),
     [
-        ([], "glyphs/kd", "knowledge distillation (Hinton 2015), 0.1 CE + 0.9 KD at temperature 8"),
-        (["train.device=cpu", "train.threads=1"], "glyphs/kd", "… at temperature 8"),
-        (["method.temperature=8.0"], "glyphs/kd", "… at temperature 8"),
+        ([], "glyphs/kd", "knowledge distillation (Hinton 2015), 0.1 CE + 0.9 KD at temperature 4"),
+        (["train.device=cpu", "train.threads=1"], "glyphs/kd", "… at temperature 4"),
+        (["method.temperature=4.0"], "glyphs/kd", "… at temperature 4"),
         (["method.temperature=2.0", "train.epochs=3"], "glyphs/kd",
-         "… at temperature 8; with method.temperature=2.0, train.epochs=3"),
-        (["method=kd"], "glyphs/kd", "… at temperature 8"),
+         "… at temperature 4; with method.temperature=2.0, train.epochs=3"),
+        (["method=kd"], "glyphs/kd", "… at temperature 4"),
         (["teacher.name=small_cnn", "teacher.width=3"], "glyphs/kd teacher.name=small_cnn",
-         "… at temperature 8; with teacher.name=small_cnn, teacher.width=3"),
+         "… at temperature 4; with teacher.name=small_cnn, teacher.width=3"),
         (["method=nkd", "description=mine"], "glyphs/kd method=nkd", "mine"),
     ],
 )  # fmt: skip

@@ -222,7 +222,7 @@ def another_method() -> str:
     name, recipe = load_recipe("glyphs/kd", ["method=dkd"])
     assert name == "glyphs/kd method=dkd"
     assert "decoupled" in recipe.description
-    assert "temperature 8" not in recipe.description
+    assert "temperature 4" not in recipe.description
     return f"{name}: {short(recipe.description)}"
 
 
