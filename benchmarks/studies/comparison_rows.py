@@ -8,8 +8,8 @@ from fastkd.recipe.schema import load_recipe
 def _rows(problem: str, layers: list[str], hint: str, relations: list[str]) -> dict[str, list[str]]:
     """``layers`` are three stages of both models, of which the last gets the hint with weight ``hint``.
 
-    ``relations`` are RKD's weights. In the rows "other sizes" each stage of the student is paired with the one
-    before in the teacher, whose maps are twice as large and half as wide.
+    ``relations`` are RKD's weights. In the rows "other sizes" each stage of the student is paired with the
+    teacher's stage before it, whose maps are twice as large.
     """
     first, second, third = layers
     no_hint = "method.hint_weight=0.0"
