@@ -1,4 +1,4 @@
-"""The scripts of benchmarks/studies on a problem of a few small images: a search, a table, the conflict study."""
+"""The scripts of benchmarks/studies on a few small images: a search, a table, the conflict study."""
 
 from __future__ import annotations
 
