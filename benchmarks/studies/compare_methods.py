@@ -1,7 +1,7 @@
 """Train several methods with several seeds and print them as tables, with differences paired by seed.
 
     python benchmarks/studies/compare_methods.py glyphs --output FILE.jsonl
-    python benchmarks/studies/compare_methods.py glyphs --rows KD DHKD --output FILE.jsonl train.epochs=24
+    python benchmarks/studies/compare_methods.py glyphs train.epochs=24 --rows KD DHKD --output FILE.jsonl
     python benchmarks/studies/compare_methods.py glyphs --table FILE.jsonl
 
 The rows of each problem are in ``comparison_rows.py``: recipes with overrides. key=value words apply to every
