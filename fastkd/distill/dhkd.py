@@ -37,8 +37,9 @@ class DHKD(Method):
             mean stays near 0.
         head: "linear", or "nonlinear": Linear(d, hidden), Dropout, BatchNorm, ReLU, Linear(hidden, C).
         align: scope of the alignment: "all" as released, "shared", or "none" (published for ImageNet).
-        stop_epoch: train this many epochs with the auxiliary head, then only on the labels. Published: 50 of
-            100 for ImageNet. Under DDP it needs ``find_unused_parameters=True``, which the trainer sets.
+        stop_epoch: train this many epochs with the auxiliary head, then only on the labels. Released: 49 of
+            100 for ImageNet, where alpha is 0 from epoch 50 on, counted from 1. Under DDP it needs
+            ``find_unused_parameters=True``, which the trainer sets.
         feature: path of the layer whose output is the pooled features; by default the classifier's input.
             ``[N, D, H, W]`` is averaged over space. Needs ``example``.
 
