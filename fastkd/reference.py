@@ -19,16 +19,26 @@ MASKED = -1e30
 STANDARDIZE_EPSILON = 1e-7
 
 
+def at_least_float32(values: Tensor) -> Tensor:
+    """Half precision raised to float32; float64 stays float64."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
 def as_float(logits: Tensor) -> Tensor:
     """Logits converted to float32 (float64 unchanged) and clamped from below to MASKED."""
-    wide = logits if logits.dtype == torch.float64 else logits.float()
+    wide = at_least_float32(logits)
     return wide.masked_fill(wide < MASKED, MASKED)  # unlike clamp_min, propagates NaN to the gradient
+
+
+def centered(logits: Tensor) -> Tensor:
+    """z - mean of each row, in float32 at least: half precision would round the difference once more."""
+    wide = at_least_float32(logits)
+    return wide - wide.mean(-1, keepdim=True)
 
 
 def standardized(logits: Tensor) -> Tensor:
     """(z - mean) / (std + 1e-7) of each row, std with C - 1 (logit standardisation, Sun et al. 2024)."""
-    centred = logits - logits.mean(-1, keepdim=True)
-    return centred / (logits.std(-1, keepdim=True) + STANDARDIZE_EPSILON)
+    return centered(logits) / (logits.std(-1, keepdim=True) + STANDARDIZE_EPSILON)
 
 
 def kl_from_logits(u: Tensor, v: Tensor) -> Tensor:

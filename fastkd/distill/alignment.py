@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
-from .precision import at_least_float32
+from fastkd.reference import at_least_float32
 
 
 class GradientAlignment:

@@ -7,7 +7,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .precision import at_least_float32
+from fastkd.reference import at_least_float32
+
 from .taps import FeatureError, pooled, width_of
 
 

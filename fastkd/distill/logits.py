@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from fastkd import losses
 from fastkd.losses import DistillLoss
 from fastkd.losses.module import LossModule
+from fastkd.reference import at_least_float32
 
 from .centering import describe_offset
 from .method import TOTAL, Method, Seen, Terms, fused_terms
 from .options import Epochs, Fraction, Positive, Weight
-from .precision import at_least_float32
 
 
 def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:

@@ -1,13 +1,9 @@
-"""Values in float32 at least: half precision is raised, float64 stays float64."""
+"""The dtype of what a method adds to a model."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
-
-
-def at_least_float32(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()
+from torch import nn
 
 
 def dtype_of_parts(model: nn.Module) -> torch.dtype:

@@ -11,6 +11,7 @@ from fastkd.ops import backend, operators
 from fastkd.ops.call import Call
 from fastkd.ops.spec import LOSSES
 from fastkd.ops.tensors import as_ordinary, is_readable, transform_of
+from fastkd.reference import centered
 
 from . import arguments
 
@@ -34,7 +35,7 @@ def reduced_loss(
     """A loss of ``ops.spec`` and, if asked for, its terms; conventions of ``fastkd.losses``.
 
     ``options`` is the loss's NamedTuple. Its numbers may be symbolic while torch.compile traces. Without
-    ``uses_label`` the target only marks the rows to ignore. ``center_teacher``: see ``centered``.
+    ``uses_label`` the target only marks the rows to ignore. ``center_teacher``: see ``reference.centered``.
     """
     arguments.check_reduction(reduction)
     arguments.check_ignore_index(ignore_index)
@@ -78,15 +79,6 @@ def reduced_loss(
     if not with_terms or terms is None:
         return rows, ()
     return rows, terms.detach().view(terms.shape[0], *shape)
-
-
-def centered(logits: Tensor) -> Tensor:
-    """Logits minus the mean of their row, in float32 (float64 for float64).
-
-    Half types would round the difference once more.
-    """
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return wide - wide.mean(-1, keepdim=True)
 
 
 def _backend_for(tensors: Sequence[Tensor | None], student: Tensor, teacher: Tensor) -> str:

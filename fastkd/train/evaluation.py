@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
-from fastkd.distill.precision import at_least_float32
 from fastkd.distill.taps import eval_mode, logits_of
 from fastkd.errors import TrainError
+from fastkd.reference import at_least_float32
 
 from . import distributed
 from .batches import Batches

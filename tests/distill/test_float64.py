@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastkd.distill import FitNets, Method, find_method
-from fastkd.distill.precision import at_least_float32, dtype_of_parts
+from fastkd.distill.precision import dtype_of_parts
+from fastkd.reference import at_least_float32
 from fastkd.train.evaluation import evaluate
 
 from .models import METHODS, Net, batch, pair
@@ -120,6 +121,10 @@ def fitnets(method: Method, images: Tensor, s: Tensor, t: Tensor, y: Tensor) -> 
     return F.cross_entropy(s, y) + hint(method, *maps)
 
 
+def centred(t: Tensor) -> Tensor:
+    return t - t.mean(1, keepdim=True)
+
+
 def auxiliary(method: Method, images: Tensor) -> Tensor:
     logits: Tensor = method.head(method.student.features(images).mean((2, 3)))
     return logits
@@ -132,11 +137,11 @@ FORMULAS: dict[str, Formula] = {
     "dkd": decoupled_formula(gated=False),
     "dckd": decoupled_formula(gated=True),
     "nkd": lambda m, x, s, t, y: F.cross_entropy(s, y) + nkd(s, t, y),
-    "binary_kl": with_ce(bernoulli),
-    "binary_kl_norm": with_ce(lambda s, t: 0.5 * log_cosh(s, t)),
+    "binary_kl": with_ce(lambda s, t: bernoulli(s, centred(t))),
+    "binary_kl_norm": with_ce(lambda s, t: 0.5 * log_cosh(s, centred(t))),
     "fitnets": fitnets,
     "rkd": rkd,
-    "dhkd": lambda m, x, s, t, y: F.cross_entropy(s, y) + log_cosh(auxiliary(m, x), t),
+    "dhkd": lambda m, x, s, t, y: F.cross_entropy(s, y) + log_cosh(auxiliary(m, x), centred(t)),
     "mhkd": mhkd,
 }
 
@@ -176,7 +181,7 @@ def test_alignment(scope: str) -> None:
         gradient_of_formula(method, formula, images, target)
         for formula in (
             lambda m, x, s, t, y: F.cross_entropy(s, y),
-            lambda m, x, s, t, y: log_cosh(auxiliary(m, x), t),
+            lambda m, x, s, t, y: log_cosh(auxiliary(m, x), centred(t)),
         )
     )
     names = [name for name, _ in method.named_parameters()]
