@@ -58,7 +58,7 @@ def _options(recipe: str, *names: str) -> list[str]:
 _DISTANCES = ["method.distance_weight=25.0", "method.angle_weight=0.0"]
 _RELATIONS = ["method.distance_weight=25.0", "method.angle_weight=50.0"]
 _FEATURE_TERMS = {
-    "glyphs": (["stages.0", "stages.1", "stages.2"], "100.0", _DISTANCES),
+    "glyphs": (["stages.0", "stages.1", "stages.2"], "1.0", _DISTANCES),
     "fashion-mnist": (["stages.0", "stages.1", "stages.2"], "100.0", _RELATIONS),
     "emoji": (["layer1", "layer2", "layer3"], "100.0", _RELATIONS),
 }
