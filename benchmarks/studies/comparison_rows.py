@@ -55,7 +55,7 @@ def _options(recipe: str, *names: str) -> list[str]:
 
 # The hint's layer and weight, and RKD's weights. Angles cost N^3 D operations, too many for a glyph's 1,536
 # features.
-_DISTANCES = ["method.distance_weight=25.0", "method.angle_weight=0.0"]
+_DISTANCES = ["method.distance_weight=5.0", "method.angle_weight=0.0"]
 _RELATIONS = ["method.distance_weight=25.0", "method.angle_weight=50.0"]
 _FEATURE_TERMS = {
     "glyphs": (["stages.0", "stages.1", "stages.2"], "1.0", _DISTANCES),
