@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from fastkd.recipe.schema import load_recipe
-
 
 def _rows(problem: str, layers: list[str], hint: str, relations: list[str]) -> dict[str, list[str]]:
     """``layers`` are three stages of both models, of which the last gets the hint with weight ``hint``.
@@ -36,7 +34,7 @@ def _rows(problem: str, layers: list[str], hint: str, relations: list[str]) -> d
         "DHKD, linear, aligned": [dhkd, "method.head=linear", "method.align=all"],
         "DHKD, linear, not aligned": [dhkd, "method.head=linear", "method.align=none"],
         "DCKD": [f"{problem}/dckd", no_hint],
-        "DCKD, argmax": other("dckd_by_argmax:ByArgmax", *_options(f"{problem}/dckd", "beta", "temperature")),
+        "DCKD, argmax": [f"{problem}/dckd", no_hint, "method.fix_acquired=argmax"],
         "hint": other("fitnets", *hints),
         "hint, other sizes": other("fitnets", *hints, f"method.hint_teacher_layer={second}"),
         "RKD": other("rkd", *relations),
@@ -46,11 +44,6 @@ def _rows(problem: str, layers: list[str], hint: str, relations: list[str]) -> d
         "DKD + RKD": [f"{problem}/dkd", *relations],
         "DCKD + RKD": [f"{problem}/dckd", no_hint, *relations],
     }
-
-
-def _options(recipe: str, *names: str) -> list[str]:
-    options = load_recipe(recipe)[1].options
-    return [f"method.{name}={options[name]}" for name in names]
 
 
 # The hint's layer and weight, and RKD's weights. Angles cost N^3 D operations, too many for a glyph's 1,536

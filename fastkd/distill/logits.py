@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -187,23 +187,50 @@ class DKD(_Softmax):
 
 
 class DCKD(DKD):
-    """DKD whose target term acts only where the teacher is more confident: T^2 (alpha g TCKD + beta NCKD).
+    """DKD whose target term spares what the student has acquired: T^2 (alpha g TCKD + beta NCKD).
 
-    g is 1 where p_y > q_y for the label y, else 0. An interpretation of Decoupled Classifier Knowledge
-    Distillation (doi 10.1371/journal.pone.0314267), of which only the abstract was available, without
-    equations. It says to decouple the classifier's output into "non-target classes learned by the student,
-    and target classes obtained by both the teacher and the student", and to "fix the correct knowledge that
-    the student has already acquired", so that the loss can be merged with feature- and relation-based
-    methods. Here this means: the target term never reduces the student's confidence in the target class, NCKD
-    uses the student's own non-target distribution, and hint and relation terms are options.
-    ``fix_acquired=False`` is exactly DKD.
+    An interpretation of Decoupled Classifier Knowledge Distillation (doi 10.1371/journal.pone.0314267), of
+    which only the abstract was available, without equations. It says to decouple the classifier's output into
+    "non-target classes learned by the student, and target classes obtained by both the teacher and the
+    student", and to "fix the correct knowledge that the student has already acquired", so that the loss can
+    be merged with feature- and relation-based methods. Here this means: the target term never reduces the
+    student's confidence in the target class, NCKD uses the student's own non-target distribution, and hint
+    and relation terms are options.
+
+    Args:
+        fix_acquired: where the target term acts. "teacher" or True: g is 1 where the teacher is more
+            confident in the label, p_y > q_y, else 0. "argmax": where the student's largest logit is not the
+            label's, a second reading of the same words. False: everywhere, which is DKD.
     """
 
     def __init__(
-        self, student: nn.Module, teacher: nn.Module, *, fix_acquired: bool = True, **shared: Any
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        *,
+        fix_acquired: bool | Literal["teacher", "argmax"] = "teacher",
+        **shared: Any,
     ) -> None:
         super().__init__(student, teacher, **shared)
-        self.options["fix_acquired"] = fix_acquired
+        self.by_argmax = fix_acquired == "argmax"
+        self.options["fix_acquired"] = not self.by_argmax and bool(fix_acquired)
+
+    def terms(self, seen: Seen) -> Terms:
+        if not self.by_argmax:
+            return super().terms(seen)
+        # A weight per row is not one of the fused loss's terms, but of a second call.
+        rest = self.distil(seen, self.ce_weight, {"nckd": self.beta}, **self.options)
+        wrong = seen.student_logits.argmax(1) != seen.target
+        tckd = losses.dckd_loss(
+            seen.student_logits,
+            seen.teacher_logits,
+            seen.target,
+            alpha=self.alpha * self.warmup(),
+            beta=0.0,
+            weight=wrong.float(),
+            **self.options,
+        )
+        return {**rest, "tckd": tckd}
 
 
 class NKD(Method):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import fastkd
 from fastkd import reference
 from fastkd.distill import DCKD, DHKD, DKD, KD, Method, OptionError, find_method, options_of
-from fastkd.distill.method import total_of
+from fastkd.distill.method import Seen, total_of
 
 from .models import CLASSES, METHODS, Net, batch, pair
 
@@ -309,3 +309,25 @@ def test_a_name_is_taken_once() -> None:
         type("KD", (Method,), {"__module__": "elsewhere"})
     assert find_method("kd") is KD
     assert CLASSES == 7
+
+
+def test_two_readings_of_dckd() -> None:
+    """By argmax: where no student is right, it is DKD; where all are, it has no target term."""
+    student, teacher = pair()
+    logits, teacher_logits = torch.randn(6, 5), torch.randn(6, 5)
+
+    def terms(name: str, target: torch.Tensor, **options: object) -> dict[str, float]:
+        method = find_method(name)(student, teacher, beta=2.0, warmup_epochs=2, **options)
+        seen = Seen(logits.clone().requires_grad_(), teacher_logits, target, {}, {})
+        return {name: value.item() for name, value in method.terms(seen).items()}
+
+    wrong, right = logits.argmin(1), logits.argmax(1)
+    by_argmax = {"fix_acquired": "argmax"}
+    assert terms("dckd", wrong, **by_argmax) == pytest.approx(terms("dkd", wrong), rel=1e-5)
+    assert terms("dckd", right, **by_argmax)["tckd"] == 0.0
+    assert terms("dckd", right, **by_argmax)["nckd"] == pytest.approx(terms("dkd", right)["nckd"], rel=1e-5)
+    assert terms("dckd", right) == terms("dckd", right, fix_acquired=True)
+    assert terms("dckd", right, fix_acquired="teacher") != terms("dckd", right, fix_acquired=False)
+    assert terms("dckd", right, fix_acquired=False) == terms("dkd", right)
+    with pytest.raises(OptionError, match="fix_acquired = 'label'"):
+        terms("dckd", right, fix_acquired="label")
