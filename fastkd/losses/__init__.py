@@ -38,6 +38,7 @@ from .divergences import (
     skew_kl_loss,
     tvd_loss,
 )
+from .forms import LinearLogits
 from .nkd import NKDLoss, nkd_loss
 from .softmax import DCKDLoss, DistillLoss, DKDLoss, KDLoss, dckd_loss, distill_loss, dkd_loss, kd_loss
 from .ttm import TTMLoss, ttm_loss
@@ -50,6 +51,7 @@ __all__ = [
     "DistillLoss",
     "JSDLoss",
     "KDLoss",
+    "LinearLogits",
     "NKDLoss",
     "ReverseKLLoss",
     "SkewKLLoss",

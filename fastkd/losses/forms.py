@@ -1,0 +1,102 @@
+"""Forms of logits other than a tensor, which every loss takes: ``LinearLogits``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils import _pytree
+
+
+@dataclass(frozen=True, eq=False)
+class LinearLogits:
+    """Logits ``scale * (hidden @ weight.T + bias)`` that are never stored: a head's input and its weights.
+
+    A loss computes them in chunks of rows, with the gradients of ``hidden``, ``weight`` and ``bias``, so that
+    [..., C] is never in memory. With ``softcap`` they are ``softcap * tanh(logits / softcap)``.
+
+    Args:
+        hidden: [..., H].
+        weight: [C, H], as of ``nn.Linear``. It may have more rows than there are classes.
+        bias: [C], or None.
+        scale: multiplies the logits before ``softcap``.
+        softcap: bound of the logits' size, or None.
+        num_classes: C, if ``weight`` is padded: the rows after it are not read, and their gradient is 0.
+        chunk_rows: rows per chunk; by default as many as make good use of the device.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    num_classes: int | None = None
+    chunk_rows: int | None = None
+
+    @property
+    def classes(self) -> int:
+        return self.weight.shape[0] if self.num_classes is None else self.num_classes
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the logits: [..., C]."""
+        return torch.Size((*self.hidden.shape[:-1], self.classes))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.hidden.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.hidden.device
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.hidden, self.weight] if self.bias is None else [self.hidden, self.weight, self.bias]
+
+    @property
+    def requires_grad(self) -> bool:
+        return any(tensor.requires_grad for tensor in self.tensors)
+
+    def dense(self) -> Tensor:
+        """The logits in memory, in plain torch: what the form stands for."""
+        weight, bias = self.weight, self.bias
+        if self.num_classes is not None:
+            weight, bias = weight[: self.classes], None if bias is None else bias[: self.classes]
+        logits = F.linear(self.hidden, weight, bias)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def of(self, tensors: Sequence[Tensor]) -> LinearLogits:
+        """The same form of other tensors."""
+        hidden, weight, *bias = tensors
+        return replace(self, hidden=hidden, weight=weight, bias=bias[0] if bias else None)
+
+    def under_autocast(self) -> LinearLogits:
+        """The same, with the tensors in the dtype that ``F.linear`` would use here."""
+        device = self.device.type
+        if not torch.is_autocast_enabled(device):
+            return self
+        dtype = torch.get_autocast_dtype(device)
+        return self.of([part if part.dtype == torch.float64 else part.to(dtype) for part in self.tensors])
+
+
+_CONSTANT = ("scale", "softcap", "num_classes", "chunk_rows")
+
+
+def _flatten(form: LinearLogits) -> tuple[list[Any], tuple[Any, ...]]:
+    return [form.hidden, form.weight, form.bias], tuple(getattr(form, name) for name in _CONSTANT)
+
+
+def _unflatten(tensors: Any, constant: tuple[Any, ...]) -> LinearLogits:
+    return LinearLogits(*tensors, *constant)
+
+
+_pytree.register_pytree_node(
+    LinearLogits, _flatten, _unflatten, serialized_type_name="fastkd.losses.forms.LinearLogits"
+)
