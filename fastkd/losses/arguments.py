@@ -10,7 +10,7 @@ from torch import Tensor
 from fastkd.ops import native
 from fastkd.ops.tensors import check_ordinary
 
-from .forms import LinearLogits
+from .forms import LinearLogits, autocast_dtype
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ONE = (Tensor, LinearLogits)  # the logits of one model
@@ -22,58 +22,61 @@ TEMPERATURES = (1e-6, 1e6)
 
 def check_linear(name: str, form: LinearLogits) -> None:
     """Raise TypeError or ValueError that names the field, its value and what is expected."""
-    tensors = dict(zip(("hidden", "weight", "bias"), form.tensors, strict=False))
-    for field, tensor in tensors.items():
-        where = f"{name}.{field}"
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{where} is a {type(tensor).__name__}; expected a tensor")
-        if type(tensor).__name__ == "DTensor":
-            raise TypeError(
-                f"{where} is a DTensor; build LinearLogits inside the forward of the wrapped module that "
-                "owns the head, where FSDP has gathered it"
-            )
-        check_ordinary(where, tensor)
-        if tensor.dtype not in LOGIT_DTYPES:
-            raise TypeError(
-                f"{where} has dtype {tensor.dtype}; expected float32, bfloat16, float16 or float64"
-            )
-        if tensor.device != form.hidden.device:
-            raise ValueError(
-                f"{where} is on {tensor.device} and {name}.hidden on {form.hidden.device}; expected one "
-                "device"
-            )
-    if form.hidden.dim() < 1:
-        raise ValueError(f"{name}.hidden has shape []; expected [..., H]")
-    if form.weight.dim() != 2 or form.weight.shape[1] != form.hidden.shape[-1]:
+    for field, tensor in form.tensors.items():
+        _check_layer_tensor(f"{name}.{field}", tensor, f"{name}.hidden", form.hidden)
+    hidden, weight = form.hidden, form.weight
+    if hidden.dim() < 1 or hidden.shape[-1] < 1:
+        raise ValueError(f"{name}.hidden has shape {list(hidden.shape)}; expected [..., H]")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
-            f"{name}.weight has shape {list(form.weight.shape)}; expected [C, {form.hidden.shape[-1]}] for "
-            f"hidden {list(form.hidden.shape)}"
+            f"{name}.weight has shape {list(weight.shape)}; expected [C, {hidden.shape[-1]}] for hidden "
+            f"{list(hidden.shape)}"
         )
-    outputs = form.weight.shape[0]
+    outputs = weight.shape[0]
+    if outputs < 2:
+        raise ValueError(f"{name}.weight has shape {list(weight.shape)}; expected at least 2 classes")
     if form.bias is not None and form.bias.shape != (outputs,):
         raise ValueError(
-            f"{name}.bias has shape {list(form.bias.shape)}; expected [{outputs}], as weight has"
+            f"{name}.bias has shape {list(form.bias.shape)}; expected [{outputs}], one number for each row "
+            f"of weight {list(weight.shape)}"
         )
-    for field, least, most in (("num_classes", 2, outputs), ("chunk_rows", 1, None)):
-        value = getattr(form, field)
-        if value is None:
-            continue
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name}.{field} is {value!r}; expected a whole number or None")
-        if value < least or (most is not None and value > most):
-            upto = "" if most is None else f" to {most}, the rows of weight"
-            raise ValueError(f"{name}.{field} is {value}; expected {least}{upto or ' or more'}")
-    if outputs < 2:
-        raise ValueError(f"{name}.weight has {outputs} rows; expected at least 2 classes")
+    if len(set(map(autocast_dtype, form.tensors.values()))) > 1:
+        found = ", ".join(f"{field} {tensor.dtype}" for field, tensor in form.tensors.items())
+        raise TypeError(f"{name} has {found}; expected one dtype, or torch.autocast")
+    _check_size(f"{name}.num_classes", form.num_classes, 2, outputs)
+    _check_size(f"{name}.chunk_rows", form.chunk_rows, 1)
     check_number(f"{name}.scale", form.scale)
     if form.softcap is not None:
         check_number(f"{name}.softcap", form.softcap)
         if not form.softcap > 0:
             raise ValueError(f"{name}.softcap is {form.softcap!r}; expected a number above 0, or None")
-    dtypes = {tensor.dtype for tensor in tensors.values()}
-    if len(dtypes) > 1 and not torch.is_autocast_enabled(form.hidden.device.type):
-        found = ", ".join(f"{field} {tensor.dtype}" for field, tensor in tensors.items())
-        raise TypeError(f"{name} has {found}; expected one dtype, or torch.autocast")
+
+
+def _check_layer_tensor(name: str, tensor: Any, hidden_name: str, hidden: Any) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor")
+    if type(tensor).__name__ == "DTensor":
+        raise TypeError(
+            f"{name} is a DTensor; expected an ordinary tensor: build LinearLogits inside the forward of the "
+            "wrapped module that owns the head, where FSDP has gathered it"
+        )
+    check_ordinary(name, tensor)
+    if tensor.dtype not in LOGIT_DTYPES:
+        raise TypeError(f"{name} has dtype {tensor.dtype}; expected float32, bfloat16, float16 or float64")
+    if tensor.device != hidden.device:
+        raise ValueError(
+            f"{name} is on {tensor.device} and {hidden_name} on {hidden.device}; expected one device"
+        )
+
+
+def _check_size(name: str, value: int | None, least: int, most: int | None = None) -> None:
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; expected a whole number or None")
+    if value < least or (most is not None and value > most):
+        upto = "or more" if most is None else f"to {most}, the rows of weight"
+        raise ValueError(f"{name} is {value}; expected {least} {upto}")
 
 
 def check_logits(student_logits: Any, teacher_logits: Any, which: str = "") -> None:

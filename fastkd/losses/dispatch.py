@@ -11,11 +11,10 @@ from fastkd.ops.tensors import as_ordinary, is_readable
 from fastkd.reference import centered
 
 from . import arguments
-from .forms import LinearLogits
+from .forms import Form, LinearLogits
 from .linear import linear_rows
 from .rows import Rows, backend_for, eager_rows, numbers_of, rows_of
 
-Form: TypeAlias = Tensor | LinearLogits
 Logits: TypeAlias = Form | Sequence[Form]
 
 
@@ -53,15 +52,10 @@ def reduced_loss(
         target = as_ordinary("target", target)
         none_ignored = is_readable(target) and arguments.check_labels(target, student.shape[-1], ignore_index)
 
-    rows = rows_of(
-        student.shape, student.dtype, target,
-        uses_label=uses_label, none_ignored=none_ignored, ignore_index=ignore_index,
-        weight=weight, reduction=reduction,
-    )  # fmt: skip
-    if any(isinstance(logits, LinearLogits) for logits in (*students, *teachers)):
-        values, terms = linear_rows(loss, options, students, teachers, rows, center_teacher, with_terms)
-    else:
-        values, terms = _dense_rows(loss, options, students, teachers, rows, center_teacher, with_terms)
+    valid = None if target is None or none_ignored else target.reshape(-1) != ignore_index
+    rows = rows_of(student, target if uses_label else None, valid, weight, reduction)
+    compute = linear_rows if LinearLogits in map(type, (*students, *teachers)) else _dense_rows
+    values, terms = compute(loss, options, students, teachers, rows, center_teacher, with_terms)
     of_pairs = () if isinstance(student_logits, arguments.ONE) else (len(students),)
     shape = of_pairs if rows.reduced else of_pairs + rows.leading
     if values.shape != shape:

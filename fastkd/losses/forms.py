@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ class LinearLogits:
         hidden: [..., H].
         weight: [C, H], as of ``nn.Linear``. It may have more rows than there are classes.
         bias: [C], or None.
-        scale: multiplies the logits before ``softcap``.
+        scale: multiplies the logits before ``softcap``. Both are compiled in by torch.compile.
         softcap: bound of the logits' size, or None.
         num_classes: C, if ``weight`` is padded: the rows after it are not read, and their gradient is 0.
         chunk_rows: rows per chunk; by default as many as make good use of the device.
@@ -55,12 +55,18 @@ class LinearLogits:
         return self.hidden.device
 
     @property
-    def tensors(self) -> list[Tensor]:
-        return [self.hidden, self.weight] if self.bias is None else [self.hidden, self.weight, self.bias]
+    def tensors(self) -> dict[str, Tensor]:
+        """By the names of the arguments; without ``bias`` if it is None."""
+        layer = {"hidden": self.hidden, "weight": self.weight}
+        return layer if self.bias is None else {**layer, "bias": self.bias}
 
     @property
     def requires_grad(self) -> bool:
-        return any(tensor.requires_grad for tensor in self.tensors)
+        return any(tensor.requires_grad for tensor in self.tensors.values())
+
+    def detach(self) -> LinearLogits:
+        """The same logits as a constant, such as a teacher's."""
+        return self.of([tensor.detach() for tensor in self.tensors.values()])
 
     def dense(self) -> Tensor:
         """The logits in memory, in plain torch: what the form stands for."""
@@ -78,12 +84,21 @@ class LinearLogits:
         return replace(self, hidden=hidden, weight=weight, bias=bias[0] if bias else None)
 
     def under_autocast(self) -> LinearLogits:
-        """The same, with the tensors in the dtype that ``F.linear`` would use here."""
-        device = self.device.type
-        if not torch.is_autocast_enabled(device):
+        """The same, with the tensors in the dtype in which ``F.linear`` would use them here."""
+        if not torch.is_autocast_enabled(self.device.type):
             return self
-        dtype = torch.get_autocast_dtype(device)
-        return self.of([part if part.dtype == torch.float64 else part.to(dtype) for part in self.tensors])
+        return self.of([tensor.to(autocast_dtype(tensor)) for tensor in self.tensors.values()])
+
+
+Form: TypeAlias = Tensor | LinearLogits  # the logits of one model
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which ``F.linear`` would use it here."""
+    device = tensor.device.type
+    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return tensor.dtype
+    return torch.get_autocast_dtype(device)
 
 
 _CONSTANT = ("scale", "softcap", "num_classes", "chunk_rows")

@@ -11,6 +11,8 @@ from fastkd.ops import backend
 from fastkd.ops.spec import LOSSES
 from fastkd.ops.tensors import transform_of
 
+from .forms import Form
+
 
 class Rows(NamedTuple):
     """N rows of logits [..., C]."""
@@ -24,22 +26,13 @@ class Rows(NamedTuple):
 
 
 def rows_of(
-    shape: torch.Size,
-    dtype: torch.dtype,
-    target: Tensor | None,
-    *,
-    uses_label: bool,
-    none_ignored: bool,
-    ignore_index: int,
-    weight: Tensor | None,
-    reduction: str,
+    student: Form, label: Tensor | None, valid: Tensor | None, weight: Tensor | None, reduction: str
 ) -> Rows:
-    count = math.prod(shape[:-1])
-    labels = None if target is None else target.reshape(-1)
-    valid = None if labels is None or none_ignored else labels != ignore_index
-    row_weight, divisor = _row_weight(weight, valid, count, reduction, dtype)
-    label = labels if uses_label else None
-    return Rows(label, valid, row_weight, divisor, reduction != "none", shape[:-1])
+    shape = student.shape
+    leading = shape[:-1]
+    row_weight, divisor = _row_weight(weight, valid, leading.numel(), reduction, student.dtype)
+    label = None if label is None else label.reshape(-1)
+    return Rows(label, valid, row_weight, divisor, reduction != "none", leading)
 
 
 def backend_for(tensors: Sequence[Tensor | None], student: Tensor, teacher: Tensor) -> str:

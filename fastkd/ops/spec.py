@@ -130,8 +130,8 @@ def _softmax_needs(options: SoftmaxOptions) -> Needs:
 
 
 def _softmax_bound(options: SoftmaxOptions) -> float:
-    distillation = options.kd_weight + abs(options.tckd_weight) + abs(options.nckd_weight)
-    return abs(options.ce_weight) + options.temperature * abs(distillation)
+    distillation = abs(options.kd_weight) + abs(options.tckd_weight) + abs(options.nckd_weight)
+    return abs(options.ce_weight) + options.temperature * distillation
 
 
 def _nkd_needs(options: NKDOptions) -> Needs:
