@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastkd.ops.call import Call
 from fastkd.ops.chunks import LinearCall, compute, count_rows, new_gradients
-from fastkd.ops.tensors import is_traced, is_transformed
+from fastkd.ops.tensors import as_ordinary, is_traced, is_transformed
 
 _library = torch.library.Library("fastkd", "FRAGMENT")
 _library.define(
@@ -138,6 +138,8 @@ def _gradients(ctx: Any, grad_output: Tensor | None) -> Sequence[Tensor | None]:
             "(is_grads_batched=True); use fastkd.set_backend('eager')"
         )
     target, row_weight, dynamic, student, *teacher = (ctx.constants.get(i, x) for i, x in enumerate(saved))
+    if not traced:  # since the forward, FSDP may have freed a teacher's weight
+        teacher = [as_ordinary("teacher_logits", tensor) for tensor in teacher]
     count = count_rows([student], ctx.recompute.classes)
     factors = grad_output.float().reshape(-1).expand(count)
     factors = factors.contiguous() if row_weight is None else factors * row_weight
