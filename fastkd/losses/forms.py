@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -85,8 +85,6 @@ class LinearLogits:
 
     def under_autocast(self) -> LinearLogits:
         """The same, with the tensors in the dtype in which ``F.linear`` would use them here."""
-        if not torch.is_autocast_enabled(self.device.type):
-            return self
         return self.of([tensor.to(autocast_dtype(tensor)) for tensor in self.tensors.values()])
 
 
@@ -96,20 +94,20 @@ Form: TypeAlias = Tensor | LinearLogits  # the logits of one model
 def autocast_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype in which ``F.linear`` would use it here."""
     device = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return tensor.dtype
-    return torch.get_autocast_dtype(device)
+    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if enabled and tensor.dtype != torch.float64 else tensor.dtype
 
 
 _CONSTANT = ("scale", "softcap", "num_classes", "chunk_rows")
 
 
 def _flatten(form: LinearLogits) -> tuple[list[Any], tuple[Any, ...]]:
-    return [form.hidden, form.weight, form.bias], tuple(getattr(form, name) for name in _CONSTANT)
+    return list(form.tensors.values()), tuple(getattr(form, name) for name in _CONSTANT)
 
 
-def _unflatten(tensors: Any, constant: tuple[Any, ...]) -> LinearLogits:
-    return LinearLogits(*tensors, *constant)
+def _unflatten(tensors: Iterable[Any], constant: tuple[Any, ...]) -> LinearLogits:
+    hidden, weight, *bias = tensors
+    return LinearLogits(hidden, weight, bias[0] if bias else None, *constant)
 
 
 _pytree.register_pytree_node(
