@@ -25,7 +25,7 @@ from fastkd.ops.spec import Needs
 from fastkd.reference import centered
 
 # Bytes of a chunk's logits of one model: enough rows for a matmul that is not bound by reading the weights.
-_CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
+_CHUNK_BYTES = {"cpu": 80 << 20, "cuda": 256 << 20}
 _LEAST_ROWS = 32
 # Bytes of what the CPU raises to float32 at a time.
 _BLOCK_BYTES = 8 << 20
