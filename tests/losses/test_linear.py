@@ -216,3 +216,38 @@ def test_the_form_says_what_its_logits_are():
     assert form.requires_grad
     assert not form.detach().requires_grad
     torch.testing.assert_close(form.dense(), 2 * F.linear(hidden, layer.weight, layer.bias)[..., :7])
+
+
+def test_a_module_that_owns_the_head(fused):
+    head, teacher_head = nn.Linear(12, 33).to(fused), nn.Linear(20, 33, bias=False).to(fused)
+    layers = Layers.random(device=fused)
+    hidden, teacher_hidden = layers.student[0], layers.teacher[0]
+    loss = fastkd.DistillLoss(ce_weight=0.5, kd_weight=0.5)
+    module = fastkd.LinearDistillLoss(head, loss, teacher_head=teacher_head, softcap=9.0, chunk_rows=4)
+    assert set(module.state_dict()) == {"head.weight", "head.bias", "teacher_head.weight"}
+    value, terms = module(hidden, teacher_hidden, layers.target)
+    assert set(terms) == {"ce", "kd"}
+    logits = 9 * torch.tanh(head(hidden) / 9)
+    expected, _ = loss(logits, teacher_head(teacher_hidden).detach(), layers.target)
+    torch.testing.assert_close(value, expected)
+    gradients = [torch.autograd.grad(one, list(head.parameters())) for one in (value, expected)]
+    torch.testing.assert_close(*gradients)
+    weight = torch.rand(11, device=fused)
+    module = fastkd.LinearDistillLoss(head, fastkd.KDLoss())
+    torch.testing.assert_close(
+        module(hidden, logits.detach(), weight=weight),
+        fastkd.kd_loss(head(hidden), logits.detach(), weight=weight),
+    )
+
+
+def test_bad_modules():
+    for arguments, message in (
+        ((nn.Conv2d(3, 3, 1), fastkd.KDLoss()), "head is a Conv2d"),
+        ((nn.Linear(3, 4), fastkd.kd_loss), "loss is a function"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            fastkd.LinearDistillLoss(*arguments)
+    with pytest.raises(TypeError, match="chunks"):
+        fastkd.LinearDistillLoss(nn.Linear(3, 4), fastkd.KDLoss(), chunks=3)
+    with pytest.raises(ValueError, match=r"num_classes is 5"):
+        fastkd.LinearDistillLoss(nn.Linear(3, 4), fastkd.KDLoss(), num_classes=5)
