@@ -61,8 +61,8 @@ class Explanation:
         return (
             f"{text}\n"
             f"  linear layers: chunks of {self.chunk_rows} rows, {self.buffer_bytes / 1e6:.1f} MB; gradients "
-            f"of weight (4 C H bytes) and hidden, held until backward, {self.held_bytes / 1e6:.1f} MB; the time "
-            "of the matmuls comes on top"
+            f"of weight (4 C H bytes) and hidden, held until backward, {self.held_bytes / 1e6:.1f} MB; "
+            "the time of the matmuls comes on top"
         )
 
 
