@@ -234,7 +234,7 @@ def run_suite(
             reason = (
                 f"it needs up to {need / 2**30:.0f} GiB with its peers, the bound is {memory / 2**30:.0f} GiB"
             )
-            yield [{"kind": "skipped", **asdict(case), "reason": reason}]
+            yield [{"kind": "skipped", **_about(case), "reason": reason}]
             continue
         yield measure(case, clock, chosen, seconds=seconds)
         torch._dynamo.reset()
