@@ -4,13 +4,14 @@ Not called explain.py: ``fastkd.explain`` is the function, also after an import 
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
 
 import torch
 
 from fastkd.ops import backend
+from fastkd.ops.chunks import chunk_rows_of
 from fastkd.ops.plan import ELEMENT_BYTES, Device, device_of, plan_rows
 from fastkd.ops.spec import CASES, Family, Needs, needs_of
 from fastkd.ops.team_plan import plan_team
@@ -36,6 +37,9 @@ class Explanation:
     accesses: float
     bytes: int
     bandwidth: float
+    chunk_rows: int | None = None  # of LinearLogits; the following too
+    buffer_bytes: int = 0  # of a chunk's logits of both models, and their gradient
+    held_bytes: int = 0  # of gradients in float32, from the loss until backward
 
     @property
     def seconds(self) -> float:
@@ -44,7 +48,7 @@ class Explanation:
 
     def __str__(self) -> str:
         warps = "" if self.warps is None else f", {self.warps} warps"
-        return (
+        text = (
             f"{self.loss} of {self.rows} x {self.classes} {str(self.dtype).removeprefix('torch.')} on "
             f"{self.device}, loss and gradient: backend {self.backend}\n"
             f"  path: {self.path}\n"
@@ -52,16 +56,31 @@ class Explanation:
             f"  memory: {self.accesses:.3g} accesses per element, {self.bytes / 1e6:.1f} MB; at the "
             f"{self.bandwidth / 1e9:.0f} GB/s of a copy measured here at least {self.seconds * 1e3:.3f} ms"
         )
+        if self.chunk_rows is None:
+            return text
+        return (
+            f"{text}\n"
+            f"  linear layers: chunks of {self.chunk_rows} rows, {self.buffer_bytes / 1e6:.1f} MB; gradients "
+            f"of weight (4 C H bytes) and hidden, held until backward, {self.held_bytes / 1e6:.1f} MB; "
+            "the time of the matmuls comes on top"
+        )
 
 
 def explain(
-    rows: int, classes: int, dtype: torch.dtype = torch.float32, device: str = "cpu", *, loss: str = "kd"
+    rows: int,
+    classes: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    *,
+    loss: str = "kd",
+    hidden: tuple[int, int] | None = None,
 ) -> Explanation:
     """Say how a loss and its gradient over ``[rows, classes]`` logits will be computed, and at what cost.
 
     ``loss`` is a case of ``fastkd.ops.spec``, such as kd, lskd, dkd, ce_kd, nkd, ttm, reverse_kl, jsd or
     binary_kl. The time is that of the memory traffic alone, at the bandwidth of a copy that is measured once
-    per device.
+    per device. ``hidden`` are the widths of the student's and the teacher's last layers, if their logits are
+    ``LinearLogits``.
     """
     if rows < 1 or classes < 2:
         raise ValueError(f"rows is {rows} and classes {classes}; expected at least 1 row and 2 classes")
@@ -70,8 +89,11 @@ def explain(
         raise TypeError(f"dtype is {dtype}; expected float32, bfloat16, float16 or float64")
     kind = backend.checked_device(device, "device").type
     chosen = backend.resolve(backend.get_backend(), kind, dtype)
-    path = _path(chosen, work, rows, classes, dtype, torch.device(device))
-    if dtype == torch.float16 and chosen != "eager":
+    chunk = None
+    if hidden is not None:
+        chunk = _chunk_of(hidden, chosen, rows, classes, dtype, kind)
+    path = _path(chosen, work, chunk or rows, classes, dtype, torch.device(device))
+    if chunk is None and dtype == torch.float16 and chosen != "eager":
         # The rows are computed once for the losses, which writes nothing, and once more for the gradient.
         again = max(work.reads, path.accesses - work.reads - 1)
         path = path._replace(
@@ -79,7 +101,24 @@ def explain(
             accesses=path.accesses + again,
         )
     moved = round(path.accesses * rows * classes * ELEMENT_BYTES[dtype])
-    return Explanation(loss, rows, classes, dtype, device, chosen, *path, moved, copy_bandwidth(device))
+    explained = Explanation(loss, rows, classes, dtype, device, chosen, *path, moved, copy_bandwidth(device))
+    if hidden is None or chunk is None:
+        return explained
+    return replace(
+        explained,
+        chunk_rows=chunk,
+        buffer_bytes=(1 + work.reads) * chunk * classes * ELEMENT_BYTES[dtype],
+        held_bytes=4 * hidden[0] * (classes + rows),
+    )
+
+
+def _chunk_of(
+    hidden: tuple[int, int], chosen: str, rows: int, classes: int, dtype: torch.dtype, kind: str
+) -> int | None:
+    """Rows per chunk; None with the eager backend, which stores the logits."""
+    if len(hidden) != 2 or min(hidden) < 1:
+        raise ValueError(f"hidden is {hidden}; expected the widths of the student's and the teacher's layer")
+    return None if chosen == "eager" else chunk_rows_of(0, rows, classes, ELEMENT_BYTES[dtype], kind)
 
 
 class _Work(NamedTuple):

@@ -231,6 +231,40 @@ def test_training_step():
         )
 
 
+def test_forms(tmp_path, capsys):
+    """Each variant is the same loss; without stored logits it takes less memory."""
+    path = tmp_path / "run.jsonl"
+    arguments = [
+        "--forms",
+        "--shapes",
+        "256x4000",
+        "2000000x4000",
+        "--losses",
+        "kd",
+        "jsd",
+        "ce",
+        "--memory",
+        "1",
+    ]
+    arguments += ["--peers", "stored", "eager", "torch", "--seconds", "0", "--device", "cpu"]
+    assert command.main([*arguments, "--output", str(path)]) == 0
+    header, records = results.read(path)
+    assert header["not_measured"]["compiled"]
+    assert sum(record["kind"] == "skipped" for record in records) == 3
+    by_variant = {(r["loss"], r["variant"]): r for r in records if r["kind"] == "form"}
+    assert set(by_variant) == {
+        *((loss, variant) for loss in ("kd", "jsd", "ce") for variant in ("fastkd", "stored", "eager")),
+        *([("ce", "torch")] if "torch" not in header["not_measured"] else []),
+    }
+    for record in by_variant.values():
+        assert record["gradient_error"] < 1e-4
+        assert 0 < record["p20"] <= record["ms"] <= record["p80"]
+    assert "2000000 x (256, 512) x 4000 float32" in capsys.readouterr().out
+    text = write_report([path], tmp_path / "report").read_text()
+    assert "| kd | 256 x (256, 512) x 4000 | float32 | fastkd |" in text
+    assert "nothing could be compared" in compare(path, path)[0]
+
+
 def test_throughput_of_the_trainer(tmp_path):
     script = Path(__file__).parents[1] / "benchmarks/throughput.py"
     output = tmp_path / "run.jsonl"

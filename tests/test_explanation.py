@@ -57,6 +57,20 @@ def test_bad_input():
         fastkd.explain(3, 10, torch.int64)
 
 
+def test_linear_layers(fused):
+    explained = fastkd.explain(2048, 50_304, torch.bfloat16, fused, loss="ce_kd", hidden=(256, 512))
+    assert 1 < explained.chunk_rows < 2048
+    assert explained.held_bytes == 4 * 50_304 * 256 + 4 * 2048 * 256
+    assert explained.buffer_bytes == 3 * explained.chunk_rows * 50_304 * 2
+    for words in (f"chunks of {explained.chunk_rows} rows", "4 C H bytes", "53.6 MB"):
+        assert words in str(explained)
+    assert fastkd.explain(2048, 50_304, device=fused).chunk_rows is None
+    with fastkd.use_backend("eager"):
+        assert fastkd.explain(8, 100, device=fused, hidden=(4, 4)).chunk_rows is None
+    with pytest.raises(ValueError, match="hidden"):
+        fastkd.explain(8, 100, device=fused, hidden=(0, 4))
+
+
 def test_importing_the_module_keeps_the_function():
     importlib.import_module("fastkd.explanation")
     assert fastkd.explain is explanation.explain

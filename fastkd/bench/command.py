@@ -9,12 +9,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from fastkd.bench import cases, peers
+from fastkd.bench import cases, forms, peers
 from fastkd.bench.results import ResultFileError, Writer, header
 from fastkd.bench.step import STEPS, describe, run_steps
 from fastkd.command import run_command
 
 PEERS = tuple(name for name in peers.VARIANTS if name != "fastkd")
+ANY_PEER = tuple(dict.fromkeys((*PEERS, *forms.PEERS)))
+ANY_LOSS = tuple(dict.fromkeys((*cases.LOSSES, *forms.LOSSES)))
 DESCRIPTION = """\
 Time the losses beside their peers in one run and write JSON lines; or report on such files, or compare two.
 benchmarks/README.md describes the protocol."""
@@ -26,6 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--quick", action="store_true", help="a few cases, in under two minutes on two cores")
     what.add_argument(
         "--step", action="store_true", help="whole training steps instead of losses: the share of the loss"
+    )
+    what.add_argument(
+        "--forms",
+        action="store_true",
+        help="losses of linear layers: memory and time with and without logits",
     )
     what.add_argument(
         "--report", nargs="+", type=Path, metavar="FILE", help="make tables and pictures of result files"
@@ -44,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the new result file, or with --report the new folder (default: a name with the time in it)",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
-    parser.add_argument("--losses", nargs="+", choices=cases.LOSSES, metavar="LOSS", help=_list(cases.LOSSES))
+    parser.add_argument("--losses", nargs="+", choices=ANY_LOSS, metavar="LOSS", help=_list(ANY_LOSS))
     parser.add_argument("--shapes", nargs="+", type=_shape, metavar="NxC", help="such as 256x1000 4x131072")
     parser.add_argument(
         "--dtypes",
@@ -54,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{_list(cases.DTYPES)} (default: float32 bfloat16)",
     )
     parser.add_argument("--passes", nargs="+", choices=cases.PASSES, metavar="PASS", help=_list(cases.PASSES))
-    parser.add_argument("--peers", nargs="*", choices=PEERS, metavar="PEER", help=_list(PEERS))
+    parser.add_argument("--peers", nargs="*", choices=ANY_PEER, metavar="PEER", help=_list(ANY_PEER))
     parser.add_argument(
         "--steps", nargs="+", choices=list(STEPS), metavar="STEP", help=f"with --step, {_list(STEPS)}"
     )
@@ -109,8 +116,9 @@ def _measure(args: argparse.Namespace) -> int:
         print("fastkd bench: error: --device cuda, but torch finds no GPU here", file=sys.stderr)
         return 2
     path = args.output or Path(f"bench-{device}-{_now()}.jsonl")
-    absent = peers.not_measured(device)
-    for name in PEERS:
+    absent = forms.not_measured() if args.forms else peers.not_measured(device)
+    known = forms.PEERS if args.forms else PEERS
+    for name in known:
         if args.peers is not None and name not in {*args.peers, peers.in_force(device)}:
             absent.setdefault(name, "not asked for (--peers)")
     about = header(device, absent, command=" ".join(sys.argv[1:]))
@@ -130,7 +138,7 @@ def _measure(args: argparse.Namespace) -> int:
     failed = 0
     with Writer(path) as writer:
         writer.write([about])
-        for records in _records(args, device, set(PEERS) - set(absent)):
+        for records in _records(args, device, set(known) - set(absent)):
             writer.write(records)
             for record in records:
                 failed += record["kind"] == "failed" and record["variant"] == "fastkd"
@@ -149,11 +157,16 @@ def _records(args: argparse.Namespace, device: str, chosen: set[str]) -> Iterato
     from fastkd.bench.measure import run_suite
     from fastkd.bench.protocol import make_clock
 
+    memory = cases.memory_bound(device) if args.memory is None else int(args.memory * 2**30)
+    if args.forms:
+        layers = forms.suite(args.losses, args.shapes, args.dtypes)
+        yield from forms.run_suite(layers, make_clock(device), chosen, memory=memory, seconds=args.seconds)
+        return
     if args.quick:
         suite = cases.quick_suite()
     else:
         suite = cases.suite(
-            losses=args.losses or cases.LOSSES,
+            losses=[loss for loss in args.losses or cases.LOSSES if loss in cases.LOSSES],
             shapes=args.shapes or cases.SHAPES,
             dtypes=args.dtypes or ("float32", "bfloat16"),
             passes=args.passes or cases.PASSES,
@@ -162,7 +175,7 @@ def _records(args: argparse.Namespace, device: str, chosen: set[str]) -> Iterato
         suite,
         make_clock(device),
         chosen,
-        memory=cases.memory_bound(device) if args.memory is None else int(args.memory * 2**30),
+        memory=memory,
         seconds=args.seconds,
         time_limit=args.time_limit,
     )
@@ -173,6 +186,8 @@ def _line(records: list[dict]) -> str:
     first = records[0]
     if "step" in first:
         return "\n".join(map(describe, records))
+    if "student_width" in first:
+        return forms.describe(records)
     shape = f"{first['rows']:5d} x {first['classes']:<7d}"
     head = f"{first['loss']:14s} {shape} {first['dtype']:8s} {first['pass']:16s}"
     if first["kind"] == "skipped":

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastkd.bench import peers
+from fastkd.bench import forms, peers
 from fastkd.bench.results import Record, ResultFileError, read
 
 # A loss with less than this share of a step cannot matter much.
@@ -35,6 +35,7 @@ def _run_section(name: str, header: dict[str, Any], records: list[Record], folde
     parts = [f"## {header['name']}: {name}\n", _about(header)]
     measured = [record for record in records if record["kind"] == "loss"]
     steps = [record for record in records if record["kind"] == "step"]
+    layers = [record for record in records if record["kind"] == "form"]
     if measured:
         parts.append(
             "Times are medians in milliseconds (p20 to p80). Share is the bandwidth relative to that "
@@ -50,6 +51,8 @@ def _run_section(name: str, header: dict[str, Any], records: list[Record], folde
         parts.append(peer_wins(measured))
     if steps:
         parts += ["### Training steps\n", step_table(steps), step_words(steps)]
+    if layers:
+        parts += ["### Losses of linear layers\n", table(*forms.table_of(layers))]
     parts.append(_left_out(header, records))
     parts += _pictures(header, measured, steps, folder, stem)
     return "\n".join(parts)

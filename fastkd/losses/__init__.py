@@ -9,6 +9,11 @@ Common to all of them:
 - Several pairs of logits of equal shape, such as the heads of a multi-head student, go through one call as
   two lists: one launch on a GPU, and a result with a first dimension for the pairs (``[H]``, or ``[H, ...]``
   for "none"). ``target`` and ``weight`` apply to every pair. Heads with other classes need separate calls.
+- ``LinearLogits(hidden, weight, bias)`` stands for the logits of a last layer wherever a loss takes a tensor:
+  they are computed in chunks of rows and never stored, and the gradients are those of ``hidden``, ``weight``
+  and ``bias``, accumulated in float32. They are computed with the loss, in float16 too, and ``"none"`` has
+  no gradient: give ``weight``. The eager backend stores the logits. ``LinearDistillLoss`` is a module that
+  owns the head, for DDP, FSDP and checkpoints.
 - T^2 is included, so that a weight means the same at every temperature; not in the
   divergences of ``losses/divergences.py``, as is the custom for language models, and ``ttm_loss`` has no T.
 - ``reduction``: ``"batchmean"`` (sum over the non-ignored rows, divided by their number), ``"sum"``, or
@@ -38,6 +43,8 @@ from .divergences import (
     skew_kl_loss,
     tvd_loss,
 )
+from .forms import LinearLogits
+from .head import LinearDistillLoss
 from .nkd import NKDLoss, nkd_loss
 from .softmax import DCKDLoss, DistillLoss, DKDLoss, KDLoss, dckd_loss, distill_loss, dkd_loss, kd_loss
 from .ttm import TTMLoss, ttm_loss
@@ -50,6 +57,8 @@ __all__ = [
     "DistillLoss",
     "JSDLoss",
     "KDLoss",
+    "LinearDistillLoss",
+    "LinearLogits",
     "NKDLoss",
     "ReverseKLLoss",
     "SkewKLLoss",

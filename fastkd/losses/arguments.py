@@ -10,17 +10,82 @@ from torch import Tensor
 from fastkd.ops import native
 from fastkd.ops.tensors import check_ordinary
 
+from .forms import LinearLogits, autocast_dtype
+
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+ONE = (Tensor, LinearLogits)  # the logits of one model
 REDUCTIONS = ("batchmean", "sum", "none")
 LARGEST = torch.finfo(torch.float32).max
 # What float32 can hold: the largest unmasked logits divided by T, and T^2 times a loss.
 TEMPERATURES = (1e-6, 1e6)
 
 
-def check_logits(student_logits: Tensor, teacher_logits: Tensor, which: str = "") -> None:
+def check_linear(name: str, form: LinearLogits) -> None:
+    """Raise TypeError or ValueError that names the field, its value and what is expected."""
+    for field, tensor in form.tensors.items():
+        _check_layer_tensor(f"{name}.{field}", tensor, f"{name}.hidden", form.hidden)
+    hidden, weight = form.hidden, form.weight
+    if hidden.dim() < 1 or hidden.shape[-1] < 1:
+        raise ValueError(f"{name}.hidden has shape {list(hidden.shape)}; expected [..., H]")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{name}.weight has shape {list(weight.shape)}; expected [C, {hidden.shape[-1]}] for hidden "
+            f"{list(hidden.shape)}"
+        )
+    outputs = weight.shape[0]
+    if outputs < 2:
+        raise ValueError(f"{name}.weight has shape {list(weight.shape)}; expected at least 2 classes")
+    if form.bias is not None and form.bias.shape != (outputs,):
+        raise ValueError(
+            f"{name}.bias has shape {list(form.bias.shape)}; expected [{outputs}], one number for each row "
+            f"of weight {list(weight.shape)}"
+        )
+    if len(set(map(autocast_dtype, form.tensors.values()))) > 1:
+        found = ", ".join(f"{field} {tensor.dtype}" for field, tensor in form.tensors.items())
+        raise TypeError(f"{name} has {found}; expected one dtype, or torch.autocast")
+    _check_size(f"{name}.num_classes", form.num_classes, 2, outputs)
+    _check_size(f"{name}.chunk_rows", form.chunk_rows, 1)
+    check_number(f"{name}.scale", form.scale)
+    if form.softcap is not None:
+        check_number(f"{name}.softcap", form.softcap)
+        if not form.softcap > 0:
+            raise ValueError(f"{name}.softcap is {form.softcap!r}; expected a number above 0, or None")
+
+
+def _check_layer_tensor(name: str, tensor: Any, hidden_name: str, hidden: Any) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor")
+    if type(tensor).__name__ == "DTensor":
+        raise TypeError(
+            f"{name} is a DTensor; expected an ordinary tensor: build LinearLogits inside the forward of the "
+            "wrapped module that owns the head, where FSDP has gathered it"
+        )
+    check_ordinary(name, tensor)
+    if tensor.dtype not in LOGIT_DTYPES:
+        raise TypeError(f"{name} has dtype {tensor.dtype}; expected float32, bfloat16, float16 or float64")
+    if tensor.device != hidden.device:
+        raise ValueError(
+            f"{name} is on {tensor.device} and {hidden_name} on {hidden.device}; expected one device"
+        )
+
+
+def _check_size(name: str, value: int | None, least: int, most: int | None = None) -> None:
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; expected a whole number or None")
+    if value < least or (most is not None and value > most):
+        upto = "or more" if most is None else f"to {most}, the rows of weight"
+        raise ValueError(f"{name} is {value}; expected {least} {upto}")
+
+
+def check_logits(student_logits: Any, teacher_logits: Any, which: str = "") -> None:
     """Check one pair; ``which`` is its index in messages, if there are several."""
     student_name, teacher_name = f"student_logits{which}", f"teacher_logits{which}"
     for name, logits in ((student_name, student_logits), (teacher_name, teacher_logits)):
+        if isinstance(logits, LinearLogits):
+            check_linear(name, logits)
+            continue
         if not isinstance(logits, Tensor):
             raise TypeError(f"{name} is a {type(logits).__name__}; expected a tensor of shape [..., C]")
         check_ordinary(name, logits)
@@ -54,16 +119,14 @@ def check_logits(student_logits: Tensor, teacher_logits: Tensor, which: str = ""
         )
 
 
-def check_pairs(
-    student_logits: Tensor | Sequence[Tensor], teacher_logits: Tensor | Sequence[Tensor]
-) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """Check two tensors, or two lists of tensors that are alike; return lists."""
-    if isinstance(student_logits, Tensor) and isinstance(teacher_logits, Tensor):
+def check_pairs(student_logits: Any, teacher_logits: Any) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Check two tensors or forms of logits, or two lists that are alike; return lists."""
+    if isinstance(student_logits, ONE) and isinstance(teacher_logits, ONE):
         check_logits(student_logits, teacher_logits)
         return [student_logits], [teacher_logits]
-    if isinstance(student_logits, Tensor) or isinstance(teacher_logits, Tensor):
-        name = "teacher_logits" if isinstance(student_logits, Tensor) else "student_logits"
-        other = teacher_logits if isinstance(student_logits, Tensor) else student_logits
+    if isinstance(student_logits, ONE) or isinstance(teacher_logits, ONE):
+        name = "teacher_logits" if isinstance(student_logits, ONE) else "student_logits"
+        other = teacher_logits if isinstance(student_logits, ONE) else student_logits
         raise TypeError(
             f"{name} is a {type(other).__name__} beside one tensor; expected two tensors [..., C], or "
             "two lists of them"

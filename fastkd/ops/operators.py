@@ -48,7 +48,7 @@ def row_loss(
 
 
 @cache
-def _launcher(backend: str) -> Any:
+def launcher_of(backend: str) -> Any:
     if backend == "native":
         from fastkd.ops import native
 
@@ -75,7 +75,7 @@ def _row_loss(
         sums = rows.new_empty(() if pairs == 1 else pairs)
     if count:
         outputs = Outputs(rows, terms, gradient, sums)
-        _launcher(call.backend).row_loss(*as_rows(students, teachers), call, outputs)
+        launcher_of(call.backend).row_loss(*as_rows(students, teachers), call, outputs)
     if call.reduced:
         rows = _sum_rows(rows, pairs) if sums is None else sums
         terms = None if terms is None else _sum_rows(terms, pairs)
@@ -200,7 +200,7 @@ def _scaled(gradient: Tensor, grad_output: Tensor, pairs: int, backend: str, tra
     if traced or retained:
         return (gradient * factors.reshape(-1, 1)).to(gradient.dtype)
     if rows_per_pair:
-        _launcher(backend).scale_rows_(gradient, factors.reshape(-1))
+        launcher_of(backend).scale_rows_(gradient, factors.reshape(-1))
     return gradient
 
 

@@ -100,6 +100,8 @@ class Loss:
     cases: tuple[Case, ...]
     takes_label: bool = False
     terms: tuple[str, ...] = ()
+    # About the largest gradient of a row by its logits, of weight 1: what float16 must hold.
+    bound: Callable[[Any], float] = lambda options: 1.0
     # For the first options: the value that selects other code.
     code_values: tuple[float, ...] = ()
 
@@ -125,6 +127,11 @@ def _softmax_needs(options: SoftmaxOptions) -> Needs:
     if standardizes:
         needs |= Needs.OWN_SLOPES | Needs.STANDARDIZED
     return needs
+
+
+def _softmax_bound(options: SoftmaxOptions) -> float:
+    distillation = abs(options.kd_weight) + abs(options.tckd_weight) + abs(options.nckd_weight)
+    return abs(options.ce_weight) + options.temperature * distillation
 
 
 def _nkd_needs(options: NKDOptions) -> Needs:
@@ -184,11 +191,27 @@ _SOFTMAX_CASES = (
 
 def _mixture(name: str, rows: RowLoss, options: type[Any], *cases: Case) -> Loss:
     needs = Needs.DISTILLS | Needs.SUMS_ONLY
-    return Loss(name, "mixture", rows, options, lambda values: needs, cases)
+    return Loss(
+        name,
+        "mixture",
+        rows,
+        options,
+        lambda values: needs,
+        cases,
+        bound=lambda values: 4.0 / values.temperature,
+    )
 
 
 def _pointwise(name: str, rows: RowLoss, options: type[Any], *cases: Case) -> Loss:
-    return Loss(name, "pointwise", rows, options, lambda values: Needs.DISTILLS, cases)
+    return Loss(
+        name,
+        "pointwise",
+        rows,
+        options,
+        lambda values: Needs.DISTILLS,
+        cases,
+        bound=lambda values: values.temperature,
+    )
 
 
 _ROWS = (
@@ -201,6 +224,7 @@ _ROWS = (
         _SOFTMAX_CASES,
         takes_label=True,
         terms=("ce", "kd", "tckd", "nckd"),
+        bound=_softmax_bound,
         code_values=(1.0, 0.0, 0.0, 0.0, 0.0, 0.0),
     ),
     Loss(
@@ -222,6 +246,7 @@ _ROWS = (
             ),
         ),
         takes_label=True,
+        bound=lambda options: 1.0 + options.gamma * options.temperature,
         code_values=(1.0,),
     ),
     Loss(
@@ -242,6 +267,7 @@ _ROWS = (
         TemperatureOptions,
         lambda options: Needs.DISTILLS | Needs.LOG_RATIO,
         (_case("reverse-kl", "reverse_kl_loss", TemperatureOptions(2.0), temperature=2.0),),
+        bound=lambda options: 16.0 / options.temperature,  # grows with the logits
     ),
     _mixture(
         "jsd",

@@ -1,5 +1,5 @@
 """The lines of docs/bad-inputs.md: an input, what must happen, and the call that tries it."""
 
-from . import logits, process, values
+from . import linear, logits, process, values
 
-LINES = [*logits.LINES, *values.LINES, *process.LINES]
+LINES = [*logits.LINES, *linear.LINES, *values.LINES, *process.LINES]

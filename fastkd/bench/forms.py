@@ -1,0 +1,284 @@
+"""Memory and time of losses of a linear layer's output, with and without storing the logits."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastkd
+from fastkd import LinearLogits
+from fastkd.bench import cases, peers
+from fastkd.bench.protocol import Clock, Launch, interleaved, percentile, relative_error
+from fastkd.bench.results import Record
+from fastkd.losses.cases import call_of
+from fastkd.ops.plan import ELEMENT_BYTES
+from fastkd.ops.spec import CASES
+
+# Of the student (hidden, weight) and the teacher (hidden, weight), and the labels.
+Layers = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+LayerLoss = Callable[[Layers], Tensor]
+
+LOSSES = ("kd", "ce-kd", "ce")
+# Rows, classes, hidden widths of student and teacher.
+SHAPES = ((2048, 50304, 256, 512), (1024, 131072, 512, 512))
+PEERS = ("stored", "eager", "compiled", "torch", "liger", "trl")
+# Tensors [N, C] in float32 that eager torch and float64's gradient of some rows take.
+LIVE_TENSORS = 9
+
+
+@dataclass(frozen=True)
+class Case:
+    loss: str
+    rows: int
+    classes: int
+    student_width: int
+    teacher_width: int
+    dtype: str
+
+    def __str__(self) -> str:
+        widths = f"({self.student_width}, {self.teacher_width})"
+        return f"{self.loss} {self.rows} x {widths} x {self.classes} {self.dtype}"
+
+
+def suite(
+    losses: Sequence[str] | None, shapes: Sequence[tuple[int, int]] | None, dtypes: Sequence[str] | None
+) -> Iterator[Case]:
+    """Yield the cases; shapes of rows x classes have the first shape's widths."""
+    chosen = SHAPES if shapes is None else [(*shape, *SHAPES[0][2:]) for shape in shapes]
+    for rows, classes, student, teacher in chosen:
+        for dtype in dtypes or ("float32",):
+            for loss in losses or LOSSES:
+                yield Case(loss, rows, classes, student, teacher, dtype)
+
+
+def not_measured() -> dict[str, str]:
+    """Return the peers that are not installed, each with the reason."""
+    reasons = {}
+    if not hasattr(F, "linear_cross_entropy"):
+        reasons["torch"] = f"torch {torch.__version__} has no linear_cross_entropy"
+    for name, package in (("liger", "liger_kernel"), ("trl", "trl")):
+        if importlib.util.find_spec(package) is None:
+            reasons[name] = f"the package {package} is not installed"
+    return reasons
+
+
+def make_layers(case: Case, device: str, rows: int | None = None) -> Layers:
+    """Return random layers whose logits have a spread of 3; the student's tensors require grad."""
+    generator = torch.Generator(device).manual_seed(0)
+    dtype = cases.DTYPES[case.dtype]
+
+    def layer(width: int) -> tuple[Tensor, Tensor]:
+        hidden = torch.randn(rows or case.rows, width, device=device, generator=generator)
+        weight = torch.randn(case.classes, width, device=device, generator=generator) * (3 / width**0.5)
+        return hidden.to(dtype), weight.to(dtype)
+
+    student, teacher = layer(case.student_width), layer(case.teacher_width)
+    target = torch.randint(0, case.classes, (rows or case.rows,), device=device, generator=generator)
+    return student[0].requires_grad_(), student[1].requires_grad_(), *teacher, target
+
+
+# ---- the variants --------------------------------------------------------------------------------------
+
+
+def chunked(name: str) -> LayerLoss:
+    loss = call_of(CASES[name][1])
+    return lambda layers: loss(LinearLogits(*layers[:2]), LinearLogits(*layers[2:4]), layers[4])
+
+
+def of_stored_logits(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> LayerLoss:
+    return lambda layers: loss(F.linear(*layers[:2]), F.linear(*layers[2:4]), layers[4])
+
+
+def eager(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    if name == "ce":
+        return lambda s, t, y: F.cross_entropy(s, y)
+    return peers.EAGER[name]
+
+
+def torch_chunked(name: str) -> LayerLoss | None:
+    """Return torch's chunked cross-entropy, with its own choice of chunks."""
+    if name != "ce":
+        return None
+    options = torch.nn.LinearCrossEntropyOptions()
+    loss = F.linear_cross_entropy
+    return lambda layers: loss(layers[0], layers[1], layers[4], options=options)
+
+
+def liger(name: str) -> LayerLoss | None:
+    """Return Liger-Kernel's chunked JSD, which is a KL at beta 0 and has no T^2."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    t = peers.T_KD
+    options = {
+        "kd": {"weight_hard_loss": 0.0, "weight_soft_loss": t**2, "beta": 0.0, "temperature": t},
+        "ce-kd": {"weight_hard_loss": 0.1, "weight_soft_loss": 0.9 * t**2, "beta": 0.0, "temperature": t},
+        "jsd": {"weight_hard_loss": 0.0, "weight_soft_loss": 1.0, "beta": 0.5},
+    }
+    if name not in options:
+        return None
+    loss = LigerFusedLinearJSDLoss(**options[name])
+    return lambda layers: loss(*layers)
+
+
+def trl(name: str) -> LayerLoss | None:
+    """Return TRL's chunked divergence, which has no T^2."""
+    if name not in ("kd", "jsd"):
+        return None
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    beta, temperature = (0.0, peers.T_KD) if name == "kd" else (0.5, 1.0)
+
+    def run(layers: Layers) -> Tensor:
+        student, student_weight, teacher, teacher_weight, _ = layers
+        divergence, _ = ChunkedDivergenceFunction.apply(
+            student, student_weight, None, teacher, teacher_weight, None, beta, temperature
+        )
+        return divergence.mean() * temperature**2
+
+    return run
+
+
+def variants(name: str, chosen: set[str]) -> dict[str, LayerLoss | str]:
+    """Return fastkd and those of ``chosen`` that have the loss.
+
+    A peer whose import fails is represented by the error's text.
+    """
+    found: dict[str, LayerLoss | str] = {"fastkd": chunked(name)}
+    makers: dict[str, Callable[[], LayerLoss | None]] = {
+        "stored": lambda: of_stored_logits(call_of(CASES[name][1])),
+        "eager": lambda: of_stored_logits(eager(name)),
+        "compiled": lambda: torch.compile(of_stored_logits(eager(name)), dynamic=False),
+        "torch": lambda: torch_chunked(name),
+        "liger": lambda: liger(name),
+        "trl": lambda: trl(name),
+    }
+    for peer, make in makers.items():
+        if peer not in chosen:
+            continue
+        try:
+            loss = make()
+        except Exception as error:  # a half-installed peer must not end the run
+            found[peer] = f"does not import: {type(error).__name__}: {error}"
+        else:
+            if loss is not None:
+                found[peer] = loss
+    return found
+
+
+# ---- measuring -----------------------------------------------------------------------------------------
+
+
+def gradients(loss: LayerLoss, layers: Layers) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss(layers), layers[:2])
+
+
+def truth_of(case: Case, few: Layers) -> tuple[Tensor, ...]:
+    """The gradients of a few rows in float64."""
+    with fastkd.use_backend("eager"):
+        student = [tensor.detach().double().requires_grad_() for tensor in few[:2]]
+        layers = (*student, *(tensor.double() for tensor in few[2:4]), few[4])
+        return gradients(of_stored_logits(call_of(CASES[case.loss][1])), layers)  # type: ignore[arg-type]
+
+
+def measure(case: Case, clock: Clock, chosen: set[str], *, seconds: float) -> list[Record]:
+    """Return one record per variant; that of a variant that failed says why."""
+    about = _about(case)
+    layers = make_layers(case, clock.device)
+    few = make_layers(case, clock.device, max(1, min(case.rows, 2**21 // case.classes)))
+    truth = truth_of(case, few)
+    # The parameter's gradient is needed with any variant.
+    needed = layers[1].numel() * ELEMENT_BYTES[cases.DTYPES[case.dtype]]
+    launches: dict[str, Launch] = {}
+    records: dict[str, Record] = {}
+    for name, loss in variants(case.loss, chosen).items():
+        try:
+            if isinstance(loss, str):
+                raise ImportError(loss)
+            found = gradients(loss, few)
+            error = max(relative_error(one, true) for one, true in zip(found, truth, strict=True))
+            del found
+            launch = Launch(lambda inputs, loss=loss: gradients(loss, inputs), [layers])  # type: ignore[misc]
+            launch(0)  # compilation happens here
+            peak = clock.extra_memory(lambda: launch(0))  # noqa: B023 - called at once
+            records[name] = {
+                "kind": "form",
+                **about,
+                "variant": name,
+                "gradient_error": error,
+                "extra_bytes": None if peak is None else peak - needed,
+            }
+            launches[name] = launch
+        except Exception as error:  # a peer that fails here must not end the run; it is recorded
+            reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            records[name] = {"kind": "failed", **about, "variant": name, "reason": reason}
+    times, _ = interleaved(clock, launches, seconds=seconds, least=3)
+    for name, values in times.items():
+        low, median, high = (percentile(values, share) for share in (0.2, 0.5, 0.8))
+        records[name].update(ms=median, p20=low, p80=high, turns=len(values))
+    return list(records.values())
+
+
+def run_suite(
+    suite: Iterator[Case], clock: Clock, chosen: set[str], *, memory: int, seconds: float
+) -> Iterator[list[Record]]:
+    """Yield the records of each case; that of a skipped case says why."""
+    for case in suite:
+        need = LIVE_TENSORS * 4 * case.rows * case.classes
+        if need > memory:
+            reason = (
+                f"it needs up to {need / 2**30:.0f} GiB with its peers, the bound is {memory / 2**30:.0f} GiB"
+            )
+            yield [{"kind": "skipped", **_about(case), "reason": reason}]
+            continue
+        yield measure(case, clock, chosen, seconds=seconds)
+        torch._dynamo.reset()
+
+
+def _about(case: Case) -> Record:
+    return {**asdict(case), "pass": "forward+backward"}
+
+
+def describe(records: Sequence[Record]) -> str:
+    """Return a case as lines: per variant the peak above inputs and the weight's gradient, time, error."""
+    names = ("loss", "rows", "classes", "student_width", "teacher_width", "dtype")
+    lines = [str(Case(**{name: records[0][name] for name in names}))]
+    for record in records:
+        if record["kind"] != "form":
+            who = record.get("variant", "skipped")
+            lines.append(f"  {who:8s} {record['kind']}: {record['reason']}")
+            continue
+        memory = "?" if record["extra_bytes"] is None else f"{record['extra_bytes'] / 1e6:.0f}"
+        lines.append(
+            f"  {record['variant']:8s} {memory:>6s} MB {record['ms']:9.1f} ms, gradient error "
+            f"{record['gradient_error']:.0e}"
+        )
+    return "\n".join(lines)
+
+
+def table_of(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return columns and lines of the report's table."""
+    columns = [
+        "loss",
+        "rows x widths x classes",
+        "dtype",
+        "variant",
+        "MB above gradients",
+        "ms",
+        "gradient error",
+    ]
+    lines = []
+    for record in records:
+        shape = (
+            f"{record['rows']} x ({record['student_width']}, {record['teacher_width']}) x {record['classes']}"
+        )
+        memory = "-" if record["extra_bytes"] is None else f"{record['extra_bytes'] / 1e6:.0f}"
+        time = f"{record['ms']:.0f} ({record['p20']:.0f} to {record['p80']:.0f})"
+        error = f"{record['gradient_error']:.0e}"
+        lines.append([record["loss"], shape, record["dtype"], record["variant"], memory, time, error])
+    return columns, lines

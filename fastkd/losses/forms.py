@@ -1,0 +1,115 @@
+"""Forms of logits other than a tensor, which every loss takes: ``LinearLogits``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils import _pytree
+
+
+@dataclass(frozen=True, eq=False)
+class LinearLogits:
+    """Logits ``scale * (hidden @ weight.T + bias)`` that are never stored: a head's input and its weights.
+
+    A loss computes them in chunks of rows, with the gradients of ``hidden``, ``weight`` and ``bias``, so that
+    [..., C] is never in memory. With ``softcap`` they are ``softcap * tanh(logits / softcap)``.
+
+    Args:
+        hidden: [..., H].
+        weight: [C, H], as of ``nn.Linear``. It may have more rows than there are classes.
+        bias: [C], or None.
+        scale: multiplies the logits before ``softcap``. Both are compiled in by torch.compile.
+        softcap: bound of the logits' size, or None.
+        num_classes: C, if ``weight`` is padded: the rows after it are not read, and their gradient is 0.
+        chunk_rows: rows per chunk; by default as many as make good use of the device.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    num_classes: int | None = None
+    chunk_rows: int | None = None
+
+    @property
+    def classes(self) -> int:
+        return self.weight.shape[0] if self.num_classes is None else self.num_classes
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the logits: [..., C]."""
+        return torch.Size((*self.hidden.shape[:-1], self.classes))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.hidden.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.hidden.device
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """By the names of the arguments; without ``bias`` if it is None."""
+        layer = {"hidden": self.hidden, "weight": self.weight}
+        return layer if self.bias is None else {**layer, "bias": self.bias}
+
+    @property
+    def requires_grad(self) -> bool:
+        return any(tensor.requires_grad for tensor in self.tensors.values())
+
+    def detach(self) -> LinearLogits:
+        """The same logits as a constant, such as a teacher's."""
+        return self.of([tensor.detach() for tensor in self.tensors.values()])
+
+    def dense(self) -> Tensor:
+        """The logits in memory, in plain torch: what the form stands for."""
+        weight, bias = self.weight, self.bias
+        if self.num_classes is not None:
+            weight, bias = weight[: self.classes], None if bias is None else bias[: self.classes]
+        logits = F.linear(self.hidden, weight, bias)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def of(self, tensors: Sequence[Tensor]) -> LinearLogits:
+        """The same form of other tensors."""
+        hidden, weight, *bias = tensors
+        return replace(self, hidden=hidden, weight=weight, bias=bias[0] if bias else None)
+
+    def under_autocast(self) -> LinearLogits:
+        """The same, with the tensors in the dtype in which ``F.linear`` would use them here."""
+        return self.of([tensor.to(autocast_dtype(tensor)) for tensor in self.tensors.values()])
+
+
+Form: TypeAlias = Tensor | LinearLogits  # the logits of one model
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which ``F.linear`` would use it here."""
+    device = tensor.device.type
+    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if enabled and tensor.dtype != torch.float64 else tensor.dtype
+
+
+_CONSTANT = ("scale", "softcap", "num_classes", "chunk_rows")
+
+
+def _flatten(form: LinearLogits) -> tuple[list[Any], tuple[Any, ...]]:
+    return list(form.tensors.values()), tuple(getattr(form, name) for name in _CONSTANT)
+
+
+def _unflatten(tensors: Iterable[Any], constant: tuple[Any, ...]) -> LinearLogits:
+    hidden, weight, *bias = tensors
+    return LinearLogits(hidden, weight, bias[0] if bias else None, *constant)
+
+
+_pytree.register_pytree_node(
+    LinearLogits, _flatten, _unflatten, serialized_type_name="fastkd.losses.forms.LinearLogits"
+)

@@ -1,0 +1,52 @@
+"""A module that owns the head: logits are computed inside its forward, chunk by chunk."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .arguments import check_linear
+from .forms import LinearLogits
+from .module import LossModule
+
+
+class LinearDistillLoss(nn.Module):
+    """A loss of a head's output that is never stored: ``loss(LinearLogits(hidden, head.weight, …), …)``.
+
+    Wrap the model that contains it with DDP, FSDP2 or activation checkpointing: the head is used inside its
+    forward, where a sharded weight is whole, and its gradient is reduced like that of any layer. A weight
+    tied to an embedding stays tied. Example::
+
+        self.loss = LinearDistillLoss(self.head, fastkd.DistillLoss(ce_weight=0.5, kd_weight=0.5))
+        loss, terms = self.loss(self.body(tokens), teacher_logits, target)
+
+    Args:
+        head: the student's last layer, [H] to [C].
+        loss: a loss module of fastkd, such as ``KDLoss()``.
+        teacher_head: the teacher's last layer, frozen; it is a submodule, so wrappers gather it too. With it,
+            the forward's second argument is the teacher's hidden state, else its logits in any form.
+        form: ``scale``, ``softcap``, ``num_classes`` and ``chunk_rows`` of the student's ``LinearLogits``.
+    """
+
+    def __init__(
+        self, head: nn.Linear, loss: LossModule, *, teacher_head: nn.Linear | None = None, **form: Any
+    ) -> None:
+        super().__init__()
+        for name, layer in (("head", head), ("teacher_head", teacher_head)):
+            if not isinstance(layer, nn.Linear) and (layer is not None or name == "head"):
+                raise TypeError(f"{name} is a {type(layer).__name__}; expected an nn.Linear")
+        if not isinstance(loss, LossModule):
+            raise TypeError(f"loss is a {type(loss).__name__}; expected a loss module such as KDLoss()")
+        self.head, self.loss, self.teacher_head, self.form = head, loss, teacher_head, form
+        # Unknown options and wrong values are errors here rather than at the first step.
+        example = head.weight.new_empty(1, head.in_features)
+        check_linear("LinearDistillLoss", LinearLogits(example, head.weight, head.bias, **form))
+
+    def forward(self, hidden: Tensor, teacher: Any, *labels: Tensor, weight: Tensor | None = None) -> Any:
+        """What ``loss`` returns for hidden states [..., H], the teacher, and the target if it takes one."""
+        student = LinearLogits(hidden, self.head.weight, self.head.bias, **self.form)
+        if self.teacher_head is not None:
+            layer = self.teacher_head
+            teacher = LinearLogits(teacher, layer.weight, layer.bias).detach()
+        return self.loss(student, teacher, *labels, weight=weight)

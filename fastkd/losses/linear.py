@@ -1,0 +1,121 @@
+"""Losses of ``LinearLogits``: the backend, and the call of the operator that computes chunks of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastkd.ops.call import Call
+from fastkd.ops.chunks import LinearCall
+from fastkd.ops.linear import linear_loss
+from fastkd.ops.tensors import as_ordinary
+from fastkd.reference import centered
+
+from .forms import Form, LinearLogits
+from .rows import Rows, backend_for, eager_rows, numbers_of
+
+
+def linear_rows(
+    loss: str,
+    options: tuple[float, ...],
+    students: Sequence[Form],
+    teachers: Sequence[Form],
+    rows: Rows,
+    center_teacher: bool,
+    with_terms: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """[H N] values, or their sums, and terms, pair by pair: pairs have no memory traffic in common."""
+    pairs = [
+        _pair(loss, options, student, teacher, rows, center_teacher, with_terms)
+        for student, teacher in zip(students, teachers, strict=True)
+    ]
+    if len(pairs) == 1:
+        return pairs[0]
+    terms = [terms for _, terms in pairs if terms is not None]
+    return torch.stack([values for values, _ in pairs]), torch.stack(terms, 1) if terms else None
+
+
+def _pair(
+    loss: str,
+    options: tuple[float, ...],
+    student: Form,
+    teacher: Form,
+    rows: Rows,
+    center_teacher: bool,
+    with_terms: bool,
+) -> tuple[Tensor, Tensor | None]:
+    student, teacher = _ready("student_logits", student), _ready("teacher_logits", teacher)
+    ours, theirs = _tensors(student), _tensors(teacher)
+    chosen = backend_for((*ours, *theirs, rows.weight, rows.label), ours[0], theirs[0])
+    if chosen == "eager":
+        dense = _dense(student, rows), _dense(teacher, rows)
+        teachers = [centered(dense[1])] if center_teacher else [dense[1]]
+        return eager_rows(loss, options, [dense[0]], teachers, rows)
+    if (
+        isinstance(student, LinearLogits)
+        and not rows.reduced
+        and torch.is_grad_enabled()
+        and student.requires_grad
+    ):
+        raise ValueError(
+            "reduction='none' has no gradient with LinearLogits, whose gradient is computed with the "
+            "loss, summed over the rows; give each row's factor as weight=, with 'sum' or 'batchmean'"
+        )
+    numbers, dynamic = numbers_of(loss, options, ours[0])
+    call = Call(
+        rows.label, rows.weight, rows.divisor, loss, numbers, dynamic, chosen, rows.reduced, with_terms
+    )
+    return linear_loss(
+        ours,
+        theirs,
+        LinearCall(
+            call,
+            student.shape[-1],
+            _chunk_rows(student, teacher),
+            center_teacher,
+            _numbers(student),
+            _numbers(teacher),
+        ),
+    )
+
+
+def _ready(name: str, form: Form) -> Form:
+    if not isinstance(form, LinearLogits):
+        return as_ordinary(name, form)
+    form = form.under_autocast()
+    return form.of([as_ordinary(f"{name}.{field}", tensor) for field, tensor in form.tensors.items()])
+
+
+def _tensors(form: Form) -> list[Tensor]:
+    """Of ``ops.linear.linear_loss``."""
+    if not isinstance(form, LinearLogits):
+        return [form]
+    hidden, *layer = form.tensors.values()
+    return [hidden.reshape(-1, hidden.shape[-1]), *layer]
+
+
+def _dense(form: Form, rows: Rows) -> Tensor:
+    if not isinstance(form, LinearLogits):
+        return form
+    if rows.weight is not None:
+        # A row of weight 0 may hold anything, and 0 * NaN would be part of the weight's gradient.
+        unread = (rows.weight == 0).view(rows.leading)[..., None]
+        form = form.of([form.hidden.masked_fill(unread, 0.0), *list(form.tensors.values())[1:]])
+    return form.dense()
+
+
+def _numbers(form: Form) -> tuple[float, float]:
+    """Scale and softcap, 0 for none."""
+    if not isinstance(form, LinearLogits):
+        return 1.0, 0.0
+    return float(form.scale), 0.0 if form.softcap is None else float(form.softcap)
+
+
+def _chunk_rows(*forms: Form) -> int:
+    """The smaller one, or 0 if none is given."""
+    chosen = [
+        form.chunk_rows for form in forms if isinstance(form, LinearLogits) and form.chunk_rows is not None
+    ]
+    return min(chosen, default=0)

@@ -1,0 +1,121 @@
+"""What a call asks of each row, whatever form its logits have; the backend; the rows in plain torch."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkd.ops import backend
+from fastkd.ops.spec import LOSSES
+from fastkd.ops.tensors import transform_of
+
+from .forms import Form
+
+
+class Rows(NamedTuple):
+    """N rows of logits [..., C]."""
+
+    label: Tensor | None  # int64 [N], for a loss that uses labels
+    valid: Tensor | None  # bool [N]: not ignored; None: all
+    weight: Tensor | None  # [N], the factor of each row's loss; None: 1
+    divisor: int  # of all rows
+    reduced: bool  # to their sum
+    leading: torch.Size  # the shape of one value per row
+
+
+def rows_of(
+    student: Form, label: Tensor | None, valid: Tensor | None, weight: Tensor | None, reduction: str
+) -> Rows:
+    shape = student.shape
+    leading = shape[:-1]
+    row_weight, divisor = _row_weight(weight, valid, leading.numel(), reduction, student.dtype)
+    label = None if label is None else label.reshape(-1)
+    return Rows(label, valid, row_weight, divisor, reduction != "none", leading)
+
+
+def backend_for(tensors: Sequence[Tensor | None], student: Tensor, teacher: Tensor) -> str:
+    name = backend.get_backend()
+    chosen = backend.resolve(name, student.device.type, student.dtype, teacher.dtype)
+    transform = None if chosen == "eager" else transform_of(tensors)
+    if transform is None:
+        return chosen
+    if name == "auto":
+        return "eager"  # plain torch, which every transform knows
+    raise backend.BackendUnavailable(
+        f"backend {name!r} does not run inside {transform}, whose tensors do not hold their own values; use "
+        "set_backend('auto') or 'eager', which computes such a call in plain torch"
+    )
+
+
+def numbers_of(
+    loss: str, options: tuple[float, ...], student: Tensor
+) -> tuple[tuple[float, ...], Tensor | None]:
+    """``Call.options`` and ``Call.dynamic``.
+
+    While torch.compile traces, a number is symbolic once it has changed. Passed to an operator as a number
+    it would be compiled in, and compiled again for every value; so it is passed in a tensor. Whether it
+    equals the value that selects code is decided by a comparison, at the cost of one compilation for each
+    outcome. A bool always selects code.
+    """
+    if not torch.compiler.is_compiling():
+        return tuple(map(float, options)), None
+    one = student.new_ones((), dtype=torch.float32)
+    dynamic = torch.stack([one * value for value in options if not isinstance(value, bool)])
+    choices = LOSSES[loss].code_values
+    known = [
+        float(value)
+        if isinstance(value, bool) or (index < len(choices) and value == choices[index])
+        else math.nan
+        for index, value in enumerate(options)
+    ]
+    return tuple(known), dynamic
+
+
+def _row_weight(
+    weight: Tensor | None, valid: Tensor | None, rows: int, reduction: str, dtype: torch.dtype
+) -> tuple[Tensor | None, int]:
+    """The factor of each row's loss [N], or None if it is 1 for all, and the divisor of all rows.
+
+    The kernels apply both as they write the gradient, so that the reduction needs no extra pass.
+    """
+    mean = reduction == "batchmean"
+    precision = torch.float64 if dtype == torch.float64 else torch.float32
+    row_weight = None if weight is None else weight.to(precision).reshape(-1).contiguous()
+    if valid is None:
+        return row_weight, max(rows, 1) if mean else 1
+    present = valid.to(precision)
+    row_weight = present if row_weight is None else row_weight.masked_fill(~valid, 0.0)
+    return (row_weight / present.sum().clamp_min(1.0) if mean else row_weight), 1
+
+
+def eager_rows(
+    loss: str,
+    options: tuple[float, ...],
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    rows: Rows,
+) -> tuple[Tensor, Tensor]:
+    """``operators.row_loss`` in plain torch: rows [H, N] and terms [K, H, N], or their sums over N."""
+    classes = students[0].shape[-1]
+    students, teachers = ([one.reshape(-1, classes) for one in logits] for logits in (students, teachers))
+    label, row_weight = rows.label, rows.weight
+    if row_weight is not None:
+        # A row of weight 0 may hold anything, including values for which 0 * gradient is NaN.
+        unread = (row_weight == 0)[:, None]
+        students, teachers = (
+            [one.masked_fill(unread, 0.0) for one in logits] for logits in (students, teachers)
+        )
+        if label is not None and rows.valid is not None:
+            label = label.masked_fill(~rows.valid, 0)
+    row_loss = LOSSES[loss].rows
+    pairs = [row_loss(s, t, label, *options) for s, t in zip(students, teachers, strict=True)]
+    losses, terms = (
+        torch.stack([values for values, _ in pairs]),
+        torch.stack([terms for _, terms in pairs], 1),
+    )
+    losses, terms = (
+        (values if row_weight is None else values * row_weight) / rows.divisor for values in (losses, terms)
+    )
+    return (losses.sum(-1), terms.sum(-1)) if rows.reduced else (losses, terms)

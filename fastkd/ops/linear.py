@@ -1,0 +1,202 @@
+"""The torch operator of losses of a linear layer's output: schema, fake implementation, autograd.
+
+``fastkd::linear_loss`` computes the loss and, if asked for, the gradients of the student's tensors;
+``backward`` scales them by grad_output and rounds once. A student given as float16 logits is the exception,
+as in ``operators``: ``backward`` computes its gradient with grad_output multiplied into the row weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd.ops.call import Call
+from fastkd.ops.chunks import LinearCall, compute, count_rows, new_gradients
+from fastkd.ops.tensors import as_ordinary, is_traced, is_transformed
+
+_library = torch.library.Library("fastkd", "FRAGMENT")
+_library.define(
+    "linear_loss(Tensor[] student, Tensor[] teacher, bool[] wanted, Tensor? target, Tensor? row_weight, "
+    "SymInt divisor, str loss, float[] options, Tensor? dynamic, str backend, bool reduced, bool with_terms, "
+    "bool with_gradient, SymInt classes, SymInt chunk_rows, bool center_teacher, float[] student_numbers, "
+    "float[] teacher_numbers) -> (Tensor rows, Tensor terms, Tensor first, Tensor second, Tensor third)"
+)
+_CALL = len(Call._fields)
+_MOST_TENSORS = 3  # hidden, weight, bias
+
+
+def linear_loss(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], options: LinearCall
+) -> tuple[Tensor, Tensor | None]:
+    """Weighted losses [N] and terms [K, N] in float32, or with ``call.reduced`` their sums.
+
+    ``student`` and ``teacher`` are (logits [..., C],), or (hidden [N, H], weight [C or more, H]) of a linear
+    layer, with its bias as a third. Without terms, None or an empty tensor.
+    """
+    enabled = torch.is_grad_enabled()
+    wanted = [enabled and tensor.requires_grad for tensor in student]
+    differentiates = any(wanted)
+    if len(student) == 1 and student[0].dtype == torch.float16:
+        wanted = [False]  # backward computes it
+    if is_traced((*student, *teacher)):
+        rows, terms, *_ = torch.ops.fastkd.linear_loss(student, teacher, wanted, *_flat(options))
+    elif differentiates:
+        rows, terms = _LinearLoss.apply(options, wanted, *student, *teacher)
+    else:
+        rows, terms, _ = compute(student, teacher, options, wanted)
+    return rows, terms
+
+
+def _flat(options: LinearCall) -> tuple[Any, ...]:
+    call, classes, chunk_rows, center_teacher, student, teacher = options
+    return *call, classes, chunk_rows, center_teacher, list(student), list(teacher)
+
+
+def _unflat(arguments: Sequence[Any]) -> LinearCall:
+    classes, chunk_rows, center_teacher, student, teacher = arguments[_CALL:]
+    return LinearCall(
+        Call(*arguments[:_CALL]), classes, chunk_rows, center_teacher, tuple(student), tuple(teacher)
+    )
+
+
+@torch.library.impl("fastkd::linear_loss", ("cpu", "cuda"), lib=_library)
+def _operator(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], wanted: Sequence[bool], *arguments: Any
+) -> tuple[Tensor, ...]:
+    rows, terms, gradients = compute(student, teacher, _unflat(arguments), wanted)
+    return rows, *_present(rows, terms, gradients)
+
+
+def _present(rows: Tensor, terms: Tensor | None, gradients: Sequence[Tensor | None]) -> list[Tensor]:
+    """Terms and three gradients; empty tensors for absent ones."""
+    outputs = [terms, *gradients, None, None][: 1 + _MOST_TENSORS]
+    return [rows.new_empty(0) if output is None else output for output in outputs]
+
+
+@torch.library.register_fake("fastkd::linear_loss", lib=_library)
+def _shapes(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], wanted: Sequence[bool], *arguments: Any
+) -> tuple[Tensor, ...]:
+    options = _unflat(arguments)
+    call, names = options.call, options.call.spec.terms
+    shape = () if call.reduced else (count_rows(student, options.classes),)
+    rows = student[0].new_empty(shape, dtype=torch.float32)
+    terms = rows.new_empty((len(names), *shape)) if call.with_terms and names else None
+    return rows, *_present(rows, terms, new_gradients(student, wanted, zeros=False))
+
+
+# ---- autograd: of the operator, and of the same function without the dispatcher -----------------------
+
+
+def _save(
+    ctx: Any,
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    options: LinearCall,
+    wanted: Sequence[bool],
+    gradients: Sequence[Tensor | None],
+) -> None:
+    """Save for backward: the gradients, or the inputs that they are computed from."""
+    ctx.set_materialize_grads(False)
+    ctx.wanted, ctx.teachers = wanted, len(teacher)
+    ctx.dtypes = [tensor.dtype for tensor in student]
+    ctx.recompute = None
+    if any(wanted):
+        ctx.save_for_backward(*gradients)
+        return
+    call = options.call
+    ctx.recompute = options._replace(call=call._replace(target=None, row_weight=None, dynamic=None))
+    tensors = (call.target, call.row_weight, call.dynamic, *student, *teacher)
+    # Autograd cannot save inference tensors, which a teacher's may be: they are constants, saved here.
+    ctx.constants = {i: x for i, x in enumerate(tensors) if x is not None and x.is_inference()}
+    ctx.save_for_backward(*(None if i in ctx.constants else x for i, x in enumerate(tensors)))
+
+
+def _gradients(ctx: Any, grad_output: Tensor | None) -> Sequence[Tensor | None]:
+    """Of each of the student's tensors."""
+    saved = ctx.saved_tensors
+    if grad_output is None:
+        return [None] * len(ctx.dtypes)
+    batched = is_transformed(grad_output)
+    traced = batched or is_traced((grad_output,))
+    if torch.is_grad_enabled() and not traced:
+        raise RuntimeError(
+            "fastkd computes the gradient with the loss and does not differentiate it again "
+            "(create_graph=True); use fastkd.set_backend('eager') for second derivatives"
+        )
+    if ctx.recompute is None:
+        return [
+            _scaled(gradient, grad_output, dtype, traced) if wanted else None
+            for gradient, dtype, wanted in zip(saved, ctx.dtypes, ctx.wanted, strict=False)
+        ]
+    if batched:
+        raise RuntimeError(
+            "fastkd computes float16 gradients in backward, for one grad_output and not for a batch "
+            "(is_grads_batched=True); use fastkd.set_backend('eager')"
+        )
+    target, row_weight, dynamic, student, *teacher = (ctx.constants.get(i, x) for i, x in enumerate(saved))
+    if not traced:  # since the forward, FSDP may have freed a teacher's weight
+        teacher = [as_ordinary("teacher_logits", tensor) for tensor in teacher]
+    count = count_rows([student], ctx.recompute.classes)
+    factors = grad_output.float().reshape(-1).expand(count)
+    factors = factors.contiguous() if row_weight is None else factors * row_weight
+    call = ctx.recompute.call._replace(
+        target=target, row_weight=factors, dynamic=dynamic, reduced=False, with_terms=False
+    )
+    options = ctx.recompute._replace(call=call)
+    if traced:
+        return [torch.ops.fastkd.linear_loss([student], teacher, [True], *_flat(options))[2]]
+    return compute([student], teacher, options, [True])[2]
+
+
+def _scaled(gradient: Tensor, grad_output: Tensor, dtype: torch.dtype, traced: bool) -> Tensor:
+    """Times grad_output, one value or one per row, rounded to ``dtype`` once."""
+    retained = not traced and torch._C._autograd._get_current_graph_task_keep_graph()
+    factor = grad_output
+    if factor.numel() != 1:
+        factor = factor.reshape(*gradient.shape[:-1], 1)
+    # Not in place if a retained graph may use the saved gradient again, or if a compiler can fuse the
+    # product.
+    if traced or retained:
+        return (gradient * factor).to(dtype)
+    # Reading a CPU scalar needs no synchronisation.
+    if factor.dim() == 0 and factor.is_cpu and factor.item() == 1.0:
+        return gradient.to(dtype)
+    return gradient.mul_(factor).to(dtype)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, terms, *gradients = output
+    ctx.mark_non_differentiable(terms, *gradients)
+    student, teacher, wanted, *arguments = inputs
+    _save(ctx, student, teacher, _unflat(arguments), wanted, gradients)
+
+
+def _backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Any, ...]:
+    rest = (None,) * (1 + _CALL + 5)
+    return list(_gradients(ctx, grad_output)), [None] * ctx.teachers, *rest
+
+
+torch.library.register_autograd("fastkd::linear_loss", _backward, setup_context=_setup, lib=_library)
+
+
+class _LinearLoss(torch.autograd.Function):
+    """The operator without the dispatcher, so that gradients can be scaled in place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, options: LinearCall, wanted: Sequence[bool], *tensors: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        student, teacher = tensors[: len(wanted)], tensors[len(wanted) :]
+        rows, terms, gradients = compute(student, teacher, options, wanted)
+        if terms is not None:
+            ctx.mark_non_differentiable(terms)
+        _save(ctx, student, teacher, options, wanted, gradients)
+        return rows, terms
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Any, ...]:
+        return None, None, *_gradients(ctx, grad_output), *(None,) * ctx.teachers

@@ -1,0 +1,276 @@
+"""``LinearLogits``: rows that are not read, strides, autograd's modes, transforms, memory."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import fastkd
+from fastkd import BackendUnavailable, LinearLogits
+from fastkd.ops import chunks
+from tests.cases import BY_NAME
+from tests.losses.linear_cases import Layers, errors
+
+CE_KD = BY_NAME["ce-kd"]
+
+
+def compiled(function):
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+
+def kd(*tensors, teacher, **options):
+    return fastkd.kd_loss(LinearLogits(*tensors, chunk_rows=4), teacher, **options)
+
+
+@pytest.fixture
+def layers(fused):
+    return Layers.random(device=fused)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "batchmean"])
+@pytest.mark.parametrize("trace", [False, True], ids=["eager", "compiled"])
+def test_rows_that_are_not_read_may_hold_anything(fused, trace, reduction):
+    """In hidden states and in stored logits of the teacher, with a softcap; and cost no matmul."""
+    layers = Layers.random(device=fused, softcap=20.0)
+    weight = torch.rand(11, device=fused) + 0.5
+    weight[[0, 6]] = 0
+    layers.target[3] = -100
+    options = {"weight": weight, "reduction": reduction}
+    truth = layers.exact(CE_KD, **options)
+    for model in (layers.student, layers.teacher):
+        model[0][[0, 3, 6]] = torch.nan
+    loss = compiled(CE_KD.loss) if trace else CE_KD.loss
+    assert max(errors(layers.loss_and_gradients(loss, **options), truth)) < 2e-5
+    with fastkd.use_backend("eager"):
+        assert max(errors(layers.loss_and_gradients(CE_KD, **options), truth)) < 2e-5
+    stored = LinearLogits(*layers.teacher).dense()
+    hidden = layers.student[0].clone().requires_grad_()
+    value = fastkd.kd_loss(
+        LinearLogits(hidden, *layers.student[1:]), stored, weight=weight, target=layers.target
+    )
+    assert torch.isfinite(torch.autograd.grad(value, hidden)[0]).all()
+
+
+def test_rows_not_read_of_a_captured_graph(monkeypatch, layers):
+    """Their number is not known there: they are computed, with hidden states of 0."""
+    weight = torch.tensor([0.0, *torch.rand(10)], device=layers.target.device)
+    truth = layers.exact(CE_KD, weight=weight)
+    layers.student[0][0] = torch.nan
+    monkeypatch.setattr(chunks, "_kept_rows", lambda weight: None)
+    assert max(errors(layers.loss_and_gradients(CE_KD, weight=weight), truth)) < 2e-5
+
+
+def test_rows_without_weight_cost_no_matmul(monkeypatch, layers):
+    rows = []
+    logits = chunks._Layer.logits
+    monkeypatch.setattr(
+        chunks._Layer, "logits", lambda self, part: rows.append(len(out := logits(self, part))) or out
+    )
+    layers.target[2:9] = -100
+    layers.loss_and_gradients(CE_KD, chunk_rows=None)
+    assert rows == [4, 4]
+    rows.clear()
+    layers.loss_and_gradients(BY_NAME["ce"])  # reads no teacher
+    assert sum(rows) == 4
+
+
+@pytest.mark.parametrize("leading", [(0,), (3, 0)])
+def test_no_rows(layers, leading):
+    leaves = [torch.randn(*leading, 12), layers.student[1], layers.student[2]]
+    leaves = [leaf.to(layers.target.device).requires_grad_() for leaf in leaves]
+    teacher = LinearLogits(torch.randn(*leading, 20).to(leaves[0]), *layers.teacher[1:])
+    value = kd(*leaves, teacher=teacher)
+    value.backward()
+    assert value == 0
+    assert leaves[0].grad.shape == leaves[0].shape
+    assert not leaves[1].grad.any()
+    assert not leaves[2].grad.any()
+
+
+def test_all_rows_ignored(layers):
+    layers.target.fill_(-100)
+    for model in (layers.student, layers.teacher):
+        model[0].fill_(torch.nan)
+    value, *gradients = layers.loss_and_gradients(CE_KD)
+    assert value == 0
+    assert not any(gradient.any() for gradient in gradients)
+
+
+def test_strides(layers):
+    """Leading dimensions that are no rows, weights stored as [H, C], expanded and with gaps."""
+    teacher = LinearLogits(*layers.teacher)
+    hidden, weight, bias = layers.student
+    truth = layers.exact(BY_NAME["kd"], grad_output=1.0)
+
+    def check(view_hidden, view_weight, view_bias=lambda x: x, teacher=teacher):
+        leaves = [view_hidden(hidden), view_weight(weight), view_bias(bias)]
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+        value = kd(*leaves, teacher=teacher)
+        gradients = torch.autograd.grad(value, leaves)
+        assert (
+            max(
+                errors(
+                    [value, *(g.reshape(t.shape) for g, t in zip(gradients, truth[1:], strict=True))], truth
+                )
+            )
+            < 2e-5
+        )
+
+    check(lambda x: x, lambda x: x.t().contiguous().t())
+    check(lambda x: x.t().contiguous().t(), lambda x: x.repeat_interleave(2, 1)[:, ::2])
+    check(lambda x: x.repeat(2, 1)[:11], lambda x: x, lambda x: x.repeat_interleave(3)[::3])
+    three = LinearLogits(layers.teacher[0][None, :, None], *layers.teacher[1:])
+    check(lambda x: x[None, :, None], lambda x: x, teacher=three)
+    check(lambda x: x, lambda x: x, teacher=teacher.dense().t().contiguous().t())
+
+
+def test_stored_logits_of_two_strides(layers):
+    """[:, :-1] of [B, T, C] is read in place."""
+    big = torch.randn(3, 5, 33, device=layers.target.device)
+    hidden = torch.randn(3, 4, 12, device=layers.target.device)
+    weight = layers.student[1]
+    student = big.clone().requires_grad_()
+    row_weight = torch.rand(3, 4, device=hidden.device).round(decimals=1)
+    row_weight[0, 0] = 0
+    form = LinearLogits(hidden, weight, chunk_rows=5)
+    for options in ({}, {"weight": row_weight}):
+        torch.testing.assert_close(
+            fastkd.kd_loss(form, big[:, :-1], **options), fastkd.kd_loss(form.dense(), big[:, :-1], **options)
+        )
+        gradients = [
+            torch.autograd.grad(fastkd.kd_loss(student[:, :-1], teacher, **options), student)[0]
+            for teacher in (form, form.dense())
+        ]
+        torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("frozen", [0, 1, 2])
+def test_what_needs_no_gradient_gets_none(monkeypatch, layers, frozen):
+    products = []
+    for name in ("_multiply", "_accumulate"):
+        whole = getattr(chunks, name)
+        monkeypatch.setattr(chunks, name, lambda *given, f=whole, n=name: products.append(n) or f(*given))
+    leaves = [leaf.requires_grad_(index != frozen) for index, leaf in enumerate(layers.student)]
+    value = fastkd.kd_loss(LinearLogits(*leaves), LinearLogits(*layers.teacher))
+    assert products.count("_multiply") == (frozen != 0)
+    assert products.count("_accumulate") == 2 - (frozen != 0)
+    value.backward()
+    assert [leaf.grad is None for leaf in leaves] == [index == frozen for index in range(3)]
+
+
+def test_a_tied_weight_adds_up(layers):
+    """The embedding and the head are one parameter, and a second head shares it."""
+    tokens = torch.randint(0, 33, (11,), device=layers.target.device)
+    weight = layers.student[1].clone().requires_grad_()
+    teacher = LinearLogits(*layers.teacher)
+
+    def gradient(form):
+        hidden = F.embedding(tokens, weight)
+        student = LinearLogits(hidden.tanh(), weight, chunk_rows=4)
+        shared = LinearLogits(hidden.detach(), weight)
+        forms = [(student, teacher), (shared, teacher), (student, shared.detach())]
+        return torch.autograd.grad(
+            sum(fastkd.kd_loss(*(form(one) for one in pair)) for pair in forms), weight
+        )[0]
+
+    torch.testing.assert_close(gradient(lambda one: one), gradient(lambda one: one.dense()))
+
+
+def test_autograd_modes(layers):
+    leaves = [leaf.requires_grad_() for leaf in layers.student]
+    teacher = LinearLogits(*layers.teacher)
+    value = kd(*leaves, teacher=teacher)
+    first = torch.autograd.grad(value, leaves, torch.tensor(3.0).to(value), retain_graph=True)
+    again = torch.autograd.grad(value, leaves, torch.tensor(3.0).to(value), retain_graph=True)
+    for one, other in zip(first, again, strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(value, leaves, create_graph=True)
+    value = kd(*leaves, teacher=teacher)
+    batch = torch.autograd.grad(
+        value, leaves, torch.tensor([3.0, 0.0]).to(value), is_grads_batched=True, retain_graph=True
+    )
+    for one, other in zip(first, batch, strict=True):
+        torch.testing.assert_close(one, other[0])
+        assert not other[1].any()
+    torch.autograd.grad(value, leaves)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(value, leaves)
+    with torch.inference_mode():
+        constant = LinearLogits(*(tensor.clone() for tensor in layers.teacher))
+    torch.testing.assert_close(torch.autograd.grad(kd(*leaves, teacher=constant) * 3, leaves), first)
+
+
+def test_a_float16_student_of_an_inference_teacher(layers):
+    student = torch.randn(11, 33, device=layers.target.device).half().requires_grad_()
+    with torch.inference_mode():
+        teacher = LinearLogits(*(tensor.half() for tensor in layers.teacher))
+        stored = teacher.dense()
+    gradients = [
+        torch.autograd.grad(fastkd.kd_loss(student, one) * 9, student)[0] for one in (teacher, stored)
+    ]
+    torch.testing.assert_close(*gradients, atol=1e-3, rtol=1e-2)
+
+
+def test_transforms_compute_in_plain_torch(layers):
+    teacher = LinearLogits(*(tensor.double() for tensor in layers.teacher))
+    hidden, weight, bias = (tensor.double() for tensor in layers.student)
+
+    def loss(hidden):
+        return fastkd.kd_loss(LinearLogits(hidden, weight, bias), teacher)
+
+    name = fastkd.get_backend()
+    with fastkd.use_backend("auto"):
+        torch.testing.assert_close(torch.func.grad(loss)(hidden), torch.func.jacrev(loss)(hidden))
+        tangent = torch.func.jvp(loss, (hidden,), (torch.ones_like(hidden),))[1]
+        torch.testing.assert_close(tangent, torch.func.grad(loss)(hidden).sum())
+    with fastkd.use_backend(name), pytest.raises(BackendUnavailable, match=r"torch\.func"):
+        torch.func.grad(lambda x: kd(x, *layers.student[1:], teacher=LinearLogits(*layers.teacher)))(
+            layers.student[0]
+        )
+
+
+def test_second_derivatives_in_plain_torch():
+    layers = Layers.random(dtype=torch.float64)
+    teacher = LinearLogits(*layers.teacher)
+    leaves = [leaf.requires_grad_() for leaf in layers.student]
+    with fastkd.use_backend("eager"):
+        assert torch.autograd.gradgradcheck(lambda *leaves: kd(*leaves, teacher=teacher), leaves)
+
+
+@pytest.mark.parametrize("device", ["meta", "fake"])
+def test_tensors_without_numbers(device):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with fastkd.use_backend("auto"), FakeTensorMode() if device == "fake" else torch.device("meta"):
+        leaves = [torch.randn(*size, requires_grad=True) for size in ((11, 12), (33, 12), (33,))]
+        value = kd(*leaves, teacher=LinearLogits(torch.randn(11, 20), torch.randn(33, 20)))
+        value.backward()
+    assert value.shape == ()
+    assert [leaf.grad.shape for leaf in leaves] == [leaf.shape for leaf in leaves]
+
+
+def test_peak_memory():
+    """Above inputs and gradients of a step: three chunks, where stored logits are six tensors [N, C]."""
+    rows, classes, width = 512, 4096, 16
+    leaves = [torch.randn(rows, width), nn.Linear(width, classes).weight.detach()]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    teacher = LinearLogits(torch.randn(rows, width), torch.randn(classes, width))
+
+    def peak(form):
+        def step():
+            for leaf in leaves:
+                leaf.grad = None
+            loss = fastkd.kd_loss(form(LinearLogits(*leaves, chunk_rows=32)), form(teacher))
+            (loss * 3).backward()
+
+        step()
+        return clock.extra_memory(step)
+
+    from fastkd.bench.protocol import make_clock
+
+    clock = make_clock("cpu")
+    chunk, logits, gradients = 4 * 32 * classes, 4 * rows * classes, 4 * width * (rows + classes)
+    assert peak(lambda form: form) < 3 * chunk + gradients + 2**16
+    assert peak(lambda form: form.dense()) > 3 * logits
