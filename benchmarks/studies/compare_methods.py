@@ -50,7 +50,8 @@ def main() -> None:
     if unknown:
         raise SystemExit(f"--rows: there is no row {unknown}; there are {', '.join(rows)}")
     if args.table is not None:
-        print(tables([line for line in read(args.table) if line["overrides"] == args.overrides]))
+        lines = [line for line in read(args.table) if line["overrides"] == args.overrides]
+        print(tables(sorted(lines, key=lambda line: list(rows).index(line["row"]))))
         return
     for seed in args.seeds:
         for label in args.rows or rows:
