@@ -15,7 +15,7 @@ each_case = pytest.mark.parametrize("name", CASES)
 
 
 @each_case
-@pytest.mark.parametrize(("backend", "function"), [("native", "_numbers"), ("eager", "_eager")])
+@pytest.mark.parametrize(("backend", "function"), [("native", "numbers_of"), ("eager", "eager_rows")])
 def test_the_public_call_has_exactly_these_options(name, backend, function, monkeypatch):
     """For the fused operator and for the eager backend."""
     loss, case = CASES[name]
