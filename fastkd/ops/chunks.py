@@ -4,8 +4,8 @@ For each chunk: the logits of both models by matmul, the row kernel, which write
 the logits, and two matmuls that turn it into gradients of the layer's input and weight. All chunks reuse the
 same buffers. The gradients are those of the sum of all rows, in float32.
 
-The kernel writes its gradient into a buffer of its own: it keeps exponentials there, and reads the label's
-logits late.
+Most kernels write the gradient into a buffer of its own: they keep exponentials there, and read the label's
+logits late. Where ``Loss.may_alias`` allows it, the gradient replaces the logits, unless softcap needs them.
 """
 
 from __future__ import annotations
@@ -113,7 +113,9 @@ def _compute(
     gradients = new_gradients(student, wanted, zeros=kept is not None)
     to_layer = any(wanted) and isinstance(ours, _Layer)
     to_logits = gradients[0].view(-1, classes) if gradients[0] is not None and not to_layer else None
-    spare = first.new_empty(chunk, classes) if any(wanted) and (to_layer or kept is not None) else None
+    in_place = to_layer and call.spec.may_alias and not options.student[1]
+    apart = (to_layer and not in_place) or (to_logits is not None and kept is not None)
+    spare = first.new_empty(chunk, classes) if apart else None
 
     launch = launcher_of(call.backend).row_loss
     for start in range(0, used, chunk):
@@ -123,7 +125,7 @@ def _compute(
         teacher_logits = student_logits if theirs is ours else theirs.logits(part)
         if options.center_teacher:
             teacher_logits = centered(teacher_logits)
-        gradient = None
+        gradient = student_logits if in_place else None
         if spare is not None:
             gradient = spare[:size]
         elif to_logits is not None:

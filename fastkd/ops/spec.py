@@ -102,6 +102,8 @@ class Loss:
     terms: tuple[str, ...] = ()
     # About the largest gradient of a row by its logits, of weight 1: what float16 must hold.
     bound: Callable[[Any], float] = lambda options: 1.0
+    # The gradient may be written over the student's logits: each is read once, and before.
+    may_alias: bool = False
     # For the first options: the value that selects other code.
     code_values: tuple[float, ...] = ()
 
@@ -211,6 +213,7 @@ def _pointwise(name: str, rows: RowLoss, options: type[Any], *cases: Case) -> Lo
         lambda values: Needs.DISTILLS,
         cases,
         bound=lambda values: values.temperature,
+        may_alias=True,
     )
 
 
