@@ -81,7 +81,13 @@ def test_dckd_is_combined_with_another_method() -> None:
     hint, rkd = (load(f"cifar100/{name}-resnet32x4-resnet8x4") for name in ("dckd", "dckd-rkd"))
     for recipe in (hint, rkd):
         shows(
-            recipe, ce_weight=1.0, alpha=1.0, beta=8.0, temperature=4.0, warmup_epochs=20, fix_acquired=True
+            recipe,
+            ce_weight=1.0,
+            alpha=1.0,
+            beta=8.0,
+            temperature=4.0,
+            warmup_epochs=20,
+            fix_acquired="teacher",
         )
     shows(hint, hint_layer="layer2", hint_weight=100.0, distance_weight=0.0, angle_weight=0.0)
     shows(rkd, hint_weight=0.0, distance_weight=25.0, angle_weight=50.0)

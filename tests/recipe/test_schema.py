@@ -24,7 +24,7 @@ def test_every_recipe_of_the_glyphs_ships_and_is_valid() -> None:
 def test_values_are_read_as_written() -> None:
     _, recipe = load_recipe("glyphs/kd")
     assert recipe.method == "kd"
-    assert [recipe.options[name] for name in ("ce_weight", "kd_weight", "temperature")] == [0.1, 0.9, 8.0]
+    assert [recipe.options[name] for name in ("ce_weight", "kd_weight", "temperature")] == [0.1, 0.9, 4.0]
     assert recipe.options["warmup_epochs"] == 0  # a default of the method's signature
     assert recipe.train.lr == 0.006  # written 6e-3, which plain YAML 1.1 would read as a string
     assert recipe.teacher is not None

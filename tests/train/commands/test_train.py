@@ -117,7 +117,7 @@ def test_the_other_recipes_train(tiny: list[str], workplace: Path, name: str) ->
     expected = {
         "dkd": {"ce", "tckd", "nckd"},
         "lskd": {"ce", "kd"},
-        "dckd": {"ce", "tckd", "nckd"},
+        "dckd": {"ce", "tckd", "nckd", "hint"},
         "dhkd": {"ce", "binary_kl_norm"},
         "mhkd": {"ce", "kd", "head_ce", "head_kd", "teacher_head_ce"},
         "binary-kl-norm": {"ce", "binary_kl_norm"},
