@@ -49,8 +49,9 @@ class Case:
 def suite(
     losses: Sequence[str] | None, shapes: Sequence[tuple[int, int]] | None, dtypes: Sequence[str] | None
 ) -> Iterator[Case]:
-    """Yield the cases; shapes of rows x classes have the first shape's widths."""
-    chosen = SHAPES if shapes is None else [(*shape, *SHAPES[0][2:]) for shape in shapes]
+    """Yield the cases; a shape that is not one of SHAPES has the first one's widths."""
+    widths = {known[:2]: known[2:] for known in SHAPES}
+    chosen = SHAPES if shapes is None else [(*shape, *widths.get(shape, SHAPES[0][2:])) for shape in shapes]
     for rows, classes, student, teacher in chosen:
         for dtype in dtypes or ("float32",):
             for loss in losses or LOSSES:
