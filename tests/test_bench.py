@@ -251,6 +251,9 @@ def test_forms(tmp_path, capsys):
     header, records = results.read(path)
     assert header["not_measured"]["compiled"]
     assert sum(record["kind"] == "skipped" for record in records) == 3
+    limited = ["--time-limit", "0", "--output", str(tmp_path / "limited.jsonl")]
+    assert command.main([*arguments, *limited]) == 0
+    assert {record["kind"] for record in results.read(tmp_path / "limited.jsonl")[1]} == {"skipped"}
     by_variant = {(r["loss"], r["variant"]): r for r in records if r["kind"] == "form"}
     assert set(by_variant) == {
         *((loss, variant) for loss in ("kd", "jsd", "ce") for variant in ("fastkd", "stored", "eager")),
@@ -263,6 +266,21 @@ def test_forms(tmp_path, capsys):
     text = write_report([path], tmp_path / "report").read_text()
     assert "| kd | 256 x (256, 512) x 4000 | float32 | fastkd |" in text
     assert "nothing could be compared" in compare(path, path)[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--losses", "ce"], "--losses ce is with --forms only"),
+        (["--peers", "trl"], "--peers trl is with --forms only"),
+        (["--forms", "--peers", "native"], "--peers native is without --forms only"),
+    ],
+)
+def test_names_of_the_other_kind_of_run_are_refused(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert command.main([*arguments, "--device", "cpu"]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_throughput_of_the_trainer(tmp_path):

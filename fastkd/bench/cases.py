@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -33,8 +34,19 @@ SHAPES = (
     (4, 10), (4, 1_000_000), (2048, 131072), (256, 1_000_000), (8192, 131072),
 )  # fmt: skip
 QUICK = [(loss, 256, 1000) for loss in LOSSES] + [("kd", 64, 21841), ("dkd", 64, 21841)]
-# Most float32 tensors of a case's shape that are alive at once: inputs, and what eager torch saves for DKD.
-LIVE_TENSORS = 16
+
+
+class AnyCase(Protocol):
+    """What a suite asks of its cases."""
+
+    live_tensors: ClassVar[int]  # most float32 tensors [rows, classes] that are alive at once
+
+    @property
+    def elements(self) -> int: ...
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """The fields of each of its records."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +56,8 @@ class Case:
     classes: int
     dtype: str
     mode: str  # of PASSES
+
+    live_tensors: ClassVar[int] = 16  # inputs, and what eager torch saves for DKD
 
     def __str__(self) -> str:
         return f"{self.loss} {self.rows} x {self.classes} {self.dtype} {self.mode}"
@@ -60,6 +74,16 @@ class Case:
     @property
     def backward(self) -> bool:
         return self.mode == "forward+backward"
+
+    @property
+    def about(self) -> dict[str, Any]:
+        return {
+            "loss": self.loss,
+            "rows": self.rows,
+            "classes": self.classes,
+            "dtype": self.dtype,
+            "pass": self.mode,
+        }
 
 
 def suite(
@@ -94,9 +118,9 @@ def memory_bound(device: str) -> int:
         return 4 * 2**30
 
 
-def needs_too_much(case: Case, bound: int) -> str | None:
+def needs_too_much(case: AnyCase, bound: int) -> str | None:
     """Return why a case is skipped, or None. Half types count as float32, to which peers convert them."""
-    need = LIVE_TENSORS * case.elements * 4
+    need = case.live_tensors * case.elements * 4
     if need <= bound:
         return None
     return f"it needs up to {need / 2**30:.0f} GiB with its peers, the bound is {bound / 2**30:.0f} GiB"

@@ -115,9 +115,17 @@ def _measure(args: argparse.Namespace) -> int:
     if device == "cuda" and not torch.cuda.is_available():
         print("fastkd bench: error: --device cuda, but torch finds no GPU here", file=sys.stderr)
         return 2
+    known = forms.PEERS if args.forms else PEERS
+    for option, names, valid in (
+        ("--losses", args.losses, ANY_LOSS if args.forms else cases.LOSSES),
+        ("--peers", args.peers, known),
+    ):
+        if wrong := [name for name in names or () if name not in valid]:
+            other = "without" if args.forms else "with"
+            print(f"fastkd bench: error: {option} {wrong[0]} is {other} --forms only", file=sys.stderr)
+            return 2
     path = args.output or Path(f"bench-{device}-{_now()}.jsonl")
     absent = forms.not_measured() if args.forms else peers.not_measured(device)
-    known = forms.PEERS if args.forms else PEERS
     for name in known:
         if args.peers is not None and name not in {*args.peers, peers.in_force(device)}:
             absent.setdefault(name, "not asked for (--peers)")
@@ -157,28 +165,25 @@ def _records(args: argparse.Namespace, device: str, chosen: set[str]) -> Iterato
     from fastkd.bench.measure import run_suite
     from fastkd.bench.protocol import make_clock
 
-    memory = cases.memory_bound(device) if args.memory is None else int(args.memory * 2**30)
+    bounds = {
+        "memory": cases.memory_bound(device) if args.memory is None else int(args.memory * 2**30),
+        "seconds": args.seconds,
+        "time_limit": args.time_limit,
+    }
     if args.forms:
         layers = forms.suite(args.losses, args.shapes, args.dtypes)
-        yield from forms.run_suite(layers, make_clock(device), chosen, memory=memory, seconds=args.seconds)
+        yield from run_suite(layers, make_clock(device), chosen, measure=forms.measure, **bounds)
         return
     if args.quick:
         suite = cases.quick_suite()
     else:
         suite = cases.suite(
-            losses=[loss for loss in args.losses or cases.LOSSES if loss in cases.LOSSES],
+            losses=args.losses or cases.LOSSES,
             shapes=args.shapes or cases.SHAPES,
             dtypes=args.dtypes or ("float32", "bfloat16"),
             passes=args.passes or cases.PASSES,
         )
-    yield from run_suite(
-        suite,
-        make_clock(device),
-        chosen,
-        memory=memory,
-        seconds=args.seconds,
-        time_limit=args.time_limit,
-    )
+    yield from run_suite(suite, make_clock(device), chosen, **bounds)
 
 
 def _line(records: list[dict]) -> str:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,8 @@ from torch import Tensor
 import fastkd
 from fastkd import LinearLogits
 from fastkd.bench import cases, peers
-from fastkd.bench.protocol import Clock, Launch, interleaved, percentile, relative_error
+from fastkd.bench.measure import COMPARED_ELEMENTS, failed, timing
+from fastkd.bench.protocol import Clock, Launch, interleaved, relative_error
 from fastkd.bench.results import Record
 from fastkd.losses.cases import call_of
 from fastkd.ops.plan import ELEMENT_BYTES
@@ -28,8 +28,6 @@ LOSSES = ("kd", "ce-kd", "ce")
 # Rows, classes, hidden widths of student and teacher.
 SHAPES = ((2048, 50304, 256, 512), (1024, 131072, 512, 512))
 PEERS = ("stored", "eager", "compiled", "torch", "liger", "trl")
-# Tensors [N, C] in float32 that eager torch and float64's gradient of some rows take.
-LIVE_TENSORS = 9
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,16 @@ class Case:
     student_width: int
     teacher_width: int
     dtype: str
+
+    live_tensors: ClassVar[int] = 9  # of eager torch, and of float64's gradient of some rows
+
+    @property
+    def elements(self) -> int:
+        return self.rows * self.classes
+
+    @property
+    def about(self) -> dict[str, Any]:
+        return {**asdict(self), "pass": "forward+backward"}
 
     def __str__(self) -> str:
         widths = f"({self.student_width}, {self.teacher_width})"
@@ -64,8 +72,8 @@ def not_measured() -> dict[str, str]:
     if not hasattr(F, "linear_cross_entropy"):
         reasons["torch"] = f"torch {torch.__version__} has no linear_cross_entropy"
     for name, package in (("liger", "liger_kernel"), ("trl", "trl")):
-        if importlib.util.find_spec(package) is None:
-            reasons[name] = f"the package {package} is not installed"
+        if (reason := peers.missing_package(package)) is not None:
+            reasons[name] = reason
     return reasons
 
 
@@ -160,15 +168,8 @@ def variants(name: str, chosen: set[str]) -> dict[str, LayerLoss | str]:
         "trl": lambda: trl(name),
     }
     for peer, make in makers.items():
-        if peer not in chosen:
-            continue
-        try:
-            loss = make()
-        except Exception as error:  # a half-installed peer must not end the run
-            found[peer] = f"does not import: {type(error).__name__}: {error}"
-        else:
-            if loss is not None:
-                found[peer] = loss
+        if peer in chosen and (loss := peers.made(make)) is not None:
+            found[peer] = loss
     return found
 
 
@@ -189,9 +190,8 @@ def truth_of(case: Case, few: Layers) -> tuple[Tensor, ...]:
 
 def measure(case: Case, clock: Clock, chosen: set[str], *, seconds: float) -> list[Record]:
     """Return one record per variant; that of a variant that failed says why."""
-    about = _about(case)
     layers = make_layers(case, clock.device)
-    few = make_layers(case, clock.device, max(1, min(case.rows, 2**21 // case.classes)))
+    few = make_layers(case, clock.device, max(1, min(case.rows, COMPARED_ELEMENTS // case.classes)))
     truth = truth_of(case, few)
     # The parameter's gradient is needed with any variant.
     needed = layers[1].numel() * ELEMENT_BYTES[cases.DTYPES[case.dtype]]
@@ -209,40 +209,18 @@ def measure(case: Case, clock: Clock, chosen: set[str], *, seconds: float) -> li
             peak = clock.extra_memory(lambda: launch(0))  # noqa: B023 - called at once
             records[name] = {
                 "kind": "form",
-                **about,
+                **case.about,
                 "variant": name,
                 "gradient_error": error,
                 "extra_bytes": None if peak is None else peak - needed,
             }
             launches[name] = launch
         except Exception as error:  # a peer that fails here must not end the run; it is recorded
-            reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-            records[name] = {"kind": "failed", **about, "variant": name, "reason": reason}
+            records[name] = failed(case, name, error)
     times, _ = interleaved(clock, launches, seconds=seconds, least=3)
     for name, values in times.items():
-        low, median, high = (percentile(values, share) for share in (0.2, 0.5, 0.8))
-        records[name].update(ms=median, p20=low, p80=high, turns=len(values))
+        records[name].update(timing(values))
     return list(records.values())
-
-
-def run_suite(
-    suite: Iterator[Case], clock: Clock, chosen: set[str], *, memory: int, seconds: float
-) -> Iterator[list[Record]]:
-    """Yield the records of each case; that of a skipped case says why."""
-    for case in suite:
-        need = LIVE_TENSORS * 4 * case.rows * case.classes
-        if need > memory:
-            reason = (
-                f"it needs up to {need / 2**30:.0f} GiB with its peers, the bound is {memory / 2**30:.0f} GiB"
-            )
-            yield [{"kind": "skipped", **_about(case), "reason": reason}]
-            continue
-        yield measure(case, clock, chosen, seconds=seconds)
-        torch._dynamo.reset()
-
-
-def _about(case: Case) -> Record:
-    return {**asdict(case), "pass": "forward+backward"}
 
 
 def describe(records: Sequence[Record]) -> str:

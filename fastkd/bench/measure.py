@@ -5,18 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 import fastkd
 from fastkd.bench import cases, peers
-from fastkd.bench.cases import FASTKD, Case
+from fastkd.bench.cases import FASTKD, AnyCase, Case
 from fastkd.bench.protocol import Clock, Launch, interleaved, percentile, relative_error
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 Record = dict[str, Any]
+C = TypeVar("C", bound=AnyCase)
 # Rows of the gradient that are compared with float64: this many elements.
 COMPARED_ELEMENTS = 2**21
 
@@ -46,7 +47,6 @@ def gradient_error(case: Case, gradient: Tensor, inputs: Inputs) -> float:
 
 def measure(case: Case, clock: Clock, chosen: set[str], *, seconds: float) -> list[Record]:
     """Return one record per variant; that of a variant that failed says why."""
-    about = _about(case)
     sets = [cases.make_inputs(case, clock.device, seed) for seed in range(clock.input_sets(case.bytes))]
     launches: dict[str, Launch] = {}
     records: dict[str, Record] = {}
@@ -55,7 +55,7 @@ def measure(case: Case, clock: Clock, chosen: set[str], *, seconds: float) -> li
             if isinstance(loss, str):
                 raise ImportError(loss)
             launch = Launch(runner(loss, case.backward), sets)
-            record: Record = {"kind": "loss", **about, "variant": name}
+            record: Record = {"kind": "loss", **case.about, "variant": name}
             value = launch.run(sets[0])  # compilation happens here
             record["gradient_error"] = (
                 gradient_error(case, value, sets[0]) if case.backward and name != "quack" else None
@@ -65,30 +65,17 @@ def measure(case: Case, clock: Clock, chosen: set[str], *, seconds: float) -> li
             record["host_us"] = clock.host_microseconds(launch)
             record["clock"] = clock.prepare(launch, case.bytes)
         except Exception as error:  # a peer that fails here must not end the run; it is recorded
-            reason = str(error).strip().splitlines()[:1] or [""]
-            records[name] = {
-                "kind": "failed",
-                **about,
-                "variant": name,
-                "reason": f"{type(error).__name__}: {reason[0]}",
-            }
+            records[name] = failed(case, name, error)
             if clock.device == "cuda":
                 torch.cuda.empty_cache()
         else:
             launches[name], records[name] = launch, record
     times, bandwidth = interleaved(clock, launches, seconds=seconds)
     for name, values in times.items():
-        low, median, high = (percentile(values, share) for share in (0.2, 0.5, 0.8))
         floor = case.bytes * 2 // 3 if name == "quack" and case.backward else case.bytes
-        records[name].update(
-            ms=median,
-            p20=low,
-            p80=high,
-            turns=len(values),
-            bytes=floor,
-            bandwidth=bandwidth,
-            share=floor / (median * 1e-3) / bandwidth,
-        )
+        timed = timing(values)
+        share = floor / (timed["ms"] * 1e-3) / bandwidth
+        records[name].update(timed, bytes=floor, bandwidth=bandwidth, share=share)
     ours = records["fastkd"]
     if "ms" in ours:
         ours["speedup_over"] = {
@@ -99,41 +86,48 @@ def measure(case: Case, clock: Clock, chosen: set[str], *, seconds: float) -> li
     return list(records.values())
 
 
+def failed(case: AnyCase, variant: str, error: Exception) -> Record:
+    """The record of a variant that raised ``error``."""
+    reason = (str(error).strip().splitlines() or [""])[0]
+    return {
+        "kind": "failed",
+        **case.about,
+        "variant": variant,
+        "reason": f"{type(error).__name__}: {reason}",
+    }
+
+
+def timing(milliseconds: list[float]) -> Record:
+    """The fields of a record that the turns of a variant give."""
+    low, median, high = (percentile(milliseconds, share) for share in (0.2, 0.5, 0.8))
+    return {"ms": median, "p20": low, "p80": high, "turns": len(milliseconds)}
+
+
 def run_suite(
-    suite: Iterable[Case],
+    suite: Iterable[C],
     clock: Clock,
     chosen: set[str],
     *,
+    measure: Callable[..., list[Record]] = measure,
     memory: int,
     seconds: float,
     time_limit: float | None = None,
 ) -> Iterator[list[Record]]:
-    """Yield the records of each case; that of a skipped case says why."""
+    """Yield the records of each case, by ``measure``; that of a skipped case says why."""
     begin = time.perf_counter()
     for case in suite:
-        about = _about(case)
         reason = cases.needs_too_much(case, memory)
         if reason is None and time_limit is not None and time.perf_counter() - begin > time_limit:
             reason = f"the time limit of {time_limit:.0f} s was reached"
         if reason is not None:
-            yield [{"kind": "skipped", **about, "reason": reason}]
+            yield [{"kind": "skipped", **case.about, "reason": reason}]
             continue
         try:
             records = measure(case, clock, chosen, seconds=seconds)
         except torch.OutOfMemoryError as error:  # of the inputs, or of all variants together
-            records = [{"kind": "skipped", **about, "reason": str(error).splitlines()[0]}]
+            records = [{"kind": "skipped", **case.about, "reason": str(error).splitlines()[0]}]
         if "compiled" in chosen:
             torch._dynamo.reset()
         if clock.device == "cuda":
             torch.cuda.empty_cache()
         yield records
-
-
-def _about(case: Case) -> Record:
-    return {
-        "loss": case.loss,
-        "rows": case.rows,
-        "classes": case.classes,
-        "dtype": case.dtype,
-        "pass": case.mode,
-    }

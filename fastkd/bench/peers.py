@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -136,8 +137,8 @@ def not_measured(device: str) -> dict[str, str]:
     for name, package in (("liger", "liger_kernel"), ("quack", "quack")):
         if device != "cuda":
             reasons[name] = "runs on GPUs only, this run is on the CPU"
-        elif importlib.util.find_spec(package) is None:
-            reasons[name] = f"the package {package} is not installed"
+        elif (reason := missing_package(package)) is not None:
+            reasons[name] = reason
         elif torch.version.hip is not None and name == "quack":
             reasons[name] = "runs on NVIDIA GPUs only"
         elif name == "quack" and torch.cuda.get_device_capability()[0] < 9:
@@ -159,12 +160,18 @@ def variants(loss: str, peers: set[str], device: str) -> dict[str, Any]:
     if "compiled" in peers:
         chosen["compiled"] = torch.compile(EAGER[loss], dynamic=False)
     for name, make in (("liger", liger), ("quack", quack)):
-        if name in peers:
-            try:
-                peer = make(loss)
-            except Exception as error:  # a half-installed peer must not end the run
-                chosen[name] = f"does not import: {type(error).__name__}: {error}"
-            else:
-                if peer is not None:
-                    chosen[name] = peer
+        if name in peers and (peer := made(partial(make, loss))) is not None:
+            chosen[name] = peer
     return chosen
+
+
+def missing_package(package: str) -> str | None:
+    return None if importlib.util.find_spec(package) else f"the package {package} is not installed"
+
+
+def made(make: Callable[[], Any]) -> Any:
+    """A peer's loss, None if it has none, or the error's text if its import fails."""
+    try:
+        return make()
+    except Exception as error:  # a half-installed peer must not end the run
+        return f"does not import: {type(error).__name__}: {error}"
