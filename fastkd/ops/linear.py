@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd.ops.backward import check_grad_output, is_one, must_copy, save_inputs, saved_inputs
 from fastkd.ops.call import Call
 from fastkd.ops.chunks import LinearCall, compute, count_rows, new_gradients
-from fastkd.ops.tensors import as_ordinary, is_traced, is_transformed
+from fastkd.ops.tensors import as_ordinary, is_traced
 
 _library = torch.library.Library("fastkd", "FRAGMENT")
 _library.define(
@@ -110,34 +111,21 @@ def _save(
     call = options.call
     ctx.recompute = options._replace(call=call._replace(target=None, row_weight=None, dynamic=None))
     tensors = (call.target, call.row_weight, call.dynamic, *student, *teacher)
-    # Autograd cannot save inference tensors, which a teacher's may be: they are constants, saved here.
-    ctx.constants = {i: x for i, x in enumerate(tensors) if x is not None and x.is_inference()}
-    ctx.save_for_backward(*(None if i in ctx.constants else x for i, x in enumerate(tensors)))
+    save_inputs(ctx, tensors)
 
 
 def _gradients(ctx: Any, grad_output: Tensor | None) -> Sequence[Tensor | None]:
     """Of each of the student's tensors."""
-    saved = ctx.saved_tensors
+    saved = ctx.saved_tensors  # raises if an earlier backward has freed them
     if grad_output is None:
         return [None] * len(ctx.dtypes)
-    batched = is_transformed(grad_output)
-    traced = batched or is_traced((grad_output,))
-    if torch.is_grad_enabled() and not traced:
-        raise RuntimeError(
-            "fastkd computes the gradient with the loss and does not differentiate it again "
-            "(create_graph=True); use fastkd.set_backend('eager') for second derivatives"
-        )
+    traced = check_grad_output(grad_output, recomputes=ctx.recompute is not None)
     if ctx.recompute is None:
         return [
             _scaled(gradient, grad_output, dtype, traced) if wanted else None
             for gradient, dtype, wanted in zip(saved, ctx.dtypes, ctx.wanted, strict=False)
         ]
-    if batched:
-        raise RuntimeError(
-            "fastkd computes float16 gradients in backward, for one grad_output and not for a batch "
-            "(is_grads_batched=True); use fastkd.set_backend('eager')"
-        )
-    target, row_weight, dynamic, student, *teacher = (ctx.constants.get(i, x) for i, x in enumerate(saved))
+    target, row_weight, dynamic, student, *teacher = saved_inputs(ctx, saved)
     if not traced:  # since the forward, FSDP may have freed a teacher's weight
         teacher = [as_ordinary("teacher_logits", tensor) for tensor in teacher]
     count = count_rows([student], ctx.recompute.classes)
@@ -154,16 +142,12 @@ def _gradients(ctx: Any, grad_output: Tensor | None) -> Sequence[Tensor | None]:
 
 def _scaled(gradient: Tensor, grad_output: Tensor, dtype: torch.dtype, traced: bool) -> Tensor:
     """Times grad_output, one value or one per row, rounded to ``dtype`` once."""
-    retained = not traced and torch._C._autograd._get_current_graph_task_keep_graph()
     factor = grad_output
     if factor.numel() != 1:
         factor = factor.reshape(*gradient.shape[:-1], 1)
-    # Not in place if a retained graph may use the saved gradient again, or if a compiler can fuse the
-    # product.
-    if traced or retained:
+    if must_copy(traced):
         return (gradient * factor).to(dtype)
-    # Reading a CPU scalar needs no synchronisation.
-    if factor.dim() == 0 and factor.is_cpu and factor.item() == 1.0:
+    if is_one(factor):
         return gradient.to(dtype)
     return gradient.mul_(factor).to(dtype)
 

@@ -14,9 +14,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from fastkd.ops.backward import check_grad_output, is_one, must_copy, save_inputs, saved_inputs
 from fastkd.ops.call import Call, Outputs
 from fastkd.ops.layout import as_rows
-from fastkd.ops.tensors import is_traced, is_transformed
+from fastkd.ops.tensors import is_traced
 
 _library = torch.library.Library("fastkd", "DEF")
 _library.define(
@@ -133,33 +134,19 @@ def _save(
     else:
         ctx.recompute = call._replace(target=None, row_weight=None, dynamic=None)
         tensors = (call.target, call.row_weight, call.dynamic, *students, *teachers)
-        # Autograd cannot save inference tensors, which a teacher's logits may be: they are constants, saved
-        # here.
-        ctx.constants = {i: x for i, x in enumerate(tensors) if x is not None and x.is_inference()}
-        ctx.save_for_backward(*(None if i in ctx.constants else x for i, x in enumerate(tensors)))
+        save_inputs(ctx, tensors)
 
 
 def _gradients(ctx: Any, grad_output: Tensor | None) -> Sequence[Tensor | None]:
     """The gradients of each student's logits."""
-    saved = ctx.saved_tensors
+    saved = ctx.saved_tensors  # raises if an earlier backward has freed them
     if grad_output is None:
         return [None] * ctx.pairs
-    batched = is_transformed(grad_output)
-    traced = batched or is_traced((grad_output,))
-    if torch.is_grad_enabled() and not traced:
-        raise RuntimeError(
-            "fastkd computes the gradient with the loss and does not differentiate it again "
-            "(create_graph=True); use fastkd.set_backend('eager') for second derivatives"
-        )
+    traced = check_grad_output(grad_output, recomputes=ctx.recompute is not None)
     if ctx.recompute is None:
         gradient = _scaled(saved[0], grad_output, ctx.pairs, ctx.backend, traced)
     else:
-        if batched:
-            raise RuntimeError(
-                "fastkd computes float16 gradients in backward, for one grad_output and not for a batch "
-                "(is_grads_batched=True); use fastkd.set_backend('eager')"
-            )
-        target, row_weight, dynamic, *logits = (ctx.constants.get(i, x) for i, x in enumerate(saved))
+        target, row_weight, dynamic, *logits = saved_inputs(ctx, saved)
         call = ctx.recompute._replace(
             target=target, row_weight=_row_factors(row_weight, grad_output, ctx.pairs, ctx.shape),
             dynamic=dynamic, reduced=False, with_terms=False, with_gradient=True,
@@ -185,19 +172,15 @@ def _row_factors(row_weight: Tensor | None, grad_output: Tensor, pairs: int, sha
 def _scaled(gradient: Tensor, grad_output: Tensor, pairs: int, backend: str, traced: bool) -> Tensor:
     """The gradient computed with the loss, times grad_output."""
     rows_per_pair = gradient.shape[0] // pairs
-    retained = not traced and torch._C._autograd._get_current_graph_task_keep_graph()
-    # Reading a CPU scalar needs no synchronisation; on a GPU the kernel tests the factor.
-    is_one = not traced and grad_output.dim() == 0 and grad_output.is_cpu and grad_output.item() == 1.0
-    if is_one and not retained:
+    copies = must_copy(traced)
+    if not copies and is_one(grad_output):  # on a GPU the kernel tests the factor
         return gradient
     factors = grad_output
     if grad_output.numel() != gradient.shape[0]:  # one value per pair
         factors = (
             grad_output.expand(rows_per_pair) if pairs == 1 else grad_output.repeat_interleave(rows_per_pair)
         )
-    # Not in place if a retained graph may use the saved gradient again, or if a compiler can fuse the
-    # product.
-    if traced or retained:
+    if copies:
         return (gradient * factors.reshape(-1, 1)).to(gradient.dtype)
     if rows_per_pair:
         launcher_of(backend).scale_rows_(gradient, factors.reshape(-1))
