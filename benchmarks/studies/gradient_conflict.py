@@ -15,7 +15,6 @@ Trainings that OUTPUT.jsonl has are not repeated. key=value words override the r
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,8 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from choose_hyperparameters import append, read
 
 from fastkd.bench.results import header
 from fastkd.data.data import Data, load_data
@@ -60,10 +61,9 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="FOLDER")
     args = parser.parse_intermixed_args()
     path = args.output.with_name(args.output.name + ".jsonl")
-    path.parent.mkdir(parents=True, exist_ok=True)
     device = resolve_device(load_recipe(args.recipe, args.overrides)[1].train.device)
     if not path.exists():
-        write(path, [header(device.type, {}, command=" ".join(sys.argv))])
+        append(path, header(device.type, {}, command=" ".join(sys.argv)))
     for seed in args.seeds:
         for weight in args.weights:
             for teacher, centred in TEACHERS.items():
@@ -75,7 +75,7 @@ def main() -> None:
                     chosen += [f"method.center_teacher={centred}", f"train.seed={seed}"]
                     _, recipe = load_recipe(args.recipe, [*chosen, *args.overrides])
                     rows = study(recipe, device, ", ".join(map(str, known.values())), args.every, args.runs)
-                    write(path, [{**known, **row} for row in rows])
+                    append(path, *({**known, **row} for row in rows))
     plot([row for row in read(path) if "head" in row], args.output.with_name(args.output.name + ".png"))
     print(f"written: {path} and the picture beside it")
 
@@ -140,15 +140,6 @@ def cosines(method: Method, terms: dict[str, Tensor]) -> dict[str, float]:
 
 def flat(gradients: Sequence[Tensor]) -> Tensor:
     return torch.cat([gradient.flatten().double() for gradient in gradients])
-
-
-def read(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def write(path: Path, rows: list[Row]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def curves(rows: list[Row], part: str) -> Iterator[tuple[str, list[float], list[list[float]], float]]:

@@ -111,11 +111,9 @@ def eager_rows(
             label = label.masked_fill(~rows.valid, 0)
     row_loss = LOSSES[loss].rows
     pairs = [row_loss(s, t, label, *options) for s, t in zip(students, teachers, strict=True)]
-    losses, terms = (
-        torch.stack([values for values, _ in pairs]),
-        torch.stack([terms for _, terms in pairs], 1),
-    )
-    losses, terms = (
-        (values if row_weight is None else values * row_weight) / rows.divisor for values in (losses, terms)
-    )
+    losses = torch.stack([values for values, _ in pairs])
+    terms = torch.stack([terms for _, terms in pairs], 1)
+    if row_weight is not None:
+        losses, terms = losses * row_weight, terms * row_weight
+    losses, terms = losses / rows.divisor, terms / rows.divisor
     return (losses.sum(-1), terms.sum(-1)) if rows.reduced else (losses, terms)
