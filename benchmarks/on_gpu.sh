@@ -37,7 +37,8 @@ left() { # left SECOND: the time until this second of the script, at least ten
 run doctor 60 python3 -c "from fastkd import doctor; print(doctor.report())" &
 run check 200 python3 -m fastkd.check &
 run accuracy 200 python3 benchmarks/accuracy.py &
-run tests 200 python3 -m pytest tests/losses/test_losses.py tests/ops/test_operators.py -q -p no:warnings -k cuda &
+run tests 200 python3 -m pytest tests/losses/test_losses.py tests/losses/test_linear.py tests/losses/test_centering.py \
+  tests/ops/test_operators.py tests/ops/test_aliasing.py -q -p no:warnings -k cuda &
 wait
 show doctor check accuracy tests
 
@@ -52,12 +53,15 @@ show steps
 run throughput "$(left 495)" python3 benchmarks/throughput.py --device cuda --steps 30 --turns 5 \
   --output "$out/throughput.jsonl"
 show throughput
+run forms "$(left 520)" python3 -m fastkd.bench --device cuda --forms --losses kd ce --dtypes bfloat16 --seconds 0.1 \
+  --time-limit 15 --output "$out/forms.jsonl"
+show forms
 run all "$(left 540)" python3 -m fastkd.bench --device cuda --peers native triton eager liger quack \
   --seconds 0.1 --time-limit "$(left 525)" --output "$out/all.jsonl"
 show all
 
 files=()
-for name in suite all steps; do
+for name in suite all steps forms; do
   [ -s "$out/$name.jsonl" ] && files+=("$out/$name.jsonl")
 done
 run report 60 python3 -m fastkd.bench --report "${files[@]}" --output "$out/report"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class LinearLogits:
     """Logits ``scale * (hidden @ weight.T + bias)`` that are never stored: a head's input and its weights.
