@@ -35,7 +35,7 @@ from .transforms import (
     keyed_randomness,
     random_crop,
 )
-from .workers import from_one_process_only, held_back
+from .workers import end_at_exit, from_one_process_only, held_back
 
 _log = logging.getLogger(__name__)
 
@@ -181,6 +181,8 @@ class FileLoader(IndexedLoader):
 
     def _started(self) -> Iterator[Any]:
         try:
+            if self._loader.num_workers:
+                end_at_exit()
             with held_back():
                 return iter(self._loader)
         except (OSError, RuntimeError) as error:  # processes, pipes or threads cannot be created

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Iterator
+from functools import cache
 
 _WAITS = hasattr(signal, "sigtimedwait")  # not on macOS and Windows
 
@@ -48,6 +51,24 @@ def from_one_process_only(process: int, worker: int) -> None:
                 os._exit(0)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+@cache
+def end_at_exit() -> None:
+    """Have data workers end when this process does, whatever signals it gets meanwhile.
+
+    multiprocessing sends each of its processes one SIGTERM at exit and then waits for them without limit. That
+    one is lost while a scheduler's is pending, so it is sent again until they are gone; what is registered
+    last runs first.
+    """
+    atexit.register(_end)
+
+
+def _end() -> None:
+    for process in multiprocessing.active_children():
+        while process.daemon and process.is_alive():
+            process.terminate()
+            process.join(0.2)
 
 
 def stop_signals() -> list[int]:
