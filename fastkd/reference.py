@@ -41,6 +41,16 @@ def standardized(logits: Tensor) -> Tensor:
     return centered(logits) / (logits.std(-1, keepdim=True) + STANDARDIZE_EPSILON)
 
 
+def known_classes(logits: Tensor, indices: Tensor, temperature: float) -> Tensor:
+    """Logits of K + 1 classes: those of ``indices`` [N, K], and all others as one, T log sum exp(z_j / T).
+
+    At this temperature its softmax has the probabilities of the K classes, and the sum of the others'.
+    """
+    z = as_float(logits)
+    rest = (z / temperature).scatter(1, indices, MASKED / temperature).logsumexp(-1, keepdim=True)
+    return torch.cat([z.gather(1, indices), temperature * rest], 1)
+
+
 def kl_from_logits(u: Tensor, v: Tensor) -> Tensor:
     """KL(softmax(v) || softmax(u)) of each row."""
     log_q, log_p = u.log_softmax(-1), v.log_softmax(-1)

@@ -57,9 +57,9 @@ def from_one_process_only(process: int, worker: int) -> None:
 def end_at_exit() -> None:
     """Have data workers end when this process does, whatever signals it gets meanwhile.
 
-    multiprocessing sends each of its processes one SIGTERM at exit and then waits for them without limit. That
-    one is lost while a scheduler's is pending, so it is sent again until they are gone; what is registered
-    last runs first.
+    multiprocessing sends each of its processes one SIGTERM at exit and then waits for them without limit.
+    That one is lost while a scheduler's is pending, so it is sent again until they are gone; what is
+    registered last runs first.
     """
     atexit.register(_end)
 

@@ -44,7 +44,7 @@ def valid_rows(name: str, labels: Tensor, ignore_index: int, student_logits: Ten
         raise TypeError(f"{name} is a {type(labels).__name__}; expected a tensor of integer labels")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"{name} has dtype {labels.dtype}; expected integer labels")
-    arguments.check_one_per_row(name, labels, "label", student_logits)
+    arguments.check_one_per_row(name, labels, "label", student_logits, "student_logits")
     return labels != ignore_index
 
 

@@ -14,6 +14,9 @@ Common to all of them:
   and ``bias``, accumulated in float32. They are computed with the loss, in float16 too, and ``"none"`` has
   no gradient: give ``weight``. The eager backend stores the logits. ``LinearDistillLoss`` is a module that
   owns the head, for DDP, FSDP and checkpoints.
+- ``TopKLogits(log_probs, indices, …)``, which ``top_k`` makes, stands for a teacher known at K classes. All
+  others are one class: the loss is that over K + 1 classes. It is at one temperature, and undefined for the
+  Bernoulli losses, for standardised logits, and for whatever reads the teacher at two temperatures.
 - T^2 is included, so that a weight means the same at every temperature; not in the
   divergences of ``losses/divergences.py``, as is the custom for language models, and ``ttm_loss`` has no T.
 - ``reduction``: ``"batchmean"`` (sum over the non-ignored rows, divided by their number), ``"sum"``, or
@@ -43,10 +46,11 @@ from .divergences import (
     skew_kl_loss,
     tvd_loss,
 )
-from .forms import LinearLogits
+from .forms import LinearLogits, TopKLogits
 from .head import LinearDistillLoss
 from .nkd import NKDLoss, nkd_loss
 from .softmax import DCKDLoss, DistillLoss, DKDLoss, KDLoss, dckd_loss, distill_loss, dkd_loss, kd_loss
+from .top_k import check_top_k, top_k
 from .ttm import TTMLoss, ttm_loss
 
 __all__ = [
@@ -64,8 +68,10 @@ __all__ = [
     "SkewKLLoss",
     "TTMLoss",
     "TVDLoss",
+    "TopKLogits",
     "binary_kl_loss",
     "binary_kl_norm_loss",
+    "check_top_k",
     "dckd_loss",
     "distill_loss",
     "dkd_loss",
@@ -74,6 +80,7 @@ __all__ = [
     "nkd_loss",
     "reverse_kl_loss",
     "skew_kl_loss",
+    "top_k",
     "ttm_loss",
     "tvd_loss",
 ]

@@ -10,10 +10,10 @@ from torch import Tensor
 from fastkd.ops import native
 from fastkd.ops.tensors import check_ordinary
 
-from .forms import LinearLogits, autocast_dtype
+from .forms import LinearLogits, TopKLogits, autocast_dtype
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-ONE = (Tensor, LinearLogits)  # the logits of one model
+ONE = (Tensor, LinearLogits, TopKLogits)  # the logits of one model
 REDUCTIONS = ("batchmean", "sum", "none")
 LARGEST = torch.finfo(torch.float32).max
 # What float32 can hold: the largest unmasked logits divided by T, and T^2 times a loss.
@@ -23,7 +23,7 @@ TEMPERATURES = (1e-6, 1e6)
 def check_linear(name: str, form: LinearLogits) -> None:
     """Raise TypeError or ValueError that names the field, its value and what is expected."""
     for field, tensor in form.tensors.items():
-        _check_layer_tensor(f"{name}.{field}", tensor, f"{name}.hidden", form.hidden)
+        _check_part(f"{name}.{field}", tensor, f"{name}.hidden", form.hidden)
     hidden, weight = form.hidden, form.weight
     if hidden.dim() < 1 or hidden.shape[-1] < 1:
         raise ValueError(f"{name}.hidden has shape {list(hidden.shape)}; expected [..., H]")
@@ -43,8 +43,12 @@ def check_linear(name: str, form: LinearLogits) -> None:
     if len(set(map(autocast_dtype, form.tensors.values()))) > 1:
         found = ", ".join(f"{field} {tensor.dtype}" for field, tensor in form.tensors.items())
         raise TypeError(f"{name} has {found}; expected one dtype, or torch.autocast")
-    _check_size(f"{name}.num_classes", form.num_classes, 2, outputs)
-    _check_size(f"{name}.chunk_rows", form.chunk_rows, 1)
+    for field, value, most in (
+        ("num_classes", form.num_classes, outputs),
+        ("chunk_rows", form.chunk_rows, None),
+    ):
+        if value is not None:
+            check_size(f"{name}.{field}", value, 2 if most else 1, most, "the rows of weight")
     check_number(f"{name}.scale", form.scale)
     if form.softcap is not None:
         check_number(f"{name}.softcap", form.softcap)
@@ -52,7 +56,8 @@ def check_linear(name: str, form: LinearLogits) -> None:
             raise ValueError(f"{name}.softcap is {form.softcap!r}; expected a number above 0, or None")
 
 
-def _check_layer_tensor(name: str, tensor: Any, hidden_name: str, hidden: Any) -> None:
+def _check_part(name: str, tensor: Any, hidden_name: str, hidden: Any, integers: bool = False) -> None:
+    """Check a tensor of a form, on the device of ``hidden``."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor")
     if type(tensor).__name__ == "DTensor":
@@ -61,7 +66,9 @@ def _check_layer_tensor(name: str, tensor: Any, hidden_name: str, hidden: Any) -
             "wrapped module that owns the head, where FSDP has gathered it"
         )
     check_ordinary(name, tensor)
-    if tensor.dtype not in LOGIT_DTYPES:
+    if integers and (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool):
+        raise TypeError(f"{name} has dtype {tensor.dtype}; expected int64 or another integer type")
+    if not integers and tensor.dtype not in LOGIT_DTYPES:
         raise TypeError(f"{name} has dtype {tensor.dtype}; expected float32, bfloat16, float16 or float64")
     if tensor.device != hidden.device:
         raise ValueError(
@@ -69,34 +76,66 @@ def _check_layer_tensor(name: str, tensor: Any, hidden_name: str, hidden: Any) -
         )
 
 
-def _check_size(name: str, value: int | None, least: int, most: int | None = None) -> None:
-    if value is None:
-        return
+def check_size(name: str, value: int, least: int, most: int | None = None, what: str = "") -> None:
+    """Check a whole number; ``what`` says what ``most`` is."""
     if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} is {value!r}; expected a whole number or None")
+        raise TypeError(f"{name} is {value!r}; expected a whole number")
     if value < least or (most is not None and value > most):
-        upto = "or more" if most is None else f"to {most}, the rows of weight"
+        upto = "or more" if most is None else f"to {most}, {what}"
         raise ValueError(f"{name} is {value}; expected {least} {upto}")
+
+
+def check_top_k_form(name: str, form: TopKLogits) -> None:
+    """Raise TypeError or ValueError that names the field; ``top_k.known_of`` checks the values."""
+    log_probs, indices = form.log_probs, form.indices
+    for field, tensor in form.tensors.items():
+        _check_part(f"{name}.{field}", tensor, f"{name}.log_probs", log_probs, field == "indices")
+    check_size(f"{name}.num_classes", form.num_classes, 2)
+    check_temperature(form.temperature, f"{name}.temperature")
+    if form.rest not in ("one_class", "renormalize"):
+        raise ValueError(f"{name}.rest is {form.rest!r}; expected 'one_class' or 'renormalize'")
+    if log_probs.dim() < 1 or not 1 <= log_probs.shape[-1] <= form.num_classes:
+        raise ValueError(
+            f"{name}.log_probs has shape {list(log_probs.shape)}; expected [..., K] with K from 1 to "
+            f"{form.num_classes}, the number of classes"
+        )
+    if indices.shape != log_probs.shape:
+        raise ValueError(
+            f"{name}.indices has shape {list(indices.shape)}; expected {list(log_probs.shape)}, the shape of "
+            "log_probs"
+        )
+    if form.log_rest is not None and form.log_rest.shape != log_probs.shape[:-1]:
+        raise ValueError(
+            f"{name}.log_rest has shape {list(form.log_rest.shape)}; expected {list(log_probs.shape[:-1])}, "
+            f"one number for each row of log_probs {list(log_probs.shape)}"
+        )
+
+
+def check_one(name: str, logits: Any) -> None:
+    """Check the logits of one model."""
+    if isinstance(logits, LinearLogits):
+        return check_linear(name, logits)
+    if isinstance(logits, TopKLogits):
+        return check_top_k_form(name, logits)
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"{name} is a {type(logits).__name__}; expected a tensor of shape [..., C]")
+    check_ordinary(name, logits)
+    if logits.dtype not in LOGIT_DTYPES:
+        raise TypeError(f"{name} has dtype {logits.dtype}; expected float32, bfloat16, float16 or float64")
+    if logits.dim() < 1 or logits.shape[-1] < 2:
+        raise ValueError(f"{name} has shape {list(logits.shape)}; expected [..., C] with at least 2 classes")
+    return None
 
 
 def check_logits(student_logits: Any, teacher_logits: Any, which: str = "") -> None:
     """Check one pair; ``which`` is its index in messages, if there are several."""
     student_name, teacher_name = f"student_logits{which}", f"teacher_logits{which}"
-    for name, logits in ((student_name, student_logits), (teacher_name, teacher_logits)):
-        if isinstance(logits, LinearLogits):
-            check_linear(name, logits)
-            continue
-        if not isinstance(logits, Tensor):
-            raise TypeError(f"{name} is a {type(logits).__name__}; expected a tensor of shape [..., C]")
-        check_ordinary(name, logits)
-        if logits.dtype not in LOGIT_DTYPES:
-            raise TypeError(
-                f"{name} has dtype {logits.dtype}; expected float32, bfloat16, float16 or float64"
-            )
-        if logits.dim() < 1 or logits.shape[-1] < 2:
-            raise ValueError(
-                f"{name} has shape {list(logits.shape)}; expected [..., C] with at least 2 classes"
-            )
+    if isinstance(student_logits, TopKLogits):
+        raise TypeError(
+            f"{student_name} is a TopKLogits; expected all logits: only a teacher may be known at K classes"
+        )
+    check_one(student_name, student_logits)
+    check_one(teacher_name, teacher_logits)
     if student_logits.shape[-1] != teacher_logits.shape[-1]:
         raise ValueError(
             f"{student_name} has {student_logits.shape[-1]} classes and {teacher_name} "
@@ -152,19 +191,17 @@ def check_pairs(student_logits: Any, teacher_logits: Any) -> tuple[Sequence[Any]
     return student_logits, teacher_logits
 
 
-def check_one_per_row(name: str, values: Tensor, what: str, student_logits: Tensor) -> None:
-    if values.shape != student_logits.shape[:-1]:
+def check_one_per_row(name: str, values: Tensor, what: str, logits: Any, of: str) -> None:
+    if values.shape != logits.shape[:-1]:
         raise ValueError(
-            f"{name} has shape {list(values.shape)}; expected {list(student_logits.shape[:-1])}, one {what} "
-            f"for each row of student_logits {list(student_logits.shape)}"
+            f"{name} has shape {list(values.shape)}; expected {list(logits.shape[:-1])}, one {what} "
+            f"for each row of {of} {list(logits.shape)}"
         )
-    if values.device != student_logits.device:
-        raise ValueError(
-            f"{name} is on {values.device} and student_logits on {student_logits.device}; expected one device"
-        )
+    if values.device != logits.device:
+        raise ValueError(f"{name} is on {values.device} and {of} on {logits.device}; expected one device")
 
 
-def check_target(target: Tensor, student_logits: Tensor) -> None:
+def check_target(target: Tensor, logits: Any, of: str = "student_logits") -> None:
     """Check type, dtype, shape and device, not the labels themselves: ``check_labels`` does."""
     if not isinstance(target, Tensor):
         raise TypeError(f"target is a {type(target).__name__}; expected an int64 tensor of labels")
@@ -173,7 +210,7 @@ def check_target(target: Tensor, student_logits: Tensor) -> None:
         raise TypeError(
             f"target has dtype {target.dtype}; expected int64 class indices (soft targets are not labels)"
         )
-    check_one_per_row("target", target, "label", student_logits)
+    check_one_per_row("target", target, "label", logits, of)
 
 
 def check_labels(target: Tensor, classes: int, ignore_index: int = -100) -> bool:
@@ -206,7 +243,7 @@ def check_row_weight(weight: Tensor, student_logits: Tensor) -> None:
     check_ordinary("weight", weight)
     if not weight.is_floating_point():
         raise TypeError(f"weight has dtype {weight.dtype}; expected a floating-point tensor")
-    check_one_per_row("weight", weight, "number", student_logits)
+    check_one_per_row("weight", weight, "number", student_logits, "student_logits")
     if weight.requires_grad:
         raise ValueError(
             "weight requires grad, but it is a constant of every fastkd loss; pass weight.detach()"

@@ -11,8 +11,8 @@ from fastkd.ops.tensors import as_ordinary, is_readable
 from fastkd.reference import centered
 
 from . import arguments
-from .forms import Form, LinearLogits
-from .linear import linear_rows
+from .form_rows import form_rows
+from .forms import Form
 from .rows import Rows, backend_for, eager_rows, numbers_of, rows_of
 
 Logits: TypeAlias = Form | Sequence[Form]
@@ -54,7 +54,8 @@ def reduced_loss(
 
     valid = None if target is None or none_ignored else target.reshape(-1) != ignore_index
     rows = rows_of(student, target if uses_label else None, valid, weight, reduction)
-    compute = linear_rows if LinearLogits in map(type, (*students, *teachers)) else _dense_rows
+    dense = all(isinstance(logits, Tensor) for logits in (*students, *teachers))
+    compute = _dense_rows if dense else form_rows
     values, terms = compute(loss, options, students, teachers, rows, center_teacher, with_terms)
     of_pairs = () if isinstance(student_logits, arguments.ONE) else (len(students),)
     shape = of_pairs if rows.reduced else of_pairs + rows.leading

@@ -1,10 +1,10 @@
-"""Forms of logits other than a tensor, which every loss takes: ``LinearLogits``."""
+"""Forms of logits other than a tensor, which losses take: ``LinearLogits`` and ``TopKLogits``."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeAlias, final
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import Any, Literal, TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -89,7 +89,66 @@ class LinearLogits:
         return self.of([tensor.to(autocast_dtype(tensor)) for tensor in self.tensors.values()])
 
 
-Form: TypeAlias = Tensor | LinearLogits  # the logits of one model
+@final
+@dataclass(frozen=True, eq=False)
+class TopKLogits:
+    """A teacher known at K of C classes; all others count as one class, the rest.
+
+    A loss of it is the loss over K + 1 classes: exact for what is known, and never negative. ``fastkd.top_k``
+    makes them from logits; a serving engine's log-probabilities fit as they are.
+
+    Args:
+        log_probs: [..., K], at ``temperature`` and of all C classes.
+        indices: [..., K] integers: which classes those are, each once, in any order.
+        log_rest: [...], log of the probability of the other C - K classes together. None: log(1 - sum p),
+            which float32 cannot tell from 0 below 6e-8, the value that is then used.
+        num_classes: C.
+        temperature: of the softmax that ``log_probs`` come from, which must be the loss's.
+        rest: "one_class", or "renormalize": the probabilities are divided by their sum, and the other classes
+            have none. The student is not renormalised.
+    """
+
+    log_probs: Tensor
+    indices: Tensor
+    log_rest: Tensor | None = None
+    _: KW_ONLY
+    num_classes: int
+    temperature: float
+    rest: Literal["one_class", "renormalize"] = "one_class"
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the logits that it stands for: [..., C]."""
+        return torch.Size((*self.log_probs.shape[:-1], self.num_classes))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.log_probs.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.log_probs.device
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """By the names of the arguments; without ``log_rest`` if it is None."""
+        known = {"log_probs": self.log_probs, "indices": self.indices}
+        return known if self.log_rest is None else {**known, "log_rest": self.log_rest}
+
+    @property
+    def requires_grad(self) -> bool:
+        return any(tensor.requires_grad for tensor in self.tensors.values())
+
+    def detach(self) -> TopKLogits:
+        return self.of([tensor.detach() for tensor in self.tensors.values()])
+
+    def of(self, tensors: Sequence[Tensor]) -> TopKLogits:
+        """The same form of other tensors."""
+        log_probs, indices, *log_rest = tensors
+        return replace(self, log_probs=log_probs, indices=indices, log_rest=log_rest[0] if log_rest else None)
+
+
+Form: TypeAlias = Tensor | LinearLogits | TopKLogits  # the logits of one model
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype:
@@ -99,18 +158,19 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if enabled and tensor.dtype != torch.float64 else tensor.dtype
 
 
-_CONSTANT = ("scale", "softcap", "num_classes", "chunk_rows")
+def _register(kind: type[LinearLogits] | type[TopKLogits], *constant: str) -> None:
+    """As a pytree whose leaves are ``tensors``; the constants are part of its structure."""
+
+    def flatten(form: Any) -> tuple[list[Any], tuple[Any, ...]]:
+        return list(form.tensors.values()), tuple(getattr(form, name) for name in constant)
+
+    def unflatten(tensors: Iterable[Any], values: tuple[Any, ...]) -> Any:
+        return kind(*tensors, **dict(zip(constant, values, strict=True)))
+
+    _pytree.register_pytree_node(
+        kind, flatten, unflatten, serialized_type_name=f"fastkd.losses.forms.{kind.__name__}"
+    )
 
 
-def _flatten(form: LinearLogits) -> tuple[list[Any], tuple[Any, ...]]:
-    return list(form.tensors.values()), tuple(getattr(form, name) for name in _CONSTANT)
-
-
-def _unflatten(tensors: Iterable[Any], constant: tuple[Any, ...]) -> LinearLogits:
-    hidden, weight, *bias = tensors
-    return LinearLogits(hidden, weight, bias[0] if bias else None, *constant)
-
-
-_pytree.register_pytree_node(
-    LinearLogits, _flatten, _unflatten, serialized_type_name="fastkd.losses.forms.LinearLogits"
-)
+_register(LinearLogits, "scale", "softcap", "num_classes", "chunk_rows")
+_register(TopKLogits, "num_classes", "temperature", "rest")

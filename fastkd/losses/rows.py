@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastkd.ops import backend
-from fastkd.ops.spec import LOSSES
+from fastkd.ops.spec import LOSSES, Loss
 from fastkd.ops.tensors import transform_of
+from fastkd.reference import known_classes
 
 from .forms import Form
 
@@ -35,9 +37,18 @@ def rows_of(
     return Rows(label, valid, row_weight, divisor, reduction != "none", leading)
 
 
-def backend_for(tensors: Sequence[Tensor | None], student: Tensor, teacher: Tensor) -> str:
+def backend_for(
+    tensors: Sequence[Tensor | None], student: Tensor, teacher: Tensor, known: bool = False
+) -> str:
+    """``known``: the teacher is known at some classes."""
     name = backend.get_backend()
     chosen = backend.resolve(name, student.device.type, student.dtype, teacher.dtype)
+    if known and chosen == "native" and student.is_cuda:
+        if name == "auto":
+            return "eager"
+        raise backend.BackendUnavailable(
+            "backend 'native' has no CUDA kernels for TopKLogits; use set_backend('triton'), or 'auto'"
+        )
     transform = None if chosen == "eager" else transform_of(tensors)
     if transform is None:
         return chosen
@@ -73,6 +84,25 @@ def numbers_of(
     return tuple(known), dynamic
 
 
+def known_rows(
+    spec: Loss, indices: Tensor, student: Tensor, teacher: Tensor, label: Tensor | None, *options: float
+) -> tuple[Tensor, Tensor]:
+    """``Loss.rows`` for a teacher [N, K + 1] that is known at the classes ``indices`` [N, K]."""
+    named = spec.options(*options)
+    position = None if label is None or not spec.labelled_at_k(named) else positions(indices, label)
+    known = known_classes(student, indices, spec.temperatures(named)[0])
+    losses, terms = spec.rows(known, teacher, position, *spec.at_k(options))
+    if any(getattr(named, name) for name in spec.of_student):
+        of_student = spec.rows(student, student.detach(), label, *spec.of_student_only(options))
+        losses, terms = losses + of_student[0], terms + of_student[1]
+    return losses, terms
+
+
+def positions(indices: Tensor, label: Tensor) -> Tensor:
+    """Where each row has its label; a row without it has a NaN teacher, and any position."""
+    return (indices == label[:, None]).long().argmax(-1)
+
+
 def _row_weight(
     weight: Tensor | None, valid: Tensor | None, rows: int, reduction: str, dtype: torch.dtype
 ) -> tuple[Tensor | None, int]:
@@ -96,10 +126,12 @@ def eager_rows(
     students: Sequence[Tensor],
     teachers: Sequence[Tensor],
     rows: Rows,
+    indices: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``operators.row_loss`` in plain torch: rows [H, N] and terms [K, H, N], or their sums over N."""
-    classes = students[0].shape[-1]
-    students, teachers = ([one.reshape(-1, classes) for one in logits] for logits in (students, teachers))
+    students, teachers = (
+        [one.reshape(-1, one.shape[-1]) for one in logits] for logits in (students, teachers)
+    )
     label, row_weight = rows.label, rows.weight
     if row_weight is not None:
         # A row of weight 0 may hold anything, including values for which 0 * gradient is NaN.
@@ -109,7 +141,7 @@ def eager_rows(
         )
         if label is not None and rows.valid is not None:
             label = label.masked_fill(~rows.valid, 0)
-    row_loss = LOSSES[loss].rows
+    row_loss = LOSSES[loss].rows if indices is None else partial(known_rows, LOSSES[loss], indices)
     pairs = [row_loss(s, t, label, *options) for s, t in zip(students, teachers, strict=True)]
     losses = torch.stack([values for values, _ in pairs])
     terms = torch.stack([terms for _, terms in pairs], 1)

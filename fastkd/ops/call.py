@@ -26,6 +26,19 @@ class Call(NamedTuple):
     reduced: bool  # to the sum over rows of each pair
     with_terms: bool
     with_gradient: bool = False
+    # int64 [N, K], ascending in each row: the teacher's logits are [N, K + 1], of these classes and of all
+    # others as one. See reference.known_classes.
+    indices: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Those that an autograd function must save."""
+        return self.target, self.row_weight, self.dynamic, self.indices
+
+    def of(self, tensors: Sequence[Tensor | None]) -> "Call":
+        """The same call with other ``tensors``."""
+        target, row_weight, dynamic, indices = tensors
+        return self._replace(target=target, row_weight=row_weight, dynamic=dynamic, indices=indices)
 
     @property
     def spec(self) -> Loss:
@@ -36,6 +49,10 @@ class Call(NamedTuple):
         """Bits of ``spec.Needs``."""
         spec = self.spec
         return needs_of(spec, tuple(self.options), spec.takes_label and self.target is not None)
+
+
+# How many of a call's inputs are ``Call.tensors``.
+CALL_TENSORS = 4
 
 
 class Outputs(NamedTuple):

@@ -134,7 +134,7 @@ def _compute(
         losses = rows.new_empty(size)
         chunk_terms = None if terms is None else rows.new_empty(term_count, size)
         outputs = Outputs(losses, chunk_terms, gradient)
-        launch(*as_rows([student_logits], [teacher_logits]), of_chunk, outputs)
+        launch(*as_rows([student_logits], [teacher_logits], call.indices is not None), of_chunk, outputs)
         rows[part] = losses if factors is None else losses * factors
         if terms is not None and chunk_terms is not None:
             terms[:, part] = chunk_terms if factors is None else chunk_terms * factors
@@ -225,7 +225,8 @@ def _chunk_call(call: Call, part: Part, logits: Tensor, to_layer: bool) -> tuple
     """
     target = None if call.target is None else call.target[part]
     weight = None if call.row_weight is None else call.row_weight[part]
-    call = call._replace(target=target, row_weight=weight, reduced=False, with_gradient=True)
+    indices = None if call.indices is None else call.indices[part]
+    call = call._replace(target=target, row_weight=weight, indices=indices, reduced=False, with_gradient=True)
     if not to_layer or logits.dtype != torch.float16:
         return call, None
     gain = 2.0 ** math.floor(math.log2(_LARGEST_HALF / _bound(call)))

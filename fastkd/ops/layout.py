@@ -6,14 +6,17 @@ from torch import Tensor
 
 
 def as_rows(
-    students: Sequence[Tensor], teachers: Sequence[Tensor]
+    students: Sequence[Tensor], teachers: Sequence[Tensor], known: bool = False
 ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """Return views ``[N, C]``, or ``[M, K, C]`` if rows have two strides, as in ``logits[:, :-1]`` of [B, T,
     C].
 
     Classes are dense; all students have the same strides, and so have all teachers. Logits whose leading
-    dimensions have three strides or more, or whose classes are not dense, are copied.
+    dimensions have three strides or more, or whose classes are not dense, are copied. Teachers ``known`` at
+    some classes (``Call.indices``) are rows already.
     """
+    if known:
+        return as_rows(students, students)[0], teachers
     if len(students) == 1 and _are_rows(students[0]) and _are_rows(teachers[0]):
         return students, teachers
     students, teachers = _same_strides(students), _same_strides(teachers)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastkd.ops.backward import check_grad_output, is_one, must_copy, save_inputs, saved_inputs
-from fastkd.ops.call import Call
+from fastkd.ops.call import CALL_TENSORS, Call
 from fastkd.ops.chunks import LinearCall, compute, count_rows, new_gradients
 from fastkd.ops.tensors import as_ordinary, is_traced
 
@@ -22,8 +22,9 @@ _library = torch.library.Library("fastkd", "FRAGMENT")
 _library.define(
     "linear_loss(Tensor[] student, Tensor[] teacher, bool[] wanted, Tensor? target, Tensor? row_weight, "
     "SymInt divisor, str loss, float[] options, Tensor? dynamic, str backend, bool reduced, bool with_terms, "
-    "bool with_gradient, SymInt classes, SymInt chunk_rows, bool center_teacher, float[] student_numbers, "
-    "float[] teacher_numbers) -> (Tensor rows, Tensor terms, Tensor first, Tensor second, Tensor third)"
+    "bool with_gradient, Tensor? indices, SymInt classes, SymInt chunk_rows, bool center_teacher, "
+    "float[] student_numbers, float[] teacher_numbers) "
+    "-> (Tensor rows, Tensor terms, Tensor first, Tensor second, Tensor third)"
 )
 _CALL = len(Call._fields)
 _MOST_TENSORS = 3  # hidden, weight, bias
@@ -108,10 +109,8 @@ def _save(
     if any(wanted):
         ctx.save_for_backward(*gradients)
         return
-    call = options.call
-    ctx.recompute = options._replace(call=call._replace(target=None, row_weight=None, dynamic=None))
-    tensors = (call.target, call.row_weight, call.dynamic, *student, *teacher)
-    save_inputs(ctx, tensors)
+    ctx.recompute = options._replace(call=options.call.of([None] * CALL_TENSORS))
+    save_inputs(ctx, (*options.call.tensors, *student, *teacher))
 
 
 def _gradients(ctx: Any, grad_output: Tensor | None) -> Sequence[Tensor | None]:
@@ -125,15 +124,15 @@ def _gradients(ctx: Any, grad_output: Tensor | None) -> Sequence[Tensor | None]:
             _scaled(gradient, grad_output, dtype, traced) if wanted else None
             for gradient, dtype, wanted in zip(saved, ctx.dtypes, ctx.wanted, strict=False)
         ]
-    target, row_weight, dynamic, student, *teacher = saved_inputs(ctx, saved)
+    inputs = saved_inputs(ctx, saved)
+    call = ctx.recompute.call.of(inputs[:CALL_TENSORS])
+    student, *teacher = inputs[CALL_TENSORS:]
     if not traced:  # since the forward, FSDP may have freed a teacher's weight
         teacher = [as_ordinary("teacher_logits", tensor) for tensor in teacher]
     count = count_rows([student], ctx.recompute.classes)
     factors = grad_output.float().reshape(-1).expand(count)
-    factors = factors.contiguous() if row_weight is None else factors * row_weight
-    call = ctx.recompute.call._replace(
-        target=target, row_weight=factors, dynamic=dynamic, reduced=False, with_terms=False
-    )
+    factors = factors.contiguous() if call.row_weight is None else factors * call.row_weight
+    call = call._replace(row_weight=factors, reduced=False, with_terms=False)
     options = ctx.recompute._replace(call=call)
     if traced:
         return [torch.ops.fastkd.linear_loss([student], teacher, [True], *_flat(options))[2]]

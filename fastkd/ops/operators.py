@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastkd.ops.backward import check_grad_output, is_one, must_copy, save_inputs, saved_inputs
-from fastkd.ops.call import Call, Outputs
+from fastkd.ops.call import CALL_TENSORS, Call, Outputs
 from fastkd.ops.layout import as_rows
 from fastkd.ops.tensors import is_traced
 
@@ -23,7 +23,7 @@ _library = torch.library.Library("fastkd", "DEF")
 _library.define(
     "row_loss(Tensor[] student_logits, Tensor[] teacher_logits, Tensor? target, Tensor? row_weight, "
     "SymInt divisor, str loss, float[] options, Tensor? dynamic, str backend, bool reduced, bool with_terms, "
-    "bool with_gradient) "
+    "bool with_gradient, Tensor? indices) "
     "-> (Tensor rows, Tensor terms, Tensor gradient)"
 )
 
@@ -38,7 +38,7 @@ def row_loss(
     """
     differentiates = torch.is_grad_enabled() and any(logits.requires_grad for logits in student_logits)
     if differentiates and student_logits[0].dtype != torch.float16:
-        call = Call(*call[:-1], True)  # three times as fast as _replace
+        call = Call(*call[:-2], True, call.indices)  # three times as fast as _replace
     if is_traced((*student_logits, *teacher_logits)):
         rows, terms, _ = torch.ops.fastkd.row_loss(student_logits, teacher_logits, *call)
     elif differentiates:
@@ -75,8 +75,8 @@ def _row_loss(
         # Summed by the same operator: the overhead of torch's sum equals the time of a small loss.
         sums = rows.new_empty(() if pairs == 1 else pairs)
     if count:
-        outputs = Outputs(rows, terms, gradient, sums)
-        launcher_of(call.backend).row_loss(*as_rows(students, teachers), call, outputs)
+        logits = as_rows(students, teachers, call.indices is not None)
+        launcher_of(call.backend).row_loss(*logits, call, Outputs(rows, terms, gradient, sums))
     if call.reduced:
         rows = _sum_rows(rows, pairs) if sums is None else sums
         terms = None if terms is None else _sum_rows(terms, pairs)
@@ -132,9 +132,8 @@ def _save(
     if call.with_gradient:
         ctx.save_for_backward(gradient)
     else:
-        ctx.recompute = call._replace(target=None, row_weight=None, dynamic=None)
-        tensors = (call.target, call.row_weight, call.dynamic, *students, *teachers)
-        save_inputs(ctx, tensors)
+        ctx.recompute = call.of([None] * CALL_TENSORS)
+        save_inputs(ctx, (*call.tensors, *students, *teachers))
 
 
 def _gradients(ctx: Any, grad_output: Tensor | None) -> Sequence[Tensor | None]:
@@ -146,11 +145,10 @@ def _gradients(ctx: Any, grad_output: Tensor | None) -> Sequence[Tensor | None]:
     if ctx.recompute is None:
         gradient = _scaled(saved[0], grad_output, ctx.pairs, ctx.backend, traced)
     else:
-        target, row_weight, dynamic, *logits = saved_inputs(ctx, saved)
-        call = ctx.recompute._replace(
-            target=target, row_weight=_row_factors(row_weight, grad_output, ctx.pairs, ctx.shape),
-            dynamic=dynamic, reduced=False, with_terms=False, with_gradient=True,
-        )  # fmt: skip
+        inputs = saved_inputs(ctx, saved)
+        call, logits = ctx.recompute.of(inputs[:CALL_TENSORS]), inputs[CALL_TENSORS:]
+        factors = _row_factors(call.row_weight, grad_output, ctx.pairs, ctx.shape)
+        call = call._replace(row_weight=factors, reduced=False, with_terms=False, with_gradient=True)
         students, teachers = logits[: ctx.pairs], logits[ctx.pairs :]
         if traced:
             gradient = torch.ops.fastkd.row_loss(students, teachers, *call)[2]

@@ -5,7 +5,7 @@ csrc/row_formulas.h; names, options and needs are compared when the native libra
 says how to add a loss.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntFlag, auto
 from functools import lru_cache
@@ -106,6 +106,29 @@ class Loss:
     may_alias: bool = False
     # For the first options: the value that selects other code.
     code_values: tuple[float, ...] = ()
+    # The temperatures of student and teacher.
+    temperatures: Callable[[Any], tuple[float, float]] = lambda options: (options.temperature,) * 2
+    # Options of a term of the student's logits alone, at T = 1.
+    of_student: tuple[str, ...] = ()
+    # A teacher known at K classes must know the label, if there is one.
+    labelled_at_k: Callable[[Any], bool] = lambda options: True
+    # Why it is not defined for such a teacher, with these options; None if it is.
+    undefined_at_k: Callable[[Any], str | None] = lambda options: None
+
+    def at_k(self, options: Sequence[float]) -> tuple[float, ...]:
+        """The options of the terms that a teacher known at K classes has: without those ``of_student``."""
+        names = self.options._fields
+        return tuple(
+            0.0 if name in self.of_student else value for name, value in zip(names, options, strict=True)
+        )
+
+    def of_student_only(self, options: Sequence[float]) -> tuple[float, ...]:
+        """The options of the other terms. They do not read the temperature, which is 1 here."""
+        names = self.options._fields
+        values = zip(names, options, strict=True)
+        return tuple(
+            value if name in self.of_student else float(name == "temperature") for name, value in values
+        )
 
     @property
     def dynamic(self) -> int:
@@ -134,6 +157,26 @@ def _softmax_needs(options: SoftmaxOptions) -> Needs:
 def _softmax_bound(options: SoftmaxOptions) -> float:
     distillation = abs(options.kd_weight) + abs(options.tckd_weight) + abs(options.nckd_weight)
     return abs(options.ce_weight) + options.temperature * distillation
+
+
+def _softmax_at_k(options: SoftmaxOptions) -> str | None:
+    if options.standardize:
+        return "with standardize=True: mean and deviation of the teacher's logits are not known"
+    return None
+
+
+def _nkd_at_k(options: NKDOptions) -> str | None:
+    return (
+        None
+        if options.temperature == 1
+        else "at a temperature other than 1: NKD reads the teacher at T = 1 too"
+    )
+
+
+def _ttm_at_k(options: TTMOptions) -> str | None:
+    if options.weighted and options.gamma != 1:
+        return "with weighted=True and a gamma other than 1: the weight is of the teacher at T = 1"
+    return None
 
 
 def _nkd_needs(options: NKDOptions) -> Needs:
@@ -214,6 +257,7 @@ def _pointwise(name: str, rows: RowLoss, options: type[Any], *cases: Case) -> Lo
         cases,
         bound=lambda values: values.temperature,
         may_alias=True,
+        undefined_at_k=lambda values: "because it compares each class by itself, and needs all of them",
     )
 
 
@@ -229,6 +273,9 @@ _ROWS = (
         terms=("ce", "kd", "tckd", "nckd"),
         bound=_softmax_bound,
         code_values=(1.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+        of_student=("ce_weight", "label_smoothing"),
+        labelled_at_k=lambda options: options.tckd_weight != 0 or options.nckd_weight != 0,
+        undefined_at_k=_softmax_at_k,
     ),
     Loss(
         "nkd",
@@ -251,6 +298,7 @@ _ROWS = (
         takes_label=True,
         bound=lambda options: 1.0 + options.gamma * options.temperature,
         code_values=(1.0,),
+        undefined_at_k=_nkd_at_k,
     ),
     Loss(
         "ttm",
@@ -262,6 +310,8 @@ _ROWS = (
             _case("ttm", "ttm_loss", TTMOptions(0.25), vanishes=False, gamma=0.25),
             _case("wttm", "ttm_loss", TTMOptions(0.25, True), vanishes=False, gamma=0.25, weighted=True),
         ),
+        temperatures=lambda options: (1.0, 1.0 / options.gamma),
+        undefined_at_k=_ttm_at_k,
     ),
     Loss(
         "reverse_kl",

@@ -35,7 +35,8 @@ def test_a_scheduler_s_signal_does_not_hide_the_process_s_own() -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    assert process.stdin is not None and process.stdout is not None
+    assert process.stdin is not None
+    assert process.stdout is not None
     workers = [int(number) for number in process.stdout.readline().split()]
     assert len(workers) == 2
     try:

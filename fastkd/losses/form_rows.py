@@ -1,4 +1,4 @@
-"""Losses of ``LinearLogits``: the backend, and the call of the operator that computes chunks of rows."""
+"""Losses of logits in other forms than a tensor: the backend, and the call of the operator, pair by pair."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from torch import Tensor
 from fastkd.ops.call import Call
 from fastkd.ops.chunks import LinearCall
 from fastkd.ops.linear import linear_loss
+from fastkd.ops.operators import row_loss
+from fastkd.ops.spec import LOSSES, Needs
 from fastkd.ops.tensors import as_ordinary
 from fastkd.reference import centered
 
-from .forms import Form, LinearLogits
+from .forms import Form, LinearLogits, TopKLogits
 from .rows import Rows, backend_for, eager_rows, numbers_of
+from .top_k import check_defined, known_of
 
 
-def linear_rows(
+def form_rows(
     loss: str,
     options: tuple[float, ...],
     students: Sequence[Form],
@@ -27,6 +30,10 @@ def linear_rows(
     with_terms: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """[H N] values, or their sums, and terms, pair by pair: pairs have no memory traffic in common."""
+    for index, teacher in enumerate(teachers):
+        if isinstance(teacher, TopKLogits):
+            which = f"teacher_logits[{index}]" if len(teachers) > 1 else "teacher_logits"
+            check_defined(loss, options, which, teacher)
     pairs = [
         _pair(loss, options, student, teacher, rows, center_teacher, with_terms)
         for student, teacher in zip(students, teachers, strict=True)
@@ -46,13 +53,23 @@ def _pair(
     center_teacher: bool,
     with_terms: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    student, teacher = _ready("student_logits", student), _ready("teacher_logits", teacher)
-    ours, theirs = _tensors(student), _tensors(teacher)
-    chosen = backend_for((*ours, *theirs, rows.weight, rows.label), ours[0], theirs[0])
+    student = _ready("student_logits", student)
+    ours = _tensors(student)
+    teacher, indices = _known(loss, options, student, _ready("teacher_logits", teacher), rows, ours[0].dtype)
+    theirs = _tensors(teacher)
+    chosen = backend_for((*ours, *theirs, rows.weight, rows.label), ours[0], theirs[0], indices is not None)
     if chosen == "eager":
         dense = _dense(student, rows), _dense(teacher, rows)
         teachers = [centered(dense[1])] if center_teacher else [dense[1]]
-        return eager_rows(loss, options, [dense[0]], teachers, rows)
+        return eager_rows(loss, options, [dense[0]], teachers, rows, indices)
+    numbers, dynamic = numbers_of(loss, options, ours[0])
+    call = Call(
+        rows.label, rows.weight, rows.divisor, loss, numbers, dynamic, chosen, rows.reduced, with_terms,
+        indices=indices,
+    )  # fmt: skip
+    layers = LinearLogits in (type(student), type(teacher))
+    if not layers:
+        return row_loss(ours, theirs, call)
     if (
         isinstance(student, LinearLogits)
         and not rows.reduced
@@ -63,10 +80,6 @@ def _pair(
             "reduction='none' has no gradient with LinearLogits, whose gradient is computed with the "
             "loss, summed over the rows; give each row's factor as weight=, with 'sum' or 'batchmean'"
         )
-    numbers, dynamic = numbers_of(loss, options, ours[0])
-    call = Call(
-        rows.label, rows.weight, rows.divisor, loss, numbers, dynamic, chosen, rows.reduced, with_terms
-    )
     return linear_loss(
         ours,
         theirs,
@@ -81,16 +94,31 @@ def _pair(
     )
 
 
+def _known(
+    loss: str, options: tuple[float, ...], student: Form, teacher: Form, rows: Rows, dtype: torch.dtype
+) -> tuple[Form, Tensor | None]:
+    """The teacher as a loss takes it: of ``TopKLogits`` the logits [N, K + 1], beside the classes [N, K]."""
+    if not isinstance(teacher, TopKLogits):
+        return teacher, None
+    spec = LOSSES[loss]
+    named = spec.options(*options)
+    if not spec.needs(named) & Needs.DISTILLS:
+        return student.detach(), None  # the teacher is not read
+    label = rows.label if spec.labelled_at_k(named) else None
+    return known_of(teacher, label, rows.weight, dtype)
+
+
 def _ready(name: str, form: Form) -> Form:
-    if not isinstance(form, LinearLogits):
+    if isinstance(form, Tensor):
         return as_ordinary(name, form)
-    form = form.under_autocast()
+    if isinstance(form, LinearLogits):
+        form = form.under_autocast()
     return form.of([as_ordinary(f"{name}.{field}", tensor) for field, tensor in form.tensors.items()])
 
 
 def _tensors(form: Form) -> list[Tensor]:
     """Of ``ops.linear.linear_loss``."""
-    if not isinstance(form, LinearLogits):
+    if isinstance(form, Tensor):
         return [form]
     hidden, *layer = form.tensors.values()
     return [hidden.reshape(-1, hidden.shape[-1]), *layer]
@@ -98,6 +126,7 @@ def _tensors(form: Form) -> list[Tensor]:
 
 def _dense(form: Form, rows: Rows) -> Tensor:
     if not isinstance(form, LinearLogits):
+        assert isinstance(form, Tensor)  # TopKLogits have become one
         return form
     if rows.weight is not None:
         # A row of weight 0 may hold anything, and 0 * NaN would be part of the weight's gradient.

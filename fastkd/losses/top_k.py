@@ -1,0 +1,211 @@
+"""A teacher known at K classes: making ``TopKLogits``, checking them, and bringing them to K + 1 classes."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkd.ops.spec import LOSSES
+from fastkd.ops.tensors import is_readable
+from fastkd.reference import at_least_float32
+
+from . import arguments
+from .forms import LinearLogits, TopKLogits
+
+# Elements that ``top_k`` raises to float32 at a time.
+_BLOCK = 1 << 25
+# The smallest difference from 1 that a sum of probabilities in float32 can have.
+_LEAST_REST = 2.0**-24
+# A sum of probabilities may exceed 1 by this much: they may have been rounded to half precision.
+_EXCESS = 0.02
+
+
+def top_k(
+    teacher_logits: Tensor | LinearLogits, k: int, target: Tensor | None = None, *, temperature: float = 1.0
+) -> TopKLogits:
+    """The ``k`` most probable classes of softmax(z / T), and the probability of the others together.
+
+    Args:
+        teacher_logits: [..., C], or ``LinearLogits``, whose logits are computed in chunks of rows.
+        k: from 1 to C.
+        target: labels [...]. A label that is not among the k takes the place of the least probable of them,
+            so that losses with labels are defined. Labels out of range (``ignore_index``) are not included.
+        temperature: the loss's; for ``ttm_loss`` 1 / gamma.
+
+    The result has float32 (of float64 logits float64) ``log_probs`` and ``log_rest``, the latter summed over
+    the other classes, so that nothing cancels; ``indices`` are in ascending order. No gradient.
+    """
+    arguments.check_one("teacher_logits", teacher_logits)
+    arguments.check_temperature(temperature)
+    classes = teacher_logits.shape[-1]
+    arguments.check_size("k", k, 1, classes, "the number of classes")
+    if target is not None:
+        arguments.check_target(target, teacher_logits, "teacher_logits")
+    with torch.no_grad():
+        leading = teacher_logits.shape[:-1]
+        first = teacher_logits.hidden if isinstance(teacher_logits, LinearLogits) else teacher_logits
+        rows = first.reshape(-1, first.shape[-1])
+        labels = None if target is None else target.reshape(-1)
+        step = max(_BLOCK // classes, 1)
+        parts = []
+        for start in range(0, max(len(rows), 1), step):
+            part = slice(start, start + step)
+            logits = rows[part]
+            if isinstance(teacher_logits, LinearLogits):
+                logits = teacher_logits.of([logits, *list(teacher_logits.tensors.values())[1:]]).dense()
+            parts.append(_top_k_of_rows(logits, k, None if labels is None else labels[part], temperature))
+        log_probs, indices, log_rest = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return TopKLogits(
+        log_probs.view(*leading, k),
+        indices.view(*leading, k),
+        log_rest.view(leading),
+        num_classes=classes,
+        temperature=temperature,
+    )
+
+
+def _top_k_of_rows(
+    logits: Tensor, k: int, target: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    v = at_least_float32(logits) / temperature
+    indices = v.topk(k, -1).indices  # in descending order
+    if target is not None:
+        label = target[:, None]
+        absent = (label >= 0) & (label < v.shape[1]) & (indices != label).all(-1, keepdim=True)
+        indices[:, -1:] = torch.where(absent, label, indices[:, -1:])
+    indices = indices.sort(-1).values
+    log_sum = v.logsumexp(-1, keepdim=True)
+    log_probs = v.gather(1, indices) - log_sum
+    log_rest = v.scatter_(1, indices, -torch.inf).logsumexp(-1) - log_sum[:, 0]
+    return log_probs, indices, log_rest
+
+
+def check_top_k(form: TopKLogits, target: Tensor | None = None) -> None:
+    """Raise ``ValueError`` for values that no teacher has.
+
+    These are an index that is out of range or there twice, a log-probability above 0, probabilities that sum
+    to more than 1, and a label of ``target`` that is not among the indices of its row (labels out of range
+    are ignored).
+
+    The losses call it themselves on the CPU, for rows that are read. On a GPU the check would wait for the
+    device, so a loss gives such a row a NaN instead.
+    """
+    arguments.check_top_k_form("form", form)
+    if target is not None:
+        arguments.check_target(target, form, "form")
+        target = target.reshape(-1)
+        target = torch.where((target >= 0) & (target < form.num_classes), target, -1)
+    log_probs, indices = _by_row(form)
+    indices, order = indices.sort(-1)
+    _raise_for(form, log_probs.gather(1, order), indices, target, None)
+
+
+class Known(NamedTuple):
+    """A teacher's logits [N, K + 1] at a temperature, and the classes [N, K] in ascending order."""
+
+    logits: Tensor
+    indices: Tensor
+
+
+def known_of(form: TopKLogits, label: Tensor | None, row_weight: Tensor | None, dtype: torch.dtype) -> Known:
+    """The teacher of a loss whose student has this dtype.
+
+    ``label`` [N] must be among the classes. Rows of weight 0 may hold anything; others are checked: on a CPU
+    an error, elsewhere a NaN.
+    """
+    log_probs, indices = _by_row(form)
+    log_probs = log_probs.double() if dtype == torch.float64 else log_probs.float()
+    readable = is_readable(indices) and is_readable(log_probs)
+    if not (readable and bool((indices[:, 1:] > indices[:, :-1]).all())):
+        indices, order = indices.sort(-1)
+        log_probs = log_probs.gather(1, order)
+    wrong = _wrong(form, log_probs, indices, label)
+    if row_weight is not None:
+        wrong = wrong & (row_weight != 0)
+    if not readable:
+        log_probs = log_probs.masked_fill(wrong[:, None], torch.nan)
+    elif bool(wrong.any()):
+        _raise_for(form, log_probs, indices, label, row_weight)
+    if row_weight is not None or not readable:
+        indices = indices.clamp(0, form.num_classes - 1)  # kernels may read the student there
+    if indices.shape[1] == form.num_classes or form.rest == "renormalize":
+        log_rest = torch.full_like(log_probs[:, :1], -torch.inf)
+        if form.rest == "renormalize":
+            log_probs = log_probs - log_probs.logsumexp(-1, keepdim=True)
+    elif form.log_rest is None:
+        log_rest = torch.log1p(-log_probs.exp().sum(-1, keepdim=True).clamp(max=1 - _LEAST_REST))
+    else:
+        log_rest = form.log_rest.reshape(-1, 1).to(log_probs.dtype)
+    return Known(form.temperature * torch.cat([log_probs, log_rest], 1), indices)
+
+
+def _by_row(form: TopKLogits) -> tuple[Tensor, Tensor]:
+    known = form.indices.shape[-1]
+    return form.log_probs.reshape(-1, known), form.indices.reshape(-1, known).long()
+
+
+def _wrong(form: TopKLogits, log_probs: Tensor, indices: Tensor, label: Tensor | None) -> Tensor:
+    """Which rows [N] hold what no teacher has; ``indices`` are sorted. NaN passes, and reaches the loss."""
+    wrong = (indices[:, 0] < 0) | (indices[:, -1] >= form.num_classes)
+    wrong = wrong | (indices[:, 1:] == indices[:, :-1]).any(-1)
+    wrong = wrong | (log_probs > 0).any(-1) | (log_probs.exp().sum(-1) > 1 + _EXCESS)
+    if label is not None:
+        wrong = wrong | (indices != label[:, None]).all(-1)
+    return wrong
+
+
+def _raise_for(
+    form: TopKLogits, log_probs: Tensor, indices: Tensor, label: Tensor | None, row_weight: Tensor | None
+) -> None:
+    if label is not None:
+        absent = (label >= 0) & (indices != label[:, None]).all(-1)
+    wrong = _wrong(form, log_probs, indices, None)
+    if label is not None:
+        wrong = wrong | absent
+    if row_weight is not None:
+        wrong = wrong & (row_weight != 0)
+    if not bool(wrong.any()):
+        return
+    row = int(wrong.nonzero()[0, 0])
+    where = f"row {row} of the teacher's TopKLogits"
+    found, values = indices[row].tolist(), log_probs[row]
+    outside = [index for index in found if not 0 <= index < form.num_classes]
+    twice = [index for index, after in pairwise(found) if index == after]
+    if outside:
+        raise ValueError(f"{where} has the index {outside[0]}; expected 0 to {form.num_classes - 1}")
+    if twice:
+        raise ValueError(f"{where} has the index {twice[0]} twice; expected each class once")
+    if bool((values > 0).any()):
+        raise ValueError(f"{where} has the log-probability {float(values.max()):g}; expected at most 0")
+    total = float(values.exp().sum())
+    if total > 1 + _EXCESS:
+        raise ValueError(f"{where} has probabilities that sum to {total:.4g}; expected at most 1")
+    assert label is not None
+    raise ValueError(
+        f"{where} lacks its label {int(label[row])}, whose probability this loss reads; "
+        "fastkd.top_k(teacher_logits, k, target) includes the labels"
+    )
+
+
+def check_defined(loss: str, options: tuple[float, ...], name: str, form: TopKLogits) -> None:
+    """Raise ``ValueError`` for a loss that is not defined for this teacher, or is at another temperature."""
+    spec = LOSSES[loss]
+    named = spec.options(*options)
+    reason = spec.undefined_at_k(named)
+    if reason is not None:
+        raise ValueError(f"{name} is a TopKLogits, for which {loss} is not defined {reason}; pass all logits")
+    if form.rest == "renormalize" and loss == "reverse_kl":
+        raise ValueError(
+            f"{name} has rest='renormalize', for which the reverse KL is infinite: the teacher has no "
+            "probability where the student has some; use rest='one_class'"
+        )
+    temperature = spec.temperatures(named)[1]
+    if abs(form.temperature - temperature) > 1e-6 * temperature:
+        raise ValueError(
+            f"{name} has log-probabilities at temperature {form.temperature:g}, and the loss reads them at "
+            f"{temperature:g}, where the probability of the rest does not follow from them; make them with "
+            f"fastkd.top_k(teacher_logits, k, temperature={temperature:g})"
+        )
