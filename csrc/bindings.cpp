@@ -33,15 +33,18 @@ void parallel_rows(int64_t count, int64_t classes, const Body& body) {
 // The TeamPlan of fastkd/ops/team_plan.py; ignored on the CPU.
 #define FASTKD_PLAN_SCHEMA "int threads_per_row=0, int rows_per_block=0, int blocks_per_row=0, int slots=0) -> ()"
 
-#define FASTKD_ROW_LOSS_SCHEMA \
+#define FASTKD_CALL_SCHEMA \
   "Tensor target, Tensor row_weight, float scale, Tensor(a!) rows, Tensor(b!) terms, Tensor(c!) gradient, " \
   "Tensor(d!) sums, Tensor dynamic, int loss, int needs, float o0, float o1, float o2, float o3, float o4, float o5, " \
-  "float o6, float o7, " FASTKD_PLAN_SCHEMA
+  "float o6, float o7, "
 
 // Unpacking a Tensor[] takes longer than the arithmetic of a small loss, so a single pair has its own operator.
-constexpr const char* kRowLossSchema = "row_loss(Tensor student_logits, Tensor teacher_logits, " FASTKD_ROW_LOSS_SCHEMA;
+constexpr const char* kRowLossSchema =
+    "row_loss(Tensor student_logits, Tensor teacher_logits, " FASTKD_CALL_SCHEMA FASTKD_PLAN_SCHEMA;
 constexpr const char* kRowLossOfPairsSchema =
-    "row_loss_of_pairs(Tensor[] student_logits, Tensor[] teacher_logits, " FASTKD_ROW_LOSS_SCHEMA;
+    "row_loss_of_pairs(Tensor[] student_logits, Tensor[] teacher_logits, " FASTKD_CALL_SCHEMA FASTKD_PLAN_SCHEMA;
+constexpr const char* kTopKLossSchema =
+    "top_k_loss(Tensor student_logits, Tensor teacher_logits, " FASTKD_CALL_SCHEMA "Tensor indices, int needs_at_k) -> ()";
 constexpr const char* kScaleRowsSchema = "scale_rows_(Tensor(a!) gradient, Tensor grad_output, " FASTKD_PLAN_SCHEMA;
 
 constexpr int kFirstOption = 12;
@@ -58,24 +61,50 @@ cuda::TeamPlan team_plan(const StableIValue* stack) {
   return {int32_t(stack[0]), int32_t(stack[1]), int32_t(stack[2]), int32_t(stack[3])};
 }
 
-void row_loss_on_cpu(const RowArguments& arguments, LossOptions options) {
+// Computes the rows of each pair by compute(rows, options), and their sums if they are asked for.
+template <class Compute>
+void loss_on_cpu(const RowArguments& arguments, LossOptions options, const Compute& compute) {
   const int64_t dynamic = arguments.dynamic.numel();
   const float* values = arguments.dynamic.dense_floats(dynamic);
   for (int64_t i = 0; i < dynamic; i++) options.values[i] = values[i];
-  check(kernels().computes(options), "unknown loss, or no kernel compiled for its needs");
   float* sums = arguments.sums.given() ? arguments.sums.dense_floats(arguments.pairs()) : nullptr;
   for (Rows& rows : arguments.rows()) {
+    compute(rows, options);
+    if (sums == nullptr) continue;
+    double total = 0;
+    for (int64_t row = 0; row < rows.count; row++) total += rows.losses[row];
+    *sums++ = float(total);
+  }
+}
+
+void check_computes(const LossOptions& options) {
+  check(kernels().computes(options), "unknown loss, or no kernel compiled for its needs");
+}
+
+void row_loss_on_cpu(const RowArguments& arguments, const LossOptions& given) {
+  check_computes(given);
+  loss_on_cpu(arguments, given, [](Rows& rows, const LossOptions& options) {
     if (!(options.needs & kDistills)) rows.teacher = rows.student;
     const int parts = parts_per_row(rows);
     if (parts > 1) kernels().row_loss_in_parts(rows, options, parts, parallel_parts);
     else
       parallel_rows(rows.count, rows.classes,
                     [&](int64_t begin, int64_t end) { kernels().row_loss(rows, options, begin, end); });
-    if (sums == nullptr) continue;
-    double total = 0;
-    for (int64_t row = 0; row < rows.count; row++) total += rows.losses[row];
-    *sums++ = float(total);
-  }
+  });
+}
+
+void top_k_loss_on_cpu(const RowArguments& arguments, const LossOptions& given, const Tensor& indices, uint32_t needs) {
+  indices.require(indices.dimensions() == 2 && indices.size(0) == arguments.count() &&
+                      (indices.stride(1) == 1 || indices.size(1) == 1),
+                  "must be [N, K], with dense rows");
+  const Known known{indices.integers(), indices.stride(0), indices.size(1), needs};
+  check_computes(options_at_k(given, needs));
+  loss_on_cpu(arguments, given, [&](const Rows& rows, const LossOptions& options) {
+    check(rows.teacher.dtype == DType::kFloat, "the logits of a teacher known at K classes must be float32");
+    parallel_rows(rows.count, rows.classes, [&](int64_t begin, int64_t end) {
+      kernels().top_k_loss(rows, known, options, begin, end);
+    });
+  });
 }
 
 void row_loss_on_cuda(const RowArguments& arguments, const LossOptions& options, const cuda::TeamPlan& plan) {
@@ -99,6 +128,14 @@ void row_loss(StableIValue* stack, uint64_t, uint64_t) {
 template <std::vector<Tensor> (*kLogits)(StableIValue, const char*)>
 void row_loss_cuda(StableIValue* stack, uint64_t, uint64_t) {
   row_loss_on_cuda(RowArguments(stack, kLogits), loss_options(stack), team_plan(stack + kFirstOption + kOptions));
+}
+
+void top_k_loss(StableIValue* stack, uint64_t, uint64_t) {
+  RowArguments arguments(stack, single_tensor);
+  const Tensor indices(stack[kFirstOption + kOptions], "indices");
+  if (!arguments.students[0].given()) return;
+  arguments.known = indices.classes();
+  top_k_loss_on_cpu(arguments, loss_options(stack), indices, uint32_t(int64_t(stack[kFirstOption + kOptions + 1])));
 }
 
 struct ScaleArguments {
@@ -146,6 +183,7 @@ struct Operator {
 const Operator kOperators[] = {
     {kRowLossSchema, "row_loss", row_loss<single_tensor>, row_loss_cuda<single_tensor>},
     {kRowLossOfPairsSchema, "row_loss_of_pairs", row_loss<tensor_list>, row_loss_cuda<tensor_list>},
+    {kTopKLossSchema, "top_k_loss", top_k_loss, nullptr},
     {kScaleRowsSchema, "scale_rows_", scale_rows, scale_rows_cuda},
 };
 
@@ -169,7 +207,7 @@ FASTKD_EXPORT const char* fastkd_register(const char* torch_library_path, const 
   for (const Operator& op : kOperators)
     failed = failed || torch_abi.aoti_torch_library_def(definitions, op.schema) != 0 ||
              torch_abi.torch_library_impl(on_cpu, op.name, op.cpu, kTorchVersion) != 0 ||
-             (with_cuda && torch_abi.torch_library_impl(on_cuda, op.name, op.cuda, kTorchVersion) != 0);
+             (with_cuda && op.cuda != nullptr && torch_abi.torch_library_impl(on_cuda, op.name, op.cuda, kTorchVersion) != 0);
   return failed ? "torch rejected the registration of the operators" : nullptr;
 }
 
@@ -193,6 +231,12 @@ FASTKD_EXPORT bool fastkd_labels_all_valid(const int64_t* labels, int64_t count,
   bool all = true;
   for (int64_t i = 0; i < count; i++) all = all && labels[i] >= 0 && labels[i] < classes && labels[i] != ignore_index;
   return all;
+}
+
+// Whether all rows are such as top_k_loss expects; see cpu/top_k_rows.h. Tensors are contiguous.
+FASTKD_EXPORT bool fastkd_top_k_ready(const int64_t* indices, const float* log_probs, const int64_t* labels,
+                                      int64_t rows, int64_t count, int64_t classes, float most) {
+  return fastkd::kernels().top_k_ready(indices, log_probs, labels, rows, count, classes, most);
 }
 
 // What is wrong with the environment variable FASTKD_ISA, or nullptr. Unless it is nullptr, kernels() throws.

@@ -162,6 +162,7 @@ std::vector<Tensor> tensor_list(StableIValue value, const char* name) {
 // The tensors of a row loss, in the order of the schema. All pairs have the same shape.
 struct RowArguments {
   std::vector<Tensor> students, teachers;
+  int64_t known = -1;  // classes at which the teacher is known; -1: at all
   Tensor target, row_weight, losses, terms, gradient, sums, dynamic;
   float scale;
 
@@ -212,9 +213,11 @@ struct RowArguments {
     std::vector<Rows> rows(pairs(), first);
     for (int pair = 0; pair < pairs(); pair++) {
       Rows& pair_rows = rows[pair];
-      for (const Tensor* logits : {&students[pair], &teachers[pair]})
-        logits->require(logits->rows() == count && logits->classes() == classes,
-                        "must have the same shape as the first student_logits");
+      students[pair].require(students[pair].rows() == count && students[pair].classes() == classes,
+                             "must have the same shape as the first student_logits");
+      teachers[pair].require(
+          teachers[pair].rows() == count && teachers[pair].classes() == (known < 0 ? classes : known + 1),
+          "must have the rows of the first student_logits, and its classes or one more than are known");
       pair_rows.student = students[pair].matrix();
       pair_rows.teacher = teachers[pair].matrix();
       pair_rows.losses += pair * count;

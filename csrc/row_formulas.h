@@ -138,6 +138,18 @@ struct Softmax {
   }
 };
 
+// The options of the terms that a teacher known at K classes has: without those of the student's logits alone.
+FASTKD_ROW_FUNCTION LossOptions options_at_k(const LossOptions& options, uint32_t needs) {
+  LossOptions result = options;
+  result.needs = needs;
+  if (options.needs & kCrossEntropy) {  // the loss is Softmax
+    Softmax::Options values = options_as<Softmax>(options);
+    values.ce_weight = values.label_smoothing = 0;
+    memcpy(result.values, &values, sizeof values);
+  }
+  return result;
+}
+
 // -p_y log q_y at T = 1, minus gamma T^2 sum over i != y of p-hat_i log q-hat_i.
 struct NKD {
   static constexpr const char* kName = "nkd";

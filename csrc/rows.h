@@ -38,6 +38,13 @@ struct Rows {
   int64_t term_stride;
 };
 
+// The classes at which a teacher is known. Its logits have K + 1 classes: these, and all others as one.
+struct Known {
+  const int64_t* indices;  // K per row, in ascending order
+  int64_t stride, count;
+  uint32_t needs;          // of the loss over K + 1 classes
+};
+
 FASTKD_ROW_FUNCTION float weight_of(const Rows& rows, int64_t row) {
   return rows.row_weight == nullptr ? rows.scale : rows.scale * rows.row_weight[row * rows.row_weight_stride];
 }

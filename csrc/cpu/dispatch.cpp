@@ -48,13 +48,14 @@ const Kernels& kernels() {
 
 const char* instruction_set_refusal() { return choice().kernels == nullptr ? choice().refusal.c_str() : nullptr; }
 
-float* scratch(int64_t floats) {
+float* scratch(Scratch user, int64_t floats) {
   struct Buffer {
     float* data = nullptr;
     int64_t size = 0;
     ~Buffer() { std::free(data); }
   };
-  static thread_local Buffer buffer;
+  static thread_local Buffer buffers[kScratchUsers];
+  Buffer& buffer = buffers[user];
   if (buffer.size < floats) {
     std::free(buffer.data);
     const size_t bytes = (size_t(floats) * sizeof(float) + 63) / 64 * 64;

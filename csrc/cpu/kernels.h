@@ -16,6 +16,10 @@ struct Kernels {
   void (*row_loss)(const Rows&, const LossOptions&, int64_t begin, int64_t end);
   // All rows, each split into `parts` parts: for fewer rows than threads.
   void (*row_loss_in_parts)(const Rows&, const LossOptions&, int parts, Parallel);
+  // The same for a teacher known at some classes, whose logits are [N, K + 1].
+  void (*top_k_loss)(const Rows&, const Known&, const LossOptions&, int64_t begin, int64_t end);
+  bool (*top_k_ready)(const int64_t* indices, const float* log_probs, const int64_t* labels, int64_t rows,
+                      int64_t count, int64_t classes, float most);
   void (*scale_rows)(const Matrix&, const float* grad_output, int64_t grad_output_stride, int64_t classes,
                      int64_t begin, int64_t end);
 };
@@ -32,7 +36,9 @@ const Kernels& kernels();
 // Why kernels() would throw; nullptr if it would not.
 const char* instruction_set_refusal();
 
-// A thread-local buffer of at least `floats` floats, 64-byte aligned, retained between calls; nullptr if out of memory.
-float* scratch(int64_t floats);
+// Thread-local buffers of at least `floats` floats, 64-byte aligned, retained between calls; nullptr if out of memory.
+// Each user has its own.
+enum Scratch { kRowScratch, kTopKScratch, kScratchUsers };
+float* scratch(Scratch user, int64_t floats);
 
 }  // namespace fastkd

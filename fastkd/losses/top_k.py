@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastkd.ops import native
 from fastkd.ops.spec import LOSSES
 from fastkd.ops.tensors import is_readable
 from fastkd.reference import at_least_float32
@@ -119,18 +120,18 @@ def known_of(form: TopKLogits, label: Tensor | None, row_weight: Tensor | None, 
     log_probs, indices = _by_row(form)
     log_probs = log_probs.double() if dtype == torch.float64 else log_probs.float()
     readable = is_readable(indices) and is_readable(log_probs)
-    if not (readable and bool((indices[:, 1:] > indices[:, :-1]).all())):
+    # The operators of the checks below take longer to launch than a small loss takes.
+    if not readable or not native.top_k_ready(indices, log_probs, label, form.num_classes, 1 + _EXCESS):
         indices, order = indices.sort(-1)
         log_probs = log_probs.gather(1, order)
-    wrong = _wrong(form, log_probs, indices, label)
-    if row_weight is not None:
-        wrong = wrong & (row_weight != 0)
-    if not readable:
-        log_probs = log_probs.masked_fill(wrong[:, None], torch.nan)
-    elif bool(wrong.any()):
-        _raise_for(form, log_probs, indices, label, row_weight)
-    if row_weight is not None or not readable:
-        indices = indices.clamp(0, form.num_classes - 1)  # kernels may read the student there
+        wrong = _wrong(form, log_probs, indices, label)
+        if row_weight is not None:
+            wrong = wrong & (row_weight != 0)
+        if not readable:
+            log_probs = log_probs.masked_fill(wrong[:, None], torch.nan)
+        elif bool(wrong.any()):
+            _raise_for(form, log_probs, indices, label, row_weight)
+        indices = indices.clamp(0, form.num_classes - 1)  # of rows that are not read
     if indices.shape[1] == form.num_classes or form.rest == "renormalize":
         log_rest = torch.full_like(log_probs[:, :1], -torch.inf)
         if form.rest == "renormalize":

@@ -31,6 +31,18 @@ class Call(NamedTuple):
     indices: Tensor | None = None
 
     @property
+    def at_k(self) -> "Call":
+        """For a teacher known at K classes: the loss over K + 1 classes, without terms of the student alone.
+
+        Its target, if there is one, is still a class, and its options may be dynamic.
+        """
+        spec = self.spec
+        labelled = spec.labelled_at_k(spec.options(*self.options))
+        return self._replace(
+            options=spec.at_k(self.options), target=self.target if labelled else None, indices=None
+        )
+
+    @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """Those that an autograd function must save."""
         return self.target, self.row_weight, self.dynamic, self.indices

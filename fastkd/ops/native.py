@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +52,8 @@ def _loaded() -> ctypes.CDLL | str:
         raise EnvironmentValueError(refusal.decode())
     library.fastkd_labels_all_valid.argtypes = [ctypes.c_void_p] + [ctypes.c_int64] * 3
     library.fastkd_labels_all_valid.restype = ctypes.c_bool
+    library.fastkd_top_k_ready.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 3 + [ctypes.c_float]
+    library.fastkd_top_k_ready.restype = ctypes.c_bool
     refusal = library.fastkd_register(*torch_libraries)
     return refusal.decode() if refusal else library
 
@@ -97,34 +100,53 @@ def instruction_set() -> str:
 
 
 def labels_all_valid(target: Tensor, classes: int, ignore_index: int) -> bool:
-    """Whether all labels are in range and none is ignored; False also if they cannot be read here.
+    """Whether all labels are in range and none is ignored; False also if they cannot be read here."""
+    library = _reader()
+    if library is None or not _in_memory(target, torch.int64):
+        return False
+    return library.fastkd_labels_all_valid(target.data_ptr(), target.numel(), classes, ignore_index)
 
-    Reads memory without torch's dispatcher, so only of a plain CPU tensor whose storage holds the labels:
-    subclasses (DTensor, FakeTensor) and functorch wrappers may have no memory.
+
+def top_k_ready(indices: Tensor, log_probs: Tensor, labels: Tensor | None, classes: int, most: float) -> bool:
+    """Whether rows [N, K] are such as the kernels expect; False also if they cannot be read here.
+
+    Ascending indices in range, log-probabilities of at most 0 that sum to at most ``most``, and the labels
+    among the indices. NaN passes.
     """
-    check = _label_check()
+    library = _reader()
     if (
-        check is None
-        or type(target) not in _PLAIN
-        or target.dtype != torch.int64
-        or not target.is_contiguous()
+        library is None
+        or not (_in_memory(indices, torch.int64) and _in_memory(log_probs, torch.float32))
+        or not (labels is None or _in_memory(labels, torch.int64))
     ):
         return False
+    address = None if labels is None else labels.data_ptr()
+    return library.fastkd_top_k_ready(
+        indices.data_ptr(), log_probs.data_ptr(), address, *indices.shape, classes, most
+    )
+
+
+def _in_memory(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a plain CPU tensor's storage holds its values, so that they can be read without the dispatcher.
+
+    Subclasses (DTensor, FakeTensor) and functorch wrappers may have no memory.
+    """
+    if type(tensor) not in _PLAIN or tensor.dtype != dtype or not tensor.is_contiguous():
+        return False
     try:
-        address, count = target.data_ptr(), target.numel()
-        stored = target.untyped_storage().nbytes() >= 8 * (target.storage_offset() + count)
+        address, end = tensor.data_ptr(), tensor.storage_offset() + tensor.numel()
+        return address != 0 and tensor.untyped_storage().nbytes() >= dtype.itemsize * end
     except RuntimeError:  # a functorch wrapper, whose type is Tensor
         return False
-    return address != 0 and stored and check(address, count, classes, ignore_index)
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 @cache
-def _label_check() -> Callable[[int, int, int, int], bool] | None:
+def _reader() -> ctypes.CDLL | None:
     loaded = _loaded()
-    return None if isinstance(loaded, str) else loaded.fastkd_labels_all_valid
+    return None if isinstance(loaded, str) else loaded
 
 
 # The index of a loss in `Losses` of csrc/row_formulas.h, which has the order of LOSSES.
@@ -174,7 +196,13 @@ def row_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call,
     rows, terms, gradient, sums = outputs
     rereads = gradient is not None and call.spec.family != "pointwise"
     single = pairs == 1
-    _operator("row_loss" if single else "row_loss_of_pairs")(
+    name: str = "row_loss" if single else "row_loss_of_pairs"
+    last: Sequence[Any] = ()
+    if call.indices is None:
+        last = _team(student, pairs, rereads, teacher)
+    else:
+        name, last = "top_k_loss", (call.indices, call.at_k.needs)
+    _operator(name)(
         student if single else students,
         teacher if single else teachers,
         _ABSENT if call.target is None else call.target,
@@ -189,7 +217,7 @@ def row_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call,
         call.needs,
         *call.options,
         *(0.0,) * (_OPTIONS - len(call.options)),
-        *_team(student, pairs, rereads, teacher),
+        *last,
     )
 
 
