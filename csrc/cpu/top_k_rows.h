@@ -21,7 +21,7 @@ struct TopKRow {
   bool at_t1;                  // the cross-entropy needs exponentials of its own
   Exponent exponent;
   double slope;
-  // [count + 1], padded to lines: logits, logits relative to the largest, the gradient, exponentials at T = 1.
+  // [count + 1], padded to lines: logits, T log q, the gradient, exponentials at T = 1.
   float *student, *relative, *gradient, *known_exp_z;
   float *exp_u, *exp_z, *bases;  // of the others, and the base of each block; null: computed again
   float label_logit, origin;
@@ -212,15 +212,21 @@ static bool top_k_ready(const int64_t* indices, const float* log_probs, const in
 // The loss over K + 1 classes: value, terms, and the gradient of each. `sum`: of the rest, relative to `base`.
 static void small_loss(const TopKRow& row, const Known& known, const LossOptions& options, float base, double sum) {
   const Rows& rows = *row.rows;
-  // Relative to the largest, so that the rounding of a class is weighted by its probability.
+  // T log q, as the teacher's are T log p: rounding then is as small as the classes' shares, and as their differences.
   const bool masked = base == kMasked && sum == sum;
   const double rest = masked ? kMasked : base + __builtin_log(sum) / row.slope;
   double largest = rest;
   for (int64_t i = 0; i < row.count; i++)
     if (row.student[i] > largest) largest = row.student[i];
+  const vf from = broadcast(float(largest));
+  for (int64_t i = 0; i < row.count; i += kLanes)
+    store(row.relative + i, exp_or_zero(load(row.student + i) - from, row.exponent));
+  double total = masked ? 0 : exp_of((rest - largest) * row.slope);
+  for (int64_t i = 0; i < row.count; i++) total += row.relative[i];
+  const double log_sum = total > 0 ? largest + __builtin_log(total) / row.slope : largest;
   for (int64_t i = 0; i < row.count; i++)
-    row.relative[i] = row.student[i] == kMasked ? kMasked : float(row.student[i] - largest);
-  row.relative[row.count] = masked ? kMasked : float(rest - largest);
+    row.relative[i] = row.student[i] == kMasked ? kMasked : float(row.student[i] - log_sum);
+  row.relative[row.count] = masked ? kMasked : float(rest - log_sum);
   Rows small{};
   small.student = {row.relative, 0, INT64_MAX, 0, DType::kFloat};
   small.teacher = rows.teacher;

@@ -48,9 +48,9 @@ from .divergences import (
 )
 from .forms import LinearLogits, TopKLogits
 from .head import LinearDistillLoss
+from .known import check_top_k, top_k
 from .nkd import NKDLoss, nkd_loss
 from .softmax import DCKDLoss, DistillLoss, DKDLoss, KDLoss, dckd_loss, distill_loss, dkd_loss, kd_loss
-from .top_k import check_top_k, top_k
 from .ttm import TTMLoss, ttm_loss
 
 __all__ = [

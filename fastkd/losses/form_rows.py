@@ -16,8 +16,8 @@ from fastkd.ops.tensors import as_ordinary
 from fastkd.reference import centered
 
 from .forms import Form, LinearLogits, TopKLogits
+from .known import check_defined, known_of
 from .rows import Rows, backend_for, eager_rows, numbers_of
-from .top_k import check_defined, known_of
 
 
 def form_rows(

@@ -39,6 +39,8 @@ def top_k(
     The result has float32 (of float64 logits float64) ``log_probs`` and ``log_rest``, the latter summed over
     the other classes, so that nothing cancels; ``indices`` are in ascending order. No gradient.
     """
+    if isinstance(teacher_logits, TopKLogits):
+        raise TypeError("teacher_logits is a TopKLogits; expected all logits")
     arguments.check_one("teacher_logits", teacher_logits)
     arguments.check_temperature(temperature)
     classes = teacher_logits.shape[-1]
@@ -121,7 +123,10 @@ def known_of(form: TopKLogits, label: Tensor | None, row_weight: Tensor | None, 
     log_probs = log_probs.double() if dtype == torch.float64 else log_probs.float()
     readable = is_readable(indices) and is_readable(log_probs)
     # The operators of the checks below take longer to launch than a small loss takes.
-    if not readable or not native.top_k_ready(indices, log_probs, label, form.num_classes, 1 + _EXCESS):
+    ready = readable and native.top_k_ready(indices, log_probs, label, form.num_classes, 1 + _EXCESS)
+    if ready and form.log_rest is not None:
+        ready = not bool((form.log_rest > 0).any())
+    if not ready:
         indices, order = indices.sort(-1)
         log_probs = log_probs.gather(1, order)
         wrong = _wrong(form, log_probs, indices, label)
@@ -153,6 +158,8 @@ def _wrong(form: TopKLogits, log_probs: Tensor, indices: Tensor, label: Tensor |
     wrong = (indices[:, 0] < 0) | (indices[:, -1] >= form.num_classes)
     wrong = wrong | (indices[:, 1:] == indices[:, :-1]).any(-1)
     wrong = wrong | (log_probs > 0).any(-1) | (log_probs.exp().sum(-1) > 1 + _EXCESS)
+    if form.log_rest is not None:
+        wrong = wrong | (form.log_rest.reshape(-1) > 0)
     if label is not None:
         wrong = wrong | (indices != label[:, None]).all(-1)
     return wrong
@@ -184,6 +191,9 @@ def _raise_for(
     total = float(values.exp().sum())
     if total > 1 + _EXCESS:
         raise ValueError(f"{where} has probabilities that sum to {total:.4g}; expected at most 1")
+    if form.log_rest is not None and bool(form.log_rest.reshape(-1)[row] > 0):
+        value = float(form.log_rest.reshape(-1)[row])
+        raise ValueError(f"{where} has the log_rest {value:g}; expected at most 0")
     assert label is not None
     raise ValueError(
         f"{where} lacks its label {int(label[row])}, whose probability this loss reads; "
