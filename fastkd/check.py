@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,19 @@ def _losses() -> Iterator[tuple[str, Loss, bool]]:
         name = f"{case.function}, {case.name}" if case.function in named else case.function
         named.add(case.function)
         yield name, call_of(case), case.vanishes
+    for name in ("kd", "ce-dckd", "jsd"):
+        loss, case = CASES[name]
+        temperature = loss.temperatures(case.options)[1]
+        yield f"{case.function} of top_k", _of_top_k(call_of(case), temperature), False
+
+
+def _of_top_k(loss: Loss, temperature: float) -> Loss:
+    """With a teacher known at five classes."""
+
+    def of_five(student: Tensor, teacher: Tensor, target: Tensor, **options: Any) -> Tensor:
+        return loss(student, fastkd.top_k(teacher, 5, target, temperature=temperature), target, **options)
+
+    return of_five
 
 
 LOSSES: dict[str, Loss] = {name: loss for name, loss, _ in _losses()}

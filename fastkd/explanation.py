@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from fastkd.losses.arguments import check_size
 from fastkd.ops import backend
 from fastkd.ops.chunks import chunk_rows_of
 from fastkd.ops.plan import ELEMENT_BYTES, Device, device_of, plan_rows
@@ -74,13 +75,14 @@ def explain(
     *,
     loss: str = "kd",
     hidden: tuple[int, int] | None = None,
+    known: int | None = None,
 ) -> Explanation:
     """Say how a loss and its gradient over ``[rows, classes]`` logits will be computed, and at what cost.
 
     ``loss`` is a case of ``fastkd.ops.spec``, such as kd, lskd, dkd, ce_kd, nkd, ttm, reverse_kl, jsd or
     binary_kl. The time is that of the memory traffic alone, at the bandwidth of a copy that is measured once
     per device. ``hidden`` are the widths of the student's and the teacher's last layers, if their logits are
-    ``LinearLogits``.
+    ``LinearLogits``; ``known`` is K of a teacher that is ``TopKLogits``.
     """
     if rows < 1 or classes < 2:
         raise ValueError(f"rows is {rows} and classes {classes}; expected at least 1 row and 2 classes")
@@ -92,10 +94,13 @@ def explain(
     chunk = None
     if hidden is not None:
         chunk = _chunk_of(hidden, chosen, rows, classes, dtype, kind)
-    path = _path(chosen, work, chunk or rows, classes, dtype, torch.device(device))
+    if known is None:
+        path = _path(chosen, work, chunk or rows, classes, dtype, torch.device(device))
+    else:
+        path = _top_k_path(loss, known, chosen, classes, device)
     if chunk is None and dtype == torch.float16 and chosen != "eager":
         # The rows are computed once for the losses, which writes nothing, and once more for the gradient.
-        again = max(work.reads, path.accesses - work.reads - 1)
+        again = max(1 if known else work.reads, path.accesses - work.reads - 1)
         path = path._replace(
             words=f"{path.words}; in float16 once more in backward, for the gradient",
             accesses=path.accesses + again,
@@ -156,6 +161,24 @@ def _path(
     if chosen == "native":
         return _cpu_path(work, rows, classes, dtype)
     return _triton_path(work, rows, classes, dtype, device_of(device))
+
+
+def _top_k_path(loss: str, known: int, chosen: str, classes: int, device: str) -> _Path:
+    spec, case = CASES[loss.replace("_", "-")]
+    reason = spec.undefined_at_k(case.options)
+    if reason is not None:
+        raise ValueError(f"loss is {loss!r}, which is not defined for a teacher known at K classes {reason}")
+    check_size("known", known, 1, classes, "the number of classes")
+    words = f"one class for all but {known}; the loss of {known + 1} classes; the gradient from their shares"
+    if chosen == "eager":
+        return _Path(f"plain torch: {words}", classes, None, 13)
+    if chosen == "triton":
+        return _Path(f"two passes over the student's logits: {words}", 1024, None, 3)
+    if torch.device(device).type == "cuda":
+        raise ValueError("known is given, and the native backend has no CUDA kernels for it; use 'triton'")
+    cached = "exponentials cached" if classes <= CACHED_FLOATS else "exponentials computed twice"
+    accesses = 2 if classes <= CACHED_FLOATS else 3
+    return _Path(f"rows over threads; logits read in blocks, {cached}: {words}", 1024, None, accesses)
 
 
 def _cpu_path(work: _Work, rows: int, classes: int, dtype: torch.dtype) -> _Path:

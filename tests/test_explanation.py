@@ -78,3 +78,13 @@ def test_importing_the_module_keeps_the_function():
 
 def test_names_with_either_dash():
     assert fastkd.explain(8, 100, loss="ce-kd").accesses == fastkd.explain(8, 100, loss="ce_kd").accesses
+
+
+def test_a_teacher_known_at_some_classes(fused):
+    explained = fastkd.explain(4, 5000, device=fused, known=64)
+    assert explained.accesses < fastkd.explain(4, 5000, device=fused).accesses
+    assert "all but 64" in str(explained)
+    with pytest.raises(ValueError, match=r"binary_kl.*not defined"):
+        fastkd.explain(4, 5000, device=fused, loss="binary_kl", known=64)
+    with pytest.raises(ValueError, match="known is 0; expected 1 to 5000"):
+        fastkd.explain(4, 5000, device=fused, known=0)
