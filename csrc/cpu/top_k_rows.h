@@ -238,6 +238,11 @@ static void small_loss(const TopKRow& row, const Known& known, const LossOptions
   small.losses = rows.losses + row.index;
   if (rows.terms != nullptr) small.terms = rows.terms + row.index, small.term_stride = rows.term_stride;
   row_loss(small, options_at_k(options, known.needs), 0, 1);
+  if (rows.gradient.data == nullptr || row.relative[row.count] * row.slope < -0.7) return;
+  // A gradient of logits sums to 0. Of a class with most of the probability it is itself a difference that cancels.
+  double others = 0;
+  for (int64_t i = 0; i < row.count; i++) others += row.gradient[i];
+  row.gradient[row.count] = float(-others);
 }
 
 static void top_k_loss(const Rows& rows, const Known& known, const LossOptions& options, int64_t begin, int64_t end) {
