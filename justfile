@@ -41,6 +41,10 @@ check *arguments:
 bench *arguments="--quick":
     .venv/bin/fastkd bench {{ arguments }}
 
+# the documentation site at http://127.0.0.1:8000, rebuilt at each change (extra [docs])
+docs:
+    .venv/bin/mkdocs serve
+
 # all that has to pass, in a fresh environment
 ci:
     .ci/run

@@ -1,7 +1,7 @@
 """What `mkdocs build` does beside mkdocs: links into the repository, formulas, and undocumented names.
 
-- A link from a page to a file of the repository outside docs/, such as ``../csrc/row_formulas.h``, works as it
-  is in the repository. On the site it leads to the file below ``repo_url``; an image is copied into the site.
+- A link from a page to a file outside docs/, such as ``../csrc/row_formulas.h``, works as it is in the
+  repository. On the site it leads to the file below ``repo_url``; an image is copied into the site.
 - Formulas, ``$…$`` and fenced ``math`` blocks as on GitHub, become MathML, which browsers render themselves.
 - A public name that has no docstring, or is on no page of docs/api, is a warning, as is a link to a file that
   does not exist. `--strict` makes warnings errors.
@@ -28,6 +28,9 @@ PUBLIC = (
     "fastkd.integrations.trl",
 )  # fmt: skip
 
+# Shared by two of these modules.
+INTERNAL = ("fastkd.integrations.liger.masked_jsd",)
+
 _LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^\]\[]*)\]\((?P<target>[^)\s#]+)(?P<anchor>#[^)\s]*)?\)")
 _FENCE = re.compile(r"^( *)(```+|~~~+).*?^\1\2 *$", re.MULTILINE | re.DOTALL)
 _FUNCTION = re.compile(r"<mi>(log|cosh|tanh|exp)</mi>(?!<mo[^>]*>&#x00028;)")
@@ -53,8 +56,8 @@ def public_names() -> dict[str, Any]:
                 and value.__module__ == name
             ]
         found |= {f"{name}.{key}": getattr(module, key) for key in listed}
-    found.pop("fastkd.fit", None)  # shown as fastkd.train.fit
-    return found
+    # `fastkd.fit` is shown as fastkd.train.fit.
+    return {name: value for name, value in found.items() if name not in (*INTERNAL, "fastkd.fit")}
 
 
 def undocumented(names: dict[str, Any], pages: str) -> list[str]:

@@ -229,8 +229,7 @@ class Method(nn.Module):
         Args:
             scaler: for mixed precision; call ``scaler.unscale_(optimizer)`` before ``finish_gradients``.
             micro_batches: micro-batches per step, by which the gradient is divided. If their sizes differ:
-            the
-                rows of the step divided by the rows of this one.
+                the rows of the step divided by the rows of this one.
         """
         total = total_of(terms)
         scaled(total / micro_batches if micro_batches != 1 else total, scaler).backward()
