@@ -31,7 +31,7 @@ def row_loss(student: Tensor, teacher: Tensor, call: Call, outputs: Outputs) -> 
     needs = call.needs
     cross_entropy = bool(needs & Needs.CROSS_ENTROPY and needs & Needs.LABELLED)
     positioned = bool(needs & Needs.LABELLED) and spec.labelled_at_k(named)
-    needs &= (OF_STUDENT if cross_entropy else 0) | Needs.OWN_SLOPES
+    needs = int(needs & ((OF_STUDENT if cross_entropy else 0) | Needs.OWN_SLOPES))
     # Kernels without a cross-entropy read the student's temperature only.
     temperature = float(spec.temperatures(named)[0])
     numbers = tuple(map(float, call.options)) if cross_entropy else (temperature,)

@@ -146,13 +146,13 @@ def rest_sums(
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     classes = multiple(classes, VECTOR)
-    _, read = weight_of_rows(weight_pointer, 0, 0, row, row >= 0, 1.0, WEIGHTED)
+    weight, read = weight_of_rows(weight_pointer, 0, 0, row, row >= 0, 1.0, WEIGHTED)
     if read:
         student = student_pointer + row_starts(
             row, inner_rows, (student_outer_stride, student_inner_stride), VECTOR
         )
         indices = indices_pointer + row * indices_stride
-        label, _ = label_of(target_pointer, target_stride, row, classes, NEEDS)
+        label, bad_label = label_of(target_pointer, target_stride, row, classes, NEEDS)
         label_logit = 0.0
         if LABEL_SMOOTHING & NEEDS:
             label_logit = load_label_logit(student, label, classes, read)
@@ -382,7 +382,7 @@ def expand(
     softmax within the rest, and the cross-entropy's. Grid: (rows, parts of a row)."""
     row = tl.program_id(0).to(tl.int64)
     classes = multiple(classes, VECTOR)
-    _, read = weight_of_rows(weight_pointer, 0, 0, row, row >= 0, 1.0, WEIGHTED)
+    weight, read = weight_of_rows(weight_pointer, 0, 0, row, row >= 0, 1.0, WEIGHTED)
     first_tile, end_tile = tiles_of_part(tl.program_id(1), parts, classes, TILE)
     to_gradient = gradient_pointer + multiple(row * gradient_stride, VECTOR)
     if read:
@@ -424,7 +424,7 @@ def expand(
         tl.debug_barrier()
         first_column = first_tile * TILE
         end_column = end_tile * TILE
-        label, _ = label_of(target_pointer, target_stride, row, classes, NEEDS)
+        label, bad_label = label_of(target_pointer, target_stride, row, classes, NEEDS)
         of_known = 0.0
         other_top = 0.0
         label_gradient = 0.0
