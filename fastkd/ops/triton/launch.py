@@ -30,6 +30,11 @@ def on_device(tensor: Tensor) -> AbstractContextManager[object]:
 
 def row_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call, outputs: Outputs) -> None:
     """Fill ``outputs``. Logits are [N, C] or [M, K, C] with dense classes; see ``layout.as_rows``."""
+    if call.indices is not None:
+        from fastkd.ops.triton import top_k  # which calls this function
+
+        top_k.row_loss(students[0], teachers[0], call, outputs)
+        return
     spec, needs = call.spec, call.needs
     rows, terms, gradient, _ = outputs
     student, teacher = students[0], teachers[0]
