@@ -90,5 +90,5 @@ def row_loss(student: Tensor, teacher: Tensor, call: Call, outputs: Outputs) -> 
             top_k_rows.expand[count, plan.parts](
                 student, indices, target, weight, results, values, of_logits, gradient, inner_rows,
                 plan.parts, classes, known, *strides, target_stride, gradient.stride(0), numbers, **fixed,
-                **tiles, KNOWN=per_step, **launch.compile_options(plan),
+                **tiles, KNOWN=min(per_step, 64 * plan.warps), **launch.compile_options(plan),
             )  # fmt: skip
