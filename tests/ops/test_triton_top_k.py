@@ -97,7 +97,8 @@ def assert_matches(problem, error=1e-5, gradient_error=1e-5, found=None):
     found = problem.run() if found is None else found
     true = problem.reference()
     for value, exact, bound in zip(found, true, (error, error, gradient_error), strict=True):
-        assert (value - exact).norm() <= bound * exact.norm()
+        # A gradient far below 1 is a difference of probabilities.
+        assert (value - exact).norm() <= bound * exact.norm().clamp_min(0.1)
 
 
 # ---- tiles, parts and steps ----------------------------------------------------------------------------
@@ -112,30 +113,28 @@ def test_rows_of_one_tile(name, classes, known):
 @each_kernel
 @pytest.mark.parametrize("classes", [304, 301])  # with wide loads, and without
 def test_rows_of_several_tiles_parts_and_steps(name, classes, small_tiles):
-    problem = Problem(name, 3, classes, 40)
+    problem = Problem(name, 3, classes, 20)
     assert plan.plan_known(3, classes, plan.device_of(torch.device(DEVICE))).parts == 5
     assert_matches(problem)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4, 7])  # of 5 tiles: with parts of 4 and 7 some are empty
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-6.5)])
 @pytest.mark.parametrize("label_known", [True, False])
-def test_any_number_of_parts(parts, dtype, label_known, small_tiles, monkeypatch):
+def test_any_number_of_parts(parts, dtype, error, label_known, small_tiles, monkeypatch):
     split(monkeypatch, parts)
-    for name in CE_KD:
-        for classes in (304, 301):
-            problem = Problem(name, 3, classes, 20, dtype=dtype, label_known=label_known)
-            assert_matches(problem, gradient_error=1e-5 if dtype == torch.float32 else 2**-6.5)
+    for name, classes in zip(CE_KD, (304, 301), strict=True):
+        problem = Problem(name, 2, classes, 20, dtype=dtype, label_known=label_known)
+        assert_matches(problem, gradient_error=error)
 
 
 @pytest.mark.parametrize("first", [0, 63, 100, 264])
 def test_known_classes_side_by_side(first, small_tiles):
     """All in one tile or over its boundary, up to the row's last class."""
-    problem = Problem("ce-kd", 3, 304, 40, label_known=None)
+    problem = Problem("ce-kd", 3, 304, 40)
     problem.indices = (first + torch.arange(40, device=DEVICE)).repeat(3, 1)
-    for label in (first, first + 39, (first + 100) % 304):
-        problem.target = torch.full((3,), label, device=DEVICE)
-        assert_matches(problem)
+    problem.target = torch.tensor([first, first + 39, (first + 100) % 304], device=DEVICE)
+    assert_matches(problem)
 
 
 def test_tiles_of_the_real_size():
@@ -212,12 +211,12 @@ def test_a_row_of_weight_0_may_hold_anything(name, small_tiles):
     problem.target[1] = -100
     found = problem.run(torch.tensor([1.0, 0.0, 1.0], device=DEVICE), divisor=2)
     for value, true in zip(found, expected, strict=True):
-        value, true = (one if one is found[2] or one is expected[2] else one.T for one in (value, true))
+        value, true = (one.mT if one.dim() == 2 and one.shape[1] == 3 else one for one in (value, true))
         assert (value[1] == 0).all()
         assert torch.equal(value[::2], true[::2])
 
 
-@each_kernel
+@pytest.mark.parametrize("name", ["kd", "ce-kd", "ce-kd-t1", "dkd", "jsd"])
 def test_a_nan_is_a_nan_in_the_whole_row(name, small_tiles):
     """In the rest, in a known class, in the label, in the teacher."""
     problem = Problem(name, 5, 304, 20, label_known=False)
@@ -265,12 +264,12 @@ def test_losses_without_a_gradient():
 
 @pytest.mark.parametrize("classes", [304, 301])
 def test_strided_logits_and_indices(classes, small_tiles):
-    problem = Problem("ce-kd", 12, classes, 20, label_known=False)
+    problem = Problem("ce-kd", 4, classes, 20, label_known=False)
     expected = problem.run()
-    student, indices = problem.student.view(4, 3, classes), problem.indices
-    problem.student = torch.full((4, 5, classes), math.nan, device=DEVICE)[:, :3]
+    student, indices = problem.student.view(2, 2, classes), problem.indices
+    problem.student = torch.full((2, 3, classes), math.nan, device=DEVICE)[:, :2]
     problem.student.copy_(student)
-    problem.indices = torch.full((20, 24), 1 << 40, device=DEVICE)[:, :12].T
+    problem.indices = torch.full((20, 8), 1 << 40, device=DEVICE)[:, :4].T
     problem.indices.copy_(indices)
     for found, true in zip(problem.run(), expected, strict=True):
         assert torch.equal(found, true)

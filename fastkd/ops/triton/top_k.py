@@ -14,7 +14,7 @@ from fastkd.ops.triton import launch, top_k_rows
 # Of ``Needs``, those that the student's kernels test.
 OF_STUDENT = Needs.CROSS_ENTROPY | Needs.STUDENT_AT_T1 | Needs.LABEL_SMOOTHING
 # The most known classes per step of a program.
-MAX_KNOWN = 1024
+MAX_KNOWN = 512
 
 
 def row_loss(student: Tensor, teacher: Tensor, call: Call, outputs: Outputs) -> None:
@@ -69,7 +69,7 @@ def row_loss(student: Tensor, teacher: Tensor, call: Call, outputs: Outputs) -> 
             student, indices, target, weight, partials, values, inner_rows, plan.parts, classes, known,
             *strides, target_stride, numbers, **fixed, **tiles, **launch.compile_options(plan),
         )  # fmt: skip
-        of_known = Plan(1, per_step, True, max(1, per_step // 256), 1, count)
+        of_known = Plan(1, per_step, True, max(1, per_step // 128), 1, count)
         top_k_rows.known_logits[count,](
             student, indices, target, weight, partials, values, results, of_student, logits,
             indices if position is None else position, inner_rows, plan.parts, classes, known,
@@ -90,5 +90,5 @@ def row_loss(student: Tensor, teacher: Tensor, call: Call, outputs: Outputs) -> 
             top_k_rows.expand[count, plan.parts](
                 student, indices, target, weight, results, values, of_logits, gradient, inner_rows,
                 plan.parts, classes, known, *strides, target_stride, gradient.stride(0), numbers, **fixed,
-                **tiles, KNOWN=per_step, **launch.compile_options(plan),
+                **tiles, KNOWN=min(per_step, 64 * plan.warps), **launch.compile_options(plan),
             )  # fmt: skip

@@ -314,8 +314,8 @@ def known_logits(
             logits = load_logits(student, index, classes, inside, "")
             tl.store(small + at, tl.where(logits <= MASKED, MASKED, logits - base), mask=inside)
             if CROSS_ENTROPY & NEEDS:
-                counted = inside & (index != label)
-                other_t1 += tl.sum(tl.where(counted, tl.exp(logits - other_top), 0.0))
+                others = tl.where(inside & (index != label), logits - other_top, MASKED)
+                other_t1 += tl.sum(tl.exp(others))
 
         student_t1 = 0.0
         student_t1_of_known = 0.0
@@ -443,7 +443,7 @@ def expand(
             value = tl.load(small + at, mask=mine, other=0.0)
             if CROSS_ENTROPY & NEEDS:
                 logits = load_logits(student, index, classes, mine, "")
-                of_student = of_known * tl.exp(logits - other_top) + constant
+                of_student = of_known * tl.exp(tl.minimum(logits - other_top, 0.0)) + constant
                 value += tl.where(index == label, label_gradient, of_student)
             tl.store(to_gradient + index, value.to(gradient_pointer.dtype.element_ty), mask=mine)
     else:
