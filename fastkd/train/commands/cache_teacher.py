@@ -158,6 +158,6 @@ def _described(report: dict[str, Any], data: Data) -> Iterator[str]:
     if "rounding" in found:
         rounding, others = found["rounding"], data.num_classes - report["store"]["k"]
         yield (
-            f"this is the definition's: the other {others:,} classes count as one; of it float16 causes "
-            f"{rounding['loss']:.2e} of the loss and {rounding['gradient']:.2e} of the gradient"
+            f"this is the definition's, in which the other classes ({others:,}) are one class; float16 alone "
+            f"causes {rounding['loss']:.2e} of the loss and {rounding['gradient']:.2e} of the gradient"
         )
