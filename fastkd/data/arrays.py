@@ -85,6 +85,9 @@ class ArrayData:
     def varies(self) -> bool:
         return self.augment or bool(self.mixing)
 
+    def drawn_with(self, batch_size: int, device: torch.device) -> dict[str, object]:
+        return {"batch_size": batch_size} if self.mixing else {}
+
     @property
     def fingerprint(self) -> list[object]:
         return [*self.content, _digest(self.val), self.augmentation]

@@ -278,6 +278,9 @@ class FileData:
     def varies(self) -> bool:
         return self.config.augment or bool(self.mixing)
 
+    def drawn_with(self, batch_size: int, device: torch.device) -> dict[str, object]:
+        return {"batch_size": batch_size} if self.mixing else {}
+
     @property
     def fingerprint(self) -> list[object]:
         return [*self.content, self.val_source.digest(), len(self.val), self._resize, self.augmentation]

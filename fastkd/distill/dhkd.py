@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from fastkd import losses
+from fastkd.ops.spec import TemperatureOptions
 
 from .alignment import GradientAlignment
 from .centering import describe_offset
 from .classifier import find_classifier
+from .given import temperature_at_k
 from .heads import pooled_head
 from .logits import cross_entropy
 from .method import TOTAL, Method, Seen, Terms
@@ -45,6 +48,8 @@ class DHKD(Method):
 
     For the alignment, hint and relation terms count as part of the logit loss.
     """
+
+    takes_forms = True
 
     def __init__(
         self,
@@ -80,6 +85,10 @@ class DHKD(Method):
             device = self.example.device
         aux = pooled_head(head, width, num_classes, hidden=hidden, dropout=dropout)
         self.head = aux.to(device, dtype_of_parts(student))
+
+    @classmethod
+    def top_k_temperature(cls, options: Mapping[str, Any]) -> float:
+        return temperature_at_k("binary_kl_norm", *TemperatureOptions(options["temperature"]))
 
     def describe_start(self, seen: Seen) -> list[str]:
         if not self.needs_teacher():

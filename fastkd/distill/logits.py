@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -13,10 +13,13 @@ from torch.nn import functional as F
 from fastkd import losses
 from fastkd.losses import DistillLoss
 from fastkd.losses.module import LossModule
+from fastkd.ops.spec import NKDOptions, SoftmaxOptions, TemperatureOptions
 from fastkd.reference import at_least_float32
 
 from .centering import describe_offset
-from .method import TOTAL, Method, Seen, Terms, fused_terms
+from .fused_terms import fused_terms
+from .given import temperature_at_k
+from .method import TOTAL, Method, Seen, Terms
 from .options import Epochs, Fraction, Positive, Weight
 
 
@@ -28,6 +31,7 @@ class CrossEntropy(Method, name="cross_entropy"):
     """ce_weight CE(z_s, y): only the labels, optionally with a hint or relation term."""
 
     uses_teacher = False
+    takes_forms = True  # it reads none
 
     def __init__(
         self,
@@ -77,6 +81,8 @@ class RKD(CrossEntropy):
 class _Softmax(Method, abstract=True):
     """CE and softmax distillation in one fused pass: the base of KD, LSKD, DKD and DCKD."""
 
+    takes_forms = True
+
     def __init__(
         self,
         student: nn.Module,
@@ -88,6 +94,11 @@ class _Softmax(Method, abstract=True):
     ) -> None:
         super().__init__(student, teacher, **shared)
         self.label_smoothing, self.warmup_epochs = label_smoothing, warmup_epochs
+
+    @classmethod
+    def top_k_temperature(cls, options: Mapping[str, Any]) -> float:
+        softmax = SoftmaxOptions(options["temperature"], kd_weight=1.0, standardize=options["standardize"])
+        return temperature_at_k("softmax", *softmax)
 
     def warmup(self) -> float:
         """min(epoch / warmup_epochs, 1), epochs from 1."""
@@ -240,6 +251,7 @@ class NKD(Method):
     """
 
     needs_one_label = DKD.needs_one_label
+    takes_forms = True
 
     def __init__(
         self,
@@ -255,6 +267,10 @@ class NKD(Method):
         super().__init__(student, teacher, **shared)
         self.ce_weight, self.nkd_weight = ce_weight, nkd_weight
         self.options: dict[str, Any] = {"gamma": gamma, "temperature": temperature}
+
+    @classmethod
+    def top_k_temperature(cls, options: Mapping[str, Any]) -> float:
+        return temperature_at_k("nkd", *NKDOptions(options["temperature"], options["gamma"]))
 
     def terms(self, seen: Seen) -> Terms:
         distillation = losses.nkd_loss(seen.student_logits, seen.teacher_logits, seen.target, **self.options)
@@ -272,6 +288,7 @@ class BinaryKL(Method, name="binary_kl"):
     """
 
     distillation: Callable[..., Tensor] = staticmethod(losses.binary_kl_loss)
+    takes_forms = True
 
     def __init__(
         self,
@@ -287,6 +304,10 @@ class BinaryKL(Method, name="binary_kl"):
         super().__init__(student, teacher, **shared)
         self.ce_weight, self.weight = ce_weight, weight
         self.options: dict[str, Any] = {"temperature": temperature, "center_teacher": center_teacher}
+
+    @classmethod
+    def top_k_temperature(cls, options: Mapping[str, Any]) -> float:
+        return temperature_at_k("binary_kl", *TemperatureOptions(options["temperature"]))
 
     def describe_start(self, seen: Seen) -> list[str]:
         return [describe_offset(seen.teacher_logits, self.options["center_teacher"])]
@@ -312,6 +333,7 @@ class LossMethod(Method, abstract=True):
         _check_loss(loss)
         super().__init__(student, teacher)
         self.callable = loss
+        self.takes_forms = isinstance(loss, LossModule)
 
     def needs_teacher(self) -> bool:
         return True

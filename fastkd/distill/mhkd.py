@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,6 +88,10 @@ class MHKD(Method):
         self.teacher_heads_train = teacher_heads is None
         if teacher_heads is not None:
             self._load_teacher_heads(teacher_heads)
+
+    @classmethod
+    def reads_layers(cls, options: Mapping[str, Any]) -> bool:
+        return True
 
     def terms(self, seen: Seen) -> Terms:
         target = seen.target

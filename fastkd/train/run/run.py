@@ -65,14 +65,13 @@ def run_recipe(
         for note in data.notes:
             console.print(f"  {note}", markup=False)
         # Find unusable checkpoints and layers before anything is trained or written.
-        cache = open_cache(recipe, data)
+        cache = open_cache(recipe, data, device)
         teacher = None
         if cache is not None:
             teacher = cached_teacher(cache)
         elif recipe.teacher is not None:
             teacher = load_given_teacher(recipe.teacher, data, device, console)
-        ready = None if cache is not None or teacher is None else teacher.model
-        for note in try_method(recipe, data, device, cached=cache is not None, teacher=ready):
+        for note in try_method(recipe, data, device, teacher=None if teacher is None else teacher.model):
             console.print(note, markup=False)
         if folder is None:
             folder = distributed.from_first(create_run_folder(runs, name) if distributed.is_first() else None)

@@ -20,11 +20,12 @@ from fastkd.train import distributed
 from fastkd.train.evaluation import evaluate
 
 from .build import build_network, tried
+from .cache_stores import TopKStore
 from .checkpoint import save_checkpoint
 from .fitting import fit_in_folder, owned, read_state
 from .folder import write_json
 from .resume import fingerprint
-from .teacher_cache import CachedTeacher, TeacherCache, wanted_facts
+from .teacher_cache import TeacherCache, top_k_temperature, wanted_facts
 from .torchvision_weights import torchvision_network
 from .weights import load_weights
 
@@ -164,14 +165,17 @@ def own_teacher(
     return TeacherInUse(model, {"checkpoint": str(path), **known})
 
 
-def open_cache(recipe: Recipe, data: Data) -> TeacherCache | None:
+def open_cache(recipe: Recipe, data: Data, device: torch.device) -> TeacherCache | None:
     if recipe.teacher is None or recipe.teacher.cache is None:
         return None
     cache = TeacherCache(Path(recipe.teacher.cache))
-    cache.check_fits(wanted_facts(recipe, data))
+    wanted = wanted_facts(recipe, data, device)
+    if isinstance(cache.store, TopKStore):
+        wanted["temperature"] = top_k_temperature(recipe)
+    cache.check_fits(wanted)
     return cache
 
 
 def cached_teacher(cache: TeacherCache) -> TeacherInUse:
     summary = {"checkpoint": f"cache {cache.folder}", "val_accuracy": cache.facts["val_accuracy"]}
-    return TeacherInUse(CachedTeacher(), summary)
+    return TeacherInUse(cache.teacher(), summary)
