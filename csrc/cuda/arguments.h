@@ -32,13 +32,14 @@ struct RowLossArguments {
   TeamPlan plan;
 };
 
-// What gather_rows leaves per row for the kernels after it. "The others" are the classes that are not known, without the
-// label if there is a cross-entropy. u and z as in row_math.h.
+// What gather_rows leaves per row for the kernels after it. "The others" are the classes that are not known, without
+// the label if there is a cross-entropy.
 struct TopKStatistics {
-  int64_t position;          // of the label among the known classes; -1: none
-  float base;                // of the others' logits
-  float share, label_share;  // of the rest's probability: class i has share e^{u_i - base / T}; the label, if not known
-  // The cross-entropy, weighted: value, term, and gradient t1 e^{z_i - base_t1} + constant, at the label `label`.
+  int64_t position;  // of the label among the known classes; -1: none
+  float base;        // of the others' logits
+  // Shares of the rest's probability: one of the others has `share` e^{u - base / T}; the label, if it is not known.
+  float share, label_share;
+  // The cross-entropy, weighted: value, term, and the gradient, t1 e^{z - base_t1} + constant, or `label` at the label.
   float ce_loss, ce_term, base_t1, t1, constant, label;
 };
 constexpr int kStatisticsWords = sizeof(TopKStatistics) / sizeof(int64_t);

@@ -87,9 +87,10 @@ void launch_row_loss(const Rows* pairs, int count, const LossOptions& options, c
 void launch_top_k_loss(const Rows& rows, const Known& known, const LossOptions& options, const DynamicOptions& dynamic,
                        int64_t* workspace, const TeamPlan& plan, const TeamPlan& plan_at_k, const Stream& stream) {
   const TopKWorkspace parts = workspace_of(workspace, rows.count, known.count);
-  const char* reason =
-      each_top_k_launch({rows, known, options, dynamic, parts, plan}, plan_at_k,
-                        [&](auto kernel, const auto& arguments, const Grid& grid) { launch(kernel, arguments, grid, stream); });
+  const TopKArguments all{rows, known, options, dynamic, parts, plan};
+  const char* reason = each_top_k_launch(all, plan_at_k, [&](auto kernel, const auto& arguments, const Grid& grid) {
+    launch(kernel, arguments, grid, stream);
+  });
   if (reason != nullptr) throw std::runtime_error(std::string("fastkd_native: ") + reason);
 }
 

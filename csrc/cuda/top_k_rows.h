@@ -186,7 +186,7 @@ FASTKD_KERNEL gather_rows(FASTKD_PARAMETER TopKArguments arguments) {
   team.wait_before_exit();
 }
 
-// The gradient of the classes of the rest, and what else a member may write before the barrier.
+// A member's vectors of the gradient, as if no class were known.
 FASTKD_DEVICE void write_rest(const Share& share, const RowPointer& gradient, const TopKRow& row, int classes,
                               float rest_gradient, const TopKStatistics& statistics) {
   const float t1 = statistics.t1 * power_of_two((statistics.base - statistics.base_t1) * kLog2E);
