@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import fastkd
 from fastkd.cli import main
 from fastkd.models import SmallCNN
-from fastkd.recipe.schema import FolderData
+from fastkd.recipe.sections import FolderData
 from fastkd.train import fit
 from fastkd.train.run.lock import locked
 from fastkd.train.run.teacher_cache import CachedLoader, CacheError, CacheWriter, TeacherCache, pack, unpack
