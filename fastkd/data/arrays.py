@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastkd.errors import DataError
-from fastkd.recipe.schema import ArraysData, FolderData, ImageData, MemoryImages, ShardData, SyntheticData
+from fastkd.recipe.sections import ArraysData, FolderData, ImageData, MemoryImages, ShardData, SyntheticData
 
 from .order import EpochOrder, IndexedLoader
 from .transforms import IMAGENET_MEAN, IMAGENET_STD, Mixing, Normalize

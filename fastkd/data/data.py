@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastkd.errors import DataError
-from fastkd.recipe.schema import ArraysData, DataSection, GlyphsData, ImageData, SyntheticData
+from fastkd.recipe.sections import ArraysData, DataSection, GlyphsData, ImageData, SyntheticData
 
 from .order import IndexedLoader
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastkd.errors import DataError
 from fastkd.messages import one_line
-from fastkd.recipe.schema import FolderData, ShardData
+from fastkd.recipe.sections import FolderData, ShardData
 
 from .order import Chosen, EpochOrder, IndexedLoader
 from .pixels import to_rgb

@@ -33,12 +33,16 @@ class DHKD(Method):
     2411.08937) and their code.
 
     Args:
-        alpha: published: 1 for CIFAR-100, 0.1 for ImageNet. The loss sums over classes, so more classes need
-            a smaller weight.
+        ce_weight: weight of the cross-entropy of the main head with the labels.
+        alpha: weight of the distillation. Published: 1 for CIFAR-100, 0.1 for ImageNet. The loss sums over
+            classes, so more classes need a smaller weight.
+        temperature: T, by which the auxiliary head's and the teacher's logits are divided.
         center_teacher: take the mean of each row's teacher logits out, which softmax does not see and this
             loss does (``fastkd.binary_kl_norm_loss``). Published without, with teachers trained by SGD, whose
             mean stays near 0.
         head: "linear", or "nonlinear": Linear(d, hidden), Dropout, BatchNorm, ReLU, Linear(hidden, C).
+        hidden: width of a nonlinear head.
+        dropout: share of a nonlinear head's features that are dropped.
         align: scope of the alignment: "all" as released, "shared", or "none" (published for ImageNet).
         stop_epoch: train this many epochs with the auxiliary head, then only on the labels. Released: 49 of
             100 for ImageNet, where alpha is 0 from epoch 50 on, counted from 1. Under DDP it needs

@@ -28,7 +28,12 @@ def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) 
 
 
 class CrossEntropy(Method, name="cross_entropy"):
-    """ce_weight CE(z_s, y): only the labels, optionally with a hint or relation term."""
+    """ce_weight CE(z_s, y): only the labels, optionally with a hint or relation term.
+
+    Args:
+        ce_weight: weight of the cross-entropy with the labels.
+        label_smoothing: share of each label that is spread over all classes.
+    """
 
     uses_teacher = False
     takes_forms = True  # it reads none
@@ -79,7 +84,15 @@ class RKD(CrossEntropy):
 
 
 class _Softmax(Method, abstract=True):
-    """CE and softmax distillation in one fused pass: the base of KD, LSKD, DKD and DCKD."""
+    """CE and softmax distillation in one fused pass: the base of KD, LSKD, DKD and DCKD.
+
+    Args:
+        ce_weight: weight of the cross-entropy with the labels.
+        temperature: T, by which both models' logits are divided.
+        standardize: distil logits standardised to (z - mean) / std per row, as in LSKD.
+        label_smoothing: share of each label that is spread over all classes, in the cross-entropy.
+        warmup_epochs: epochs in which the distillation's weights grow linearly from 0.
+    """
 
     takes_forms = True
 
@@ -128,6 +141,9 @@ class KD(_Softmax):
 
     Published: 0.1, 0.9 and T 4 for CIFAR-100 (mdistiller); 0.5, 0.5 and T 1 for ImageNet. ``standardize``:
     LSKD.
+
+    Args:
+        kd_weight: weight of the distillation.
     """
 
     def __init__(
@@ -173,6 +189,10 @@ class DKD(_Softmax):
     Published for CIFAR-100: alpha 1, beta 8, T 4, ``warmup_epochs`` 20 (beta 6 and 2 for some pairs); for
     ImageNet T 1, beta 0.5 (R34 to R18) or 2 (R50 to MobileNetV1), ``warmup_epochs`` 1. With ``standardize``
     (LSKD): alpha and beta times 9 at T 2.
+
+    Args:
+        alpha: weight of TCKD, the distillation of the target class against all others.
+        beta: weight of NCKD, the distillation among the other classes.
     """
 
     needs_one_label = "it treats the target class separately, so an image must have one label"
@@ -248,6 +268,12 @@ class NKD(Method):
     """ce_weight CE + nkd_weight (-p_y log q_y - gamma T^2 sum_{i!=y} p-hat_i log q-hat_i) (Yang et al. 2023).
 
     Published: gamma 1.5 and T 1 for ImageNet, 3.5 and 3 for CIFAR-100.
+
+    Args:
+        ce_weight: weight of the cross-entropy with the labels.
+        nkd_weight: weight of the distillation.
+        gamma: weight of the non-target classes within it.
+        temperature: T, by which both models' logits are divided.
     """
 
     needs_one_label = DKD.needs_one_label
@@ -282,7 +308,9 @@ class BinaryKL(Method, name="binary_kl"):
     """ce_weight CE + weight BinaryKL on a single head, to compare with DHKD's auxiliary head.
 
     Args:
-        weight: the loss sums over classes, so more classes need a smaller weight.
+        ce_weight: weight of the cross-entropy with the labels.
+        weight: weight of the distillation, which sums over classes: more classes need a smaller weight.
+        temperature: T, by which both models' logits are divided.
         center_teacher: take the mean of each row's teacher logits out, which softmax does not see and this
             loss does (``fastkd.binary_kl_loss``). Published without; see ``DHKD``.
     """

@@ -14,7 +14,7 @@ from fastkd.data.glyphs.fonts import DEJAVU_HOLDOUT, parse_characters, split_fac
 from fastkd.data.glyphs.loader import GlyphLoader, augment_batch, load_glyph_data
 from fastkd.data.glyphs.render import load_glyphs, render_face
 from fastkd.errors import DataError
-from fastkd.recipe.schema import GlyphsData
+from fastkd.recipe.sections import GlyphsData
 from tests.small_fonts import DEJAVU
 
 CPU = torch.device("cpu")

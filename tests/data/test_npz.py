@@ -14,7 +14,8 @@ from fastkd.cli import main
 from fastkd.data.arrays import ArrayData
 from fastkd.data.data import load_data
 from fastkd.errors import DataError, RecipeError
-from fastkd.recipe.schema import ArraysData, load_recipe
+from fastkd.recipe.schema import load_recipe
+from fastkd.recipe.sections import ArraysData
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from fastkd.data.order import EpochOrder, IndexedLoader, rows_of
 from fastkd.errors import DataError
-from fastkd.recipe.schema import GlyphsData
+from fastkd.recipe.sections import GlyphsData
 
 from .fonts import DEJAVU_HOLDOUT, split_faces
 from .render import GlyphSet, load_glyphs

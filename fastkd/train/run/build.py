@@ -14,7 +14,7 @@ from fastkd.distill.heads import RowBatchNorm
 from fastkd.errors import RecipeError, TrainError
 from fastkd.messages import kind_and_text
 from fastkd.models import build_model
-from fastkd.recipe.schema import Model, Optimization, Recipe
+from fastkd.recipe.sections import Model, Optimization, Recipe
 from fastkd.train import distributed
 from fastkd.train.batches import Batch
 from fastkd.train.random_state import get_random_state, set_random_state

@@ -13,7 +13,7 @@ import torch
 
 import fastkd
 from fastkd.models import SmallCNN
-from fastkd.recipe.schema import FolderData
+from fastkd.recipe.sections import FolderData
 from fastkd.train import fit
 from fastkd.train.run.cache_stores import CacheError, LogitsStore, TopKStore, features_store
 from fastkd.train.run.teacher_cache import CachedLoader, CacheWriter, TeacherCache, read_facts
