@@ -2,6 +2,7 @@
 the student's logits."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -9,7 +10,8 @@ from torch import Tensor
 from fastkd.ops.call import Call, Outputs
 from fastkd.ops.plan import MAX_PARTS, Plan, device_of, plan_known
 from fastkd.ops.spec import Needs
-from fastkd.ops.triton import launch, top_k_rows
+from fastkd.ops.triton import top_k_rows
+from fastkd.ops.triton.launch_options import common_vector, compile_options, on_device, row_strides
 
 # Of ``Needs``, those that the student's kernels test.
 OF_STUDENT = Needs.CROSS_ENTROPY | Needs.STUDENT_AT_T1 | Needs.LABEL_SMOOTHING
@@ -17,8 +19,12 @@ OF_STUDENT = Needs.CROSS_ENTROPY | Needs.STUDENT_AT_T1 | Needs.LABEL_SMOOTHING
 MAX_KNOWN = 512
 
 
-def row_loss(student: Tensor, teacher: Tensor, call: Call, outputs: Outputs) -> None:
+def row_loss(
+    student: Tensor, teacher: Tensor, call: Call, outputs: Outputs, *, dense: Callable[..., None]
+) -> None:
     """``launch.row_loss`` of a call with indices: the teacher's logits are [N, K + 1].
+
+    ``dense`` is the same function, for the loss of K + 1 classes.
 
     The memory traffic per student logit is that of two reads, and one write for the gradient.
     """
@@ -38,10 +44,8 @@ def row_loss(student: Tensor, teacher: Tensor, call: Call, outputs: Outputs) -> 
     from_memory = spec.dynamic if cross_entropy else int(math.isnan(temperature))
 
     plan = plan_known(count, classes, device_of(student.device))
-    vector = launch.common_vector(
-        classes, *launch.row_strides(student), 0 if gradient is None else gradient.stride(0)
-    )
-    strides = (*launch.row_strides(student), indices.stride(0))
+    vector = common_vector(classes, *row_strides(student), 0 if gradient is None else gradient.stride(0))
+    strides = (*row_strides(student), indices.stride(0))
     inner_rows = 1 if student.dim() == 2 else student.shape[1]
     # Unused pointers must be valid arguments too: `rows` and `indices` are placeholders.
     weight = rows if call.row_weight is None else call.row_weight
@@ -64,24 +68,24 @@ def row_loss(student: Tensor, teacher: Tensor, call: Call, outputs: Outputs) -> 
         "V": 16 // student.element_size() if vector > 1 else 8,
         "VECTOR": vector,
     }
-    with launch.on_device(student):
+    with on_device(student):
         top_k_rows.rest_sums[count, plan.parts](
             student, indices, target, weight, partials, values, inner_rows, plan.parts, classes, known,
-            *strides, target_stride, numbers, **fixed, **tiles, **launch.compile_options(plan),
+            *strides, target_stride, numbers, **fixed, **tiles, **compile_options(plan),
         )  # fmt: skip
         of_known = Plan(1, per_step, True, max(1, per_step // 128), 1, count)
         top_k_rows.known_logits[count,](
             student, indices, target, weight, partials, values, results, of_student, logits,
             indices if position is None else position, inner_rows, plan.parts, classes, known,
             *strides, target_stride, 1.0 / call.divisor, numbers, **fixed, POSITION=position is not None,
-            KNOWN=per_step, PARTS=MAX_PARTS, **launch.compile_options(of_known),
+            KNOWN=per_step, PARTS=MAX_PARTS, **compile_options(of_known),
         )  # fmt: skip
         # Dynamic options of the student's own terms stay: without their needs, they multiply a loss of 0.
         small = call._replace(
             target=position, options=spec.at_k(call.options), indices=None, with_gradient=gradient is not None
         )
         of_logits = None if gradient is None else torch.empty_like(logits)
-        launch.row_loss([logits], [teacher], small, Outputs(rows, terms, of_logits))
+        dense([logits], [teacher], small, Outputs(rows, terms, of_logits))
         if cross_entropy:
             rows += of_student[0]
             if terms is not None:
@@ -90,5 +94,5 @@ def row_loss(student: Tensor, teacher: Tensor, call: Call, outputs: Outputs) -> 
             top_k_rows.expand[count, plan.parts](
                 student, indices, target, weight, results, values, of_logits, gradient, inner_rows,
                 plan.parts, classes, known, *strides, target_stride, gradient.stride(0), numbers, **fixed,
-                **tiles, KNOWN=min(per_step, 64 * plan.warps), **launch.compile_options(plan),
+                **tiles, KNOWN=min(per_step, 64 * plan.warps), **compile_options(plan),
             )  # fmt: skip
