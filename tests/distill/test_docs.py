@@ -1,4 +1,4 @@
-"""Runs the example of a custom method in docs/methods.md."""
+"""Runs the example of a custom method in docs/own-method.md."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_own_method_of_the_docs_trains_from_a_recipe(tmp_path: Path) -> None:
-    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "own-method.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"<!-- own method.*?-->\n```python\n(.*?)```", text, re.DOTALL)
     assert len([line for line in code.split("class ")[1].splitlines() if line.strip()]) <= 10
     (tmp_path / "my_methods.py").write_text(code)
