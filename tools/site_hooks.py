@@ -1,7 +1,7 @@
 """What `mkdocs build` does beside mkdocs: links into the repository, formulas, and undocumented names.
 
 - A link from a page to a file of the repository outside docs/, such as ``../csrc/row_formulas.h``, works as
-  it is in the repository. On the site it leads to the file below ``repo_url``; an image is copied into the site.
+  it is in the repository. On the site it leads to the file below ``repo_url``; an image is copied there.
 - Formulas, ``$…$`` and fenced ``math`` blocks as on GitHub, become MathML, which browsers render themselves.
 - A public name that has no docstring, or is on no page of docs/api, is a warning, as is a link to a file that
   does not exist. `--strict` makes warnings errors.
