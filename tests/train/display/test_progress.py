@@ -14,6 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
+import fastkd
 from fastkd.cli import main
 from fastkd.train.commands import plot as plot_command
 from fastkd.train.display import console as console_module
@@ -21,6 +22,8 @@ from fastkd.train.display.console import ConsoleProgress
 from fastkd.train.display.loggers import CSVFile
 from fastkd.train.evaluation import evaluate_rows, ranks
 from fastkd.train.meters import LossMeter
+from tests.train.ranks import on_two_ranks
+from tests.train.tiny import Loader, Net
 
 CPU = torch.device("cpu")
 TERMS = dict.fromkeys(("ce", "kd", "head_ce", "head_kd", "teacher_head_ce"), 0.5)
@@ -83,6 +86,20 @@ def test_top5_is_exact() -> None:
     broken[0, 3] = torch.nan
     assert ranks(broken, torch.tensor([3])).item() >= 11
     assert ranks(broken, torch.tensor([0])).item() == 1
+
+
+def _two_shares() -> dict[str, Any]:
+    torch.manual_seed(0)
+    logits, target = torch.randn(401, 30).round(), torch.randint(0, 30, (401,))  # with equal logits
+    batches = list(zip(logits.split(37), target.split(37), strict=True))
+    return evaluate_rows(torch.nn.Identity(), batches, device=CPU).record()
+
+
+def test_top5_is_the_same_on_two_ranks(tmp_path: Path) -> None:
+    alone = _two_shares()
+    for record in on_two_ranks(_two_shares, tmp_path):
+        assert record["val_top5_accuracy"] == alone["val_top5_accuracy"]
+        assert record["val_rows"] == 401
 
 
 def test_top5_in_a_run(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,3 +182,13 @@ def test_wandb_that_is_missing_or_fails(
         capsys.readouterr().out.count("Weights & Biases is no longer written: ConnectionError: no network")
         == 1
     )
+
+
+def test_the_own_watcher_of_the_docs(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).resolve().parents[3] / "docs" / "trainer.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"<!-- own watcher.*?-->\n```python\n(.*?)```", text, re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    loader = [(Loader().images, Loader().target)]
+    names = {"fastkd": fastkd, "student": Net(4), "teacher": Net(4), "loss": fastkd.KDLoss()}
+    exec(code, names | {"train_loader": loader, "val_loader": loader})
+    assert "epoch 1: " in capsys.readouterr().out
