@@ -44,7 +44,9 @@ constexpr const char* kRowLossSchema =
 constexpr const char* kRowLossOfPairsSchema =
     "row_loss_of_pairs(Tensor[] student_logits, Tensor[] teacher_logits, " FASTKD_CALL_SCHEMA FASTKD_PLAN_SCHEMA;
 constexpr const char* kTopKLossSchema =
-    "top_k_loss(Tensor student_logits, Tensor teacher_logits, " FASTKD_CALL_SCHEMA "Tensor indices, int needs_at_k) -> ()";
+    "top_k_loss(Tensor student_logits, Tensor teacher_logits, " FASTKD_CALL_SCHEMA
+    "Tensor indices, int needs_at_k, Tensor(e!) workspace, int threads_at_k=0, int rows_per_block_at_k=0, "
+    "int blocks_at_k=0, int slots_at_k=0, " FASTKD_PLAN_SCHEMA;
 constexpr const char* kScaleRowsSchema = "scale_rows_(Tensor(a!) gradient, Tensor grad_output, " FASTKD_PLAN_SCHEMA;
 
 constexpr int kFirstOption = 12;
@@ -93,12 +95,8 @@ void row_loss_on_cpu(const RowArguments& arguments, const LossOptions& given) {
   });
 }
 
-void top_k_loss_on_cpu(const RowArguments& arguments, const LossOptions& given, const Tensor& indices, uint32_t needs) {
-  indices.require(indices.dimensions() == 2 && indices.size(0) == arguments.count() &&
-                      (indices.stride(1) == 1 || indices.size(1) == 1),
-                  "must be [N, K], with dense rows");
-  const Known known{indices.integers(), indices.stride(0), indices.size(1), needs};
-  check_computes(options_at_k(given, needs));
+void top_k_loss_on_cpu(const RowArguments& arguments, const LossOptions& given, const Known& known) {
+  check_computes(options_at_k(given, known.needs));
   loss_on_cpu(arguments, given, [&](const Rows& rows, const LossOptions& options) {
     check(rows.teacher.dtype == DType::kFloat, "the logits of a teacher known at K classes must be float32");
     parallel_rows(rows.count, rows.classes, [&](int64_t begin, int64_t end) {
@@ -107,10 +105,14 @@ void top_k_loss_on_cpu(const RowArguments& arguments, const LossOptions& given, 
   });
 }
 
+cuda::DynamicOptions dynamic_options(const RowArguments& arguments) {
+  const int64_t values = arguments.dynamic.numel();
+  return {arguments.dynamic.dense_floats(values), int32_t(values)};
+}
+
 void row_loss_on_cuda(const RowArguments& arguments, const LossOptions& options, const cuda::TeamPlan& plan) {
   if (arguments.count() == 0) return;
-  const int64_t values = arguments.dynamic.numel();
-  const cuda::DynamicOptions dynamic{arguments.dynamic.dense_floats(values), int32_t(values)};
+  const cuda::DynamicOptions dynamic = dynamic_options(arguments);
   const cuda::Stream stream = arguments.students[0].stream();
   const std::vector<Rows> rows = arguments.rows();
   for (int first = 0; first < arguments.pairs(); first += cuda::kMaxPairs) {
@@ -130,12 +132,43 @@ void row_loss_cuda(StableIValue* stack, uint64_t, uint64_t) {
   row_loss_on_cuda(RowArguments(stack, kLogits), loss_options(stack), team_plan(stack + kFirstOption + kOptions));
 }
 
+// A row loss, and the arguments of top_k_loss after its options.
+struct TopKArguments : RowArguments {
+  Tensor indices, workspace;
+  uint32_t needs;
+
+  explicit TopKArguments(const StableIValue* stack)
+      : RowArguments(stack, single_tensor), indices(stack[kFirstOption + kOptions], "indices"),
+        workspace(stack[kFirstOption + kOptions + 2], "workspace"),
+        needs(uint32_t(int64_t(stack[kFirstOption + kOptions + 1]))) {
+    known = indices.classes();
+  }
+
+  Known known_classes() const {
+    indices.require(indices.dimensions() == 2 && indices.size(0) == count() &&
+                        (indices.stride(1) == 1 || indices.size(1) == 1),
+                    "must be [N, K], with dense rows");
+    return {indices.integers(), indices.stride(0), indices.size(1), needs};
+  }
+};
+
 void top_k_loss(StableIValue* stack, uint64_t, uint64_t) {
-  RowArguments arguments(stack, single_tensor);
-  const Tensor indices(stack[kFirstOption + kOptions], "indices");
-  if (!arguments.students[0].given()) return;
-  arguments.known = indices.classes();
-  top_k_loss_on_cpu(arguments, loss_options(stack), indices, uint32_t(int64_t(stack[kFirstOption + kOptions + 1])));
+  const TopKArguments arguments(stack);
+  if (arguments.count() > 0) top_k_loss_on_cpu(arguments, loss_options(stack), arguments.known_classes());
+}
+
+void top_k_loss_cuda(StableIValue* stack, uint64_t, uint64_t) {
+  const TopKArguments arguments(stack);
+  if (arguments.count() == 0) return;
+  const Known known = arguments.known_classes();
+  const Tensor& workspace = arguments.workspace;
+  workspace.require(workspace.dimensions() == 1 && workspace.stride(0) == 1 &&
+                        workspace.numel() == cuda::workspace_words(arguments.count(), known.count),
+                    "must be contiguous, and have the size for the rows and known classes");
+  // A workspace that is not int64 is refused by integers(), which returns it for reading.
+  cuda::launch_top_k_loss(arguments.rows()[0], known, loss_options(stack), dynamic_options(arguments),
+                          const_cast<int64_t*>(workspace.integers()), team_plan(stack + kFirstOption + kOptions + 7),
+                          team_plan(stack + kFirstOption + kOptions + 3), arguments.students[0].stream());
 }
 
 struct ScaleArguments {
@@ -183,7 +216,7 @@ struct Operator {
 const Operator kOperators[] = {
     {kRowLossSchema, "row_loss", row_loss<single_tensor>, row_loss_cuda<single_tensor>},
     {kRowLossOfPairsSchema, "row_loss_of_pairs", row_loss<tensor_list>, row_loss_cuda<tensor_list>},
-    {kTopKLossSchema, "top_k_loss", top_k_loss, nullptr},
+    {kTopKLossSchema, "top_k_loss", top_k_loss, top_k_loss_cuda},
     {kScaleRowsSchema, "scale_rows_", scale_rows, scale_rows_cuda},
 };
 
@@ -207,7 +240,7 @@ FASTKD_EXPORT const char* fastkd_register(const char* torch_library_path, const 
   for (const Operator& op : kOperators)
     failed = failed || torch_abi.aoti_torch_library_def(definitions, op.schema) != 0 ||
              torch_abi.torch_library_impl(on_cpu, op.name, op.cpu, kTorchVersion) != 0 ||
-             (with_cuda && op.cuda != nullptr && torch_abi.torch_library_impl(on_cuda, op.name, op.cuda, kTorchVersion) != 0);
+             (with_cuda && torch_abi.torch_library_impl(on_cuda, op.name, op.cuda, kTorchVersion) != 0);
   return failed ? "torch rejected the registration of the operators" : nullptr;
 }
 

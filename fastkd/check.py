@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import fastkd
-from fastkd.command import run_command
+from fastkd.command import add_json, print_json, run_command
 from fastkd.losses.cases import call_of
 from fastkd.ops import backend
 from fastkd.ops.spec import CASES
@@ -110,6 +110,14 @@ class Verdict:
     @property
     def where(self) -> tuple[str, str]:
         return self.backend, self.device
+
+    def plain(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        errors = {_name(dtype): error for dtype, error in self.errors.items()}
+        return {
+            "loss": self.loss, "backend": self.backend, "device": self.device, "errors": errors,
+            "failures": self.failures,
+        }  # fmt: skip
 
     def __str__(self) -> str:
         errors = " ".join(f"{_name(dtype)} {error:.1e}" for dtype, error in self.errors.items())
@@ -349,20 +357,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--losses", nargs="+", choices=names, metavar="LOSS", default=names, help=f"among {', '.join(names)}"
     )
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print one line per loss and backend; return the exit status."""
     warnings.simplefilter("ignore", RuntimeWarning)
     begin = time.perf_counter()
+    out = sys.stderr if args.json else sys.stdout
     for (name, device), reason in here()[1].items():
-        print(f"not checked: {name} on {device}: {reason}")
-    passed = failed = 0
+        print(f"not checked: {name} on {device}: {reason}", file=out)
+    verdicts = []
     for verdict in check([name for name in LOSSES if name.split(",")[0] in args.losses]):
-        print(verdict, flush=True)
-        passed += not verdict.failures
-        failed += bool(verdict.failures)
-    print(f"{passed} passed, {failed} failed, in {time.perf_counter() - begin:.0f} s")
+        print(verdict, flush=True, file=out)
+        verdicts.append(verdict)
+    failed = sum(bool(verdict.failures) for verdict in verdicts)
+    seconds = time.perf_counter() - begin
+    print(f"{len(verdicts) - failed} passed, {failed} failed, in {seconds:.0f} s", file=out)
+    if args.json:
+        checked = [verdict.plain() for verdict in verdicts]
+        print_json(
+            {"passed": len(verdicts) - failed, "failed": failed, "seconds": seconds, "checked": checked}
+        )
     return 1 if failed else 0
 
 

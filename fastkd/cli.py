@@ -1,16 +1,41 @@
-"""The `fastkd` command line."""
+"""The `fastkd` command line. A command's module is imported when its name is given: torch takes seconds."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
+from fastkd import environment
 from fastkd.command import run_command
-from fastkd.messages import one_line
+from fastkd.errors import Preempted, TrainError
+from fastkd.messages import nearest, one_line
+from fastkd.version import __version__
+
+# Each module has ``add_arguments(parser)`` and ``run(args)``, which returns the exit status.
+_COMMANDS = {
+    "train": (
+        "fastkd.train.commands.train",
+        "train a recipe: first the teacher if it is not trained yet, then the student",
+    ),
+    "demo": (
+        "fastkd.train.commands.demo",
+        "a teacher, a student and what distillation gains, in under a minute",
+    ),
+    "recipes": ("fastkd.train.commands.recipes", "list the recipes that come with fastkd, or print one"),
+    "cache-teacher": (
+        "fastkd.train.commands.cache_teacher",
+        "store the teacher's logits, to train without the teacher",
+    ),
+    "plot": ("fastkd.train.commands.plot", "compare runs in one figure"),
+    "export": ("fastkd.train.commands.export", "write the student as a state dict, program or ONNX model"),
+    "doctor": ("fastkd.doctor", "show which backends work here, and why others do not"),
+    "check": ("fastkd.check", "check every loss on every backend here against float64"),
+    "bench": ("fastkd.bench.command", "time the losses beside their peers; report and compare"),
+}
+_WITH_OVERRIDES = ("train", "cache-teacher")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,9 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None) -> int:
-    parser = _parser()
-    args, extra = parser.parse_known_args(argv)
-    if args.command in ("train", "cache-teacher"):
+    words = sys.argv[1:] if argv is None else list(argv)
+    parser = _parser(words)
+    args, extra = parser.parse_known_args(words)
+    if args.command in _WITH_OVERRIDES:
         # argparse does not collect key=value words that follow an option.
         args.words += [word for word in extra if not word.startswith("-")]
         # key=value after --resume is an override, unless a folder has that name.
@@ -33,14 +59,40 @@ def _main(argv: Sequence[str] | None) -> int:
             args.words, args.resume = [*args.words, args.resume], ""
         extra = [word for word in extra if word.startswith("-")]
     if extra:
-        parser.error(f"unknown arguments: {' '.join(extra)}")
-    from fastkd.errors import Preempted, TrainError
-    from fastkd.train.distributed import number
+        return _unknown(parser, args.command, extra, words)
+    if not getattr(args, "help", False) or args.words:
+        return _run(args, in_python=argv is not None)
+    args.parser.print_help()
+    return 0
 
+
+def _unknown(parser: argparse.ArgumentParser, command: str, extra: list[str], words: list[str]) -> int:
+    """Exit status 2, and one line for an option that is written as an override."""
+    if command in _WITH_OVERRIDES:
+        from fastkd.recipe.hints import hint
+
+        if (override := hint(extra[0], words)) is not None:
+            option = extra[0].partition("=")[0]
+            text = f"{option} is not an option of fastkd {command}; use {override}"
+            print(f"fastkd: error: {text}", file=sys.stderr)
+            return 2
+    near = nearest(extra[0], _options_of(parser, command))
+    parser.error(f"unknown arguments: {' '.join(extra)}{near}")
+
+
+def _options_of(parser: argparse.ArgumentParser, command: str) -> list[str]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return list(action.choices[command]._option_string_actions)
+    return []
+
+
+def _run(args: argparse.Namespace, *, in_python: bool) -> int:
+    """``in_python``: the process goes on after the command. One that ends keeps ignoring signals."""
     process = ""
+    if environment.count("WORLD_SIZE", 1, least=1) > 1:
+        process = f" (rank {environment.count('RANK', 0)})"
     try:
-        if number("WORLD_SIZE", 1, least=1) > 1:
-            process = f" (rank {number('RANK', 0)})"
         status: int = args.run(args)
     except TrainError as error:
         print(f"fastkd: error{process}: {error}", file=sys.stderr)
@@ -67,7 +119,7 @@ def _main(argv: Sequence[str] | None) -> int:
         )
         return 130
     finally:
-        if argv is not None:  # called from Python; a process that ends keeps ignoring signals
+        if in_python and "fastkd.train.signals" in sys.modules:
             from fastkd.train.signals import restore_handlers
 
             restore_handlers()
@@ -87,160 +139,23 @@ def _of_the_machine(error: Exception) -> str | None:
     return of_workers(error) if isinstance(error, RuntimeError) else None
 
 
-def _parser() -> argparse.ArgumentParser:
-    from fastkd import check as check_command
-    from fastkd.bench import command as bench
-
+def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser of all commands, of which only the one in ``words`` knows its arguments."""
     parser = argparse.ArgumentParser(
-        prog="fastkd", description="Fused knowledge distillation losses and a small, resumable trainer."
+        prog="fastkd",
+        description="Fused knowledge distillation losses and a small, resumable trainer.",
+        allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"fastkd {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    train = commands.add_parser(
-        "train", help="train a recipe: first the teacher if it is not trained yet, then the student"
-    )
-    train.add_argument(
-        "words",
-        nargs="*",
-        metavar="RECIPE [key=value …]",
-        help="a name that `fastkd recipes` lists or a .yaml file, then overrides such as train.epochs=3",
-    )
-    train.add_argument(
-        "--seeds", type=bench.positive, metavar="N", help="run N seeds; print mean ± standard deviation"
-    )
-    train.add_argument(
-        "--resume",
-        nargs="?",
-        const="",
-        metavar="RUN_FOLDER",
-        help="resume a stopped run; without a folder, the newest run of the recipe",
-    )
-    train.add_argument(
-        "--eval-only",
-        action="store_true",
-        help="only validate the networks of --resume RUN_FOLDER or teacher.checkpoint",
-    )
-    train.add_argument(
-        "--runs",
-        type=Path,
-        default=Path("runs"),
-        metavar="FOLDER",
-        help="where run folders are created (default: runs)",
-    )
-    train.set_defaults(run=_train)
-
-    from fastkd.train.commands import cache_teacher, export, plot
-
-    _add_command(
-        commands, "cache-teacher", cache_teacher, "store the teacher's logits, to train without the teacher"
-    )
-    _add_command(commands, "plot", plot, "compare runs in one figure")
-    _add_command(commands, "export", export, "write the student as a state dict, program or ONNX model")
-
-    recipes = commands.add_parser("recipes", help="list the recipes that come with fastkd")
-    recipes.set_defaults(run=_recipes)
-    doctor = commands.add_parser("doctor", help="show which backends work here, and why others do not")
-    doctor.set_defaults(run=_doctor)
-
-    _add_command(commands, "check", check_command, "check every loss on every backend here against float64")
-    _add_command(commands, "bench", bench, "time the losses beside their peers; report and compare")
-    return parser
-
-
-def _add_command(commands: Any, name: str, module: Any, description: str) -> None:
-    """A command of a module of its own, which has ``add_arguments(parser)`` and ``run(args)``."""
-    parser = commands.add_parser(name, help=description)
-    module.add_arguments(parser)
-    parser.set_defaults(run=module.run)
-
-
-def _train(args: argparse.Namespace) -> int:
-    from fastkd.train.distributed import launched
-
-    with launched():
-        return _train_launched(args)
-
-
-def _train_launched(args: argparse.Namespace) -> int:
-    from fastkd.errors import RecipeError
-    from fastkd.recipe.schema import load_recipe, without_effect
-    from fastkd.train import distributed
-    from fastkd.train.display.console import make_console
-    from fastkd.train.run.folder import find_run
-    from fastkd.train.run.results import print_results
-    from fastkd.train.run.run import run_recipe
-    from fastkd.train.run.seeds import is_seed_group, run_seeds, seed_count
-
-    console = make_console(quiet=not distributed.is_first())
-    runs: Path = args.runs
-    folder: Path | None = Path(args.resume) if args.resume else None
-    count: int | None = args.seeds
-    if count and distributed.world() > 1:
-        raise RecipeError("--seeds needs a single process; start each seed on its own: train.seed=…")
-    if folder is not None:
-        if count or any("=" not in word for word in args.words):
-            raise RecipeError(
-                "--resume RUN_FOLDER takes neither a recipe nor --seeds; train.epochs=N may follow"
-            )
-        if not (folder / "recipe.yaml").is_file():
-            raise RecipeError(f"--resume {folder}: not a run folder (it has no recipe.yaml)")
-        if args.words and is_seed_group(folder):
-            raise RecipeError(
-                f"--resume {folder}: a group of seeds; extend each run on its own, --resume {folder}/seed-0 …"
-            )
-        name, recipe = load_recipe(str(folder / "recipe.yaml"), args.words)
-        # Teachers are stored beside the runs that use them.
-        runs = folder.parent
-        count = seed_count(folder) if is_seed_group(folder) else None
-        if is_seed_group(runs):
-            runs = runs.parent
-    else:
-        if not args.words or "=" in args.words[0]:
-            raise RecipeError(
-                "the recipe is missing; `fastkd recipes` lists them, for example: fastkd train glyphs/kd"
-            )
-        name, recipe = load_recipe(args.words[0], args.words[1:])
-        for note in without_effect(recipe, args.words[1:]):
-            console.print(note, markup=False)
-        if args.resume is not None:
-            if count:
-                raise RecipeError("--resume with --seeds needs the run folder")
-            folder = distributed.from_first(find_run(runs, name, recipe) if distributed.is_first() else None)
-            console.print(f"resuming {folder}" if folder else "no run of this recipe yet", markup=False)
-    if args.eval_only:
-        from fastkd.train.commands.evaluate import evaluate_networks
-
-        evaluate_networks(name, recipe, folder, console)
-        return 0
-
-    if count is None:
-        summaries = [run_recipe(name, recipe, runs=runs, console=console, folder=folder)]
-        folder = Path(summaries[0]["folder"])
-    else:
-        folder, summaries = run_seeds(name, recipe, count, runs=runs, console=console, folder=folder)
-    try:
-        print_results(summaries, recipe, folder, runs, console)
-    except Exception as error:  # the run is complete: a table must not make it fail
-        console.print(
-            f"the table of results could not be shown: {type(error).__name__}: {error}", markup=False
+    wanted = next((word for word in words if not word.startswith("-")), None)
+    for name, (module_name, description) in _COMMANDS.items():
+        # Without abbreviations: --seed 3 must not mean --seeds 3. `train` has a --help of its own.
+        command = commands.add_parser(
+            name, help=description, description=description, allow_abbrev=False, add_help=name != "train"
         )
-    console.print(f"run folder: {folder}", soft_wrap=True, markup=False)
-    return 0
-
-
-def _recipes(args: argparse.Namespace) -> int:
-    from fastkd.recipe.files import shipped_recipes
-    from fastkd.recipe.schema import load_recipe
-
-    loaded = {name: load_recipe(name)[1] for name in shipped_recipes()}
-    width = max(map(len, loaded), default=0)
-    for name, recipe in loaded.items():
-        print(f"{name:{width}}  {recipe.description}")
-    return 0
-
-
-def _doctor(args: argparse.Namespace) -> int:
-    from fastkd import doctor
-
-    print(doctor.report())
-    return 0
+        if name == wanted:
+            module = importlib.import_module(module_name)
+            module.add_arguments(command)
+            command.set_defaults(run=module.run, parser=command)
+    return parser

@@ -1,14 +1,19 @@
-"""Shared by all command lines of fastkd: errors of the environment in one line, closed pipes."""
+"""Shared by all command lines of fastkd: errors of the environment in one line, closed pipes, JSON.
+
+Imports nothing slow: `fastkd --help` passes through here.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
+import math
 import os
 import sys
-from collections.abc import Callable
-from typing import TextIO
+from collections.abc import Callable, Mapping
+from typing import Any, TextIO
 
 from fastkd.environment import EnvironmentValueError
-from fastkd.ops import backend
 
 BROKEN_PIPE_STATUS = 141  # of a process that SIGPIPE ended, as the shell reports it
 
@@ -21,7 +26,11 @@ def run_command(work: Callable[[], int]) -> int:
     """
     try:
         try:
-            backend.get_backend()
+            # Without the variable and the module there is nothing to check, and torch can wait.
+            if os.environ.get("FASTKD_BACKEND") or "fastkd.ops.backend" in sys.modules:
+                from fastkd.ops import backend
+
+                backend.get_backend()
             return work()
         except EnvironmentValueError as error:
             print(f"fastkd: error: {error}", file=sys.stderr)
@@ -39,3 +48,32 @@ def discard(*streams: TextIO) -> None:
     for stream in streams:
         os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add ``--json``, which means the same for every command that has it."""
+    parser.add_argument(
+        "--json", action="store_true", help="print the summary as one JSON object; all else goes to stderr"
+    )
+
+
+def print_json(summary: Mapping[str, Any]) -> None:
+    """Print one JSON object on stdout. NaN and infinity, which JSON lacks, become null."""
+    print(json.dumps(_plain(summary), ensure_ascii=False, allow_nan=False), flush=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
+def positive(text: str) -> int:
+    """Parse a whole number from 1, for argparse."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected at least 1")
+    return int(text)

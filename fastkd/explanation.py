@@ -15,7 +15,7 @@ from fastkd.ops import backend
 from fastkd.ops.chunks import chunk_rows_of
 from fastkd.ops.plan import ELEMENT_BYTES, Device, device_of, plan_rows
 from fastkd.ops.spec import CASES, Family, Needs, needs_of
-from fastkd.ops.team_plan import plan_team
+from fastkd.ops.team_plan import WARP, TeamPlan, plan_team
 
 # Most exponentials of a row that a thread of the CPU kernels caches (csrc/cpu/isa_kernels.h).
 CACHED_FLOATS = 1 << 23
@@ -97,7 +97,7 @@ def explain(
     if known is None:
         path = _path(chosen, work, chunk or rows, classes, dtype, torch.device(device))
     else:
-        path = _top_k_path(loss, known, chosen, classes, device)
+        path = _top_k_path(loss, known, chosen, chunk or rows, classes, dtype, torch.device(device))
     if chunk is None and dtype == torch.float16 and chosen != "eager":
         # The rows are computed once for the losses, which writes nothing, and once more for the gradient.
         again = max(1 if known else work.reads, path.accesses - work.reads - 1)
@@ -163,7 +163,9 @@ def _path(
     return _triton_path(work, rows, classes, dtype, device_of(device))
 
 
-def _top_k_path(loss: str, known: int, chosen: str, classes: int, device: str) -> _Path:
+def _top_k_path(
+    loss: str, known: int, chosen: str, rows: int, classes: int, dtype: torch.dtype, device: torch.device
+) -> _Path:
     spec, case = CASES[loss.replace("_", "-")]
     reason = spec.undefined_at_k(case.options)
     if reason is not None:
@@ -174,8 +176,11 @@ def _top_k_path(loss: str, known: int, chosen: str, classes: int, device: str) -
         return _Path(f"plain torch: {words}", classes, None, 13)
     if chosen == "triton":
         return _Path(f"two passes over the student's logits: {words}", 1024, None, 3)
-    if torch.device(device).type == "cuda":
-        raise ValueError("known is given, and the native backend has no CUDA kernels for it; use 'triton'")
+    if device.type == "cuda":
+        on = device_of(device)
+        team = plan_team(rows, classes, ELEMENT_BYTES[dtype], on.capability, on.multiprocessors, False)
+        sharing = f"{team.threads_per_row * team.blocks_per_row} threads per row"
+        return _Path(f"{sharing}, two passes over the student's logits: {words}", 8, _warps_of(team), 3)
     cached = "exponentials cached" if classes <= CACHED_FLOATS else "exponentials computed twice"
     accesses = 2 if classes <= CACHED_FLOATS else 3
     return _Path(f"rows over threads; logits read in blocks, {cached}: {words}", 1024, None, accesses)
@@ -229,7 +234,12 @@ def _team_path(work: _Work, rows: int, classes: int, dtype: torch.dtype, device:
         words = team.describe(classes)
     else:
         words = f"{team.threads_per_row * team.blocks_per_row} threads per row, one pass"
-    return _Path(words, 8, team.threads_per_row * team.rows_per_block // 32 or 1, accesses)
+    return _Path(words, 8, _warps_of(team), accesses)
+
+
+def _warps_of(team: TeamPlan) -> int:
+    """Per block."""
+    return team.threads_per_row * team.rows_per_block // WARP or 1
 
 
 @cache

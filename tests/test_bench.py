@@ -203,10 +203,10 @@ def test_report(run, tmp_path):
     pictures = sorted(path.name for path in report.parent.glob("*.png"))
     assert pictures == sorted(
         [
-            "run1-bars-float32-forward.png",
-            "run1-bars-float32-forward-backward.png",
+            "run1-times-float32-forward.png",
+            "run1-times-float32-forward-backward.png",
             "run1-roofline.png",
-            "run2-bars-float32-forward.png",
+            "run2-times-float32-forward.png",
             "run2-roofline.png",
             "run2-steps.png",
         ]

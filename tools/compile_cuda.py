@@ -49,7 +49,8 @@ def compile_for(nvcc: str, architecture: str, folder: str) -> dict[str, dict[str
 def readable(function: str) -> str:
     """``Softmax, student at t1`` for the kernel's mangled name."""
     kernel = re.search(
-        r"(softmax|mixture|pointwise|scale)_rows(?:INS_\d+([A-Za-z]+?)E(?:Lj(\d+))?E)?", function
+        r"(softmax|mixture|pointwise|scale|gather|scatter)_rows(?:INS_\d+([A-Za-z]+?)E(?:Lj(\d+))?E)?",
+        function,
     )
     if kernel is None:
         return function

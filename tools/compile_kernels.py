@@ -10,6 +10,7 @@ with Triton). The CUDA sources are compiled if nvcc is found. The kernels are no
 """
 
 import argparse
+import itertools
 import sys
 import tempfile
 from pathlib import Path
@@ -23,6 +24,10 @@ REGISTER_HEAVY = [
     jit_launches.Call(loss, path, weights="rows", terms=terms)
     for loss, terms in (("ce-lskd-smoothed", True), ("ls-dkd", False), ("jsd", False))
     for path in ("C 8192", "C 20902", "C 20902, few rows")
+]
+REGISTER_HEAVY += [
+    jit_launches.Call("ce-kd-smoothed", path, weights="rows", terms=True, known=known)
+    for path, known in itertools.product(("C 8192", "C 20902"), jit_launches.KNOWN)
 ]
 # Known spills among REGISTER_HEAVY, by Triton release. Spills of other kernels, or with a release that is not
 # listed, are reported but are not failures.

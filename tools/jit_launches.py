@@ -188,6 +188,8 @@ PATHS = {
     "C 20902": (300, 20902),
     "C 20902, few rows": (4, 20902),
 }
+# Known classes of a teacher: in one step of a program, and in several.
+KNOWN = (5, 3000)
 
 
 class Call(NamedTuple):
@@ -203,6 +205,7 @@ class Call(NamedTuple):
     gradient: bool = True
     dynamic: bool = False  # options
     pairs: int = 1
+    known: int = 0  # the teacher's known classes; 0: all
 
     def __str__(self) -> str:
         dtypes = self.student if self.student == self.teacher else f"{self.student} {self.teacher}"
@@ -211,6 +214,7 @@ class Call(NamedTuple):
         words += [] if self.weights == "none" else [f"weights of {self.weights}"]
         words += [name for name in ("terms", "dynamic") if getattr(self, name)]
         words += [] if self.gradient else ["no gradient"]
+        words += [f"{self.known} classes known"] if self.known else []
         return ", ".join(words + ([f"{self.pairs} pairs"] if self.pairs > 1 else []))
 
     def launches(self) -> list[Variant]:
@@ -232,10 +236,14 @@ class Call(NamedTuple):
             target=torch.zeros(rows, dtype=torch.int64) if case.labelled else None,
             row_weight=weights[self.weights], divisor=rows, loss=loss.name, options=options, dynamic=dynamic,
             backend="triton", reduced=False, with_terms=self.terms, with_gradient=self.gradient,
+            indices=torch.zeros(rows, self.known, dtype=torch.int64) if self.known else None,
         )  # fmt: skip
         terms = torch.empty(len(loss.terms), rows * self.pairs) if self.terms else None
         gradient = matrix(rows * self.pairs, classes, student, "dense") if self.gradient else None
-        students, teachers = ([matrix(rows, classes, dtype, self.layout)] for dtype in (student, teacher))
+        students = [matrix(rows, classes, student, self.layout)]
+        teachers = [matrix(rows, classes, teacher, self.layout)]
+        if self.known:
+            teachers = [matrix(rows, self.known + 1, teacher, "dense")]
         outputs = Outputs(torch.empty(rows * self.pairs), terms, gradient)
         launcher.row_loss(students * self.pairs, teachers * self.pairs, call, outputs)
 
@@ -274,6 +282,20 @@ def calls() -> Iterator[Call]:
         )
         for other in others:
             yield Call(loss, path, *other)
+        if scale or not known_at_k(loss):
+            continue
+        others = itertools.product(
+            DTYPES, LAYOUTS, ("none", "rows"), flags if with_terms else (False,), flags, flags, KNOWN
+        )
+        for student, layout, weights, terms, gradient, dynamic, known in others:
+            yield Call(loss, path, student, "fp32", layout, weights, terms, gradient, dynamic, 1, known)
+
+
+def known_at_k(loss: str) -> bool:
+    """Whether a teacher that is known at some classes is read, and the loss is defined for it."""
+    loss_spec, case = LOSSES[loss]
+    reads = bool(loss_spec.needs(case.options) & spec.Needs.DISTILLS)
+    return reads and loss_spec.undefined_at_k(case.options) is None
 
 
 def covering(all_calls: Iterable[Call], together: int) -> list[Call]:
@@ -299,9 +321,9 @@ def covering(all_calls: Iterable[Call], together: int) -> list[Call]:
     return chosen
 
 
-def differing(loss: str, *, aligned: bool) -> Iterator[Callable[[], None]]:
+def differing(loss: str, *, aligned: bool, known: bool = False) -> Iterator[Callable[[], None]]:
     """Calls that must share a compiled kernel: they differ in rows, M, K, strides, options, and the addresses
-    and strides of target and weights."""
+    and strides of target and weights; with ``known`` in the number of known classes too."""
     loss_spec, case = LOSSES[loss]
     shapes = ((1, 1, 1000), (7, 1, 1008), (300, 1, 3200), (1, 12, 1000), (4, 3, 1016), (150, 2, 1000))
     for number, (outer, inner, stride) in enumerate(shapes):
@@ -315,11 +337,16 @@ def differing(loss: str, *, aligned: bool) -> Iterator[Callable[[], None]]:
         target = torch.zeros(rows * step + number, dtype=torch.int64)[number::step] if case.labelled else None
         weight = torch.ones(rows + number)[number:]
 
-        loss_call = LossCall(target, weight, rows, loss_spec.name, values, None, "triton", False, False, True)
+        # 9 to 15: the row of K + 1 logits has the same tile, and no common alignment.
+        indices = torch.zeros(rows, 9 + number, dtype=torch.int64) if known else None
+        teacher = torch.empty(rows, 10 + number) if known else logits
+        loss_call = LossCall(
+            target, weight, rows, loss_spec.name, values, None, "triton", False, False, True, indices
+        )
 
-        def call(logits=logits, loss_call=loss_call, rows=rows) -> None:
+        def call(logits=logits, teacher=teacher, loss_call=loss_call, rows=rows) -> None:
             outputs = Outputs(torch.empty(rows), None, torch.empty(rows, 1000))
-            launcher.row_loss([logits], [logits], loss_call, outputs)
+            launcher.row_loss([logits], [teacher], loss_call, outputs)
 
         yield call
 
@@ -338,9 +365,12 @@ def bind_all(target: str) -> list[str]:
             except Exception as error:  # any error of the binder is a result
                 failures.append(f"{target}: {call}: {type(error).__name__}: {error}")
         for loss in LOSSES:
-            for aligned in (True, False):
+            for aligned, known in itertools.product((True, False), (True, False)):
+                if known and not known_at_k(loss):
+                    continue
                 kernels = [
-                    {variant.key for variant in record(call)} for call in differing(loss, aligned=aligned)
+                    {variant.key for variant in record(call)}
+                    for call in differing(loss, aligned=aligned, known=known)
                 ]
                 if any(other != kernels[0] for other in kernels):
                     failures.append(f"{target}: {loss}: recompiled for other rows, strides or options")

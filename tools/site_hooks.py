@@ -139,6 +139,8 @@ def to_mathml(text: str, where: str) -> str:
         return text
     # A function's name stands apart from an argument without parentheses.
     mathml = _FUNCTION.sub(r'<mo form="prefix" lspace="0.17em" rspace="0.17em">\1</mo>', mathml)
+    # Bars are given the spacing of a binary operator, on one side of what they enclose.
+    mathml = mathml.replace("<mo>&#x0007C;</mo>", '<mo form="prefix" lspace="0" rspace="0">&#x0007C;</mo>')
     # An unknown command or environment is taken over as text.
     if "\\" in mathml or "<mi>&</mi>" in mathml:
         LOG.warning("%s has the formula %s, part of which is unknown to latex2mathml", where, formula)

@@ -31,7 +31,8 @@ from choose_hyperparameters import append, read
 from fastkd.bench.results import header
 from fastkd.data.data import Data, load_data
 from fastkd.distill import DHKD, Method, find_classifier
-from fastkd.recipe.schema import Recipe, load_recipe
+from fastkd.recipe.schema import load_recipe
+from fastkd.recipe.sections import Recipe
 from fastkd.train.display.console import make_console
 from fastkd.train.loop import evaluate
 from fastkd.train.optimization import build_optimizer, build_scheduler

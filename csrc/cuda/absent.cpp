@@ -16,6 +16,10 @@ namespace cuda {
 void launch_row_loss(const Rows*, int, const LossOptions&, const DynamicOptions&, const TeamPlan&, const Stream&) {
   refuse();
 }
+void launch_top_k_loss(const Rows&, const Known&, const LossOptions&, const DynamicOptions&, int64_t*, const TeamPlan&,
+                       const TeamPlan&, const Stream&) {
+  refuse();
+}
 void launch_scale_rows(const Matrix&, const float*, int64_t, int64_t, int64_t, const TeamPlan&, const Stream&) {
   refuse();
 }

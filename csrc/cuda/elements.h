@@ -113,6 +113,15 @@ FASTKD_DEVICE float value_of(const LoadedLogit& logit) {
   return value < kMasked ? kMasked : value;
 }
 
+FASTKD_DEVICE void store_logit(const RowPointer& row, int64_t column, float value) {
+  if (row.dtype == DType::kFloat) {
+    reinterpret_cast<float*>(row.data)[column] = value;
+    return;
+  }
+  const uint32_t bits = row.dtype == DType::kBFloat16 ? float_to_bfloat16(value) : float_to_half(value);
+  reinterpret_cast<uint16_t*>(row.data)[column] = uint16_t(bits);
+}
+
 FASTKD_DEVICE void store_vector(const RowPointer& row, int column, int classes, const float (&values)[kVector]) {
   char* to = row.data + int64_t(column) * size_of(row.dtype);
   const bool vectorized = row.aligned && is_whole(column, classes);

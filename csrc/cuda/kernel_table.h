@@ -5,6 +5,7 @@
 
 #include "mixture_rows.h"
 #include "pointwise_rows.h"
+#include "top_k_rows.h"
 
 namespace fastkd {
 namespace cuda {
@@ -113,6 +114,52 @@ inline Grid scale_grid(int64_t rows, const TeamPlan& plan, DType gradient) {
   Grid grid = grid_of(rows, 1, plan, {gradient});
   grid.cluster = 1;
   return grid;
+}
+
+// ---- a teacher known at K classes ------------------------------------------------------------------------------
+
+inline TopKWorkspace workspace_of(int64_t* words, int64_t rows, int64_t known) {
+  float* logits = reinterpret_cast<float*>(words + rows * kStatisticsWords);
+  return {logits, logits + rows * (known + 1), reinterpret_cast<TopKStatistics*>(words)};
+}
+
+// The rows of K + 1 classes.
+inline Rows rows_at_k(const TopKArguments& arguments) {
+  const TopKWorkspace& workspace = arguments.workspace;
+  Rows rows = arguments.rows;
+  rows.classes = arguments.known.count + 1;
+  rows.student = {workspace.student, rows.classes, INT64_MAX, 0, DType::kFloat};
+  rows.gradient = rows.student;
+  rows.gradient.data = arguments.rows.gradient.data == nullptr ? nullptr : workspace.gradient;
+  rows.target = arguments.known.needs & kLabelled ? &workspace.statistics->position : nullptr;
+  rows.target_stride = kStatisticsWords;
+  return rows;
+}
+
+inline const char* refusal(const TopKArguments& arguments) {
+  const Rows& rows = arguments.rows;
+  if (!is_kernel_dtype(rows.student.dtype) || !is_kernel_dtype(rows.gradient.dtype))
+    return "logits and gradients must be float32, bfloat16 or float16";
+  if (rows.teacher.dtype != DType::kFloat) return "the logits of a teacher known at K classes must be float32";
+  if (arguments.known.count < 1 || arguments.known.count > rows.classes) return "1 to all classes can be known";
+  return refusal(rows.classes, arguments.plan);
+}
+
+// Calls launch(kernel, its arguments, grid) for each kernel in order, unless the result says why they are invalid.
+template <class Launch>
+const char* each_top_k_launch(const TopKArguments& arguments, const TeamPlan& plan_at_k, const Launch& launch) {
+  const LossOptions at_k = options_at_k(arguments.options, arguments.known.needs);
+  const Rows rows = rows_at_k(arguments);
+  const RowKernel kernel = row_kernel_for(at_k);
+  if (kernel == nullptr) return "unknown loss, or no kernel compiled for its needs";
+  if (const char* reason = refusal(arguments)) return reason;
+  if (const char* reason = refusal(&rows, 1, plan_at_k)) return reason;
+  const Grid grid = grid_of(rows.count, 1, arguments.plan, {arguments.rows.student.dtype});
+  launch(gather_rows, arguments, grid);
+  // Dynamic options include the weight of the cross-entropy, which is not read without its need.
+  launch(kernel, arguments_of(&rows, 1, at_k, arguments.dynamic, plan_at_k), row_loss_grid(&rows, 1, plan_at_k));
+  if (rows.gradient.data != nullptr || (arguments.options.needs & kCrossEntropy)) launch(scatter_rows, arguments, grid);
+  return nullptr;
 }
 
 }  // namespace cuda

@@ -84,6 +84,16 @@ void launch_row_loss(const Rows* pairs, int count, const LossOptions& options, c
   launch(kernel, arguments_of(pairs, count, options, dynamic, plan), row_loss_grid(pairs, count, plan), stream);
 }
 
+void launch_top_k_loss(const Rows& rows, const Known& known, const LossOptions& options, const DynamicOptions& dynamic,
+                       int64_t* workspace, const TeamPlan& plan, const TeamPlan& plan_at_k, const Stream& stream) {
+  const TopKWorkspace parts = workspace_of(workspace, rows.count, known.count);
+  const TopKArguments all{rows, known, options, dynamic, parts, plan};
+  const char* reason = each_top_k_launch(all, plan_at_k, [&](auto kernel, const auto& arguments, const Grid& grid) {
+    launch(kernel, arguments, grid, stream);
+  });
+  if (reason != nullptr) throw std::runtime_error(std::string("fastkd_native: ") + reason);
+}
+
 void launch_scale_rows(const Matrix& gradient, const float* grad_output, int64_t grad_output_stride, int64_t count,
                        int64_t classes, const TeamPlan& plan, const Stream& stream) {
   if (const char* reason = refusal(classes, plan)) throw std::runtime_error(std::string("fastkd_native: ") + reason);

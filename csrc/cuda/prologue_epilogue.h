@@ -15,7 +15,8 @@ struct RowInfo {
   int label;  // -1 for none
 };
 
-FASTKD_DEVICE LossOptions options_of(const RowLossArguments& arguments) {
+template <class Arguments>
+FASTKD_DEVICE LossOptions options_of(const Arguments& arguments) {
   LossOptions options = arguments.options;
 #pragma unroll
   for (int i = 0; i < kOptions; i++)

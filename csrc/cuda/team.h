@@ -66,6 +66,16 @@ class Team {
     }
   }
 
+  // Members see what others wrote before it. Every thread of the block, and of the cluster, must call it.
+  FASTKD_DEVICE void barrier() const {
+    if (blocks_ > 1) {
+      cluster_arrive();
+      cluster_wait();
+    } else {
+      block_barrier();
+    }
+  }
+
   // A block must not exit while others read its shared memory: call the first after the last exchange, the second
   // before the end of the kernel.
   FASTKD_DEVICE void arrive_before_exit() const {

@@ -12,7 +12,7 @@ from pathlib import Path
 from fastkd.bench import cases, forms, peers
 from fastkd.bench.results import ResultFileError, Writer, header
 from fastkd.bench.step import STEPS, describe, run_steps
-from fastkd.command import run_command
+from fastkd.command import positive, run_command
 
 PEERS = tuple(name for name in peers.VARIANTS if name != "fastkd")
 ANY_PEER = tuple(dict.fromkeys((*PEERS, *forms.PEERS)))
@@ -213,13 +213,6 @@ def _shape(text: str) -> tuple[int, int]:
     if not (cross and rows.isdigit() and classes.isdigit() and int(rows) >= 1 and int(classes) >= 3):
         raise argparse.ArgumentTypeError(f"{text!r} is no shape; expected rows x classes such as 256x1000")
     return int(rows), int(classes)
-
-
-def positive(text: str) -> int:
-    """Parse a whole number from 1, for argparse."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}; expected at least 1")
-    return int(text)
 
 
 def _list(names: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""The pictures of a report: bars for each shape, the roofline, the split of training steps."""
+"""The pictures of a report: times by shape and by classes, the roofline, the parts of training steps."""
 
 from __future__ import annotations
 
@@ -36,9 +36,10 @@ def draw(
             chosen = [row for row in rows if row["dtype"] == dtype and row["pass"] == mode]
             if chosen:
                 title = f"{header['name']}, {dtype}, {WORDS[mode]}"
-                path = folder / f"{stem}-bars-{dtype}-{mode.replace('+', '-')}.png"
-                _bars(chosen, title, path)
+                path = folder / f"{stem}-times-{dtype}-{mode.replace('+', '-')}.png"
+                _times(chosen, title, path)
                 pictures.append((f"Time of each variant: {title}", path))
+                pictures += _of_rows(chosen, header["name"], folder, path.stem)
     if rows:
         path = folder / f"{stem}-roofline.png"
         _roofline(rows, f"{header['name']}: achieved bandwidth", path)
@@ -67,8 +68,8 @@ def _tidy(axes: Any) -> None:
     axes.set_axisbelow(True)
 
 
-def _bars(rows: Sequence[Record], title: str, path: Path) -> None:
-    """One panel per loss, one group per shape, one bar per variant; whiskers: p20 to p80, dash: the floor."""
+def _times(rows: Sequence[Record], title: str, path: Path) -> None:
+    """One panel per loss, a column per shape, a dot per variant; whiskers: p20 to p80, dash: the floor."""
     losses = list(dict.fromkeys(row["loss"] for row in rows))
     all_shapes = sorted(
         {(row["rows"], row["classes"]) for row in rows}, key=lambda shape: shape[0] * shape[1]
@@ -78,7 +79,7 @@ def _bars(rows: Sequence[Record], title: str, path: Path) -> None:
     down = -(-len(losses) // across)
     figure = _figure(across * max(4.5, 1.1 * len(all_shapes) + 1.5), 3.2 * down + 0.6, title)
     panels = figure.subplots(down, across, squeeze=False).flat
-    width = 0.8 / len(variants)
+    width = 0.6 / len(variants)
     for axes, loss in zip(panels, losses, strict=False):
         shapes = [
             s for s in all_shapes if any((r["loss"], r["rows"], r["classes"]) == (loss, *s) for r in rows)
@@ -91,27 +92,27 @@ def _bars(rows: Sequence[Record], title: str, path: Path) -> None:
             records = [found[shapes[x]] for x in at]
             if not records:
                 continue
-            values = [r["ms"] for r in records]
             # With few turns a percentile may equal the median; rounding must not make a whisker negative.
             whiskers = [
                 [max(r["ms"] - r["p20"], 0.0) for r in records],
                 [max(r["p80"] - r["ms"], 0.0) for r in records],
             ]
-            axes.bar(
+            axes.errorbar(
                 [x + (place - (len(variants) - 1) / 2) * width for x in at],
-                values,
-                width,
-                yerr=whiskers,
+                [r["ms"] for r in records],
+                whiskers,
+                fmt="o",
                 color=COLOURS[variant],
                 label=variant,
-                error_kw={"linewidth": 0.8, "ecolor": "0.25"},
+                ecolor="0.25",
+                elinewidth=0.8,
             )
             if variant == "fastkd":
                 floors = [r["bytes"] / r["bandwidth"] * 1e3 for r in records]
                 axes.hlines(
                     floors,
-                    [x - 0.45 for x in at],
-                    [x + 0.45 for x in at],
+                    [x - 0.4 for x in at],
+                    [x + 0.4 for x in at],
                     colors="black",
                     linewidth=1.4,
                     label="floor: bytes at the bandwidth of a copy",
@@ -120,17 +121,87 @@ def _bars(rows: Sequence[Record], title: str, path: Path) -> None:
         axes.set_title(loss, loc="left", fontsize="medium")
         axes.set_ylabel("ms, logarithmic")
         axes.set_xticks(range(len(shapes)), [f"{n} x\n{c:,}" for n, c in shapes], fontsize="small")
+        axes.set_xlim(-0.6, len(shapes) - 0.4)
         _tidy(axes)
     for axes in list(panels)[len(losses) :]:
         axes.set_visible(False)
+    _legend_below(figure)
+    figure.savefig(path, dpi=110)
+
+
+def _legend_below(figure: Any, **options: Any) -> None:
     handles: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=len(handles),
+        frameon=False,
+        **options,
     )
-    figure.savefig(path, dpi=110)
+
+
+# ---- time and memory against the number of classes ------------------------------------------------------
+
+# Numbers of classes at equal rows from which a curve is drawn.
+_CURVE = 4
+_THEMES = {"light": ("white", "black"), "dark": ("#0d1117", "#e6edf3")}
+
+
+def _of_rows(rows: Sequence[Record], name: str, folder: Path, stem: str) -> list[tuple[str, Path]]:
+    """Curves over the classes, for each loss and number of rows that has enough of them."""
+    pictures = []
+    for loss, count in dict.fromkeys((row["loss"], row["rows"]) for row in rows):
+        chosen = [row for row in rows if (row["loss"], row["rows"]) == (loss, count)]
+        if len({row["classes"] for row in chosen}) < _CURVE:
+            continue
+        for theme in _THEMES:
+            path = folder / f"{stem}-{loss}-{count}-{theme}.png"
+            _by_classes(chosen, f"{loss}, {count} rows, {chosen[0]['dtype']}, {name}", path, theme)
+            pictures.append((f"Time and memory by classes, {theme}", path))
+    return pictures
+
+
+def _by_classes(rows: Sequence[Record], title: str, path: Path, theme: str) -> None:
+    """Two panels: milliseconds with the floor, and megabytes beyond the inputs, over the classes."""
+    from matplotlib import rc_context
+
+    ground, ink = _THEMES[theme]
+    colours: dict[Any, str] = {"figure.facecolor": ground, "axes.facecolor": ground, "text.color": ink}
+    for part in ("axes.label", "axes.edge", "axes.title", "xtick.", "ytick."):
+        colours[f"{part}color"] = ink
+    with rc_context(colours):
+        figure = _figure(9.5, 4.0, title)
+        times, memory = figure.subplots(1, 2)
+        for variant in (name for name in VARIANTS if any(row["variant"] == name for row in rows)):
+            records = sorted(
+                (row for row in rows if row["variant"] == variant), key=lambda row: row["classes"]
+            )
+            classes = [row["classes"] for row in records]
+            style = {"color": COLOURS[variant], "marker": "o", "label": variant, "linewidth": 1.8}
+            times.plot(classes, [row["ms"] for row in records], **style)
+            known = [row for row in records if row["extra_bytes"] is not None]
+            memory.plot(
+                [row["classes"] for row in known], [row["extra_bytes"] / 1e6 for row in known], **style
+            )
+            if variant == "fastkd":
+                floor = {"color": ink, "linewidth": 1.2, "linestyle": "--"}
+                times.plot(
+                    classes,
+                    [row["bytes"] / row["bandwidth"] * 1e3 for row in records],
+                    label="floor: three accesses, or the gradient",
+                    **floor,
+                )
+                width = {"float32": 4}.get(records[0]["dtype"], 2)
+                memory.plot(classes, [row["rows"] * row["classes"] * width / 1e6 for row in records], **floor)
+        for axes, label in ((times, "ms, loss and gradient"), (memory, "MB beyond the logits")):
+            axes.set(xscale="log", yscale="log", xlabel="classes", ylabel=label)
+            _tidy(axes)
+        _legend_below(figure, labelcolor=ink)
+        figure.savefig(path, dpi=110)
 
 
 def _roofline(rows: Sequence[Record], title: str, path: Path) -> None:
@@ -157,11 +228,21 @@ def _roofline(rows: Sequence[Record], title: str, path: Path) -> None:
         axes.annotate(
             f"the fastest call: {call * 1e6:.3g} us",
             (middle, middle / call / 1e9),
+            ha="left",
+            va="top",
+            fontsize="small",
+            xytext=(8, 0),
+            textcoords="offset points",
+        )
+    if any(row["bytes"] / row["ms"] / 1e6 > 1.02 * min(row["bytes"] / call, roof) / 1e9 for row in rows):
+        axes.annotate(
+            "Above the line: part of what such a case reads is still in a cache,\n"
+            "and the copy's bandwidth varies within a run.",
+            (0.99, 0.02),
+            xycoords="axes fraction",
             ha="right",
             va="bottom",
             fontsize="small",
-            xytext=(-4, 4),
-            textcoords="offset points",
         )
     for variant in VARIANTS:
         for loss in MARKERS:

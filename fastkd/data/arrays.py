@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastkd.errors import DataError
-from fastkd.recipe.schema import ArraysData, FolderData, ImageData, MemoryImages, ShardData, SyntheticData
+from fastkd.recipe.sections import ArraysData, FolderData, ImageData, MemoryImages, ShardData, SyntheticData
 
 from .order import EpochOrder, IndexedLoader
 from .transforms import IMAGENET_MEAN, IMAGENET_STD, Mixing, Normalize
@@ -84,6 +84,9 @@ class ArrayData:
     @property
     def varies(self) -> bool:
         return self.augment or bool(self.mixing)
+
+    def drawn_with(self, batch_size: int, device: torch.device) -> dict[str, object]:
+        return {"batch_size": batch_size} if self.mixing else {}
 
     @property
     def fingerprint(self) -> list[object]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fastkd.errors import DataError
-from fastkd.recipe.schema import ArraysData, DataSection, GlyphsData, ImageData, SyntheticData
+from fastkd.recipe.sections import ArraysData, DataSection, GlyphsData, ImageData, SyntheticData
 
 from .order import IndexedLoader
 
@@ -41,17 +41,6 @@ class Data(Protocol):
 
     def describe(self) -> str: ...
 
-    def train_loader(self, batch_size: int, seed: int, device: torch.device) -> Loader: ...
-
-    def val_loader(self, device: torch.device, batch_size: int) -> Loader: ...
-
-    def example(self) -> tuple[Tensor, Tensor]: ...
-
-
-@runtime_checkable
-class CacheableData(Data, Protocol):
-    """Data whose training loader is an ``IndexedLoader``."""
-
     @property
     def content(self) -> list[object]:
         """Identifies the training images."""
@@ -68,7 +57,14 @@ class CacheableData(Data, Protocol):
     def varies(self) -> bool:
         """Whether images differ between epochs."""
 
+    def drawn_with(self, batch_size: int, device: torch.device) -> dict[str, object]:
+        """What of the batch size and the kind of device decides the images of an epoch, by name."""
+
     def train_loader(self, batch_size: int, seed: int, device: torch.device) -> IndexedLoader: ...
+
+    def val_loader(self, device: torch.device, batch_size: int) -> Loader: ...
+
+    def example(self) -> tuple[Tensor, Tensor]: ...
 
 
 def load_data(config: DataSection) -> Data:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastkd.errors import DataError
 from fastkd.messages import one_line
-from fastkd.recipe.schema import FolderData, ShardData
+from fastkd.recipe.sections import FolderData, ShardData
 
 from .order import Chosen, EpochOrder, IndexedLoader
 from .pixels import to_rgb
@@ -277,6 +277,9 @@ class FileData:
     @property
     def varies(self) -> bool:
         return self.config.augment or bool(self.mixing)
+
+    def drawn_with(self, batch_size: int, device: torch.device) -> dict[str, object]:
+        return {"batch_size": batch_size} if self.mixing else {}
 
     @property
     def fingerprint(self) -> list[object]:

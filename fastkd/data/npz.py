@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastkd.errors import DataError
 from fastkd.files.regular import open_regular
-from fastkd.recipe.schema import ArraysData
+from fastkd.recipe.sections import ArraysData
 
 from .arrays import ArrayData, Kind, array_data
 from .sources import LARGEST_LABEL

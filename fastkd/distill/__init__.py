@@ -3,6 +3,7 @@
 from .alignment import GradientAlignment
 from .classifier import find_classifier
 from .dhkd import DHKD
+from .given import GivenFeatures, GivenLogits, GivenTeacher, GivenTopK
 from .logits import DCKD, DKD, KD, LSKD, NKD, RKD, BinaryKL, BinaryKLNorm, CrossEntropy, FitNets, LossMethod
 from .method import Method, Seen, Terms, find_method
 from .mhkd import MHKD
@@ -27,6 +28,10 @@ __all__ = [
     "File",
     "FitNets",
     "Fraction",
+    "GivenFeatures",
+    "GivenLogits",
+    "GivenTeacher",
+    "GivenTopK",
     "GradientAlignment",
     "LossMethod",
     "Method",

@@ -5,14 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastkd.losses.forms import LinearLogits
+
 # Share of the squared logits that the row mean may have before a loss that sees it gets a warning.
 _VISIBLE = 0.1
 
 
 @torch.no_grad()
-def describe_offset(teacher_logits: Tensor, centered: bool) -> str:
+def describe_offset(teacher_logits: Tensor | LinearLogits, centered: bool) -> str:
     """One line on the row mean of ``[N, C]`` logits, and on what a loss makes of it. Waits for the device."""
-    logits = teacher_logits.detach().double()
+    dense = teacher_logits.dense() if isinstance(teacher_logits, LinearLogits) else teacher_logits
+    logits = dense.detach().double()
     offset = logits.mean().item()
     spread = logits.std(-1).mean().item()
     share = (logits.mean(-1).square().mean() / logits.square().mean()).item()

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from fastkd import losses
+from fastkd.ops.spec import TemperatureOptions
 
 from .alignment import GradientAlignment
 from .centering import describe_offset
 from .classifier import find_classifier
+from .given import temperature_at_k
 from .heads import pooled_head
 from .logits import cross_entropy
 from .method import TOTAL, Method, Seen, Terms
@@ -30,12 +33,16 @@ class DHKD(Method):
     2411.08937) and their code.
 
     Args:
-        alpha: published: 1 for CIFAR-100, 0.1 for ImageNet. The loss sums over classes, so more classes need
-            a smaller weight.
+        ce_weight: weight of the cross-entropy of the main head with the labels.
+        alpha: weight of the distillation. Published: 1 for CIFAR-100, 0.1 for ImageNet. The loss sums over
+            classes, so more classes need a smaller weight.
+        temperature: T, by which the auxiliary head's and the teacher's logits are divided.
         center_teacher: take the mean of each row's teacher logits out, which softmax does not see and this
             loss does (``fastkd.binary_kl_norm_loss``). Published without, with teachers trained by SGD, whose
             mean stays near 0.
         head: "linear", or "nonlinear": Linear(d, hidden), Dropout, BatchNorm, ReLU, Linear(hidden, C).
+        hidden: width of a nonlinear head.
+        dropout: share of a nonlinear head's features that are dropped.
         align: scope of the alignment: "all" as released, "shared", or "none" (published for ImageNet).
         stop_epoch: train this many epochs with the auxiliary head, then only on the labels. Released: 49 of
             100 for ImageNet, where alpha is 0 from epoch 50 on, counted from 1. Under DDP it needs
@@ -45,6 +52,8 @@ class DHKD(Method):
 
     For the alignment, hint and relation terms count as part of the logit loss.
     """
+
+    takes_forms = True
 
     def __init__(
         self,
@@ -80,6 +89,10 @@ class DHKD(Method):
             device = self.example.device
         aux = pooled_head(head, width, num_classes, hidden=hidden, dropout=dropout)
         self.head = aux.to(device, dtype_of_parts(student))
+
+    @classmethod
+    def top_k_temperature(cls, options: Mapping[str, Any]) -> float:
+        return temperature_at_k("binary_kl_norm", *TemperatureOptions(options["temperature"]))
 
     def describe_start(self, seen: Seen) -> list[str]:
         if not self.needs_teacher():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -13,10 +13,13 @@ from torch.nn import functional as F
 from fastkd import losses
 from fastkd.losses import DistillLoss
 from fastkd.losses.module import LossModule
+from fastkd.ops.spec import NKDOptions, SoftmaxOptions, TemperatureOptions
 from fastkd.reference import at_least_float32
 
 from .centering import describe_offset
-from .method import TOTAL, Method, Seen, Terms, fused_terms
+from .fused_terms import fused_terms
+from .given import temperature_at_k
+from .method import TOTAL, Method, Seen, Terms
 from .options import Epochs, Fraction, Positive, Weight
 
 
@@ -25,9 +28,15 @@ def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) 
 
 
 class CrossEntropy(Method, name="cross_entropy"):
-    """ce_weight CE(z_s, y): only the labels, optionally with a hint or relation term."""
+    """ce_weight CE(z_s, y): only the labels, optionally with a hint or relation term.
+
+    Args:
+        ce_weight: weight of the cross-entropy with the labels.
+        label_smoothing: share of each label that is spread over all classes.
+    """
 
     uses_teacher = False
+    takes_forms = True  # it reads none
 
     def __init__(
         self,
@@ -75,7 +84,17 @@ class RKD(CrossEntropy):
 
 
 class _Softmax(Method, abstract=True):
-    """CE and softmax distillation in one fused pass: the base of KD, LSKD, DKD and DCKD."""
+    """CE and softmax distillation in one fused pass: the base of KD, LSKD, DKD and DCKD.
+
+    Args:
+        ce_weight: weight of the cross-entropy with the labels.
+        temperature: T, by which both models' logits are divided.
+        standardize: distil logits standardised to (z - mean) / std per row, as in LSKD.
+        label_smoothing: share of each label that is spread over all classes, in the cross-entropy.
+        warmup_epochs: epochs in which the distillation's weights grow linearly from 0.
+    """
+
+    takes_forms = True
 
     def __init__(
         self,
@@ -88,6 +107,11 @@ class _Softmax(Method, abstract=True):
     ) -> None:
         super().__init__(student, teacher, **shared)
         self.label_smoothing, self.warmup_epochs = label_smoothing, warmup_epochs
+
+    @classmethod
+    def top_k_temperature(cls, options: Mapping[str, Any]) -> float:
+        softmax = SoftmaxOptions(options["temperature"], kd_weight=1.0, standardize=options["standardize"])
+        return temperature_at_k("softmax", *softmax)
 
     def warmup(self) -> float:
         """min(epoch / warmup_epochs, 1), epochs from 1."""
@@ -117,6 +141,9 @@ class KD(_Softmax):
 
     Published: 0.1, 0.9 and T 4 for CIFAR-100 (mdistiller); 0.5, 0.5 and T 1 for ImageNet. ``standardize``:
     LSKD.
+
+    Args:
+        kd_weight: weight of the distillation.
     """
 
     def __init__(
@@ -162,6 +189,10 @@ class DKD(_Softmax):
     Published for CIFAR-100: alpha 1, beta 8, T 4, ``warmup_epochs`` 20 (beta 6 and 2 for some pairs); for
     ImageNet T 1, beta 0.5 (R34 to R18) or 2 (R50 to MobileNetV1), ``warmup_epochs`` 1. With ``standardize``
     (LSKD): alpha and beta times 9 at T 2.
+
+    Args:
+        alpha: weight of TCKD, the distillation of the target class against all others.
+        beta: weight of NCKD, the distillation among the other classes.
     """
 
     needs_one_label = "it treats the target class separately, so an image must have one label"
@@ -237,9 +268,16 @@ class NKD(Method):
     """ce_weight CE + nkd_weight (-p_y log q_y - gamma T^2 sum_{i!=y} p-hat_i log q-hat_i) (Yang et al. 2023).
 
     Published: gamma 1.5 and T 1 for ImageNet, 3.5 and 3 for CIFAR-100.
+
+    Args:
+        ce_weight: weight of the cross-entropy with the labels.
+        nkd_weight: weight of the distillation.
+        gamma: weight of the non-target classes within it.
+        temperature: T, by which both models' logits are divided.
     """
 
     needs_one_label = DKD.needs_one_label
+    takes_forms = True
 
     def __init__(
         self,
@@ -256,6 +294,10 @@ class NKD(Method):
         self.ce_weight, self.nkd_weight = ce_weight, nkd_weight
         self.options: dict[str, Any] = {"gamma": gamma, "temperature": temperature}
 
+    @classmethod
+    def top_k_temperature(cls, options: Mapping[str, Any]) -> float:
+        return temperature_at_k("nkd", *NKDOptions(options["temperature"], options["gamma"]))
+
     def terms(self, seen: Seen) -> Terms:
         distillation = losses.nkd_loss(seen.student_logits, seen.teacher_logits, seen.target, **self.options)
         ce = cross_entropy(seen.student_logits, seen.target)
@@ -266,12 +308,15 @@ class BinaryKL(Method, name="binary_kl"):
     """ce_weight CE + weight BinaryKL on a single head, to compare with DHKD's auxiliary head.
 
     Args:
-        weight: the loss sums over classes, so more classes need a smaller weight.
+        ce_weight: weight of the cross-entropy with the labels.
+        weight: weight of the distillation, which sums over classes: more classes need a smaller weight.
+        temperature: T, by which both models' logits are divided.
         center_teacher: take the mean of each row's teacher logits out, which softmax does not see and this
             loss does (``fastkd.binary_kl_loss``). Published without; see ``DHKD``.
     """
 
     distillation: Callable[..., Tensor] = staticmethod(losses.binary_kl_loss)
+    takes_forms = True
 
     def __init__(
         self,
@@ -287,6 +332,10 @@ class BinaryKL(Method, name="binary_kl"):
         super().__init__(student, teacher, **shared)
         self.ce_weight, self.weight = ce_weight, weight
         self.options: dict[str, Any] = {"temperature": temperature, "center_teacher": center_teacher}
+
+    @classmethod
+    def top_k_temperature(cls, options: Mapping[str, Any]) -> float:
+        return temperature_at_k("binary_kl", *TemperatureOptions(options["temperature"]))
 
     def describe_start(self, seen: Seen) -> list[str]:
         return [describe_offset(seen.teacher_logits, self.options["center_teacher"])]
@@ -312,6 +361,7 @@ class LossMethod(Method, abstract=True):
         _check_loss(loss)
         super().__init__(student, teacher)
         self.callable = loss
+        self.takes_forms = isinstance(loss, LossModule)
 
     def needs_teacher(self) -> bool:
         return True

@@ -11,6 +11,7 @@ A training step, with whatever around it::
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,17 +20,19 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from fastkd.imports import import_named
+from fastkd.losses.forms import Form, LinearLogits, TopKLogits
 from fastkd.messages import nearest
 
 from .classifier import find_classifier
 from .features import Hint, angle_loss, distance_loss, over_all_ranks
+from .given import GivenTeacher
 from .options import GIVEN, Weight, check_options
 from .precision import dtype_of_parts
 from .sharing import check_apart
 from .taps import INPUT, Taps, eval_mode, logits_of, unwrapped
 
 Terms = dict[str, Tensor]
-Batch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]  # inputs, target, optional teacher logits
+Batch = tuple[Tensor, ...]  # inputs, target; optionally the teacher's logits, or outputs of a GivenTeacher
 TOTAL = "loss"  # name of a term that is the whole loss; other terms beside it are only logged
 
 
@@ -38,7 +41,7 @@ class Seen:
     """Outputs of both models for a batch. Teacher logits are None without a teacher."""
 
     student_logits: Tensor  # [N, C]
-    teacher_logits: Any  # Tensor [N, C], without gradient
+    teacher_logits: Any  # Tensor [N, C], without gradient; see ``Method.takes_forms``
     target: Tensor  # int64 [N], or probabilities [N, C] for mixed images
     student: dict[str, Tensor]  # features by path
     teacher: dict[str, Tensor]
@@ -73,6 +76,8 @@ class Method(nn.Module):
     name: ClassVar[str] = ""
     uses_teacher: ClassVar[bool] = True
     needs_one_label: ClassVar[str] = ""  # why soft targets [N, C] are refused; empty if they are supported
+    # Whether ``terms`` takes the teacher's logits as LinearLogits too; if not, they are computed for it.
+    takes_forms: bool = False
     _known: ClassVar[dict[str, type[Method]]] = {}
 
     def __init_subclass__(cls, name: str | None = None, abstract: bool = False, **more: Any) -> None:
@@ -164,6 +169,19 @@ class Method(nn.Module):
         """Whether this epoch's terms use the teacher; if not, it does not run."""
         return self.uses_teacher
 
+    @classmethod
+    def reads_layers(cls, options: Mapping[str, Any]) -> bool:
+        """Whether the terms read the teacher's layers, with these ``options`` (all of them, by name)."""
+        return any(options.get(name) for name in ("hint_weight", "distance_weight", "angle_weight"))
+
+    @classmethod
+    def top_k_temperature(cls, options: Mapping[str, Any]) -> float:
+        """The temperature at which ``terms`` reads the teacher's logits as ``TopKLogits``.
+
+        Raises ``ValueError`` with the reason if the terms are not defined for them.
+        """
+        raise ValueError("its class does not say at which temperature (top_k_temperature)")
+
     def leaves_parameters_out(self) -> bool:
         """Whether a step may leave a trained parameter without gradient, which DDP must know in advance."""
         return False
@@ -177,22 +195,24 @@ class Method(nn.Module):
         """The weighted, named terms of ``(inputs, target)``, which sum to the loss. Both models run once.
 
         ``target`` is int64 labels ``[N]`` or, for MixUp and CutMix, probabilities ``[N, C]``. A third entry
-        is the teacher's logits, for example from a cache; then the teacher does not run.
+        is the teacher's logits; then the teacher does not run. If the teacher is a ``GivenTeacher``, the
+        further entries are its outputs, for example from a cache.
 
-        Raises ``ValueError`` for soft targets if the loss needs one label, and for given logits if it needs
-        the teacher's features.
+        Raises ``ValueError`` for soft targets if the loss needs one label, for given logits if it needs the
+        teacher's features, and for logits of K classes if it needs all.
         """
         inputs, target, *given = batch
         if self.needs_one_label and target.is_floating_point():
             raise ValueError(f"soft targets are not defined for {self.name}: {self.needs_one_label}")
         has_extra = bool(self.hint or self._distance_weight or self._angle_weight)
-        teacher_logits = None
+        teacher_logits: Form | None = None
         teacher_features: dict[str, Tensor] = {}
         if given:
             if self.teacher_taps.paths:
                 layers = ", ".join(self.teacher_taps.paths)
                 raise ValueError(f"it needs the teacher's layers {layers}, but got only its logits")
-            (teacher_logits,) = given
+            with torch.no_grad(), self._teacher_format(inputs):
+                teacher_logits = self._given_logits(given)
         elif self.teacher is not None and (has_extra or self.needs_teacher()):
             taps = self.teacher_taps.reading()
             # Not inference mode: tensors that a teacher caches for all models of its class (such as a table
@@ -269,6 +289,19 @@ class Method(nn.Module):
         with eval_mode(self, self.teacher):
             self.loss(batch)
 
+    def _given_logits(self, given: Sequence[Tensor]) -> Form:
+        if not isinstance(self.teacher, GivenTeacher):
+            (logits,) = given
+            return logits
+        form = self.teacher.logits(*given)
+        if isinstance(form, TopKLogits) and not self.takes_forms:
+            raise ValueError(f"{self.name} needs all of the teacher's logits, but got those of K classes")
+        # In a format of the teacher's own, which the loss does not know.
+        in_its_format = self.teacher_dtype is not None
+        if isinstance(form, LinearLogits) and (in_its_format or not self.takes_forms):
+            return form.dense()
+        return form
+
     def _teacher_format(self, inputs: Any) -> contextlib.AbstractContextManager[Any]:
         if self.teacher_dtype is None or not isinstance(inputs, Tensor):
             return contextlib.nullcontext()
@@ -330,39 +363,6 @@ def total_of(terms: Terms) -> Tensor:
     trained = [value for value in terms.values() if value.requires_grad]
     first, *rest = trained or ([terms[TOTAL]] if TOTAL in terms else list(terms.values()))
     return sum(rest, first)
-
-
-class _FusedTerms(torch.autograd.Function):
-    """Terms of one fused loss, whose common gradient is that of the loss."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        return tuple(value.clone() for value in values)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        given = [gradient for gradient in gradients if gradient is not None]
-        if len(given) < len(gradients):
-            raise RuntimeError("terms of a fused loss are trained together: take the gradient of their sum")
-        first, *rest = given
-        for gradient in rest:
-            if first.device.type == "cpu" and not torch.equal(first, gradient):
-                raise RuntimeError("terms of a fused loss must be weighted by its options, not afterwards")
-            if first.device.type == "cuda":  # without waiting for the device
-                torch._assert_async(
-                    torch.eq(first, gradient), "terms of a fused loss are weighted by its options"
-                )
-        return first, *(None for _ in gradients)
-
-
-def fused_terms(loss: Tensor, terms: Terms) -> Terms:
-    """Attach the gradient of ``loss`` to detached ``terms`` that sum to it.
-
-    A fused loss has one gradient for all terms. Backward raises for a single term, or if terms are weighted
-    again.
-    """
-    return dict(zip(terms, _FusedTerms.apply(loss, *terms.values()), strict=True))
 
 
 def scaled(value: Tensor, scaler: GradScaler | None) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +43,11 @@ class MHKD(Method):
         layers: paths of the student's layers. Each head reads only its own layer and averages over space, so
             the features of a pair may differ in width, spatial size and kind (map, tokens, vector).
         teacher_layers: paths of the teacher's, in the same order; by default the student's.
+        ce_weight: weight of the cross-entropy of the final logits with the labels.
+        alpha: weight of the distillation of the final logits.
+        beta: weight of the student's heads.
+        temperature: T, by which all logits that are distilled are divided.
+        head_kd: share of the distillation in the loss of a student's head; the rest is cross-entropy.
         head_width: channels of the heads, also between two linear layers.
         head_linears: linear layers after the mean over space: 1, Linear(head_width, C), or 2, Linear, ReLU,
             Linear. Both are published.
@@ -87,6 +93,10 @@ class MHKD(Method):
         self.teacher_heads_train = teacher_heads is None
         if teacher_heads is not None:
             self._load_teacher_heads(teacher_heads)
+
+    @classmethod
+    def reads_layers(cls, options: Mapping[str, Any]) -> bool:
+        return True
 
     def terms(self, seen: Seen) -> Terms:
         target = seen.target

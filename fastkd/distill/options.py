@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
@@ -104,6 +105,30 @@ def _model_of(cls: type, partial: bool) -> type[BaseModel]:
     }
     config = ConfigDict(strict=True, arbitrary_types_allowed=True)
     return create_model("Options", __config__=config, **fields)
+
+
+def meanings_of(cls: type) -> dict[str, str]:
+    """What each option means, from the ``Args:`` of the docstrings of a method class and its bases."""
+    meanings: dict[str, str] = {}
+    for owner in cls.__mro__:
+        document = inspect.cleandoc(owner.__dict__.get("__doc__") or "")
+        _, _, arguments = document.partition("\nArgs:\n")
+        found: dict[str, list[str]] = {}
+        entry: list[str] = []
+        for line in arguments.splitlines():
+            if line and not line.startswith(" "):
+                break  # the next section
+            if match := _ARGUMENT.fullmatch(line):
+                entry = [match[2]]
+                found |= {name.strip(): entry for name in match[1].split(",")}
+            elif line.strip():
+                entry.append(line.strip())
+        for name, words in found.items():
+            meanings.setdefault(name, " ".join(words).replace("``", ""))
+    return {name: meanings[name] for name in options_of(cls) if name in meanings}
+
+
+_ARGUMENT = re.compile(r" {4}([A-Za-z]\w*(?:, [A-Za-z]\w*)*): (.*)")
 
 
 def is_file(annotation: Any) -> bool:

@@ -57,7 +57,7 @@ def _pair(
     ours = _tensors(student)
     teacher, indices = _known(loss, options, student, _ready("teacher_logits", teacher), rows, ours[0].dtype)
     theirs = _tensors(teacher)
-    chosen = backend_for((*ours, *theirs, rows.weight, rows.label), ours[0], theirs[0], indices is not None)
+    chosen = backend_for((*ours, *theirs, rows.weight, rows.label), ours[0], theirs[0])
     if chosen == "eager":
         dense = _dense(student, rows), _dense(teacher, rows)
         teachers = [centered(dense[1])] if center_teacher else [dense[1]]

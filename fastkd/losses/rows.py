@@ -37,18 +37,9 @@ def rows_of(
     return Rows(label, valid, row_weight, divisor, reduction != "none", leading)
 
 
-def backend_for(
-    tensors: Sequence[Tensor | None], student: Tensor, teacher: Tensor, known: bool = False
-) -> str:
-    """``known``: the teacher is known at some classes."""
+def backend_for(tensors: Sequence[Tensor | None], student: Tensor, teacher: Tensor) -> str:
     name = backend.get_backend()
     chosen = backend.resolve(name, student.device.type, student.dtype, teacher.dtype)
-    if known and chosen == "native" and student.is_cuda:
-        if name == "auto":
-            return "eager"
-        raise backend.BackendUnavailable(
-            "backend 'native' has no CUDA kernels for TopKLogits; use set_backend('triton'), or 'auto'"
-        )
     transform = None if chosen == "eager" else transform_of(tensors)
     if transform is None:
         return chosen

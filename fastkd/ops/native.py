@@ -190,6 +190,20 @@ def _team(logits: Tensor, pairs: int, rereads: bool, teacher: Tensor | None = No
     return plan_team(rows * pairs, classes, element_bytes, device.capability, device.multiprocessors, rereads)
 
 
+# Of TopKStatistics in csrc/cuda/arguments.h, in int64.
+STATISTICS_WORDS = 6
+
+
+def _top_k_arguments(student: Tensor, teacher: Tensor, call: Call, rereads: bool) -> Sequence[Any]:
+    """Indices, needs, workspace and plans. The kernels cannot allocate: the workspace is scratch memory."""
+    indices, needs = call.indices, call.at_k.needs
+    if indices is None or not student.is_cuda:
+        return indices, needs, _ABSENT
+    rows, known = indices.shape
+    workspace = indices.new_empty(rows * (STATISTICS_WORDS + known + 1))
+    return indices, needs, workspace, *_team(teacher, 1, rereads, teacher), *_team(student, 1, False)
+
+
 def row_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call, outputs: Outputs) -> None:
     """Fill ``outputs``. Logits are [N, C] or [M, K, C] with dense classes; see ``layout.as_rows``."""
     student, teacher, pairs = students[0], teachers[0], len(students)
@@ -201,7 +215,7 @@ def row_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call,
     if call.indices is None:
         last = _team(student, pairs, rereads, teacher)
     else:
-        name, last = "top_k_loss", (call.indices, call.at_k.needs)
+        name, last = "top_k_loss", _top_k_arguments(student, teacher, call, rereads)
     _operator(name)(
         student if single else students,
         teacher if single else teachers,

@@ -16,6 +16,9 @@ STREAMED_TILE = 4096
 STREAMED_WARPS = 16
 # Logits per warp; rows shorter than this share a program of up to four warps.
 ELEMENTS_PER_WARP = 512
+# Eight logits per thread: those of a wide load of half precision.
+KNOWN_TILE = 2048
+KNOWN_PER_WARP = 256
 # The fraction of the L2 cache that rows in flight may fill between their two passes.
 CACHE_SHARE = 0.6
 MAX_PARTS = 128
@@ -82,3 +85,16 @@ def plan_rows(
     cached_rows = int(CACHE_SHARE * device.cache_bytes) // (2 * classes * element_bytes)
     programs = max(device.multiprocessors, cached_rows)
     return Plan(1, STREAMED_TILE, False, STREAMED_WARPS, parts, programs)
+
+
+def plan_known(rows: int, classes: int, device: Device) -> Plan:
+    """The plan of each pass over a student whose teacher is known at K classes; a pass is a launch.
+
+    A program has one row or a part of it. Parts cost little: a later launch combines their sums anyway.
+    """
+    tile = min(KNOWN_TILE, max(16, 1 << (classes - 1).bit_length()))
+    tiles = -(-classes // tile)
+    warps = max(1, tile // KNOWN_PER_WARP)
+    # Twice the programs that the device holds at 2,048 threads per multiprocessor.
+    programs = 2 * device.multiprocessors * (2048 // (32 * warps))
+    return Plan(1, tile, False, warps, min(tiles, MAX_PARTS, max(1, -(-programs // rows))), rows)

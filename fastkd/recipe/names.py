@@ -16,7 +16,7 @@ _ASIDE = {
     "data.root", "data.folder", "data.fonts", "data.download", "data.workers", "data.corrupt_limit",
     "teacher.checkpoint", "teacher.cache", "train.device", "train.threads", "train.channels_last",
     "train.compile", "train.accumulate", "train.log_every", "train.checkpoint_every", "train.keep_every",
-    "train.tensorboard", "train.val_batch_size",
+    "train.tensorboard", "train.csv", "train.wandb", "train.val_batch_size",
 }  # fmt: skip
 
 

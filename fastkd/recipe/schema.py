@@ -1,229 +1,26 @@
-"""The values of a recipe: frozen, validated models of everything that defines a training run.
+"""Loading a recipe: a file or a name, overrides, and the checks of every value.
 
 A recipe file is flat YAML, one dotted key per line (``train.epochs: 6``). Nothing in it is evaluated, unknown
-keys are refused, and values are never converted silently.
+keys are refused, and values are never converted silently. ``sections`` has the models of the values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ValidationError
 
 from fastkd.distill.method import Method, find_method
 from fastkd.distill.options import OptionError, check_options, is_file, options_of
 from fastkd.errors import RecipeError
 from fastkd.messages import nearest
 
-from .durations import seconds_of
 from .files import find_recipe, parse_flat_yaml, parse_scalar
 from .names import description_of, name_of
+from .sections import DATA_SECTIONS, Model, Optimization, Recipe, Section, Teacher, Train
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1, lt=2**31)]
-Seed = Annotated[int, Field(ge=0, lt=2**31)]
-Precision = Literal["float32", "bfloat16", "float16"]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class GlyphsData(_Section):
-    """Characters rendered from font files."""
-
-    name: Literal["glyphs"] = "glyphs"
-    fonts: str | None = None  # folder of TTF, OTF, TTC; None: the DejaVu faces that matplotlib ships
-    holdout: list[str] | None = None  # names of the validation faces; None: see data.glyphs.fonts.split_faces
-    exclude: list[str] | None = None  # names of faces to leave out altogether
-    characters: str | None = None  # "4E00-9FA5", several ranges with commas; None: all common characters
-    coverage: Fraction = 0.95  # a face with a smaller share of `characters` is left out
-    augment: Annotated[float, Field(ge=0.0, le=4.0)] = 1.0  # strength of distortion and noise; 0: none
-
-
-class _Images(_Section):
-    augment: bool = True  # random crops and flips
-    mixup: Weight = 0.0  # alpha of MixUp's beta distribution; 0: off
-    cutmix: Weight = 0.0  # alpha of CutMix; if both are on, each batch gets one of them
-    synthetic: Count | None = None  # this many random images of the same shape, without the files
-
-
-class MemoryImages(_Images):
-    folder: str | None = None
-    holdout: Count | None = None  # validate on this many training images instead of the test images
-
-
-class ImageData(MemoryImages):
-    """A torchvision data set that fits into memory."""
-
-    name: Literal["fashion_mnist", "cifar100"]
-    download: bool = False  # into the folder, if it is missing
-
-
-class ArraysData(MemoryImages):
-    """Images and labels in train.npz and test.npz, which fit into memory."""
-
-    name: Literal["arrays"]
-
-
-class SyntheticData(_Section):
-    """Random images, to measure throughput."""
-
-    name: Literal["synthetic"]
-    images: Count = 1024
-    classes: Annotated[int, Field(ge=2)] = 1000
-    channels: Count = 3
-    size: Count = 224
-
-
-class _FileImages(_Images):
-    root: str | None = None
-    size: Count = 224  # side of the images that networks get
-    resize: Count | None = None  # shorter side before the central crop; None: 8/7 of size
-    workers: Annotated[int, Field(ge=0, le=256)] = 8  # processes that decode images
-    corrupt_limit: Annotated[int, Field(ge=0)] = 10  # unreadable images to skip before giving up
-
-
-class FolderData(_FileImages):
-    """Folders of image files, one folder per class."""
-
-    name: Literal["imagefolder"]
-    train: str = "train"  # below root; "." is root itself
-    val: str = "val"
-    holdout: Count | None = None  # validate on this many training images instead of `val`
-
-
-class ShardData(_FileImages):
-    """Tar shards in the WebDataset format: files KEY.jpg (or png, webp) and KEY.cls side by side."""
-
-    name: Literal["webdataset"]
-    train: str = "train-*.tar"  # below root; patterns such as train-{0000..0127}.tar too
-    val: str = "val-*.tar"
-    classes: Annotated[int, Field(ge=2)] | None = None  # None: the largest label + 1
-
-
-DataSection = GlyphsData | ImageData | ArraysData | FolderData | ShardData | SyntheticData
-
-
-class Model(_Section):
-    name: str = "glyph_cnn"  # of fastkd.models, torchvision/NAME, timm/NAME or module:callable
-    width: Count | None = None  # for networks that have one
-
-    @model_validator(mode="after")
-    def _exists(self) -> Model:
-        from fastkd.models import check_model
-
-        check_model(self.name, self.width)
-        return self
-
-
-class Optimization(_Section):
-    epochs: Count
-    batch_size: Count = 256  # per step, over all ranks
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    lr: Positive = 6e-3
-    momentum: Fraction = 0.9  # of sgd
-    weight_decay: Weight = 1e-2
-    schedule: Literal["one_cycle", "cosine", "steps", "constant"] = "one_cycle"
-    milestones: list[Count] = []  # for steps: divide the learning rate by 10 after each of these epochs
-    warmup_epochs: Annotated[float, Field(ge=0.0)] = 0.0  # epochs of linear growth at the start
-    seed: Seed = 0
-
-    @model_validator(mode="after")
-    def _one_warmup(self) -> Optimization:
-        if self.warmup_epochs and self.schedule == "one_cycle":
-            raise ValueError("warmup_epochs: one_cycle has a warm-up of its own; choose another schedule")
-        return self
-
-
-class Teacher(Optimization, Model):
-    checkpoint: str | None = None  # a file to load instead of training
-    weights: str | None = None  # or: a member of torchvision's weights enum, such as IMAGENET1K_V1
-    cache: str | None = None  # folder of `fastkd cache-teacher`, used in place of the teacher
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Teacher:
-        if self.checkpoint is not None and self.weights is not None:
-            raise ValueError("give either teacher.checkpoint or teacher.weights, not both")
-        if self.weights is not None and not self.name.startswith("torchvision/"):
-            raise ValueError(f"teacher.weights are torchvision's, but teacher.name is {self.name}")
-        return self
-
-
-class Train(Optimization):
-    clip_norm: Positive | None = None  # largest gradient norm, clipped after the method's gradient alignment
-    device: str = "auto"
-    precision: Precision = "float32"
-    teacher_precision: Precision | None = None  # None: same as precision
-    threads: Count | None = None  # CPU threads; None: torch's choice
-    channels_last: bool = False
-    compile: bool = False  # networks whose inner layers the method does not read
-    accumulate: Count = 1  # micro-batches per step and rank
-    sync_batchnorm: bool = False  # statistics over the batch of all ranks; on GPUs
-    ema: Annotated[float, Field(gt=0.0, lt=1.0)] | None = (
-        None  # decay of averaged weights, which are then validated
-    )
-    nonfinite: Literal["stop", "skip"] = "stop"  # what to do when the loss is NaN or infinite
-    log_every: Count | None = None  # steps between fetching losses; None: 1 on a CPU, else 20
-    checkpoint_every: Annotated[int | str, Field(union_mode="left_to_right")] | None = None  # steps, "15min"
-    keep_every: Count | None = None  # epochs between states that are never deleted
-    val_batch_size: Count | None = None  # for validation, over all ranks; None: same as batch_size
-    tensorboard: bool = False
-
-    @field_validator("checkpoint_every")
-    @classmethod
-    def _steps_or_time(cls, value: int | str | None) -> int | str | None:
-        if isinstance(value, str):
-            seconds_of(value)
-        elif value is not None and value < 1:
-            raise ValueError(f"expected at least 1, got {value}")
-        return value
-
-    @model_validator(mode="after")
-    def _parts_of_a_batch(self) -> Train:
-        if self.accumulate > self.batch_size:
-            raise ValueError(f"accumulate = {self.accumulate} is more than batch_size = {self.batch_size}")
-        return self
-
-
-class Recipe(_Section):
-    """One run: data, student, optional teacher, method with its options, optimisation."""
-
-    description: Annotated[str, Field(min_length=1)]
-    data: Annotated[DataSection, Field(discriminator="name")] = GlyphsData()
-    student: Model
-    teacher: Teacher | None = None
-    method: str
-    options: dict[str, Any] = {}  # of the method; `method.OPTION` in a recipe
-    train: Train
-
-    @model_validator(mode="after")
-    def _teacher_if_needed(self) -> Recipe:
-        if self.teacher is None and find_method(self.method).uses_teacher:
-            raise ValueError(f"method {self.method} needs a teacher: give teacher.name and teacher.epochs")
-        return self
-
-    def flat(self) -> dict[str, Any]:
-        """All values by dotted key, in order of declaration."""
-        flat: dict[str, Any] = {}
-        for key, value in self.model_dump(exclude_none=True).items():
-            if isinstance(value, dict):
-                prefix = "method" if key == "options" else key
-                flat.update({f"{prefix}.{k}": v for k, v in value.items() if v is not None})
-            else:
-                flat[key] = value
-        return flat
-
-
-_DATA: dict[str, type[_Section]] = {
-    name: section
-    for section in get_args(DataSection)
-    for name in get_args(section.model_fields["name"].annotation)
-}
 _SECTIONS = ("data", "student", "teacher", "method", "train")
 # The teacher's section defaults to these values of train.
 _SHARED = [name for name in Optimization.model_fields if name != "seed"]
@@ -280,8 +77,8 @@ def without_effect(recipe: Recipe, overrides: Iterable[str]) -> list[str]:
 
 def make_recipe(values: Mapping[str, Any], origin: str) -> Recipe:
     """Validate flat dotted values. Errors (``RecipeError``) begin with ``origin``."""
-    method, data = _choices(values, origin)
-    valid = _valid_keys(method, data)
+    method, data = choices(values, origin)
+    valid = valid_keys(method, data)
     nested: dict[str, Any] = {}
     for key, value in values.items():
         if key in valid:
@@ -318,7 +115,7 @@ def make_recipe(values: Mapping[str, Any], origin: str) -> Recipe:
     return _with_absolute_paths(recipe)
 
 
-def _choices(values: Mapping[str, Any], origin: str) -> tuple[type[Method], type[_Section]]:
+def choices(values: Mapping[str, Any], origin: str) -> tuple[type[Method], type[Section]]:
     """The classes of the method and the data section, which decide the other valid keys."""
     name = values.get("method")
     if isinstance(name, Mapping):
@@ -334,15 +131,15 @@ def _choices(values: Mapping[str, Any], origin: str) -> tuple[type[Method], type
     except ValueError as error:
         raise RecipeError(f"{origin}: {error}") from None
     data = values.get("data.name", "glyphs")
-    if not isinstance(data, str) or data not in _DATA:
-        near = nearest(str(data), _DATA)
+    if not isinstance(data, str) or data not in DATA_SECTIONS:
+        near = nearest(str(data), DATA_SECTIONS)
         raise RecipeError(
-            f"{origin}: data.name = {data!r} is unknown{near}; expected one of {', '.join(_DATA)}"
+            f"{origin}: data.name = {data!r} is unknown{near}; expected one of {', '.join(DATA_SECTIONS)}"
         )
-    return method, _DATA[data]
+    return method, DATA_SECTIONS[data]
 
 
-def _valid_keys(method: type[Method], data: type[_Section]) -> list[str]:
+def valid_keys(method: type[Method], data: type[Section]) -> list[str]:
     options: dict[str, Iterable[str]] = {
         "data": data.model_fields,
         "student": Model.model_fields,
@@ -377,11 +174,11 @@ def _explain(error: ValidationError, origin: str) -> str:
 
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
     # The recipe in a run folder must not depend on the working directory.
-    def absolute(section: _Section, key: str) -> _Section:
+    def absolute(section: Section, key: str) -> Section:
         value = getattr(section, key, None)
         return section.model_copy(update={key: _absolute(value)}) if value is not None else section
 
-    data: _Section = recipe.data
+    data: Section = recipe.data
     for key in ("fonts", "folder", "root"):
         data = absolute(data, key)
     teacher = recipe.teacher and absolute(absolute(recipe.teacher, "checkpoint"), "cache")

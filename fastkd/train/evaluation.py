@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
@@ -17,6 +18,24 @@ from . import distributed
 from .batches import Batches
 from .precision import Numerics, autocast
 from .preflight import first_of
+
+# Of few classes, five are no measure: with 10, half of all guesses are right.
+TOP5_ABOVE = 10  # classes
+
+
+@dataclass(frozen=True)
+class Validated:
+    """Means over ``rows`` images. ``top5`` is None with ``TOP5_ABOVE`` classes or fewer."""
+
+    accuracy: float
+    top5: float | None
+    loss: float
+    rows: int
+
+    def record(self) -> dict[str, Any]:
+        """The entries of an epoch's record."""
+        top5 = {} if self.top5 is None else {"val_top5_accuracy": self.top5}
+        return {"val_accuracy": self.accuracy, **top5, "val_loss": self.loss, "val_rows": self.rows}
 
 
 def evaluate(
@@ -31,10 +50,8 @@ def evaluate(
 
     In a process group each rank computes its share of every batch, and all return the overall result.
     """
-    accuracy, loss, _ = evaluate_rows(
-        model, loader, device=device, precision=precision, channels_last=channels_last
-    )
-    return accuracy, loss
+    result = evaluate_rows(model, loader, device=device, precision=precision, channels_last=channels_last)
+    return result.accuracy, result.loss
 
 
 @torch.no_grad()
@@ -45,10 +62,11 @@ def evaluate_rows(
     device: torch.device | str,
     precision: str = "float32",
     channels_last: bool = False,
-) -> tuple[float, float, int]:
-    """Like ``evaluate``, with the number of images. Raises ``TrainError`` if there are none."""
+) -> Validated:
+    """Like ``evaluate``, with top-5 and the number of images. Raises ``TrainError`` if there are none."""
     device = torch.device(device)
-    correct = torch.zeros((), dtype=torch.int64, device=device)
+    correct, among_five = torch.zeros(2, dtype=torch.int64, device=device)
+    has_top5 = 0
     total = torch.zeros((), dtype=torch.float64, device="cpu" if device.type == "mps" else device)
     rows = 0
     with eval_mode(model):
@@ -60,13 +78,29 @@ def evaluate_rows(
             with autocast(device, precision):
                 logits = logits_of(model, images, "network")
             correct += (logits.argmax(-1) == target).sum()
+            if logits.shape[-1] > TOP5_ABOVE:
+                has_top5 = 1
+                among_five += (ranks(logits, target) < 5).sum()
             total += F.cross_entropy(at_least_float32(logits), target, reduction="sum").to(total)
             rows += len(target)
-    counts = torch.stack([correct.to(total), total, torch.full_like(total, rows)])
-    correct_rows, loss, all_rows = distributed.sum_over_ranks(counts).tolist()
+    known = (torch.full_like(total, value) for value in (has_top5, rows))
+    counts = torch.stack([correct.to(total), among_five.to(total), total, *known])
+    top1, top5, loss, has_top5, all_rows = distributed.sum_over_ranks(counts).tolist()
     if all_rows == 0:
         raise TrainError("the validation loader yielded no batch")
-    return correct_rows / all_rows, loss / all_rows, int(all_rows)
+    return Validated(top1 / all_rows, top5 / all_rows if has_top5 else None, loss / all_rows, int(all_rows))
+
+
+def ranks(logits: Tensor, target: Tensor) -> Tensor:
+    """The number of classes that come before the target's, for each row of ``logits`` [N, C].
+
+    Of equal logits the lower class comes first, so that the result does not depend on how rows are divided
+    among ranks, as it may with ``topk``; NaN comes before all numbers.
+    """
+    own = logits.gather(1, target.unsqueeze(1))
+    classes = torch.arange(logits.shape[1], device=logits.device)
+    before = (logits == own) & (classes < target.unsqueeze(1))
+    return (~(logits <= own) | before).sum(1)
 
 
 def try_validation(student: nn.Module, loader: Any, numerics: Numerics) -> None:
@@ -95,10 +129,10 @@ def validate(
 ) -> dict[str, Any]:
     """The validation part of an epoch's record: that of the average, if there is one."""
     distributed.share_buffers(student)
-    accuracy, loss, rows = evaluate_rows(student, loader, **vars(numerics))
+    result = evaluate_rows(student, loader, **vars(numerics))
     record: dict[str, Any] = {}
     if average is not None:
-        record["student_accuracy"] = accuracy
+        record["student_accuracy"] = result.accuracy
         distributed.share_buffers(average.module)
-        accuracy, loss, _ = evaluate_rows(average.module, loader, **vars(numerics))
-    return {**record, "val_accuracy": accuracy, "val_loss": loss, "val_rows": rows}
+        result = evaluate_rows(average.module, loader, **vars(numerics))
+    return {**record, **result.record()}

@@ -42,8 +42,8 @@ class FitResult:
 
     ``history`` has one record per epoch: ``epoch`` (from 1), ``loss``, ``terms``, ``train_accuracy``,
     ``rows`` (images trained on, over all ranks), ``skipped`` (steps left out), ``val_accuracy``,
-    ``val_loss``, ``val_rows``, ``lr`` (after the epoch) and ``seconds`` (data, teacher, student, loss, other,
-    validation).
+    ``val_top5_accuracy`` (with more than 10 classes), ``val_loss``, ``val_rows``, ``lr`` (after the epoch)
+    and ``seconds`` (data, teacher, student, loss, other, validation).
     With an average of the weights, ``val_accuracy`` and ``val_loss`` are the average's, and
     ``student_accuracy`` is that of the weights in training.
     """

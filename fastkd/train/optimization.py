@@ -8,7 +8,7 @@ import torch
 from torch.optim import lr_scheduler
 
 from fastkd.distill import Method
-from fastkd.recipe.schema import Optimization
+from fastkd.recipe.sections import Optimization
 
 # Fused: one kernel over all parameters. Unfused, a large linear layer makes it a tenth of a CPU step.
 _FUSED_ON = ("cpu", "cuda", "mps", "xpu")

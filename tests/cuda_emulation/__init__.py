@@ -57,6 +57,14 @@ class Rows(ctypes.Structure):
     ]
 
 
+class Known(ctypes.Structure):
+    _fields_ = [
+        ("indices", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("stride", "count")),
+        ("needs", ctypes.c_uint32),
+    ]
+
+
 class LossOptions(ctypes.Structure):
     _fields_ = [("loss", ctypes.c_int32), ("needs", ctypes.c_uint32), ("values", ctypes.c_float * 8)]
 
@@ -70,10 +78,12 @@ class Emulation:
 
     def __init__(self, path):
         self.library = ctypes.CDLL(str(path))
-        for name in ("emulated_row_loss", "emulated_scale_rows"):
+        for name in ("emulated_row_loss", "emulated_top_k_loss", "emulated_scale_rows"):
             getattr(self.library, name).restype = ctypes.c_char_p
         assert self.library.size_of_rows() == ctypes.sizeof(Rows)
         assert self.library.size_of_options() == ctypes.sizeof(LossOptions)
+        self.library.words_of_workspace.argtypes = [ctypes.c_int64] * 2
+        self.library.words_of_workspace.restype = ctypes.c_int64
         self.plan = lambda rows, classes, element_bytes: plan_team(rows, classes, element_bytes, (9, 0), 132)
 
     def rows(self, student, teacher, target, row_weight, scale, rows, terms, gradient):
@@ -89,14 +99,33 @@ class Emulation:
             pointer(rows), pointer(terms), terms.stride(0),
         )  # fmt: skip
 
-    def launch(self, pairs, call, plan):
+    @staticmethod
+    def options(call):
         values, dynamic = (ctypes.c_float * 8)(*call.options), call.dynamic
+        return (
+            ctypes.byref(LossOptions(native._LOSS_INDEX[call.loss], call.needs, values)),
+            ctypes.c_void_p(None if dynamic is None else dynamic.data_ptr()),
+            0 if dynamic is None else len(dynamic),
+        )
+
+    def launch(self, pairs, call, plan):
+        pointer = (Rows * len(pairs))(*pairs)
+        arguments = *self.options(call), ctypes.byref(Plan(*plan))
+        self.check(self.library.emulated_row_loss(pointer, len(pairs), *arguments))
+
+    def launch_top_k(self, rows, call, plan, plan_at_k):
+        count, known = call.indices.shape
+        # NaN, and out of range as a position: what was not written shows.
+        workspace = torch.full((count * (native.STATISTICS_WORDS + known + 1),), -1)
+        assert len(workspace) == self.library.words_of_workspace(count, known)
         self.check(
-            self.library.emulated_row_loss(
-                (Rows * len(pairs))(*pairs), len(pairs),
-                ctypes.byref(LossOptions(native._LOSS_INDEX[call.loss], call.needs, values)),
-                ctypes.c_void_p(None if dynamic is None else dynamic.data_ptr()),
-                0 if dynamic is None else len(dynamic), ctypes.byref(Plan(*plan)),
+            self.library.emulated_top_k_loss(
+                ctypes.byref(rows),
+                ctypes.byref(
+                    Known(call.indices.data_ptr(), call.indices.stride(0), known, call.at_k.needs)
+                ),
+                *self.options(call), ctypes.c_void_p(workspace.data_ptr()), ctypes.byref(Plan(*plan)),
+                ctypes.byref(Plan(*plan_at_k)),
             )
         )  # fmt: skip
 
@@ -114,7 +143,10 @@ class Emulation:
             weight = row_weight[pair] if row_weight is not None and row_weight.dim() == 2 else row_weight
             row_outputs = rows[pair_rows], terms[:, pair_rows], gradient[pair_rows]
             pairs.append(self.rows(student, teacher, call.target, weight, 1 / call.divisor, *row_outputs))
-        self.launch(pairs, call, plan)
+        if call.indices is None:
+            self.launch(pairs, call, plan)
+        else:
+            self.launch_top_k(pairs[0], call, plan, self.plan(count, call.indices.shape[1] + 1, 8))
         if sums is not None:
             sums.copy_(rows.view(len(pairs), count).sum(-1).view_as(sums))
 

@@ -18,7 +18,8 @@ from fastkd.data.arrays import ArrayData, crop_and_flip, draw_moves, load_image_
 from fastkd.data.data import load_data
 from fastkd.errors import DataError
 from fastkd.recipe.files import shipped_recipes
-from fastkd.recipe.schema import ImageData, load_recipe
+from fastkd.recipe.schema import load_recipe
+from fastkd.recipe.sections import ImageData
 from fastkd.train.loop import fit_method
 from fastkd.train.optimization import build_optimizer, build_scheduler
 from fastkd.train.run.build import build_method, build_network

@@ -14,7 +14,7 @@ import pytest
 
 from fastkd.data.arrays import ArrayData
 from fastkd.data.data import load_data
-from fastkd.recipe.schema import ArraysData
+from fastkd.recipe.sections import ArraysData
 
 from .image_trees import load_script
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from fastkd.data.files import FileData, load_file_data
 from fastkd.errors import DataError
-from fastkd.recipe.schema import FolderData, ShardData
+from fastkd.recipe.sections import FolderData, ShardData
 
 from .image_trees import SCRIPT, make_shards, make_tree
 

@@ -14,7 +14,7 @@ from fastkd.data.glyphs.fonts import DEJAVU_HOLDOUT, parse_characters, split_fac
 from fastkd.data.glyphs.loader import GlyphLoader, augment_batch, load_glyph_data
 from fastkd.data.glyphs.render import load_glyphs, render_face
 from fastkd.errors import DataError
-from fastkd.recipe.schema import GlyphsData
+from fastkd.recipe.sections import GlyphsData
 from tests.small_fonts import DEJAVU
 
 CPU = torch.device("cpu")
@@ -216,6 +216,18 @@ def test_an_epoch_of_a_seed_is_always_the_same(images: np.ndarray) -> None:
     assert torch.equal(first, epoch(1, 2))
     assert not torch.equal(first, epoch(1, 3))
     assert not torch.equal(first, epoch(2, 2))
+
+
+def test_any_rank_and_position_sees_the_images_of_the_whole_epoch(images: np.ndarray) -> None:
+    loader = GlyphLoader(images, [0, 1], 16, device=CPU, seed=1, augment=1.0)
+    whole = list(loader.indexed())
+    classes = images.shape[1]
+    assert sorted(torch.cat([chosen for *_, chosen in whole]).tolist()) == list(range(2 * classes))
+    assert all(torch.equal(target, chosen % classes) for _, target, chosen in whole)
+    for rank in range(2):
+        for expected, got in zip(whole[3:], loader.indexed(3, rank, 2), strict=True):
+            half = slice(rank * len(expected[0]) // 2, (rank + 1) * len(expected[0]) // 2)
+            assert all(torch.equal(a[half], b) for a, b in zip(expected, got, strict=True))
 
 
 def test_augmentation_is_small_and_differs_by_image(images: np.ndarray) -> None:

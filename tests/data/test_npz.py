@@ -12,9 +12,10 @@ import torch
 
 from fastkd.cli import main
 from fastkd.data.arrays import ArrayData
-from fastkd.data.data import CacheableData, load_data
+from fastkd.data.data import load_data
 from fastkd.errors import DataError, RecipeError
-from fastkd.recipe.schema import ArraysData, load_recipe
+from fastkd.recipe.schema import load_recipe
+from fastkd.recipe.sections import ArraysData
 
 CPU = torch.device("cpu")
 
@@ -31,7 +32,6 @@ def write(folder: Path, *, channels: int = 3, side: int = 16, compressed: bool =
 def load(folder: Path, **options: Any) -> ArrayData:
     data = load_data(ArraysData(name="arrays", folder=str(folder), **options))
     assert isinstance(data, ArrayData)
-    assert isinstance(data, CacheableData)
     return data
 
 

@@ -17,7 +17,7 @@ from fastkd.data.files import load_file_data
 from fastkd.data.pixels import to_rgb
 from fastkd.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from fastkd.errors import DataError
-from fastkd.recipe.schema import FolderData
+from fastkd.recipe.sections import FolderData
 
 from .image_trees import make_tree
 

@@ -198,7 +198,7 @@ def test_an_error_names_the_pair():
             "must have dense rows",
         ),
         ({"teachers": [torch.randn(6, 45).double()]}, "teacher_logits must be float32"),
-        ({"teachers": [torch.randn(6, 44)]}, "teacher_logits must have the same shape"),
+        ({"teachers": [torch.randn(6, 44)]}, "teacher_logits must have the rows of the first student_logits"),
         ({"teachers": [torch.randn(1, 2, 3, 45)]}, "teacher_logits must have two or three dimensions"),
     ],
 )

@@ -40,3 +40,12 @@ def test_rows_are_split_bounded_or_grouped_by_shape():
     short = plan.plan_rows("softmax", 256, 10, 4, H100)
     assert short.rows > 1
     assert short.one_tile
+
+
+@given(st.integers(1, 100_000), st.integers(1, 3_000_000))
+def test_plans_for_known_classes_cover_the_rows(rows, classes):
+    planned = plan.plan_known(rows, classes, H100)
+    assert planned.tile & (planned.tile - 1) == 0
+    assert 1 <= planned.warps <= 8
+    assert 1 <= planned.parts <= min(plan.MAX_PARTS, -(-classes // planned.tile))
+    assert planned[:4] == plan.plan_known(rows + 1, classes, H100)[:4]

@@ -16,7 +16,8 @@ import torch
 from fastkd.cli import main
 from fastkd.data.glyphs.loader import load_glyph_data
 from fastkd.errors import RecipeError
-from fastkd.recipe.schema import GlyphsData, load_recipe, without_effect
+from fastkd.recipe.schema import load_recipe, without_effect
+from fastkd.recipe.sections import GlyphsData
 from fastkd.train.commands.plot import read_shown
 from fastkd.train.distributed import number
 

@@ -10,7 +10,8 @@ import torch
 from fastkd.distill import find_method
 from fastkd.models import build_model
 from fastkd.recipe.files import shipped_recipes
-from fastkd.recipe.schema import Recipe, load_recipe
+from fastkd.recipe.schema import load_recipe
+from fastkd.recipe.sections import Recipe
 
 DHKD = [name for name in shipped_recipes() if name.startswith(("cifar100/dhkd", "imagenet/r18-dhkd"))]
 WITH_FEATURES = [name for name in shipped_recipes() if name.startswith(("cifar100/mhkd", "cifar100/dckd"))]

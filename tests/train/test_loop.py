@@ -15,7 +15,7 @@ from fastkd.data.glyphs.loader import GlyphData, load_glyph_data
 from fastkd.distill import Method, find_method
 from fastkd.errors import NonFiniteLossError, TrainError
 from fastkd.models import GlyphCNN
-from fastkd.recipe.schema import GlyphsData
+from fastkd.recipe.sections import GlyphsData
 from fastkd.train import FitResult, Watcher, evaluate, fit, fit_method
 from fastkd.train.meters import PARTS, LossMeter
 from fastkd.train.run.checkpoint import load_checkpoint, save_checkpoint

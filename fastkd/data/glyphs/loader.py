@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastkd.data.order import EpochLoader, EpochOrder
+from fastkd.data.order import EpochOrder, IndexedLoader, rows_of
 from fastkd.errors import DataError
-from fastkd.recipe.schema import GlyphsData
+from fastkd.recipe.sections import GlyphsData
 
 from .fonts import DEJAVU_HOLDOUT, split_faces
 from .render import GlyphSet, load_glyphs
@@ -48,6 +48,26 @@ class GlyphData:
     @property
     def notes(self) -> list[str]:
         return self.glyphs.notes
+
+    @property
+    def augmentation(self) -> dict[str, object]:
+        return {"strength": self.augment}
+
+    @property
+    def content(self) -> list[object]:
+        return [self.glyphs.digest, self.train_faces]
+
+    @property
+    def samples(self) -> int:
+        return len(self.train_faces) * self.num_classes
+
+    @property
+    def varies(self) -> bool:
+        return self.augment > 0
+
+    def drawn_with(self, batch_size: int, device: torch.device) -> dict[str, object]:
+        # Drawn for whole batches on the device, whose generator gives other numbers than the CPU's.
+        return {"batch_size": batch_size, "device": device.type} if self.varies else {}
 
     @property
     def fingerprint(self) -> list[object]:
@@ -88,11 +108,11 @@ def load_glyph_data(config: GlyphsData) -> GlyphData:
     return GlyphData(glyphs, images, train, val, config.augment)
 
 
-class GlyphLoader(EpochLoader):
+class GlyphLoader(IndexedLoader):
     """Batches of ``(images, target)``: float32 ``[N, 1, 32, 32]`` with ink 1, and int64 classes ``[N]``.
 
     With a ``seed`` the images are shuffled and augmented in each epoch, and epoch k of a seed is always the
-    same. Without one they come in order and as rendered.
+    same, for one batch size and kind of device. Without one they come in order and as rendered.
     """
 
     def __init__(
@@ -114,18 +134,29 @@ class GlyphLoader(EpochLoader):
         self._augment = augment
         super().__init__(EpochOrder(len(faces) * images.shape[1], batch_size, seed))
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def indexed(
+        self, start: int = 0, rank: int = 0, world: int = 1, even: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """``(images, target, sample indices)``. Every rank draws the changes of the whole batches."""
         classes = self._images.shape[1]
         generator = torch.Generator(self._device)
         # Unique for seeds below 2**31 and epochs below 2**20.
         generator.manual_seed((self._seed or 0) * 2**20 + self._order.epoch)
         for batch in self._order.batches():
+            augments = self._augment and self._seed is not None
+            if batch.position < start and not augments:
+                continue
             face, target = np.divmod(batch.samples, classes)
             pixels = torch.from_numpy(self._images[self._faces[face], target])
             images = pixels.to(self._device, non_blocking=True).unsqueeze(1).float().div_(255)
-            if self._augment and self._seed is not None:
+            if augments:
+                # Before ``start`` too: the generator must have drawn as much as in a whole epoch.
                 images = augment_batch(images, self._augment, generator)
-            yield images, torch.from_numpy(target).to(self._device, non_blocking=True)
+            if batch.position < start:
+                continue
+            own = rows_of(len(target), rank, world, even=even)
+            labels = torch.from_numpy(target[own]).to(self._device, non_blocking=True)
+            yield images[own], labels, torch.from_numpy(batch.samples[own])
 
 
 def augment_batch(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:

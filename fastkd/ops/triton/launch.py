@@ -1,35 +1,22 @@
 """Launches of the Triton kernels: grids, compile-time arguments, pointers and strides."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastkd.ops.call import Call, Outputs
 from fastkd.ops.plan import MAX_PARTS, Plan, device_of, plan_rows
-from fastkd.ops.triton import formulas, mixture_rows, softmax_rows, statistics
+from fastkd.ops.triton import formulas, mixture_rows, softmax_rows, statistics, top_k
+from fastkd.ops.triton.launch_options import common_vector, compile_options, on_device, row_strides
 from fastkd.ops.triton.pointwise_rows import pointwise_rows, scale_rows
-
-
-def compile_options(plan: Plan, many_registers: bool = False) -> dict[str, Any]:
-    """Compile options of a launch; ``many_registers`` raises the register limit."""
-    # A fused multiply-add would leave a rounding error where two equal products must cancel to 0. Triton's
-    # default differs between versions.
-    options = {"num_warps": plan.warps, "enable_fp_fusion": False}
-    # By default ptxas limits sixteen warps to 64 registers per thread, and spills.
-    if torch.version.hip is None and plan.warps == 16 and many_registers:
-        options["maxnreg"] = 128
-    return options
-
-
-def on_device(tensor: Tensor) -> AbstractContextManager[object]:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def row_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call, outputs: Outputs) -> None:
     """Fill ``outputs``. Logits are [N, C] or [M, K, C] with dense classes; see ``layout.as_rows``."""
+    if call.indices is not None:
+        top_k.row_loss(students[0], teachers[0], call, outputs, dense=row_loss)
+        return
     spec, needs = call.spec, call.needs
     rows, terms, gradient, _ = outputs
     student, teacher = students[0], teachers[0]
@@ -92,20 +79,6 @@ def row_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call,
                 TERMS=terms is not None, PHASE=phase, ONE_TILE=plan.one_tile, PARTS=MAX_PARTS,
                 **compile_options(plan, many_registers),
             )  # fmt: skip
-
-
-def row_strides(logits: Tensor) -> tuple[int, int]:
-    """Strides of the leading dimensions of [M, K, C]; [N, C] counts as [N, 1, C]."""
-    return (logits.stride(0), 0 if logits.dim() == 2 else logits.stride(1))
-
-
-def common_vector(*numbers: int) -> int:
-    """8 if it divides all numbers, else 1: enables 16-byte loads and stores.
-
-    A single compile-time constant: Triton's own specialisation distinguishes 1 and multiples of 16 for each
-    number, and would recompile for other strides.
-    """
-    return 8 if all(number % 8 == 0 for number in numbers) else 1
 
 
 def partials(rows: Tensor, plan: Plan, values: int) -> Tensor:

@@ -1,9 +1,8 @@
-"""`fastkd cache-teacher`: store the teacher's logits for every epoch's images."""
+"""`fastkd cache-teacher`: store what the teacher gives for every epoch's images."""
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,25 +14,35 @@ from torch import Tensor, nn
 
 from fastkd.data.data import Data, load_data
 from fastkd.data.order import IndexedLoader
-from fastkd.distill.method import total_of
-from fastkd.distill.taps import eval_mode, logits_of
 from fastkd.errors import RecipeError
 from fastkd.recipe.schema import Recipe, load_recipe
 from fastkd.train.display.console import make_console
 from fastkd.train.distributed import number
-from fastkd.train.run.build import build_method, build_network, resolve_device, try_method
+from fastkd.train.run.build import build_network, resolve_device, tried, try_method
+from fastkd.train.run.cache_agreement import measure_agreement, teacher_outputs
+from fastkd.train.run.cache_stores import STORES, LogitsStore, Store, TopKStore, features_store
 from fastkd.train.run.folder import write_json
 from fastkd.train.run.lock import locked
-from fastkd.train.run.teacher_cache import CachedLoader, CacheWriter, TeacherCache, wanted_facts
+from fastkd.train.run.teacher_cache import CacheWriter, TeacherCache, top_k_temperature, wanted_facts
 from fastkd.train.run.teachers import find_teacher
+
+_TOP_K = 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("words", nargs="+", metavar="RECIPE [key=value …]", help="as for `fastkd train`")
     parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a new folder for the cache")
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--top-k", type=int, default=16, metavar="K", help="classes to keep (default: 16)")
-    form.add_argument("--all", action="store_true", help="keep all classes")
+    parser.add_argument(
+        "--store",
+        choices=STORES,
+        default="top_k",
+        help="top_k (default): the K most probable classes at the method's temperature; logits: all classes; "
+        "features: the input of the teacher's last linear layer",
+    )
+    parser.add_argument(
+        "--top-k", type=int, metavar="K", help=f"classes that top_k keeps (default: {_TOP_K})"
+    )
+    parser.add_argument("--all", action="store_true", help=argparse.SUPPRESS)  # its name before --store
     parser.add_argument(
         "--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="where a trained teacher is stored"
     )
@@ -45,48 +54,71 @@ def run(args: argparse.Namespace) -> int:
         raise RecipeError(
             f"cache-teacher runs in one process, but WORLD_SIZE is {processes}: start it without torchrun"
         )
+    if args.all:
+        raise RecipeError("--all is now --store logits")
+    if args.top_k is not None and args.store != "top_k":
+        raise RecipeError(f"--top-k is of --store top_k, but the store is {args.store}")
     console = make_console()
     _, recipe = load_recipe(args.words[0], args.words[1:])
     device = resolve_device(recipe.train.device)
     data = load_data(recipe.data)
     console.print(f"data: {data.describe()}", markup=False)
-    facts = wanted_facts(recipe, data)
+    facts = wanted_facts(recipe, data, device)
     assert recipe.teacher is not None
     if recipe.teacher.cache is not None:
         raise RecipeError("teacher.cache is given, but this command creates a cache")
-    if not args.all and args.top_k < 1:
-        raise RecipeError(f"--top-k {args.top_k}: expected at least 1")
-    facts["top_k"] = None if args.all or args.top_k >= data.num_classes else args.top_k
     if args.to.exists():  # before a teacher is trained
         raise RecipeError(
             f"--to {args.to}: it already exists; a cache is never overwritten: choose a new folder"
         )
-    for note in try_method(recipe, data, device, cached=True):
+    # Tried with an untrained teacher before one is trained.
+    untrained = tried(f"teacher {recipe.teacher.name}", build_network, recipe.teacher, data)
+    tried_with = _store(args, recipe, data, untrained)
+    for note in try_method(recipe, data, device, given=tried_with.teacher()):
         console.print(note, markup=False)
     teacher = find_teacher(recipe.teacher, data, args.runs, device, console)
     facts["val_accuracy"] = teacher.summary["val_accuracy"]
     console.print(f"teacher: {facts['val_accuracy']:.2%}, {teacher.summary['checkpoint']}", markup=False)
-    writer = CacheWriter(args.to, facts)
+    store = _store(args, recipe, data, teacher.model.to(device))
+    writer = CacheWriter(args.to, facts, store)
     try:
-        cache = _fill(writer, recipe, data, teacher.model, facts["epochs"], device, console)
+        cache = _fill(writer, store, recipe, data, teacher.model, facts["epochs"], device, console)
     except KeyboardInterrupt:
         console.print("stopped; the same command resumes after the last complete epoch")
         return 130
-    report = _report(cache, recipe, data, teacher.model, device)
+    report = {
+        "store": store.facts,
+        "bytes_per_sample": cache.bytes_per_sample,
+        "megabytes": cache.bytes_in_all / 1e6,
+        "agreement": measure_agreement(cache, store, recipe, data, teacher.model, device),
+    }
     write_json(args.to / "report.json", report)
-    console.print(
-        f"{report['bytes_per_sample']} bytes per sample and epoch, {report['megabytes']:.1f} MB in total\n"
-        f"largest relative error of the loss from the cache: {report['loss_difference']:.2e} "
-        "(untrained student, first batches)\n"
-        f"to train from it: teacher.cache={args.to}",
-        markup=False,
-        soft_wrap=True,
-    )
+    for line in _described(report, data):
+        console.print(line, markup=False, soft_wrap=True)
+    console.print(f"to train from it: teacher.cache={args.to}", markup=False, soft_wrap=True)
     return 0
+
+
+def _store(args: argparse.Namespace, recipe: Recipe, data: Data, teacher: nn.Module) -> Store:
+    """The store that the arguments name. Raises ``TrainError`` if recipe or teacher do not fit it."""
+    if args.store == "logits":
+        return LogitsStore(data.num_classes)
+    if args.store == "features":
+        device = next(teacher.parameters()).device
+        precision = recipe.train.teacher_precision or recipe.train.precision
+        return features_store(teacher, data.example()[0].to(device), precision)
+    most = data.num_classes - 1
+    k = min(_TOP_K, most) if args.top_k is None else args.top_k
+    if not 1 <= k <= most:
+        raise RecipeError(
+            f"--top-k {k}: expected 1 to {most}, of {data.num_classes} classes; --store logits keeps all"
+        )
+    return TopKStore(data.num_classes, k, top_k_temperature(recipe))
 
 
 def _fill(
     writer: CacheWriter,
+    store: Store,
     recipe: Recipe,
     data: Data,
     teacher: nn.Module,
@@ -94,45 +126,38 @@ def _fill(
     device: torch.device,
     console: Console,
 ) -> TeacherCache:
-    loader: Any = data.train_loader(recipe.train.batch_size, recipe.train.seed, device)
-    precision = recipe.train.teacher_precision or recipe.train.precision
+    loader = data.train_loader(recipe.train.batch_size, recipe.train.seed, device)
     with locked(writer.partial):
         for epoch in writer.missing_epochs():
             began = time.perf_counter()
-            writer.write_epoch(epoch, _logits(loader, epoch, teacher, device, precision))
+            writer.write_epoch(epoch, _outputs(loader, epoch, store, teacher, recipe))
             seconds = time.perf_counter() - began
             console.print(f"epoch {epoch + 1}/{epochs} cached, {seconds:.1f} s")
     return writer.finish()
 
 
-@torch.no_grad()
-def _logits(
-    loader: IndexedLoader, epoch: int, teacher: nn.Module, device: torch.device, precision: str
-) -> Iterator[tuple[Tensor, Tensor]]:
-    teacher.to(device).eval()
+def _outputs(
+    loader: IndexedLoader, epoch: int, store: Store, teacher: nn.Module, recipe: Recipe
+) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
     loader.set_epoch(epoch)
-    for images, _, indices in loader.indexed():
-        with torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32"):
-            logits = logits_of(teacher, images, "teacher")
-        yield indices, logits
+    for images, target, indices in loader.indexed():
+        yield indices, teacher_outputs(store, teacher, images, target, recipe)
 
 
-def _report(
-    cache: TeacherCache, recipe: Recipe, data: Data, teacher: nn.Module, device: torch.device
-) -> dict[str, Any]:
-    """Size of the cache, and error of the loss on the first batches of the first epoch."""
-    torch.manual_seed(recipe.train.seed)
-    student = build_network(recipe.student, data).to(device)
-    method = build_method(recipe, student, teacher, data, device)
-    loader: Any = data.train_loader(recipe.train.batch_size, recipe.train.seed, device)
-    differences = []
-    with torch.no_grad(), eval_mode(method, teacher):
-        for images, target, logits in itertools.islice(CachedLoader(loader, cache), 4):
-            exact = total_of(method.loss((images, target))).item()
-            cached = total_of(method.loss((images, target, logits))).item()
-            differences.append(abs(cached - exact) / max(abs(exact), 1e-12))
-    return {
-        "bytes_per_sample": cache.bytes_per_sample,
-        "megabytes": sum(path.stat().st_size for path in cache.folder.iterdir()) / 1e6,
-        "loss_difference": max(differences),
-    }
+def _described(report: dict[str, Any], data: Data) -> Iterator[str]:
+    found = report["agreement"]
+    by = "all parameters" if found["gradient_by"] == "parameters" else "the student's logits"
+    yield (
+        f"{report['store']['store']}: {report['bytes_per_sample']} bytes per sample and epoch, "
+        f"{report['megabytes']:.1f} MB in total"
+    )
+    yield (
+        f"largest difference from the teacher in {found['batches']} batches, with an untrained student: "
+        f"loss {found['loss']:.2e}, gradient by {by} {found['gradient']:.2e} (cosine {found['cosine']:.6f})"
+    )
+    if "rounding" in found:
+        rounding, others = found["rounding"], data.num_classes - report["store"]["k"]
+        yield (
+            f"this is the definition's, in which the other classes ({others:,}) are one class; float16 alone "
+            f"causes {rounding['loss']:.2e} of the loss and {rounding['gradient']:.2e} of the gradient"
+        )

@@ -11,7 +11,7 @@ from torch import nn
 
 from fastkd.data.data import load_data
 from fastkd.errors import CheckpointError, RecipeError
-from fastkd.recipe.schema import Recipe
+from fastkd.recipe.sections import Recipe
 from fastkd.train import distributed
 from fastkd.train.evaluation import evaluate_rows
 from fastkd.train.run.build import build_network, resolve_device, tried
@@ -22,8 +22,8 @@ from fastkd.train.run.weights import load_weights, state_dict_in
 from fastkd.train.state_dicts import fill
 
 
-def evaluate_networks(name: str, recipe: Recipe, folder: Path | None, console: Console) -> None:
-    """Validate the given teacher and, with a run folder, its students.
+def evaluate_networks(name: str, recipe: Recipe, folder: Path | None, console: Console) -> dict[str, Any]:
+    """Validate the given teacher and, with a run folder, its students; returns the results.
 
     Raises ``TrainError``, also if there is nothing to validate.
     """
@@ -61,10 +61,9 @@ def evaluate_networks(name: str, recipe: Recipe, folder: Path | None, console: C
             "--eval-only: nothing to validate; give --resume RUN_FOLDER or teacher.checkpoint=FILE"
         )
     table = Table(title=f"{name}, validated", title_justify="left")
-    for column in ("network", "accuracy, %", "cross-entropy", "images"):
-        table.add_column(column, justify="left" if column == "network" else "right")
+    results = {}
     for label, network in networks.items():
-        accuracy, loss, rows = tried(
+        results[label] = tried(
             f"{label} on the validation images",
             evaluate_rows,
             network.to(device),
@@ -72,5 +71,13 @@ def evaluate_networks(name: str, recipe: Recipe, folder: Path | None, console: C
             device=device,
             precision=recipe.train.precision,
         )
-        table.add_row(label, f"{accuracy:.2%}".rstrip("%"), f"{loss:.4f}", f"{rows:,}")
+    with_top5 = any(result.top5 is not None for result in results.values())
+    columns = ["accuracy, %", *(["top-5, %"] if with_top5 else []), "cross-entropy", "images"]
+    for column in ("network", *columns):
+        table.add_column(column, justify="left" if column == "network" else "right")
+    for label, result in results.items():
+        top5 = [] if result.top5 is None else [f"{100 * result.top5:.2f}"]
+        accuracies = [f"{100 * result.accuracy:.2f}", *top5]
+        table.add_row(label, *accuracies, f"{result.loss:.4f}", f"{result.rows:,}")
     console.print(table)
+    return {"name": name, "networks": {label: result.record() for label, result in results.items()}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastkd.command import add_json, print_json
 from fastkd.distill.taps import logits_of, named_logits
 from fastkd.errors import TrainError
 from fastkd.files.atomic import make_folder, write_atomically
+from fastkd.files.regular import read_regular
 from fastkd.models import build_model
 from fastkd.recipe.schema import load_recipe
 from fastkd.train.display.console import make_console
@@ -37,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=list(SUFFIXES), default="state_dict")
     parser.add_argument("--weights", choices=["best", "last"], default="best", help="of which epoch")
     parser.add_argument("--to", type=Path, metavar="FILE", help="default: RUN/student.pt, .pt2 or .onnx")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,12 +56,33 @@ def run(args: argparse.Namespace) -> int:
         result = "verified: its outputs are bit-identical to the network's"
     else:
         result = f"verified: its outputs differ from the network's by at most {difference:.1e}"
-    make_console().print(
-        f"{path} ({size:.1f} MB), {args.weights} epoch, input {tuple(shape)}; {result}",
+    measured = accuracies_of(args.folder, args.weights)
+    names = {"val_accuracy": "validation accuracy", "val_top5_accuracy": "top-5"}
+    accuracy = "".join(f", {names[key]} {value:.2%}" for key, value in measured.items())
+    make_console(stderr=args.json).print(
+        f"{path} ({size:.1f} MB), {args.weights} epoch{accuracy}, input {tuple(shape)}; {result}",
         soft_wrap=True,
         markup=False,
     )
+    if args.json:
+        print_json(
+            {
+                "file": str(path), "format": args.format, "weights": args.weights, "input": shape,
+                "largest_difference": difference, **measured,
+            }
+        )  # fmt: skip
     return 0
+
+
+def accuracies_of(folder: Path, which: str) -> dict[str, float]:
+    """Validation accuracies of the best or the last epoch, as far as the run's metrics say."""
+    try:
+        lines = read_regular(folder / "metrics.jsonl").decode("utf-8").splitlines()
+        records = [json.loads(line) for line in lines]
+        chosen = records[-1] if which == "last" else max(records, key=lambda record: record["val_accuracy"])
+        return {key: float(chosen[key]) for key in ("val_accuracy", "val_top5_accuracy") if key in chosen}
+    except (OSError, ValueError, IndexError, KeyError, TypeError, RecursionError):
+        return {}  # the weights are what was asked for
 
 
 def load_student(folder: Path, which: str = "best") -> tuple[nn.Module, list[int]]:

@@ -6,10 +6,11 @@ import argparse
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fastkd.command import add_json, print_json
 from fastkd.errors import TrainError
 from fastkd.files.atomic import write_atomically
 from fastkd.files.regular import read_regular
@@ -32,6 +33,7 @@ class Shown:
 
     label: str
     runs: list[Records]
+    teacher: float | None = None  # its accuracy, if the run has one and knows it
 
     def mean(self, key: str) -> tuple[list[int], list[float], list[float], list[float]]:
         """Epochs, and mean, minimum and maximum over the seeds that have reached each epoch."""
@@ -55,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to", type=Path, default=Path("comparison.png"), metavar="FILE", help="default: comparison.png"
     )
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -63,14 +66,26 @@ def run(args: argparse.Namespace) -> int:
     if args.to.suffix not in (".png", ".svg", ".pdf"):
         raise PlotError(f"--to {args.to}: expected a .png, .svg or .pdf file")
     shown = [read_shown(folder) for folder in args.folders]
+    shown = _with_unique_labels(shown, args.folders)
     try:
-        plot(_with_unique_labels(shown, args.folders), args.to)
+        plot(shown, args.to)
     except TrainError:
         raise
     except Exception as error:  # matplotlib, its fonts or settings
         raise PlotError(f"{args.to} cannot be drawn: {type(error).__name__}: {error}") from error
-    make_console().print(str(args.to), markup=False, soft_wrap=True)
+    make_console(stderr=args.json).print(str(args.to), markup=False, soft_wrap=True)
+    if args.json:
+        print_json({"file": str(args.to), "runs": [_summary(one) for one in shown]})
     return 0
+
+
+def _summary(one: Shown) -> dict[str, Any]:
+    last = {key: one.mean(key)[1][-1] for key in ("val_accuracy", "val_loss")}
+    epochs = max(map(len, one.runs))
+    return {
+        "label": one.label, "seeds": len(one.runs), "epochs": epochs, "last": last,
+        "teacher_accuracy": one.teacher,
+    }  # fmt: skip
 
 
 def read_shown(folder: Path) -> Shown:
@@ -81,7 +96,20 @@ def read_shown(folder: Path) -> Shown:
         raise PlotError(f"{folder} holds no metrics.jsonl with a finished epoch; expected a run folder")
     facts = read_json(folder / "run.json")
     name = str(facts["name"]) if isinstance(facts, dict) and "name" in facts else folder.name
-    return Shown(f"{name}, {len(runs)} seeds" if len(runs) > 1 else name, runs)
+    teachers = [accuracy for member in members if (accuracy := _teacher_of(member)) is not None]
+    label = f"{name}, {len(runs)} seeds" if len(runs) > 1 else name
+    return Shown(label, runs, teachers[0] if teachers else None)
+
+
+def _teacher_of(folder: Path) -> float | None:
+    """From the summary of a finished run, else from what was known when its student's training began."""
+    summary, facts = read_json(folder / "summary.json"), read_json(folder / "run.json")
+    of_summary = summary.get("teacher") if isinstance(summary, dict) else None
+    for known, key in ((of_summary, "val_accuracy"), (facts, "teacher_accuracy")):
+        accuracy = known.get(key) if isinstance(known, dict) else None
+        if _is_number(accuracy):
+            return float(accuracy)  # type: ignore[arg-type]
+    return None
 
 
 def _records(folder: Path) -> Records:
@@ -120,13 +148,16 @@ def _is_number(value: object) -> bool:
 def _with_unique_labels(shown: Sequence[Shown], folders: Sequence[Path]) -> list[Shown]:
     labels = [one.label for one in shown]
     return [
-        Shown(f"{one.label} ({folder.name})", one.runs) if labels.count(one.label) > 1 else one
+        replace(one, label=f"{one.label} ({folder.name})") if labels.count(one.label) > 1 else one
         for one, folder in zip(shown, folders, strict=True)
     ]
 
 
 def plot(shown: Sequence[Shown], path: Path) -> None:
-    """Plot accuracy, validation loss and time of each run; bands span the seeds of a group."""
+    """Plot accuracy, validation loss and time of each run; bands span the seeds of a group.
+
+    Horizontal lines are the accuracies of the teachers.
+    """
     figure = make_figure(figsize=(13, 4.2), layout="constrained")
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -142,6 +173,7 @@ def plot(shown: Sequence[Shown], path: Path) -> None:
             axes.plot(epochs, mean, marker=marker, markersize=3.5, label=label, **style)
             if len(one.runs) > 1:
                 axes.fill_between(epochs, least, largest, color=colour, alpha=0.18, linewidth=0)
+    _draw_teachers(accuracy, shown)
     accuracy.set(title="validation accuracy (last epoch in the legend)", xlabel="epoch")
     accuracy.yaxis.set_major_formatter(PercentFormatter(1.0))
     losses.set(title="validation cross-entropy", xlabel="epoch")
@@ -166,6 +198,21 @@ def plot(shown: Sequence[Shown], path: Path) -> None:
     for axes in (accuracy, losses, seconds):
         axes.spines[["top", "right"]].set_visible(False)
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120))
+
+
+def _draw_teachers(axes: Any, shown: Sequence[Shown]) -> None:
+    """A horizontal line for each accuracy of a teacher, labelled at its left end."""
+    students: dict[float, list[int]] = {}
+    for number, one in enumerate(shown, start=1):
+        if one.teacher is not None:
+            students.setdefault(one.teacher, []).append(number)
+    for accuracy, numbers in students.items():
+        of = "" if len(students) == 1 else f" of {', '.join(map(str, numbers))}"
+        axes.axhline(accuracy, color="0.45", linewidth=1, linestyle=(0, (6, 3)))
+        axes.annotate(
+            f"teacher{of} {accuracy:.2%}", (0.01, accuracy), xycoords=("axes fraction", "data"),
+            xytext=(0, 3), textcoords="offset points", color="0.35", fontsize="small",
+        )  # fmt: skip
 
 
 def _seconds(one: Shown, part: str) -> float:

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from fastkd.data.data import Data
-from fastkd.distill import CrossEntropy, Method, find_method
+from fastkd.distill import CrossEntropy, GivenTeacher, Method, find_method
 from fastkd.distill.heads import RowBatchNorm
 from fastkd.errors import RecipeError, TrainError
 from fastkd.messages import kind_and_text
 from fastkd.models import build_model
-from fastkd.recipe.schema import Model, Optimization, Recipe
+from fastkd.recipe.sections import Model, Optimization, Recipe
 from fastkd.train import distributed
 from fastkd.train.batches import Batch
 from fastkd.train.random_state import get_random_state, set_random_state
@@ -89,16 +89,16 @@ def try_method(
     data: Data,
     device: torch.device,
     *,
-    cached: bool = False,
     teacher: nn.Module | None = None,
+    given: GivenTeacher | None = None,
 ) -> list[str]:
     """Try training steps with an untrained student, and with the teacher if it will be trained.
 
     The steps have the sizes of the first and the last batch of an epoch. Returns notes on last batches that
     will be left out.
 
-    ``cached``: the teacher is a cache of logits, without layers. ``teacher``: the trained teacher. Raises
-    ``RecipeError``.
+    ``teacher``: the trained one, or a cached one. ``given``: the cached one that a teacher will become, which
+    the student is tried with. Raises ``RecipeError``.
     """
     config = recipe.teacher
     randoms = get_random_state()
@@ -111,12 +111,11 @@ def try_method(
                 notes += _try_steps(f"teacher {config.name}", method, config, "float32", 1, data, device)
         student = tried(f"student {recipe.student.name}", build_network, recipe.student, data)
         what = f"method {recipe.method}"
-        method = tried(what, build_method, recipe, student.to(device), teacher, data, device)
+        method = tried(what, build_method, recipe, student.to(device), given or teacher, data, device)
         images, target = (part.to(device) for part in data.example())
-        logits = torch.zeros(len(target), data.num_classes, device=device)
-        tried(what, method.check, (images, target, logits) if cached else (images, target))
+        tried(what, method.check, with_given((images, target), method.teacher))
         train = recipe.train
-        notes += _try_steps(what, method, train, train.precision, train.accumulate, data, device, cached)
+        notes += _try_steps(what, method, train, train.precision, train.accumulate, data, device)
     finally:
         set_random_state(randoms)
     return notes
@@ -130,7 +129,6 @@ def _try_steps(
     accumulate: int,
     data: Data,
     device: torch.device,
-    cached: bool = False,
 ) -> list[str]:
     images, target = (part.to(device) for part in data.example())
     notes = []
@@ -140,9 +138,7 @@ def _try_steps(
         if number and distributed.world() > 1 and rows < 2:
             notes.append(f"{what}: {left_out(size, f'{distributed.world()} processes need two images each')}")
             continue
-        batch: Batch = (repeated(images, rows), repeated(target, rows))
-        if cached:
-            batch = (*batch, torch.zeros(rows, data.num_classes, device=device))
+        batch = with_given((repeated(images, rows), repeated(target, rows)), method.teacher)
         try:
             try_step(method, batch, precision, accumulate)
         except Exception as error:  # layers can raise anything
@@ -153,6 +149,11 @@ def _try_steps(
                 f"{what}: a training step on images {list(batch[0].shape)} fails: {kind_and_text(error)}"
             ) from error
     return notes
+
+
+def with_given(batch: Batch, teacher: nn.Module | None) -> Batch:
+    """A batch of images and target, with outputs of a cached teacher to try a step with."""
+    return (*batch, *teacher.example(batch[1])) if isinstance(teacher, GivenTeacher) else batch
 
 
 def tried(what: str, do: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

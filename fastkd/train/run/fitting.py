@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,10 +14,10 @@ from rich.console import Console
 from fastkd.data.data import Data
 from fastkd.distill import Method
 from fastkd.files.sealed import short_digest_of
-from fastkd.recipe.schema import Optimization, Train
+from fastkd.recipe.sections import Optimization, Train
 from fastkd.train import distributed
 from fastkd.train.display.console import ConsoleProgress
-from fastkd.train.display.tensorboard import TensorBoard
+from fastkd.train.display.loggers import with_loggers
 from fastkd.train.loop import FitResult, fit_method
 from fastkd.train.optimization import build_optimizer, build_scheduler
 from fastkd.train.signals import StopSignals
@@ -55,8 +56,11 @@ def fit_in_folder(
     known_as: dict[str, Any] | None = None,
     teacher_accuracy: float | None = None,
     cache: TeacherCache | None = None,
+    run: Mapping[str, Any] = MappingProxyType({}),
 ) -> FitResult:
     """Train with one method, from the state ``resume`` if given. ``known_as`` is added to the states written.
+
+    ``run``: name, folder and recipe, for loggers.
 
     A teacher's section has no settings of precision or checkpoints: a teacher is trained in float32 and saved
     after every epoch.
@@ -70,9 +74,11 @@ def fit_in_folder(
         console.print(f"{role}: resuming after {_reached(resume)} of {optimization.epochs}")
     watcher = Watcher()
     if distributed.is_first():
+        history = resume["history"] if resume else ()
         watcher = RunRecorder(
             folder,
-            _shown(folder, role, console, tensorboard=train.tensorboard),
+            # Shielded separately: the console continues if a logger fails.
+            with_loggers(Shielded(ConsoleProgress(role, console)), train, folder, run, history),
             facts={
                 "num_classes": data.num_classes,
                 "data": short_digest_of(data.fingerprint),
@@ -82,7 +88,7 @@ def fit_in_folder(
             teacher_accuracy=teacher_accuracy,
             keep_every=train.keep_every,
             known_as=known_as or {},
-            history=resume["history"] if resume else (),
+            history=history,
         )
     # Every rank has the same weights, but draws different dropout masks.
     if distributed.rank():
@@ -114,9 +120,3 @@ def _reached(state: dict[str, Any]) -> str:
     position = state.get("position")
     step = f"step {position['meter']['steps']} of epoch {len(state['history']) + 1}" if position else None
     return step or f"epoch {len(state['history'])}"
-
-
-def _shown(folder: Path, role: str, console: Console, *, tensorboard: bool) -> Watcher:
-    shown = ConsoleProgress(role, console)
-    # Shielded separately: the console continues if TensorBoard fails.
-    return TensorBoard(folder / "tensorboard", Shielded(shown)) if tensorboard else Shielded(shown)

@@ -1,12 +1,12 @@
 """Run folders: one per run, numbered, never overwritten, valid at every moment.
 
 recipe.yaml     the resolved recipe; `fastkd train FOLDER/recipe.yaml` runs it again
-run.json        the recipe's name
+run.json        the recipe's name, the teacher's accuracy
 last.pt         the state for `--resume`, written after every epoch and every `train.checkpoint_every`
 previous.pt     the state before, in case last.pt is damaged
 epoch-NNNN.pt   every `train.keep_every` epochs
 best.pt         the weights of the best epoch (their average, with `train.ema`)
-metrics.jsonl   one line per epoch
+metrics.jsonl   one line per epoch; metrics.csv too, with `train.csv`
 curves.png      accuracy, loss terms, time
 summary.json    written when the run is finished
 """
@@ -27,7 +27,7 @@ from fastkd.errors import CheckpointError, NonFiniteLossError, StorageError
 from fastkd.files.atomic import write_atomically
 from fastkd.files.regular import read_regular
 from fastkd.recipe.files import dump_flat_yaml
-from fastkd.recipe.schema import Recipe
+from fastkd.recipe.sections import Recipe
 from fastkd.train.batches import Batch
 from fastkd.train.display.curves import plot_curves
 from fastkd.train.watcher import ForwardingWatcher, Record, Watcher
@@ -35,23 +35,28 @@ from fastkd.train.watcher import ForwardingWatcher, Record, Watcher
 from .checkpoint import load_checkpoint, save_checkpoint
 
 _PREVIOUS = "previous.pt"
+_MEASURED = ("val_accuracy", "val_top5_accuracy")  # in best.pt, if the record has them
 
 
 def create_run_folder(runs: Path, name: str) -> Path:
     """Create ``runs/NAME-NNN`` with the next free number. Raises ``StorageError``."""
-    number = max(_folders_of(runs, name), default=0) + 1
     try:
         runs.mkdir(parents=True, exist_ok=True)
         while True:
-            folder = runs / f"{_stem(name)}-{number:03d}"
+            folder = next_run_folder(runs, name)
             with contextlib.suppress(FileExistsError):  # another process was faster
                 folder.mkdir()
                 return folder
-            number += 1
     except OSError as error:
         raise StorageError(
             f"cannot create a run folder in {runs}: {error.strerror}; --runs FOLDER chooses another place"
         ) from None
+
+
+def next_run_folder(runs: Path, name: str) -> Path:
+    """The path that ``create_run_folder`` would take."""
+    number = max(_folders_of(runs, name), default=0) + 1
+    return runs / f"{_stem(name)}-{number:03d}"
 
 
 def find_run(runs: Path, name: str, recipe: Recipe) -> Path | None:
@@ -80,7 +85,13 @@ def _folders_of(runs: Path, name: str) -> dict[int, Path]:
 
 def write_recipe(folder: Path, name: str, recipe: Recipe) -> None:
     write_text(folder / "recipe.yaml", dump_flat_yaml(recipe.flat()))
-    write_json(folder / "run.json", {"name": name})
+    write_facts(folder, name)
+
+
+def write_facts(folder: Path, name: str, teacher_accuracy: float | None = None) -> None:
+    """``teacher_accuracy``: for `fastkd plot`, before there is a summary."""
+    known = {} if teacher_accuracy is None else {"teacher_accuracy": teacher_accuracy}
+    write_json(folder / "run.json", {"name": name, **known})
 
 
 def write_text(path: Path, text: str) -> None:
@@ -187,7 +198,10 @@ class RunRecorder(ForwardingWatcher):
         if all(record["val_accuracy"] > earlier["val_accuracy"] for earlier in history[:-1]):
             weights = resume["student"] if resume["ema"] is None else averaged_weights(resume["ema"])
             best = {"model": weights, "epoch": record["epoch"], **self._facts}
-            save_checkpoint(self._folder / "best.pt", {**best, "val_accuracy": record["val_accuracy"]})
+            measured: dict[str, Any] = {
+                key: record[key] for key in ("val_accuracy", "val_top5_accuracy") if key in record
+            }
+            save_checkpoint(self._folder / "best.pt", {**best, **measured})
         if self._keep_every is not None and record["epoch"] % self._keep_every == 0:
             save_checkpoint(self._folder / f"epoch-{record['epoch']:04d}.pt", resume)
         self._save(resume)

@@ -11,7 +11,8 @@ from typing import Any
 from rich.console import Console
 
 from fastkd.recipe.files import dump_scalar, shipped_recipes
-from fastkd.recipe.schema import Recipe, load_recipe
+from fastkd.recipe.schema import load_recipe
+from fastkd.recipe.sections import Recipe
 from fastkd.train.display.console import results_table, time_table
 
 from .folder import is_summary, read_json
@@ -27,17 +28,16 @@ def print_results(
     ``folder`` is that of the run or of the group of seeds.
     """
     first = summaries[0]
-    rows = []
+    rows: list[tuple[str, str, str, str]] = []
     if first["teacher"]:
         best = first["teacher"].get("best_val_accuracy")
         last = first["teacher"]["val_accuracy"]
-        rows.append(("teacher", "" if best is None else f"{best * 100:.2f}", f"{last * 100:.2f}"))
+        top5 = first["teacher"].get("val_top5_accuracy")
+        rows.append(("teacher", _percent(best), _percent(last), _percent(top5)))
     if first["method"] != "cross_entropy":
         alone = student_alone(runs, first["comparison"])
         label = "student alone" + _over(alone)
-        rows.append(
-            (label, _mean(alone, "best"), _mean(alone, "last")) if alone else (label, "not known", "")
-        )
+        rows.append((label, *_accuracies(alone)) if alone else (label, "not known", "", ""))
         if not alone:
             console.print(
                 "student alone is not known for these data and settings: run "
@@ -45,7 +45,7 @@ def print_results(
                 soft_wrap=True,
                 markup=False,
             )
-    rows.append((f"{first['name']}{_over(summaries)}", _mean(summaries, "best"), _mean(summaries, "last")))
+    rows.append((f"{first['name']}{_over(summaries)}", *_accuracies(summaries)))
     console.print(results_table("results", rows))
     parts = first["seconds"]
     console.print(time_table({p: statistics.mean(s["seconds"][p] for s in summaries) for p in parts}))
@@ -84,8 +84,22 @@ def student_alone(runs: Path, comparison: str) -> list[dict[str, Any]]:
     return [summary for _, (_, summary) in sorted(newest.items())]
 
 
-def _mean(summaries: Sequence[dict[str, Any]], which: str) -> str:
-    values = [100 * summary[which]["val_accuracy"] for summary in summaries]
+def _accuracies(summaries: Sequence[dict[str, Any]]) -> tuple[str, str, str]:
+    """Of the best epoch, of the last, and top-5 of the last."""
+    with_top5 = all("val_top5_accuracy" in summary["last"] for summary in summaries)
+    return (
+        _mean(summaries, "best"),
+        _mean(summaries, "last"),
+        _mean(summaries, "last", "val_top5_accuracy") if with_top5 else "",
+    )
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.2f}"
+
+
+def _mean(summaries: Sequence[dict[str, Any]], which: str, key: str = "val_accuracy") -> str:
+    values = [100 * summary[which][key] for summary in summaries]
     if len(values) == 1:
         return f"{values[0]:.2f}"
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"

@@ -13,7 +13,8 @@ from torch import nn
 from fastkd.distill import find_method
 from fastkd.distill.options import options_of
 from fastkd.errors import CheckpointError
-from fastkd.recipe.schema import Recipe, Teacher, Train, load_recipe
+from fastkd.recipe.schema import load_recipe
+from fastkd.recipe.sections import Recipe, Teacher, Train
 
 
 def identity(recipe: Recipe, data: str, teacher: str | None) -> dict[str, Any]:
@@ -25,7 +26,7 @@ def identity(recipe: Recipe, data: str, teacher: str | None) -> dict[str, Any]:
 # are compared by content, not by path.
 _FREE = {
     "device", "threads", "channels_last", "compile", "accumulate", "nonfinite", "log_every",
-    "checkpoint_every", "keep_every", "tensorboard", "epochs",
+    "checkpoint_every", "keep_every", "tensorboard", "csv", "wandb", "epochs",
 }  # fmt: skip
 # With these schedules the learning rate of every step depends on the number of steps.
 _SPREAD = ("one_cycle", "cosine")

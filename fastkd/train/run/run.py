@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,21 @@ from rich.console import Console
 from fastkd.data.data import Data, load_data
 from fastkd.errors import DataError, NonFiniteLossError, Preempted, RecipeError, StorageError
 from fastkd.files.sealed import short_digest_of
-from fastkd.recipe.schema import Recipe
+from fastkd.recipe.sections import Recipe
 from fastkd.train import distributed
-from fastkd.train.display.tensorboard import require_tensorboard
+from fastkd.train.display.loggers import require_loggers
 from fastkd.train.signals import StopSignals
 
 from .build import build_method, build_network, resolve_device, synchronised, try_method
 from .fitting import fit_in_folder, owned, read_state
-from .folder import create_run_folder, write_json, write_recipe
+from .folder import create_run_folder, write_facts, write_json, write_recipe
 from .resume import check_recipe, identity
 from .teacher_cache import TeacherCache
 from .teachers import (
+    ACCURACIES,
     TeacherInUse,
     cached_teacher,
+    described,
     load_given_teacher,
     open_cache,
     own_teacher,
@@ -42,6 +45,40 @@ class Stopped(KeyboardInterrupt):
         self.folder = folder
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe whose data, given teacher and networks have been tried; nothing is written."""
+
+    device: torch.device
+    data: Data
+    cache: TeacherCache | None
+    teacher: TeacherInUse | None  # None if there is none, or if it is trained or found in `runs`
+
+
+def prepare(name: str, recipe: Recipe, console: Console) -> Prepared:
+    """Find unusable data, checkpoints and layers before anything is trained. Raises ``TrainError``."""
+    device = resolve_device(recipe.train.device)
+    if recipe.train.threads is not None:
+        torch.set_num_threads(recipe.train.threads)
+    console.print(f"{name}: {recipe.description}", markup=False)
+    check_ranks(recipe, device)
+    require_loggers(recipe.train)
+    with distributed.first_rank_first():
+        data = load_data(recipe.data)
+    console.print(f"data: {data.describe()}", markup=False)
+    for note in data.notes:
+        console.print(f"  {note}", markup=False)
+    cache = open_cache(recipe, data, device)
+    teacher = None
+    if cache is not None:
+        teacher = cached_teacher(cache)
+    elif recipe.teacher is not None:
+        teacher = load_given_teacher(recipe.teacher, data, device, console)
+    for note in try_method(recipe, data, device, teacher=None if teacher is None else teacher.model):
+        console.print(note, markup=False)
+    return Prepared(device, data, cache, teacher)
+
+
 def run_recipe(
     name: str, recipe: Recipe, *, runs: Path, console: Console, folder: Path | None = None
 ) -> dict[str, Any]:
@@ -52,28 +89,8 @@ def run_recipe(
     Raises ``TrainError`` for what a user can fix, and ``Stopped`` at Ctrl-C.
     """
     try:
-        device = resolve_device(recipe.train.device)
-        if recipe.train.threads is not None:
-            torch.set_num_threads(recipe.train.threads)
-        console.print(f"{name}: {recipe.description}", markup=False)
-        check_ranks(recipe, device)
-        if recipe.train.tensorboard:
-            require_tensorboard()
-        with distributed.first_rank_first():
-            data = load_data(recipe.data)
-        console.print(f"data: {data.describe()}", markup=False)
-        for note in data.notes:
-            console.print(f"  {note}", markup=False)
-        # Find unusable checkpoints and layers before anything is trained or written.
-        cache = open_cache(recipe, data)
-        teacher = None
-        if cache is not None:
-            teacher = cached_teacher(cache)
-        elif recipe.teacher is not None:
-            teacher = load_given_teacher(recipe.teacher, data, device, console)
-        ready = None if cache is not None or teacher is None else teacher.model
-        for note in try_method(recipe, data, device, cached=cache is not None, teacher=ready):
-            console.print(note, markup=False)
+        ready = prepare(name, recipe, console)
+        device, data, cache, teacher = ready.device, ready.data, ready.cache, ready.teacher
         if folder is None:
             folder = distributed.from_first(create_run_folder(runs, name) if distributed.is_first() else None)
         with StopSignals(), owned(folder):
@@ -87,8 +104,9 @@ def run_recipe(
             if recipe.teacher is not None and teacher is None:
                 teacher = own_teacher(recipe.teacher, data, runs, device, console)
             if teacher is not None:
-                accuracy, path = teacher.summary["val_accuracy"], teacher.summary["checkpoint"]
-                console.print(f"teacher: {accuracy:.2%}, {path}", markup=False)
+                console.print(f"teacher: {described(teacher)}", markup=False)
+                if distributed.is_first():
+                    write_facts(folder, name, teacher.summary["val_accuracy"])
             summary = _distil(name, recipe, data, teacher, folder, device, console, cache, resume, known_as)
     except KeyboardInterrupt:
         if folder is None:
@@ -165,6 +183,7 @@ def _distil(
         cache=cache,
         resume=resume,
         known_as=known_as,
+        run={"name": name, "folder": folder.name, "recipe": recipe.flat()},
     )
     summary = {
         "name": name,
@@ -172,8 +191,8 @@ def _distil(
         "seed": recipe.train.seed,
         "comparison": comparison_key(recipe, data),
         "num_classes": data.num_classes,
-        "best": {"epoch": result.best["epoch"], "val_accuracy": result.best["val_accuracy"]},
-        "last": {"epoch": result.last["epoch"], "val_accuracy": result.last["val_accuracy"]},
+        "best": _of_epoch(result.best),
+        "last": _of_epoch(result.last),
         "seconds": result.seconds,
         "teacher": teacher.summary if teacher else None,
         "corrupt_images": dict(getattr(data, "corrupt", {})),
@@ -182,6 +201,10 @@ def _distil(
     if distributed.is_first():
         write_json(folder / "summary.json", summary)
     return summary
+
+
+def _of_epoch(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: record[key] for key in ("epoch", *ACCURACIES) if key in record}
 
 
 def comparison_key(recipe: Recipe, data: Data) -> str:
@@ -193,7 +216,8 @@ def comparison_key(recipe: Recipe, data: Data) -> str:
 # Settings without influence on results: where and how a run is computed, and what is written.
 _IRRELEVANT = {
     "seed", "device", "threads", "teacher_precision", "channels_last", "compile", "accumulate",
-    "nonfinite", "log_every", "checkpoint_every", "keep_every", "tensorboard", "val_batch_size",
+    "nonfinite", "log_every", "checkpoint_every", "keep_every", "tensorboard", "csv", "wandb",
+    "val_batch_size",
 }  # fmt: skip
 
 

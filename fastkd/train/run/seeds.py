@@ -9,7 +9,7 @@ from rich.console import Console
 
 from fastkd.errors import RecipeError
 from fastkd.files.atomic import make_folder
-from fastkd.recipe.schema import Recipe
+from fastkd.recipe.sections import Recipe
 
 from .folder import create_run_folder, is_summary, read_json, write_json, write_recipe
 from .run import Stopped, run_recipe

@@ -1,13 +1,11 @@
-"""A cache of a teacher's logits, used in place of the teacher: one memory-mapped file per epoch.
+"""A cache of a teacher, used in place of it: one memory-mapped file per epoch.
 
-cache.json        what was cached: data, augmentation, teacher, format
+cache.json        what was cached: data, augmentation, teacher, store, format
+head.pt           of the store "features": the teacher's last linear layer
 epoch-0000.npy    one record per training image, in the order of the data set; after the array, where NumPy
                   does not read, the SHA-256 of the bytes before
 
-A record has the teacher's log-probabilities in float16, of all classes or of the ``top_k`` most probable
-ones with their indices; the log of the total probability of the other classes; and the logsumexp of the
-logits, which converts log-probabilities back to logits. float16 is most precise near 0, that is for the most
-probable classes.
+The records are those of a store: see ``cache_stores``.
 """
 
 from __future__ import annotations
@@ -21,88 +19,60 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastkd.data.data import CacheableData, Data
+from fastkd.data.data import Data
 from fastkd.data.order import IndexedLoader
-from fastkd.errors import CheckpointError, TrainError
+from fastkd.distill import GivenFeatures, GivenTeacher, find_method
+from fastkd.errors import CheckpointError, RecipeError
 from fastkd.files.atomic import make_folder, take_room, write_atomically
 from fastkd.files.regular import open_regular, read_regular
 from fastkd.files.sealed import append_digest, digest_of, has_digest, is_whole, short_digest_of
 from fastkd.messages import one_line
 from fastkd.recipe.schema import Recipe, Teacher
 
-FORMAT = "fastkd-teacher-cache-2"
-_WITHOUT_DIGESTS = "fastkd-teacher-cache-1"  # written by older versions
-_FACTS = "cache.json"
-_LEAST = -6e4  # the least float16 is -65504
+from .cache_stores import CacheError, FeaturesStore, Store, stored_as
+from .checkpoint import load_checkpoint, save_checkpoint
+
+FORMAT = "fastkd-teacher-cache-3"
+_BEFORE = ("fastkd-teacher-cache-1", "fastkd-teacher-cache-2")  # with other records
+_FACTS, _HEAD = "cache.json", "head.pt"
 
 
-class CacheError(TrainError):
-    """A cache of teacher logits is missing, damaged or made for another recipe, or its folder exists."""
-
-
-def record_type(num_classes: int, top_k: int | None) -> np.dtype[Any]:
-    """The NumPy type of one sample; ``top_k`` None keeps all classes."""
-    fields: list[tuple[Any, ...]] = [
-        ("logsumexp", "<f4"),
-        ("log_probs", "<f2", top_k or num_classes),
-    ]
-    if top_k is not None:
-        fields += [("classes", "<u2" if num_classes <= 2**16 else "<u4", top_k), ("log_rest", "<f4")]
-    return np.dtype(fields)
-
-
-def pack(logits: Tensor, top_k: int | None) -> np.ndarray:
-    """Records ``[N]`` of logits ``[N, C]``."""
-    logits = logits.detach().float()
-    records = np.empty(len(logits), record_type(logits.shape[1], top_k))
-    log_probs = logits.log_softmax(1)
-    records["logsumexp"] = logits.logsumexp(1).cpu().numpy()
-    if top_k is not None:
-        # The rest is summed directly: 1 - sum(top) would cancel.
-        kept, classes = log_probs.topk(top_k, dim=1)
-        rest = log_probs.scatter(1, classes, -torch.inf).logsumexp(1)
-        records["classes"] = classes.cpu().numpy()
-        records["log_rest"] = rest.cpu().numpy()
-        log_probs = kept
-    records["log_probs"] = log_probs.clamp(min=_LEAST).cpu().numpy()
-    return records
-
-
-def unpack(records: np.ndarray, num_classes: int, device: torch.device) -> Tensor:
-    """Logits ``[N, C]`` in float32. With top-k the other classes get equal shares of their probability."""
-
-    def part(name: str) -> Tensor:
-        # Copied, since torch refuses the strides of a field, even for one row.
-        return torch.from_numpy(records[name].copy()).to(device, non_blocking=True)
-
-    log_probs = part("log_probs").float()
-    if "classes" in (records.dtype.names or ()):
-        classes = torch.from_numpy(records["classes"].astype(np.int64)).to(device, non_blocking=True)
-        others = max(num_classes - classes.shape[1], 1)
-        each = part("log_rest") - float(np.log(others))
-        whole = each[:, None].expand(-1, num_classes).clamp(min=_LEAST)
-        log_probs = whole.scatter(1, classes, log_probs)
-    return log_probs + part("logsumexp")[:, None]
-
-
-def wanted_facts(recipe: Recipe, data: Data) -> dict[str, Any]:
-    """The facts of a cache for this recipe. Raises ``CacheError`` if the recipe cannot be cached."""
-    if recipe.teacher is None or not isinstance(data, CacheableData):
-        lacks = "it has no teacher" if recipe.teacher is None else "its images are augmented in whole batches"
-        raise CacheError(f"teacher logits cannot be cached for this recipe: {lacks}")
-    mixed = bool(data.augmentation["mixup"] or data.augmentation["cutmix"])
+def wanted_facts(recipe: Recipe, data: Data, device: torch.device) -> dict[str, Any]:
+    """The facts of a cache for this recipe, without those of its store. Raises ``CacheError``."""
+    if recipe.teacher is None:
+        raise CacheError("a teacher cannot be cached for this recipe: it has none")
+    if find_method(recipe.method).reads_layers(recipe.options):
+        raise CacheError(
+            f"method {recipe.method} needs the teacher's layers, which no cache has: train with the teacher"
+        )
     return {
         "data": short_digest_of(data.content),
         "samples": data.samples,
         "classes": data.num_classes,
         "augmentation": dict(data.augmentation),
         "seed": recipe.train.seed if data.varies else None,
-        "batch_size": recipe.train.batch_size if mixed else None,  # decides which images are mixed
+        "batch_size": None,
+        "device": None,
+        **data.drawn_with(recipe.train.batch_size, device),
         "teacher": _teacher_facts(recipe.teacher),
         "epochs": recipe.train.epochs if data.varies else 1,
     }
+
+
+def top_k_temperature(recipe: Recipe) -> float:
+    """The temperature at which the recipe's method reads a teacher known at K classes.
+
+    Raises ``RecipeError`` that names a store for a method that is not defined for such a teacher.
+    """
+    try:
+        return find_method(recipe.method).top_k_temperature(recipe.options)
+    except ValueError as error:
+        raise RecipeError(
+            f"method {recipe.method} cannot learn from the top k classes: {error}; cache the teacher with "
+            "--store features or --store logits"
+        ) from None
 
 
 def _teacher_facts(teacher: Teacher) -> dict[str, Any]:
@@ -120,13 +90,6 @@ def _teacher_facts(teacher: Teacher) -> dict[str, Any]:
         raise CheckpointError(f"teacher.checkpoint = {teacher.checkpoint} cannot be read: {error}") from None
 
 
-class CachedTeacher(nn.Module):
-    """Placeholder for a teacher whose logits come with the batch."""
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        raise RuntimeError("the teacher's logits are cached: they come as the third entry of a batch")
-
-
 class TeacherCache:
     """A finished cache, opened for reading. Raises ``CacheError``."""
 
@@ -134,9 +97,9 @@ class TeacherCache:
         self.folder = folder
         try:
             self.facts = read_facts(folder / _FACTS)
-            self._classes, self._samples = int(self.facts["classes"]), int(self.facts["samples"])
-            self._epochs = int(self.facts["epochs"])
-            expected = record_type(self._classes, self.facts["top_k"])
+            self._samples, self._epochs = int(self.facts["samples"]), int(self.facts["epochs"])
+            self.store = stored_as(self.facts, lambda: _read_head(folder))
+            expected = self.store.record
             if self._epochs < 1 or not isinstance(self.facts.get("val_accuracy", 0.0), float | int):
                 raise ValueError(f"{_FACTS} is damaged")
             for epoch in range(self._epochs):
@@ -146,17 +109,19 @@ class TeacherCache:
                 np.load(folder / shard_name(epoch), mmap_mode="r", allow_pickle=False)
                 for epoch in range(self._epochs)
             ]
+        except OldFormatError as error:
+            raise CacheError(f"teacher.cache: {folder} {error}") from None
         except Exception as error:  # NumPy raises many types for damaged headers
             raise CacheError(
-                f"teacher.cache: {folder} is not a complete cache of teacher logits: {one_line(error)}"
+                f"teacher.cache: {folder} is not a complete cache of a teacher: {one_line(error)}"
             ) from None
         for epoch, shard in enumerate(self._shards):
             if shard.dtype != expected or shard.shape != (self._samples,):
                 raise CacheError(f"teacher.cache: {folder / shard_name(epoch)} does not match {_FACTS}")
             # Finds truncated files at once, not only when their epoch begins.
-            if self.facts["format"] == FORMAT and not _shard_has(has_digest, folder / shard_name(epoch)):
+            if not _shard_has(has_digest, folder / shard_name(epoch)):
                 raise CacheError(
-                    f"teacher.cache: {folder} is not a complete cache of teacher logits: {shard_name(epoch)} "
+                    f"teacher.cache: {folder} is not a complete cache of a teacher: {shard_name(epoch)} "
                     "is truncated"
                 )
         self._checked: set[int] = set()
@@ -164,38 +129,40 @@ class TeacherCache:
     def _check(self, epoch: int) -> None:
         """Raise ``CacheError`` if an epoch's file is damaged; called once per epoch, before its first use."""
         path = self.folder / shard_name(epoch)
-        if self.facts["format"] != _WITHOUT_DIGESTS and not _shard_has(is_whole, path):
+        if not _shard_has(is_whole, path):
             raise CacheError(
                 f"teacher.cache: {path} is damaged: its SHA-256 does not match. To rebuild it, delete it, "
                 f"rename the folder to {self.folder.name}.partial, and run the same `fastkd cache-teacher`"
             )
-        if "classes" in (self._shards[epoch].dtype.names or ()):
-            largest = int(self._shards[epoch]["classes"].max(initial=0))
-            if largest >= self._classes:
-                raise CacheError(
-                    f"teacher.cache: {path} has a class {largest}, expected 0 to {self._classes - 1}"
-                )
         self._checked.add(epoch)
 
     @property
     def bytes_per_sample(self) -> int:
         return self._shards[0].dtype.itemsize
 
-    def logits(self, epoch: int, indices: Tensor, device: torch.device) -> Tensor:
-        """The teacher's logits ``[N, C]`` for training images in an epoch, counting from 0."""
+    @property
+    def bytes_in_all(self) -> int:
+        return sum(path.stat().st_size for path in self.folder.iterdir())
+
+    def teacher(self) -> GivenTeacher:
+        """The teacher of a method that is trained on a ``CachedLoader``."""
+        return self.store.teacher()
+
+    def outputs(self, epoch: int, indices: Tensor, device: torch.device) -> tuple[Tensor, ...]:
+        """What ``teacher()`` takes for training images in an epoch, counting from 0."""
         epoch %= self._epochs  # without randomness one epoch is cached
         if epoch not in self._checked:
             self._check(epoch)
         shard = self._shards[epoch]
         records = shard[indices.numpy()]
-        absent = (records["logsumexp"] == 0) & (records["log_probs"] == 0).all(1)
+        absent = np.isnan(records[self.store.half]).any(1)
         if absent.any():
             first = int(indices[int(absent.argmax())])
             raise CacheError(
                 f"teacher.cache: {self.folder} lacks training image {first} in epoch {epoch + 1}: "
                 "it could not be read when the cache was made"
             )
-        return unpack(records, self._classes, device)
+        return self.store.unpack(records, device)
 
     def check_fits(self, wanted: dict[str, Any]) -> None:
         """Raise ``CacheError`` that names every difference from the facts that a recipe needs."""
@@ -207,14 +174,19 @@ class TeacherCache:
         if self._epochs < wanted["epochs"]:
             differ.append(f"epochs: {self._epochs} in the cache, {wanted['epochs']} in the recipe")
         if differ:
+            other = any(text.startswith("temperature:") for text in differ)
             raise CacheError(
                 f"teacher.cache: {self.folder} does not fit this recipe: {'; '.join(differ)}; "
                 "create a cache for it with `fastkd cache-teacher`"
+                + (" (--store features serves every temperature)" if other else "")
             )
 
 
 class CachedLoader:
-    """Yields ``(images, target, teacher_logits)`` from a loader and the cache that was made with it."""
+    """Yields ``(images, target, *outputs)`` from a loader and the cache that was made with it.
+
+    The method's teacher must be ``cache.teacher()``, which makes logits of the outputs.
+    """
 
     def __init__(self, loader: IndexedLoader, cache: TeacherCache) -> None:
         self._loader, self._cache, self._epoch = loader, cache, 0
@@ -226,14 +198,14 @@ class CachedLoader:
     def __len__(self) -> int:
         return len(self._loader)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         return self.batches()
 
     def batches(
         self, start: int = 0, rank: int = 0, world: int = 1, even: bool = False
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    ) -> Iterator[tuple[Tensor, ...]]:
         for images, target, indices in self._loader.indexed(start, rank, world, even):
-            yield images, target, self._cache.logits(self._epoch, indices, images.device)
+            yield images, target, *self._cache.outputs(self._epoch, indices, images.device)
 
 
 class CacheWriter:
@@ -243,34 +215,39 @@ class CacheWriter:
     ``folder`` exists, or if the partial cache has other facts.
     """
 
-    def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, facts: dict[str, Any], store: Store) -> None:
         if folder.exists():
             raise CacheError(f"{folder} already exists; a cache is never overwritten: choose another folder")
         self._folder = folder
         self.partial = folder.with_name(folder.name + ".partial")
-        self._facts = {"format": FORMAT, **facts}
+        self._store = store
+        self._facts = {"format": FORMAT, **facts, **store.facts}
         make_folder(self.partial)
         path = self.partial / _FACTS
         if path.exists():
             try:
                 begun = read_facts(path)
+            except OldFormatError as error:
+                raise CacheError(f"{self.partial} {error}, and delete it") from None
             except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
                 raise CacheError(f"{path} cannot be read: {error}; delete {self.partial}") from None
-            if begun["format"] == _WITHOUT_DIGESTS:
-                self._facts["format"] = _WITHOUT_DIGESTS
             if begun != json.loads(json.dumps(self._facts)):
-                raise CacheError(f"{self.partial} was started for another recipe; choose another folder")
+                raise CacheError(
+                    f"{self.partial} was started for another recipe or store; choose another folder"
+                )
         else:
             sealed = {**self._facts, "sha256": digest_of(self._facts)}
             text = json.dumps(sealed, indent=2) + "\n"
             write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        if isinstance(store, FeaturesStore):
+            save_checkpoint(self.partial / _HEAD, store.head.state_dict())
 
     def missing_epochs(self) -> list[int]:
         return [e for e in range(self._facts["epochs"]) if not (self.partial / shard_name(e)).exists()]
 
-    def write_epoch(self, epoch: int, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
-        """Write an epoch of (sample indices, logits); records of missing images stay zero."""
-        kind = record_type(self._facts["classes"], self._facts["top_k"])
+    def write_epoch(self, epoch: int, batches: Iterator[tuple[Tensor, tuple[Tensor, ...]]]) -> None:
+        """Write an epoch of (sample indices, what ``Store.of_teacher`` gave)."""
+        kind, absent = self._store.record, np.ones(self._facts["samples"], bool)
 
         def write(temporary: Path) -> None:
             shard = np.lib.format.open_memmap(
@@ -282,10 +259,12 @@ class CacheWriter:
                 size = temporary.stat().st_size / 1e6
                 name = self.partial / shard_name(epoch)
                 raise CacheError(f"no space for {name} of {size:.0f} MB: {error.strerror}") from None
-            for indices, logits in batches:
-                if not bool(logits.isfinite().all()):
-                    raise CacheError(f"the teacher's logits are not finite in epoch {epoch + 1}")
-                shard[indices.numpy()] = pack(logits, self._facts["top_k"])
+            for indices, outputs in batches:
+                if not all(bool(output.isfinite().all()) for output in outputs):
+                    raise CacheError(f"the teacher's {self._store.name} are not finite in epoch {epoch + 1}")
+                shard[indices.numpy()] = self._store.pack(*outputs)
+                absent[indices.numpy()] = False
+            shard[self._store.half][absent] = np.nan
             shard.flush()
             with temporary.open("r+b") as file:
                 append_digest(file)
@@ -302,14 +281,28 @@ class CacheWriter:
         return TeacherCache(self._folder)
 
 
+class OldFormatError(ValueError):
+    """The cache was made by an older version, whose records differ."""
+
+
 def read_facts(path: Path) -> dict[str, Any]:
     """Read cache.json. Raises ``OSError``, and ``ValueError`` or ``KeyError`` if it is damaged."""
     facts: dict[str, Any] = json.loads(read_regular(path))
-    if facts["format"] not in (FORMAT, _WITHOUT_DIGESTS):
+    if facts["format"] in _BEFORE:
+        raise OldFormatError(
+            f"was made by an older version of fastkd ({facts['format']}; this one reads {FORMAT}), whose "
+            "records had no temperature; create it again with `fastkd cache-teacher`"
+        )
+    if facts["format"] != FORMAT:
         raise ValueError(f"its format is {facts['format']!r}, expected {FORMAT!r}")
-    if facts["format"] == FORMAT and facts.pop("sha256", None) != digest_of(facts):
+    if facts.pop("sha256", None) != digest_of(facts):
         raise ValueError(f"{_FACTS} is damaged: its SHA-256 does not match")
     return facts
+
+
+def _read_head(folder: Path) -> GivenFeatures:
+    state = load_checkpoint(folder / _HEAD, remedy="create the cache again")
+    return GivenFeatures(state["weight"], state.get("bias"))
 
 
 def _shard_has(look: Callable[[BinaryIO], bool], path: Path) -> bool:

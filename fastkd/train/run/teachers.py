@@ -15,16 +15,17 @@ from fastkd.distill import CrossEntropy
 from fastkd.errors import TrainError
 from fastkd.files.atomic import make_folder
 from fastkd.files.sealed import short_digest_of
-from fastkd.recipe.schema import Optimization, Recipe, Teacher
+from fastkd.recipe.sections import Optimization, Recipe, Teacher
 from fastkd.train import distributed
-from fastkd.train.evaluation import evaluate
+from fastkd.train.evaluation import evaluate_rows
 
 from .build import build_network, tried
+from .cache_stores import TopKStore
 from .checkpoint import save_checkpoint
 from .fitting import fit_in_folder, owned, read_state
 from .folder import write_json
 from .resume import fingerprint
-from .teacher_cache import CachedTeacher, TeacherCache, wanted_facts
+from .teacher_cache import TeacherCache, top_k_temperature, wanted_facts
 from .torchvision_weights import torchvision_network
 from .weights import load_weights
 
@@ -34,7 +35,14 @@ class TeacherInUse:
     """A trained teacher and its summary."""
 
     model: nn.Module
-    summary: dict[str, Any]  # checkpoint, val_accuracy (last epoch), best_val_accuracy if known
+    summary: dict[str, Any]  # checkpoint, ACCURACIES (last epoch), best_val_accuracy if known
+
+
+def described(teacher: TeacherInUse) -> str:
+    """Accuracy and origin, for a line of text."""
+    top5 = teacher.summary.get("val_top5_accuracy")
+    parts = [f"{teacher.summary['val_accuracy']:.2%}", "" if top5 is None else f"top-5 {top5:.2%}"]
+    return ", ".join(part for part in (*parts, teacher.summary["checkpoint"]) if part)
 
 
 def load_given_teacher(
@@ -51,8 +59,7 @@ def load_given_teacher(
         )
         for note in notes:
             console.print(f"teacher: {note}", markup=False)
-        measured = _accuracy(config, model, data, device)
-        return TeacherInUse(model, {"checkpoint": config.weights, "val_accuracy": measured})
+        return TeacherInUse(model, {"checkpoint": config.weights, **_accuracies(config, model, data, device)})
     model = build_network(config, data)
     assert config.checkpoint is not None
     path = Path(config.checkpoint)
@@ -62,19 +69,22 @@ def load_given_teacher(
         num_classes=data.num_classes,
         remedy="teacher.checkpoint must be of this architecture and data; leave it out to train a teacher",
     )
-    accuracy = facts.get("val_accuracy")
-    if facts.get("data") != short_digest_of(data.fingerprint) or accuracy is None:
-        accuracy = _accuracy(config, model, data, device)
-    return TeacherInUse(model, {"checkpoint": str(path), "val_accuracy": accuracy})
+    known = {key: facts[key] for key in ACCURACIES if facts.get(key) is not None}
+    if facts.get("data") != short_digest_of(data.fingerprint) or "val_accuracy" not in known:
+        known = _accuracies(config, model, data, device)
+    return TeacherInUse(model, {"checkpoint": str(path), **known})
 
 
-def _accuracy(config: Teacher, model: nn.Module, data: Data, device: torch.device) -> float:
+ACCURACIES = ("val_accuracy", "val_top5_accuracy")
+
+
+def _accuracies(config: Teacher, model: nn.Module, data: Data, device: torch.device) -> dict[str, float]:
     what, loader = (
         f"teacher {config.name} on the validation images",
         data.val_loader(device, config.batch_size),
     )
-    accuracy: float = tried(what, evaluate, model.to(device), loader, device=device)[0]
-    return accuracy
+    record = tried(what, evaluate_rows, model.to(device), loader, device=device).record()
+    return {key: record[key] for key in ACCURACIES if key in record}
 
 
 def find_teacher(
@@ -114,14 +124,22 @@ def teacher_hash(
     return None if recipe.teacher is None else _key_of(recipe.teacher, data)
 
 
+def label_of(config: Teacher) -> str:
+    return config.name.replace("/", "-") + (f"-{config.width}" if config.width else "")
+
+
+def folder_of(config: Teacher, data: Data, runs: Path) -> Path:
+    """Where a trained teacher is stored; ``teacher.pt`` is there once it is trained."""
+    # The hash covers everything that determines the weights, so other data cannot get this teacher.
+    return runs / "teachers" / f"{label_of(config)}-{_key_of(config, data)}"
+
+
 def own_teacher(
     config: Teacher, data: Data, runs: Path, device: torch.device, console: Console
 ) -> TeacherInUse:
     """The teacher of this data and configuration: loaded, resumed or trained."""
-    # The hash covers everything that determines the weights, so other data cannot get this teacher.
-    settings, key = _settings_of(config), _key_of(config, data)
-    label = config.name.replace("/", "-") + (f"-{config.width}" if config.width else "")
-    folder = runs / "teachers" / f"{label}-{key}"
+    settings, label = _settings_of(config), label_of(config)
+    folder = folder_of(config, data, runs)
     path = folder / "teacher.pt"
     torch.manual_seed(config.seed)
     model = build_network(config, data)
@@ -147,7 +165,7 @@ def own_teacher(
                 "model": model.state_dict(),
                 "num_classes": data.num_classes,
                 "data": short_digest_of(data.fingerprint),
-                "val_accuracy": result.last["val_accuracy"],
+                **{key: result.last[key] for key in ACCURACIES if key in result.last},
                 "best_val_accuracy": result.best["val_accuracy"],
             }
             if distributed.is_first():
@@ -157,21 +175,24 @@ def own_teacher(
         model, path, num_classes=data.num_classes, remedy="delete it to have the teacher trained again"
     )
     known: dict[str, Any] = {
-        name: facts[name] for name in ("val_accuracy", "best_val_accuracy") if name in facts
+        name: facts[name] for name in (*ACCURACIES, "best_val_accuracy") if name in facts
     }
     if "val_accuracy" not in known:
         raise TrainError(f"checkpoint {path} lacks its accuracy; delete it to have the teacher trained again")
     return TeacherInUse(model, {"checkpoint": str(path), **known})
 
 
-def open_cache(recipe: Recipe, data: Data) -> TeacherCache | None:
+def open_cache(recipe: Recipe, data: Data, device: torch.device) -> TeacherCache | None:
     if recipe.teacher is None or recipe.teacher.cache is None:
         return None
     cache = TeacherCache(Path(recipe.teacher.cache))
-    cache.check_fits(wanted_facts(recipe, data))
+    wanted = wanted_facts(recipe, data, device)
+    if isinstance(cache.store, TopKStore):
+        wanted["temperature"] = top_k_temperature(recipe)
+    cache.check_fits(wanted)
     return cache
 
 
 def cached_teacher(cache: TeacherCache) -> TeacherInUse:
     summary = {"checkpoint": f"cache {cache.folder}", "val_accuracy": cache.facts["val_accuracy"]}
-    return TeacherInUse(CachedTeacher(), summary)
+    return TeacherInUse(cache.teacher(), summary)

@@ -27,7 +27,8 @@ from fastkd.data.files import load_file_data
 from fastkd.data.pixels import to_rgb
 from fastkd.distill import DHKD, KD
 from fastkd.models import build_model
-from fastkd.recipe.schema import FolderData, load_recipe
+from fastkd.recipe.schema import load_recipe
+from fastkd.recipe.sections import FolderData
 from fastkd.train import Watcher, fit, fit_method
 from fastkd.train.run.weights import load_weights
 from tests.train.tiny import CLASSES, Loader, Net

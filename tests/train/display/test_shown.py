@@ -80,8 +80,7 @@ class Writer:
 def test_tensorboard_on_a_full_disk(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("fastkd.train.display.tensorboard.require_tensorboard", lambda: Writer)
-    monkeypatch.setattr("fastkd.train.run.run.require_tensorboard", lambda: Writer)
+    monkeypatch.setattr("fastkd.train.display.loggers.require_tensorboard", lambda: Writer)
     assert main(["train", *STUDENT, "train.tensorboard=true"]) == 0
     out = capsys.readouterr().out
     assert out.count("TensorBoard is no longer written: OSError: [Errno 28] No space left") == 1

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
-import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from fastkd.distill import GivenFeatures
 from fastkd.errors import CheckpointError
+from fastkd.train.run.cache_stores import CacheError, FeaturesStore, Store, TopKStore
 from fastkd.train.run.checkpoint import load_checkpoint, save_checkpoint
 from fastkd.train.run.folder import read_resume_state
-from fastkd.train.run.teacher_cache import CacheError, CacheWriter, TeacherCache
+from fastkd.train.run.teacher_cache import CacheWriter, TeacherCache
 
 CONTENT = {
     "student": {"conv.weight": torch.arange(12.0).view(3, 4), "steps": torch.arange(3)},
@@ -115,22 +115,45 @@ def test_torch_reads_what_fastkd_writes(tmp_path: Path) -> None:
     assert same(torch.load(tmp_path / "last.pt", mmap=True)["student"], CONTENT["student"])
 
 
-FACTS = {"samples": 8, "classes": 5, "top_k": 2, "epochs": 1, "val_accuracy": 0.5}
+FACTS = {"samples": 8, "classes": 5, "epochs": 1, "val_accuracy": 0.5}
+STORES = {
+    "top_k": TopKStore(5, 2, 4.0),
+    "features": FeaturesStore(GivenFeatures(torch.randn(5, 3), torch.randn(5))),
+}
+
+
+def make_cache(folder: Path, store: Store) -> Path:
+    outputs = {
+        "top_k": (torch.randn(8, 2), torch.tensor([[1, 3]] * 8), torch.randn(8)),
+        "features": (torch.randn(8, 3),),
+    }
+    writer = CacheWriter(folder, FACTS, store)
+    writer.write_epoch(0, iter([(torch.arange(8), outputs[store.name])]))
+    writer.finish()
+    return folder
 
 
 @pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    writer = CacheWriter(tmp_path / "cache", FACTS)
-    writer.write_epoch(0, iter([(torch.arange(8), torch.randn(8, 5))]))
-    writer.finish()
-    return tmp_path / "cache"
+def top_k(tmp_path: Path) -> Path:
+    return make_cache(tmp_path / "cache", STORES["top_k"])
 
 
-@pytest.mark.parametrize("name", ["epoch-0000.npy", "cache.json"])
-def test_every_flip_in_a_teacher_cache_is_noticed_or_harmless(name: str, cache: Path) -> None:
-    def read() -> tuple[dict[str, Any], torch.Tensor]:
+@pytest.mark.parametrize(
+    ("store", "name"),
+    [
+        ("top_k", "epoch-0000.npy"),
+        ("top_k", "cache.json"),
+        ("features", "epoch-0000.npy"),
+        ("features", "head.pt"),
+    ],
+)
+def test_every_flip_in_a_teacher_cache_is_noticed_or_harmless(store: str, name: str, tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache", STORES[store])
+
+    def read() -> tuple[dict[str, Any], list[torch.Tensor]]:
         opened = TeacherCache(cache)
-        return opened.facts, opened.logits(0, torch.arange(8), torch.device("cpu"))
+        outputs = opened.outputs(0, torch.arange(8), torch.device("cpu"))
+        return opened.facts, [*outputs, *opened.teacher().state_dict().values()]
 
     facts, expected = read()
     for bit, content in flipped((cache / name).read_bytes(), 500):
@@ -140,31 +163,16 @@ def test_every_flip_in_a_teacher_cache_is_noticed_or_harmless(name: str, cache: 
         except CacheError:
             continue
         assert got_facts == facts, f"bit {bit}"
-        assert torch.equal(got, expected), f"bit {bit}"
+        assert all(map(torch.equal, got, expected)), f"bit {bit}"
 
 
-def test_a_damaged_epoch_of_a_cache_is_made_again(cache: Path) -> None:
+def test_a_damaged_epoch_of_a_cache_is_made_again(top_k: Path) -> None:
+    cache = top_k
     shard = cache / "epoch-0000.npy"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:200] + bytes([whole[200] ^ 1]) + whole[201:])
     with pytest.raises(CacheError, match=r"delete it, rename the folder to cache\.partial"):
-        TeacherCache(cache).logits(0, torch.arange(8), torch.device("cpu"))
+        TeacherCache(cache).outputs(0, torch.arange(8), torch.device("cpu"))
     shard.unlink()
     shutil.move(cache, cache.with_name("cache.partial"))
-    assert CacheWriter(cache, FACTS).missing_epochs() == [0]
-
-
-def test_a_cache_from_before_digests_is_read(cache: Path) -> None:
-    expected = TeacherCache(cache).logits(0, torch.arange(8), torch.device("cpu"))
-    facts = json.loads((cache / "cache.json").read_text())
-    del facts["sha256"]
-    (cache / "cache.json").write_text(json.dumps({**facts, "format": "fastkd-teacher-cache-1"}))
-    shard = cache / "epoch-0000.npy"
-    shard.write_bytes(shard.read_bytes()[: -len("fastkd-sha256:") - 64])
-    assert torch.equal(TeacherCache(cache).logits(0, torch.arange(8), torch.device("cpu")), expected)
-    # Then at least an invalid class is refused.
-    content = bytearray(shard.read_bytes())
-    content[-8:-4] = struct.pack("<HH", 60000, 0)
-    shard.write_bytes(content)
-    with pytest.raises(CacheError, match="class 60000, expected 0 to 4"):
-        TeacherCache(cache).logits(0, torch.arange(8), torch.device("cpu"))
+    assert CacheWriter(cache, FACTS, STORES["top_k"]).missing_epochs() == [0]
