@@ -16,7 +16,7 @@ from fastkd.ops.triton.launch_options import common_vector, compile_options, on_
 # Of ``Needs``, those that the student's kernels test.
 OF_STUDENT = Needs.CROSS_ENTROPY | Needs.STUDENT_AT_T1 | Needs.LABEL_SMOOTHING
 # The most known classes per step of a program.
-MAX_KNOWN = 512
+MAX_KNOWN = 256
 
 
 def row_loss(
@@ -73,7 +73,7 @@ def row_loss(
             student, indices, target, weight, partials, values, inner_rows, plan.parts, classes, known,
             *strides, target_stride, numbers, **fixed, **tiles, **compile_options(plan),
         )  # fmt: skip
-        of_known = Plan(1, per_step, True, max(1, per_step // 128), 1, count)
+        of_known = Plan(1, per_step, True, max(1, per_step // 64), 1, count)
         top_k_rows.known_logits[count,](
             student, indices, target, weight, partials, values, results, of_student, logits,
             indices if position is None else position, inner_rows, plan.parts, classes, known,
