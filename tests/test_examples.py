@@ -92,6 +92,15 @@ def test_script_is_short_and_names_its_package(script: str, tmp_path: Path) -> N
         assert "Needs only fastkd" in text
 
 
+def test_notebook_starts() -> None:
+    """Its first cell, without Jupyter: the imports exist, and the data are found."""
+    cells = json.loads((EXAMPLES / "glyphs.ipynb").read_text(encoding="utf-8"))["cells"]
+    first = next("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    done = run("-c", first, MPLBACKEND="agg")
+    assert done.returncode == 0, done.stderr
+    assert "205 classes" in done.stdout
+
+
 def test_notebook() -> None:
     nbformat = pytest.importorskip("nbformat", reason="nbclient is not installed")
     nbclient = pytest.importorskip("nbclient")
