@@ -21,6 +21,8 @@ from .preflight import first_of
 
 # Of few classes, five are no measure: with 10, half of all guesses are right.
 TOP5_ABOVE = 10  # classes
+# Entries of a record; the second is missing where top-5 is.
+ACCURACIES = ("val_accuracy", "val_top5_accuracy")
 
 
 @dataclass(frozen=True)

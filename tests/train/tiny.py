@@ -16,6 +16,12 @@ ROWS, BATCH = (
     16,
 )  # the last batch of an epoch has 8 rows: fewer than the others, and divisible among ranks
 
+# A recipe of two steps an epoch, on random images.
+STUDENT = [
+    "fashion-mnist/student", "data.synthetic=20", "student.width=2", "train.epochs=2", "train.batch_size=10",
+    "train.device=cpu", "train.threads=1",
+]  # fmt: skip
+
 
 class Net(nn.Module):
     """Two stages with BatchNorm, pooling, optional dropout, a linear classifier."""

@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
         )
     from fastkd.recipe.schema import load_recipe
     from fastkd.train.display.console import make_console, results_table
+    from fastkd.train.evaluation import ACCURACIES
     from fastkd.train.run.folder import create_run_folder
     from fastkd.train.run.run import run_recipe
 
@@ -57,10 +58,7 @@ def run(args: argparse.Namespace) -> int:
     ]
     teacher = summaries[1]["teacher"]
     measured = {"teacher": teacher, **{one["name"]: one["last"] for one in summaries}}
-    rows = [
-        (name, "", *(f"{100 * last[key]:.2f}" for key in ("val_accuracy", "val_top5_accuracy")))
-        for name, last in measured.items()
-    ]
+    rows = [(name, "", *(f"{100 * last[key]:.2f}" for key in ACCURACIES)) for name, last in measured.items()]
     console.print(results_table("letters of three faces that no network has seen, one seed", rows))
     figure = folder / "demo.png"
     drawn = _draw(summaries, figure, console)

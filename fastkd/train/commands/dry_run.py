@@ -21,7 +21,7 @@ from fastkd.train import distributed
 from fastkd.train.batches import Batch, Batches
 from fastkd.train.evaluation import evaluate_rows
 from fastkd.train.random_state import get_random_state, set_random_state
-from fastkd.train.run.build import build_method, build_network, tried
+from fastkd.train.run.build import build_method, build_network, tried, with_given
 from fastkd.train.run.fitting import read_state
 from fastkd.train.run.folder import next_run_folder
 from fastkd.train.run.resume import check_recipe, identity
@@ -129,8 +129,7 @@ class _Tries:
         device, layout = ready.device, recipe.train.channels_last
         loader = ready.data.train_loader(config.batch_size, config.seed, device)
         batch = _first(Batches(loader, device, even=True, channels_last=layout), "the first training batch")
-        if ready.cache is not None:
-            batch = (*batch, torch.zeros(len(batch[1]), ready.data.num_classes, device=device))
+        batch = with_given(batch, method.teacher)
         with torch.no_grad():
             terms = tried("one step", method.loss, batch)
         shown = ", ".join(f"{name} {value.item():.3f}" for name, value in terms.items())

@@ -23,6 +23,7 @@ from fastkd.files.regular import read_regular
 from fastkd.models import build_model
 from fastkd.recipe.schema import load_recipe
 from fastkd.train.display.console import make_console
+from fastkd.train.evaluation import ACCURACIES
 from fastkd.train.run.checkpoint import load_checkpoint
 from fastkd.train.run.weights import state_dict_in
 from fastkd.train.state_dicts import fill
@@ -80,7 +81,7 @@ def accuracies_of(folder: Path, which: str) -> dict[str, float]:
         lines = read_regular(folder / "metrics.jsonl").decode("utf-8").splitlines()
         records = [json.loads(line) for line in lines]
         chosen = records[-1] if which == "last" else max(records, key=lambda record: record["val_accuracy"])
-        return {key: float(chosen[key]) for key in ("val_accuracy", "val_top5_accuracy") if key in chosen}
+        return {key: float(chosen[key]) for key in ACCURACIES if key in chosen}
     except (OSError, ValueError, IndexError, KeyError, TypeError, RecursionError):
         return {}  # the weights are what was asked for
 

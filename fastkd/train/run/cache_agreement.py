@@ -12,7 +12,7 @@ from fastkd.data.data import Data
 from fastkd.distill import Method
 from fastkd.distill.method import total_of
 from fastkd.distill.taps import eval_mode, named_logits
-from fastkd.recipe.schema import Recipe
+from fastkd.recipe.sections import Recipe
 from fastkd.train.precision import Numerics, autocast, place
 from fastkd.train.trial import unchanged
 

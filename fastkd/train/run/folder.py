@@ -30,12 +30,12 @@ from fastkd.recipe.files import dump_flat_yaml
 from fastkd.recipe.sections import Recipe
 from fastkd.train.batches import Batch
 from fastkd.train.display.curves import plot_curves
+from fastkd.train.evaluation import ACCURACIES
 from fastkd.train.watcher import ForwardingWatcher, Record, Watcher
 
 from .checkpoint import load_checkpoint, save_checkpoint
 
 _PREVIOUS = "previous.pt"
-_MEASURED = ("val_accuracy", "val_top5_accuracy")  # in best.pt, if the record has them
 
 
 def create_run_folder(runs: Path, name: str) -> Path:
@@ -198,9 +198,7 @@ class RunRecorder(ForwardingWatcher):
         if all(record["val_accuracy"] > earlier["val_accuracy"] for earlier in history[:-1]):
             weights = resume["student"] if resume["ema"] is None else averaged_weights(resume["ema"])
             best = {"model": weights, "epoch": record["epoch"], **self._facts}
-            measured: dict[str, Any] = {
-                key: record[key] for key in ("val_accuracy", "val_top5_accuracy") if key in record
-            }
+            measured: dict[str, Any] = {key: record[key] for key in ACCURACIES if key in record}
             save_checkpoint(self._folder / "best.pt", {**best, **measured})
         if self._keep_every is not None and record["epoch"] % self._keep_every == 0:
             save_checkpoint(self._folder / f"epoch-{record['epoch']:04d}.pt", resume)

@@ -29,7 +29,7 @@ from fastkd.files.atomic import make_folder, take_room, write_atomically
 from fastkd.files.regular import open_regular, read_regular
 from fastkd.files.sealed import append_digest, digest_of, has_digest, is_whole, short_digest_of
 from fastkd.messages import one_line
-from fastkd.recipe.schema import Recipe, Teacher
+from fastkd.recipe.sections import Recipe, Teacher
 
 from .cache_stores import CacheError, FeaturesStore, Store, stored_as
 from .checkpoint import load_checkpoint, save_checkpoint

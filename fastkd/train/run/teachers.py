@@ -17,7 +17,7 @@ from fastkd.files.atomic import make_folder
 from fastkd.files.sealed import short_digest_of
 from fastkd.recipe.sections import Optimization, Recipe, Teacher
 from fastkd.train import distributed
-from fastkd.train.evaluation import evaluate_rows
+from fastkd.train.evaluation import ACCURACIES, evaluate_rows
 
 from .build import build_network, tried
 from .cache_stores import TopKStore
@@ -73,9 +73,6 @@ def load_given_teacher(
     if facts.get("data") != short_digest_of(data.fingerprint) or "val_accuracy" not in known:
         known = _accuracies(config, model, data, device)
     return TeacherInUse(model, {"checkpoint": str(path), **known})
-
-
-ACCURACIES = ("val_accuracy", "val_top5_accuracy")
 
 
 def _accuracies(config: Teacher, model: nn.Module, data: Data, device: torch.device) -> dict[str, float]:

@@ -22,18 +22,10 @@ from fastkd.recipe.keys import every_key, keys_of
 from fastkd.recipe.schema import load_recipe
 from fastkd.recipe.sections import DATA_SECTIONS
 from fastkd.train.commands import demo
+from tests.train.tiny import STUDENT
 
 ROOT = Path(__file__).resolve().parents[3]
-STUDENT = [
-    "fashion-mnist/student", "data.synthetic=20", "student.width=2", "train.epochs=2", "train.batch_size=10",
-    "train.device=cpu", "train.threads=1",
-]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("workplace")
 
 
 def command(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -17,18 +17,10 @@ from fastkd.cli import main
 from fastkd.train import fit
 from fastkd.train.commands import plot as plot_command
 from fastkd.train.display.console import ConsoleProgress
-from tests.train.tiny import Loader, Net
+from tests.train.tiny import STUDENT, Loader, Net
 
 ROOT = Path(__file__).resolve().parents[3]
-STUDENT = [
-    "fashion-mnist/student", "data.synthetic=20", "student.width=2", "train.epochs=2", "train.batch_size=10",
-    "train.device=cpu", "train.threads=1",
-]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("workplace")
 
 
 def whole(folder: str = "runs/fashion-mnist-student-001") -> bool:

@@ -45,6 +45,13 @@ def history(pattern: str) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.parametrize("store", [["--top-k", "2"], ["--store", "features"], ["--store", "logits"]])
+def test_a_dry_run_from_each_store(recipe: list[str], store: list[str], capsys) -> None:
+    assert main(["cache-teacher", *recipe, "--to", "cache", *store]) == 0
+    assert main(["train", *recipe, "teacher.cache=cache", "--dry-run"]) == 0
+    assert "nothing was written there" in capsys.readouterr().out
+
+
 DKD: list[str] = []
 KD_MIXED = ["data.cutmix=1.0", "method=kd"]
 DHKD = ["method=dhkd", "method.dropout=0.0"]
