@@ -45,6 +45,17 @@ struct Known {
   uint32_t needs;          // of the loss over K + 1 classes
 };
 
+// The first of the ascending known[low] to known[high - 1] that is not below `least`; `high` if all are.
+template <class Int>
+FASTKD_ROW_FUNCTION Int first_known(const int64_t* known, Int low, Int high, int64_t least) {
+  while (low < high) {
+    const Int middle = (low + high) / 2;
+    if (known[middle] < least) low = middle + 1;
+    else high = middle;
+  }
+  return low;
+}
+
 FASTKD_ROW_FUNCTION float weight_of(const Rows& rows, int64_t row) {
   return rows.row_weight == nullptr ? rows.scale : rows.scale * rows.row_weight[row * rows.row_weight_stride];
 }

@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import fastkd
+from fastkd.ops import native
 from fastkd.ops.backend import missing
 from tests import cuda_emulation
 
@@ -46,3 +47,13 @@ def emulated_library(tmp_path_factory):
     if cuda_emulation.COMPILER is None:
         pytest.skip("no C++ compiler")
     return cuda_emulation.build(tmp_path_factory.mktemp("emulation"))
+
+
+@pytest.fixture
+def emulated(emulated_library, monkeypatch):
+    """The emulated kernels as the native backend."""
+    emulation = cuda_emulation.Emulation(emulated_library)
+    monkeypatch.setattr(native, "row_loss", emulation.row_loss)
+    monkeypatch.setattr(native, "scale_rows_", emulation.scale_rows_)
+    with fastkd.use_backend("native"):
+        yield emulation

@@ -10,7 +10,6 @@ plain torch with all logits. Memory is the peak above the inputs; the teacher's 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from choose_hyperparameters import append
+
 import fastkd
 from fastkd.bench.measure import timing
-from fastkd.bench.protocol import CPUClock, GPUClock, Launch, interleaved, relative_error
+from fastkd.bench.protocol import Launch, interleaved, make_clock, relative_error
 from fastkd.losses.cases import call_of
 from fastkd.ops.spec import CASES
 
@@ -46,7 +47,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="of each variant")
     parser.add_argument("--output", type=Path, metavar="FILE.jsonl")
     args = parser.parse_args()
-    clock = GPUClock() if torch.cuda.is_available() else CPUClock()
+    clock = make_clock("cuda" if torch.cuda.is_available() else "cpu")
     print("| loss | rows x classes | variant | ms | of the dense time | MB | teacher's MB | gradient error |")
     print("|---|---|---|---|---|---|---|---|")
     for shape in args.shapes:
@@ -55,8 +56,7 @@ def main() -> None:
             for record in measure(clock, name, rows, classes, args.known, args.dtype, args.seconds):
                 print(line_of(record), flush=True)
                 if args.output is not None:
-                    with args.output.open("a") as file:
-                        file.write(json.dumps(record) + "\n")
+                    append(args.output, record)
 
 
 def measure(

@@ -174,13 +174,8 @@ static void write_gradient(TopKRow& row, const TopKGradient& g) {
 
 // Where `label` is among `count` ascending classes; -1: nowhere.
 static int64_t place_of(int64_t label, const int64_t* known, int64_t count) {
-  int64_t low = 0, high = count;
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (known[middle] < label) low = middle + 1;
-    else high = middle;
-  }
-  return low < count && known[low] == label ? low : -1;
+  const int64_t place = first_known<int64_t>(known, 0, count, label);
+  return place < count && known[place] == label ? place : -1;
 }
 
 // Whether all rows are what top_k_loss expects: ascending indices in range, log-probabilities of at most 0 whose

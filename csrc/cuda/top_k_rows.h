@@ -8,16 +8,6 @@
 namespace fastkd {
 namespace cuda {
 
-// The first of the ascending classes known[low] to known[high - 1] that is not below `least`; `high` if all are.
-FASTKD_DEVICE int first_known(const int64_t* known, int low, int high, int64_t least) {
-  while (low < high) {
-    const int middle = (low + high) / 2;
-    if (known[middle] < least) low = middle + 1;
-    else high = middle;
-  }
-  return low;
-}
-
 // A row as both kernels see it.
 struct TopKRow {
   RowInfo info;

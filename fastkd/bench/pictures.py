@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastkd.bench.cases import LOSSES
+from fastkd.bench.cases import DTYPES, LOSSES
 from fastkd.bench.peers import VARIANTS
 from fastkd.bench.results import Record
+from fastkd.ops.plan import ELEMENT_BYTES
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLOURS = {
@@ -195,7 +196,7 @@ def _by_classes(rows: Sequence[Record], title: str, path: Path, theme: str) -> N
                     label="floor: three accesses, or the gradient",
                     **floor,
                 )
-                width = {"float32": 4}.get(records[0]["dtype"], 2)
+                width = ELEMENT_BYTES[DTYPES[records[0]["dtype"]]]
                 memory.plot(classes, [row["rows"] * row["classes"] * width / 1e6 for row in records], **floor)
         for axes, label in ((times, "ms, loss and gradient"), (memory, "MB beyond the logits")):
             axes.set(xscale="log", yscale="log", xlabel="classes", ylabel=label)
@@ -318,6 +319,5 @@ def _steps(steps: Sequence[Record], title: str, path: Path) -> None:
         axes.set_ylabel("ms per step")
         axes.margins(y=0.15)
         _tidy(axes)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    _legend_below(figure)
     figure.savefig(path, dpi=110)

@@ -43,12 +43,10 @@ def check_linear(name: str, form: LinearLogits) -> None:
     if len(set(map(autocast_dtype, form.tensors.values()))) > 1:
         found = ", ".join(f"{field} {tensor.dtype}" for field, tensor in form.tensors.items())
         raise TypeError(f"{name} has {found}; expected one dtype, or torch.autocast")
-    for field, value, most in (
-        ("num_classes", form.num_classes, outputs),
-        ("chunk_rows", form.chunk_rows, None),
-    ):
-        if value is not None:
-            check_size(f"{name}.{field}", value, 2 if most else 1, most, "the rows of weight")
+    if form.num_classes is not None:
+        check_size(f"{name}.num_classes", form.num_classes, 2, outputs, "the rows of weight")
+    if form.chunk_rows is not None:
+        check_size(f"{name}.chunk_rows", form.chunk_rows, 1)
     check_number(f"{name}.scale", form.scale)
     if form.softcap is not None:
         check_number(f"{name}.softcap", form.softcap)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -100,10 +100,15 @@ def check_top_k(form: TopKLogits, target: Tensor | None = None) -> None:
     if target is not None:
         arguments.check_target(target, form, "form")
         target = target.reshape(-1)
-        target = torch.where((target >= 0) & (target < form.num_classes), target, -1)
     log_probs, indices = _by_row(form)
     indices, order = indices.sort(-1)
-    _raise_for(form, log_probs.gather(1, order), indices, target, None)
+    log_probs = log_probs.gather(1, order)
+    wrong = _wrong(form, log_probs, indices)
+    if target is not None:
+        in_range = (target >= 0) & (target < form.num_classes)
+        wrong = wrong | (in_range & _lacks(indices, target))
+    if bool(wrong.any()):
+        _raise_for(form, log_probs, indices, target, wrong)
 
 
 class Known(NamedTuple):
@@ -129,13 +134,15 @@ def known_of(form: TopKLogits, label: Tensor | None, row_weight: Tensor | None, 
     if not ready:
         indices, order = indices.sort(-1)
         log_probs = log_probs.gather(1, order)
-        wrong = _wrong(form, log_probs, indices, label)
+        wrong = _wrong(form, log_probs, indices)
+        if label is not None:
+            wrong = wrong | _lacks(indices, label)
         if row_weight is not None:
             wrong = wrong & (row_weight != 0)
         if not readable:
             log_probs = log_probs.masked_fill(wrong[:, None], torch.nan)
         elif bool(wrong.any()):
-            _raise_for(form, log_probs, indices, label, row_weight)
+            _raise_for(form, log_probs, indices, label, wrong)
         indices = indices.clamp(0, form.num_classes - 1)  # of rows that are not read
     if indices.shape[1] == form.num_classes or form.rest == "renormalize":
         log_rest = torch.full_like(log_probs[:, :1], -torch.inf)
@@ -153,30 +160,25 @@ def _by_row(form: TopKLogits) -> tuple[Tensor, Tensor]:
     return form.log_probs.reshape(-1, known), form.indices.reshape(-1, known).long()
 
 
-def _wrong(form: TopKLogits, log_probs: Tensor, indices: Tensor, label: Tensor | None) -> Tensor:
+def _lacks(indices: Tensor, label: Tensor) -> Tensor:
+    """Which rows [N] do not know their label."""
+    return (indices != label[:, None]).all(-1)
+
+
+def _wrong(form: TopKLogits, log_probs: Tensor, indices: Tensor) -> Tensor:
     """Which rows [N] hold what no teacher has; ``indices`` are sorted. NaN passes, and reaches the loss."""
     wrong = (indices[:, 0] < 0) | (indices[:, -1] >= form.num_classes)
     wrong = wrong | (indices[:, 1:] == indices[:, :-1]).any(-1)
     wrong = wrong | (log_probs > 0).any(-1) | (log_probs.exp().sum(-1) > 1 + _EXCESS)
     if form.log_rest is not None:
         wrong = wrong | (form.log_rest.reshape(-1) > 0)
-    if label is not None:
-        wrong = wrong | (indices != label[:, None]).all(-1)
     return wrong
 
 
 def _raise_for(
-    form: TopKLogits, log_probs: Tensor, indices: Tensor, label: Tensor | None, row_weight: Tensor | None
-) -> None:
-    if label is not None:
-        absent = (label >= 0) & (indices != label[:, None]).all(-1)
-    wrong = _wrong(form, log_probs, indices, None)
-    if label is not None:
-        wrong = wrong | absent
-    if row_weight is not None:
-        wrong = wrong & (row_weight != 0)
-    if not bool(wrong.any()):
-        return
+    form: TopKLogits, log_probs: Tensor, indices: Tensor, label: Tensor | None, wrong: Tensor
+) -> NoReturn:
+    """Raise ``ValueError`` for the first of the rows ``wrong``."""
     row = int(wrong.nonzero()[0, 0])
     where = f"row {row} of the teacher's TopKLogits"
     found, values = indices[row].tolist(), log_probs[row]
@@ -208,10 +210,10 @@ def check_defined(loss: str, options: tuple[float, ...], name: str, form: TopKLo
     reason = spec.undefined_at_k(named)
     if reason is not None:
         raise ValueError(f"{name} is a TopKLogits, for which {loss} is not defined {reason}; pass all logits")
-    if form.rest == "renormalize" and loss == "reverse_kl":
+    if form.rest == "renormalize" and spec.needs_rest:
         raise ValueError(
-            f"{name} has rest='renormalize', for which the reverse KL is infinite: the teacher has no "
-            "probability where the student has some; use rest='one_class'"
+            f"{name} has rest='renormalize', for which {loss} is infinite: the teacher has no probability "
+            "where the student has some; use rest='one_class'"
         )
     temperature = spec.temperatures(named)[1]
     if abs(form.temperature - temperature) > 1e-6 * temperature:

@@ -114,6 +114,8 @@ class Loss:
     labelled_at_k: Callable[[Any], bool] = lambda options: True
     # Why it is not defined for such a teacher, with these options; None if it is.
     undefined_at_k: Callable[[Any], str | None] = lambda options: None
+    # It is infinite for a teacher without probability outside of the known classes.
+    needs_rest: bool = False
 
     def at_k(self, options: Sequence[float]) -> tuple[float, ...]:
         """The options of the terms that a teacher known at K classes has: without those ``of_student``."""
@@ -321,6 +323,7 @@ _ROWS = (
         lambda options: Needs.DISTILLS | Needs.LOG_RATIO,
         (_case("reverse-kl", "reverse_kl_loss", TemperatureOptions(2.0), temperature=2.0),),
         bound=lambda options: 16.0 / options.temperature,  # grows with the logits
+        needs_rest=True,
     ),
     _mixture(
         "jsd",

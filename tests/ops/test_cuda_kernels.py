@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastkd
-from fastkd.ops import backend, native, team_plan
+from fastkd.ops import backend, team_plan
 from fastkd.ops.call import Call, Outputs
 from fastkd.ops.spec import SoftmaxOptions
 from fastkd.ops.team_plan import TeamPlan, plan_team
@@ -30,19 +30,9 @@ from tests.cases import (
     loss_and_gradient,
     make_logits,
 )
-from tests.cuda_emulation import CODES, Emulation, Plan
+from tests.cuda_emulation import CODES, Plan
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture
-def emulated(emulated_library, monkeypatch):
-    """The emulated kernels as the native backend."""
-    emulation = Emulation(emulated_library)
-    monkeypatch.setattr(native, "row_loss", emulation.row_loss)
-    monkeypatch.setattr(native, "scale_rows_", emulation.scale_rows_)
-    with fastkd.use_backend("native"):
-        yield emulation
 
 
 def forced(emulated, *plan):

@@ -34,16 +34,6 @@ from tests.ops.test_cuda_kernels import TEAMS, forced, outputs
 
 
 @pytest.fixture
-def emulated(emulated_library, monkeypatch):
-    """The emulated kernels as the native backend."""
-    emulation = Emulation(emulated_library)
-    monkeypatch.setattr(native, "row_loss", emulation.row_loss)
-    monkeypatch.setattr(native, "scale_rows_", emulation.scale_rows_)
-    with fastkd.use_backend("native"):
-        yield emulation
-
-
-@pytest.fixture
 def fused(emulated):
     """The tests of the other backends, on the emulated kernels."""
     return "cpu"

@@ -33,13 +33,12 @@ def row_loss(
     assert indices is not None
     indices = indices if indices.stride(1) == 1 else indices.contiguous()
     count, classes, known = rows.shape[0], student.shape[-1], indices.shape[1]
-    named = spec.options(*call.options)
-    needs = call.needs
+    needs, small = call.needs, call.at_k
     cross_entropy = bool(needs & Needs.CROSS_ENTROPY and needs & Needs.LABELLED)
-    positioned = bool(needs & Needs.LABELLED) and spec.labelled_at_k(named)
+    positioned = bool(small.needs & Needs.LABELLED)
     needs = int(needs & ((OF_STUDENT if cross_entropy else 0) | Needs.OWN_SLOPES))
     # Kernels without a cross-entropy read the student's temperature only.
-    temperature = float(spec.temperatures(named)[0])
+    temperature = float(spec.temperatures(spec.options(*call.options))[0])
     numbers = tuple(map(float, call.options)) if cross_entropy else (temperature,)
     from_memory = spec.dynamic if cross_entropy else int(math.isnan(temperature))
 
@@ -81,9 +80,7 @@ def row_loss(
             KNOWN=per_step, PARTS=MAX_PARTS, **compile_options(of_known),
         )  # fmt: skip
         # Dynamic options of the student's own terms stay: without their needs, they multiply a loss of 0.
-        small = call._replace(
-            target=position, options=spec.at_k(call.options), indices=None, with_gradient=gradient is not None
-        )
+        small = small._replace(target=position, with_gradient=gradient is not None)
         of_logits = None if gradient is None else torch.empty_like(logits)
         dense([logits], [teacher], small, Outputs(rows, terms, of_logits))
         if cross_entropy:
