@@ -13,10 +13,19 @@ import triton
 import triton.language as tl
 
 from fastkd.ops.triton.formulas import Row, softmax
+from fastkd.ops.triton.known_classes import (
+    LOG2E,
+    first_known,
+    hide,
+    label_of,
+    load_index,
+    places_of,
+    slope_of,
+    temperature_of,
+)
 from fastkd.ops.triton.statistics import (
     CROSS_ENTROPY,
     LABEL_SMOOTHING,
-    OWN_SLOPES,
     STUDENT_AT_T1,
     Pair,
     Statistics,
@@ -40,78 +49,9 @@ NOT_SPECIALIZED = [
     "classes", "known", "student_outer_stride", "student_inner_stride", "indices_stride", "target_stride",
     "gradient_stride",
 ]  # fmt: skip
-LOG2E = tl.constexpr(1.4426950408889634)
 # Sizes of the results of ``rest_sums`` for a part of a row, and of ``known_logits`` for a row.
 PARTIALS = tl.constexpr(4)
 RESULTS = tl.constexpr(8)
-NO_INDEX = tl.constexpr(2**31 - 1)
-
-
-@triton.jit
-def temperature_of(numbers, NEEDS: tl.constexpr):
-    """The student's. With OWN_SLOPES (TTM) the first option is the teacher's."""
-    return 1.0 if OWN_SLOPES & NEEDS else numbers[0]
-
-
-@triton.jit
-def slope_of(numbers, NEEDS: tl.constexpr):
-    """log2(e) / T, for e^(z / T) as a power of 2."""
-    return LOG2E if OWN_SLOPES & NEEDS else tl.div_rn(LOG2E, numbers[0])
-
-
-@triton.jit
-def places_of(TILE: tl.constexpr, V: tl.constexpr, VECTOR: tl.constexpr):
-    """Offsets [V, TILE / V] in a tile: with wide loads a thread's V classes are adjacent, without those of
-    neighbouring threads are."""
-    within = tl.arange(0, V)[:, None]
-    thread = tl.arange(0, TILE // V)[None, :]
-    if VECTOR > 1:
-        return thread * V + within
-    else:
-        return within * (TILE // V) + thread
-
-
-@triton.jit
-def hide(hidden, place, TILE: tl.constexpr, V: tl.constexpr, VECTOR: tl.constexpr):
-    """Set the bit of the class at ``place`` in ``hidden`` [1, TILE / V], which has a bit per class of a
-    thread: an index costs three instructions per V classes, a comparison with each class would cost 2 V."""
-    if VECTOR > 1:
-        thread = place // V
-        bit = place % V
-    else:
-        thread = place % (TILE // V)
-        bit = place // (TILE // V)
-    return hidden | tl.where(tl.arange(0, TILE // V)[None, :] == thread, 1 << bit, 0)
-
-
-@triton.jit
-def first_known(indices, known, column):
-    """How many of the sorted indices are below ``column``."""
-    low = known * 0
-    high = known
-    while low < high:
-        middle = (low + high) // 2
-        below = tl.load(indices + middle) < column
-        low = tl.where(below, middle + 1, low)
-        high = tl.where(below, high, middle)
-    return low
-
-
-@triton.jit
-def load_index(indices, at, known):
-    return tl.load(indices + at, mask=at < known, other=NO_INDEX).to(tl.int32)
-
-
-@triton.jit
-def label_of(target_pointer, target_stride, row, classes, NEEDS: tl.constexpr):
-    """The label, -1 if none is read, and whether it is out of range."""
-    label = classes * 0 - 1
-    bad_label = label > 0
-    if CROSS_ENTROPY & NEEDS:
-        target = tl.load(target_pointer + row * target_stride)
-        bad_label = (target < 0) | (target >= classes)
-        label = tl.where(bad_label, 0, target).to(tl.int32)
-    return label, bad_label
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -152,10 +92,10 @@ def rest_sums(
             row, inner_rows, (student_outer_stride, student_inner_stride), VECTOR
         )
         indices = indices_pointer + row * indices_stride
-        label, bad_label = label_of(target_pointer, target_stride, row, classes, NEEDS)
+        label, bad_label = label_of(target_pointer, target_stride, row, classes, CROSS_ENTROPY & NEEDS)
         label_logit = 0.0
         if LABEL_SMOOTHING & NEEDS:
-            label_logit = load_label_logit(student, label, classes, read)
+            label_logit = load_label_logit(student, tl.maximum(label, 0), classes, read)
         slope = slope_of(numbers_of(numbers, dynamic_pointer, DYNAMIC), NEEDS)
         first_tile, end_tile = tiles_of_part(part, parts, classes, TILE)
         at = known * 0
@@ -254,12 +194,9 @@ def known_logits(
         values = numbers_of(numbers, dynamic_pointer, DYNAMIC)
         temperature = temperature_of(values, NEEDS)
         slope = slope_of(values, NEEDS)
-        label = classes * 0 - 1
-        bad_label = label > 0
-        if CROSS_ENTROPY & NEEDS or POSITION:
-            target = tl.load(target_pointer + row * target_stride)
-            bad_label = (target < 0) | (target >= classes)
-            label = tl.where(bad_label, -1, target).to(tl.int32)
+        label, bad_label = label_of(
+            target_pointer, target_stride, row, classes, CROSS_ENTROPY & NEEDS or POSITION
+        )
 
         part = tl.arange(0, PARTS)
         written = part < parts
@@ -424,7 +361,7 @@ def expand(
         tl.debug_barrier()
         first_column = first_tile * TILE
         end_column = end_tile * TILE
-        label, bad_label = label_of(target_pointer, target_stride, row, classes, NEEDS)
+        label, bad_label = label_of(target_pointer, target_stride, row, classes, CROSS_ENTROPY & NEEDS)
         of_known = 0.0
         other_top = 0.0
         label_gradient = 0.0
