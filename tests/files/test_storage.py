@@ -37,9 +37,12 @@ import multiprocessing, pathlib, time
 from fastkd.train.run.lock import locked
 with locked(pathlib.Path(".")):
     context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=time.sleep, args=(60,), daemon=True) for _ in range(2)]
+    # A forked process has the lock until its first lines of Python have run.
+    runs = context.Barrier(3)
+    workers = [context.Process(target=lambda: (runs.wait(), time.sleep(60)), daemon=True) for _ in range(2)]
     for worker in workers:
         worker.start()
+    runs.wait()
     print("ready", flush=True)
     print(*(worker.pid for worker in workers), flush=True)
     time.sleep(60)
