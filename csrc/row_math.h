@@ -9,6 +9,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "glibc.h"
+
 #ifdef __CUDACC__
 #define FASTKD_ROW_FUNCTION __host__ __device__ inline
 #else

@@ -4,6 +4,8 @@
 
 #include <string>
 
+#include "glibc.h"
+
 namespace fastkd {
 
 TorchAbi torch_abi;
