@@ -25,7 +25,7 @@ cd "$work" # so that nothing is imported from the checkout
 "$work/tools/bin/python" -m build --sdist --outdir "$folder" checkout >"$work/sdist.log" 2>&1 || { cat "$work/sdist.log"; exit 1; }
 sdist=$(echo "$folder"/*.tar.gz)
 FASTKD_WITHOUT_CUDA=1 "$work/tools/bin/pip" wheel --quiet --no-deps --wheel-dir "$work/cpu" "$sdist"
-"$work/tools/bin/auditwheel" repair --wheel-dir "$folder" "$work"/cpu/*.whl
+PATH="$work/tools/bin:$PATH" "$work/tools/bin/auditwheel" repair --wheel-dir "$folder" "$work"/cpu/*.whl
 wheel=$(echo "$folder"/*.whl)
 echo "== $(basename "$sdist"), $(basename "$wheel"): $(du -h --apparent-size "$sdist" "$wheel" | cut -f 1 | paste -sd ' ')"
 
