@@ -31,11 +31,13 @@ echo "== $(basename "$sdist"), $(basename "$wheel"): $(du -h --apparent-size "$s
 
 if command -v nvcc >/dev/null; then
   "$work/tools/bin/pip" wheel --quiet --no-deps --wheel-dir "$folder/cuda" "$sdist"
-  "$work/tools/bin/python" - "$folder"/cuda/*.whl <<'END'
-import sys, zipfile
-library = zipfile.ZipFile(sys.argv[1]).read("fastkd/ops/_native.abi3.so")
-assert b"fastkd_cuda_absent" not in library, "built without CUDA kernels: see the compiler's message above"
-print(f"== with CUDA kernels: {len(library) / 1e6:.1f} MB")
+  unzip -qo "$folder"/cuda/*.whl -d "$work/site"
+  "$work/tools/bin/python" - "$work/site/fastkd/ops/_native.abi3.so" <<'END'
+import ctypes, os, sys
+absent = ctypes.CDLL(sys.argv[1]).fastkd_cuda_absent
+absent.restype = ctypes.c_char_p
+print("== CUDA kernels:", (absent() or b"built, the library has %.1f MB" % (os.path.getsize(sys.argv[1]) / 1e6)).decode())
+sys.exit(absent() is not None)
 END
 fi
 
