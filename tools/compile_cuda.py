@@ -28,6 +28,15 @@ def resources(binary: Path) -> dict[str, dict[str, int]]:
     }
 
 
+def used_by(cubin: bytes) -> dict[str, int]:
+    """The same of a cubin's only function."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
+        binary.write(cubin)
+        binary.flush()
+        (used,) = resources(Path(binary.name)).values()
+    return used
+
+
 def find_nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     return (home and shutil.which("nvcc", path=str(Path(home, "bin")))) or shutil.which("nvcc")

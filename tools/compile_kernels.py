@@ -1,6 +1,7 @@
 """Compiles the launched Triton kernels and all CUDA kernels without a GPU, and prints their register usage.
 
     python tools/compile_kernels.py [--quick]
+    python tools/compile_kernels.py --report docs/reports/kernels.md     # see kernel_report.py
 
 For sm_80, sm_90, sm_100 and gfx942, as Triton's JIT specialises them (jit_launches.py): the losses that need
 most registers and, without --quick, calls that cover all pairs of values of arguments, dtypes, alignments and
@@ -12,18 +13,18 @@ with Triton). The CUDA sources are compiled if nvcc is found. The kernels are no
 import argparse
 import itertools
 import sys
-import tempfile
 from pathlib import Path
 
 import compile_cuda
 import jit_launches
+import kernel_report
 import triton
 
 # The most statistics; the longest resident row, and long rows whole and split.
 REGISTER_HEAVY = [
     jit_launches.Call(loss, path, weights="rows", terms=terms)
     for loss, terms in (("ce-lskd-smoothed", True), ("ls-dkd", False), ("jsd", False))
-    for path in ("C 8192", "C 20902", "C 20902, few rows")
+    for path in ("C 8192", "C 20902", "C 20902, few rows", "C 32768")
 ]
 REGISTER_HEAVY += [
     jit_launches.Call("ce-kd-smoothed", path, weights="rows", terms=True, known=known)
@@ -37,14 +38,6 @@ MAY_SPILL: dict[str, tuple[tuple[str, str], ...]] = {
     "3.8": (),
     "3.9": (),
 }
-
-
-def used_by(compiled) -> dict[str, int]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
-        binary.write(compiled.asm["cubin"])
-        binary.flush()
-        (used,) = compile_cuda.resources(Path(binary.name)).values()
-    return used
 
 
 def inspect(call: jit_launches.Call, target: str) -> list[tuple[bool, bool, str]]:
@@ -64,7 +57,7 @@ def inspect(call: jit_launches.Call, target: str) -> list[tuple[bool, bool, str]
             if "cubin" not in compiled.asm:
                 found.append((False, False, f"{target} ok"))
                 continue
-            used = used_by(compiled)
+            used = compile_cuda.used_by(compiled.asm["cubin"])
             spills = bool(used["STACK"] or used["LOCAL"])
             text = f"{target} {used['REG']:3d} reg" + (f" SPILLS {used}" if spills else "")
             found.append((False, spills, text))
@@ -76,12 +69,18 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="only the losses that need most registers")
-    quick = parser.parse_args().quick
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE.md", help="write instructions per element instead"
+    )
+    arguments = parser.parse_args()
+    if arguments.report is not None:
+        arguments.report.write_text(kernel_report.report())
+        return 0
     release = ".".join(triton.__version__.split(".")[:2])
     known = release in MAY_SPILL
     print(f"triton {triton.__version__}; registers per thread; stack and local memory are spills")
     calls = list(REGISTER_HEAVY)
-    if not quick:
+    if not arguments.quick:
         calls += [call for call in jit_launches.covering(jit_launches.calls(), 2) if call not in calls]
     failures = spills = gated = compiled = 0
     for call in calls:

@@ -178,7 +178,8 @@ def record(function: Callable[[], object]) -> list[Variant]:
 
 LOSSES = spec.distinct_cases()
 SCALE = "scale"  # gradient scaling, in addition to the losses
-# (rows, classes): several rows per program; one row per program; streamed, whole or split.
+# (rows, classes): several rows per program; one row per program; streamed, whole or split, with wide loads or
+# without.
 PATHS = {
     "C 10": (300, 10),
     "C 100": (300, 100),
@@ -187,6 +188,7 @@ PATHS = {
     "C 8192": (300, 8192),
     "C 20902": (300, 20902),
     "C 20902, few rows": (4, 20902),
+    "C 32768": (300, 32768),
 }
 # Known classes of a teacher: in one step of a program, and in several.
 KNOWN = (5, 3000)

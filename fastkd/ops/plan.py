@@ -14,6 +14,10 @@ RESIDENT_STANDARDIZED = 4096
 # Sixteen warps: with eight, the standardised losses spill registers on sm_80 (tools/compile_kernels.py).
 STREAMED_TILE = 4096
 STREAMED_WARPS = 16
+# Of these warps, on a multiprocessor: at 64 registers per thread (launch_options.py).
+STREAMED_PROGRAMS = 2
+# What a thread loads at once.
+LANE_BYTES = 16
 # Logits per warp; rows shorter than this share a program of up to four warps.
 ELEMENTS_PER_WARP = 512
 # Eight logits per thread: those of a wide load of half precision.
@@ -42,7 +46,7 @@ class Plan(NamedTuple):
     one_tile: bool
     warps: int
     parts: int  # programs per row
-    programs: int  # the most in the grid's first dimension
+    programs: int  # the most in the grid's first dimension, per pair
 
 
 @cache
@@ -61,8 +65,10 @@ def plan_rows(
     element_bytes: int,
     device: Device,
     standardized: bool = False,
+    pairs: int = 1,
 ) -> Plan:
-    """The plan for ``rows`` rows: those that fit on chip are read once, longer ones take two passes.
+    """The plan for ``rows`` rows of ``pairs`` pairs together: those that fit on chip are read once, longer
+    ones take two passes.
 
     ``family`` is a loss's, or "scale" for the scaling of a gradient. The compiled kernel does not depend on
     the number of rows.
@@ -82,8 +88,12 @@ def plan_rows(
     parts = 1
     if rows < device.multiprocessors:
         parts = min(tiles, MAX_PARTS, -(-2 * device.multiprocessors // max(rows, 1)))
+    # As many rows at a time as stay in the cache between two passes; if that leaves multiprocessors without a
+    # row, as many as are resident.
     cached_rows = int(CACHE_SHARE * device.cache_bytes) // (2 * classes * element_bytes)
-    programs = max(device.multiprocessors, cached_rows)
+    if cached_rows < device.multiprocessors:
+        cached_rows = STREAMED_PROGRAMS * device.multiprocessors
+    programs = max(1, cached_rows // pairs)
     return Plan(1, STREAMED_TILE, False, STREAMED_WARPS, parts, programs)
 
 

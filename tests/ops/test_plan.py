@@ -37,6 +37,11 @@ def test_rows_are_split_bounded_or_grouped_by_shape():
     assert many.parts == 1
     assert H100.multiprocessors < many.programs < 8192
     assert many.programs * 2 * 32768 * 2 < H100.cache_bytes
+    # With two pairs half as many rows of each.
+    assert plan.plan_rows("softmax", 2 * 8192, 32768, 2, H100, pairs=2).programs == many.programs // 2
+    # Longer rows do not stay in the cache: what is resident.
+    longer = plan.plan_rows("softmax", 4096, 131072, 2, H100)
+    assert longer.programs == 2 * H100.multiprocessors
     short = plan.plan_rows("softmax", 256, 10, 4, H100)
     assert short.rows > 1
     assert short.one_tile

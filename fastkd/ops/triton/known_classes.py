@@ -3,9 +3,8 @@
 import triton
 import triton.language as tl
 
-from fastkd.ops.triton.statistics import OWN_SLOPES
+from fastkd.ops.triton.statistics import LOG2E, OWN_SLOPES
 
-LOG2E = tl.constexpr(1.4426950408889634)
 NO_INDEX = tl.constexpr(2**31 - 1)
 
 

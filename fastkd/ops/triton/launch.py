@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastkd.ops.call import Call, Outputs
-from fastkd.ops.plan import MAX_PARTS, Plan, device_of, plan_rows
+from fastkd.ops.plan import LANE_BYTES, MAX_PARTS, Plan, device_of, plan_rows
 from fastkd.ops.triton import formulas, mixture_rows, softmax_rows, statistics, top_k
 from fastkd.ops.triton.launch_options import common_vector, compile_options, on_device, row_strides
 from fastkd.ops.triton.pointwise_rows import pointwise_rows, scale_rows
@@ -22,11 +22,10 @@ def row_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call,
     student, teacher = students[0], teachers[0]
     count, classes = rows.shape[0] // len(students), student.shape[-1]
     standardized = bool(needs & statistics.STANDARDIZED.value)
-    plan = plan_rows(
-        spec.family, rows.shape[0], classes, student.element_size(), device_of(student.device), standardized
-    )
+    device, pairs = device_of(student.device), len(students)
+    plan = plan_rows(spec.family, rows.shape[0], classes, student.element_size(), device, standardized, pairs)
     blocks = -(-count // plan.rows)
-    grid = (min(blocks, plan.programs), plan.parts, len(students))
+    grid = (min(blocks, plan.programs), plan.parts, pairs)
     logits = (tuple(students), tuple(teachers))
     inner_rows = 1 if student.dim() == 2 else student.shape[1]
     strides = (*row_strides(student), *row_strides(teacher))
@@ -45,12 +44,13 @@ def row_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call,
         "DYNAMIC": 0 if dynamic is None else spec.dynamic,
         "ROWS": plan.rows,
         "TILE": plan.tile,
+        "LANE": min(plan.tile, LANE_BYTES // max(student.element_size(), teacher.element_size())),
         "VECTOR": common_vector(classes, *strides, gradient_stride),
     }
     with on_device(student):
         if spec.family == "pointwise":
             part_losses = rows if plan.parts == 1 else rows.new_empty(rows.shape[0], plan.parts)
-            pointwise_rows[blocks, plan.parts, len(students)](
+            pointwise_rows[blocks, plan.parts, pairs](
                 *logits, weight, part_losses, to_gradient, values,
                 count, inner_rows, plan.parts, classes, *strides, *common, **fixed, **compile_options(plan),
             )  # fmt: skip
@@ -68,7 +68,7 @@ def row_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call,
                 )  # fmt: skip
             return
         label = call.target if needs & statistics.LABELLED.value else None
-        many_registers = standardized or bool(needs & statistics.STUDENT_AT_T1.value)
+        many_registers = standardized or (plan.one_tile and label is not None)
         moments = partials(rows, plan, 2 * statistics.MOMENTS_WIDTH.value)
         for phase in softmax_phases(plan, standardized):
             softmax_rows.softmax_rows[grid](

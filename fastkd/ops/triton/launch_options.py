@@ -14,9 +14,9 @@ def compile_options(plan: Plan, many_registers: bool = False) -> dict[str, Any]:
     # A fused multiply-add would leave a rounding error where two equal products must cancel to 0. Triton's
     # default differs between versions.
     options = {"num_warps": plan.warps, "enable_fp_fusion": False}
-    # By default ptxas limits sixteen warps to 64 registers per thread, and spills.
-    if torch.version.hip is None and plan.warps == 16 and many_registers:
-        options["maxnreg"] = 128
+    # Two programs of sixteen warps fit on a multiprocessor with 64 registers per thread.
+    if torch.version.hip is None and plan.warps == 16:
+        options["maxnreg"] = 128 if many_registers else 64
     return options
 
 

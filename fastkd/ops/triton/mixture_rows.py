@@ -14,13 +14,15 @@ from fastkd.ops.triton.statistics import (
     SUMS_ONLY,
     WIDTH,
     Pair,
-    combine_statistics,
-    compute_statistics,
-    relative,
+    exponential,
+    load_statistics,
+    scaled,
+    statistics_of,
     store_partial,
 )
 from fastkd.ops.triton.tiles import (
     NOT_SPECIALIZED,
+    lane_columns,
     load_logits,
     multiple,
     numbers_of,
@@ -30,6 +32,7 @@ from fastkd.ops.triton.tiles import (
     store_tile,
     tiles_of_part,
     weight_of_rows,
+    weighted,
 )
 
 # The phase between STATISTICS and GRADIENT.
@@ -42,11 +45,11 @@ TOTALS = tl.constexpr(4)
 @triton.jit
 def tile_probabilities(rows, columns, classes, exists, sums, slope, EVICT: tl.constexpr):
     """q, p and their differences of a tile."""
-    a = relative(load_logits(rows.student, columns, classes, exists, EVICT), sums.max_s, slope)
-    b = relative(load_logits(rows.teacher, columns, classes, exists, EVICT), sums.max_t, slope)
-    q = tl.exp(a) * (1.0 / sums.sum_s)
-    p = tl.exp(b) * (1.0 / sums.sum_t)
-    d = (b - a) - log_ratio(sums.sum_t, sums.sum_s)
+    a = load_logits(rows.student, columns, classes, exists, EVICT) - sums.max_s
+    b = load_logits(rows.teacher, columns, classes, exists, EVICT) - sums.max_t
+    q = exponential(a, slope) * (1.0 / sums.sum_s)
+    p = exponential(b, slope) * (1.0 / sums.sum_t)
+    d = scaled(b - a, slope) - log_ratio(sums.sum_t, sums.sum_s)
     difference = tl.where(d > 0, -p, q) * expm1_of_negative(-tl.abs(d))
     return Probabilities(q, p, difference, d)
 
@@ -75,6 +78,7 @@ def mixture_block(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     PARTS: tl.constexpr,
+    LANE: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
     """Compute a block of rows, or this program's part of it."""
@@ -98,20 +102,17 @@ def mixture_block(
 
     if PHASE == WHOLE or PHASE == STATISTICS:  # noqa: SIM109
         no_label = tl.full((ROWS, 1), -1, tl.int32)
-        sums = compute_statistics(
+        sums = statistics_of(
             rows, 0.0, 0.0, no_label, 0.0, classes, read, slopes, (0.0, 0.0), first_tile, end_tile, NEEDS,
-            ROWS, TILE, False,
+            ROWS, TILE, False, LANE, VECTOR,
         )  # fmt: skip
     else:
-        sums = combine_statistics(sums_pointer + result * parts * WIDTH, parts, slopes, NEEDS, PARTS)
+        sums = load_statistics(sums_pointer + result * parts * WIDTH, parts, slopes, NEEDS, PARTS)
 
     if PHASE == STATISTICS:
         store_partial(sums_pointer + partial * WIDTH, sums, exists)
     else:
-        loss = tl.zeros((ROWS, 1), tl.float32)
-        slope_sum = tl.zeros((ROWS, 1), tl.float32)
-        q_first = tl.zeros((ROWS, 1), tl.float32)  # of the classes at the first origin
-        q_second = tl.zeros((ROWS, 1), tl.float32)
+        first, columns = lane_columns(ROWS, TILE, LANE, VECTOR)
         if PHASE == GRADIENT:
             row_totals = totals_pointer + result * parts * TOTALS
             loss = combine_total(row_totals, parts, PARTS)
@@ -119,33 +120,42 @@ def mixture_block(
             q_first = combine_total(row_totals + 2, parts, PARTS)
             q_second = combine_total(row_totals + 3, parts, PARTS)
         else:
+            loss = first.to(tl.float32) * 0.0
+            slope_sum = loss
+            q_first = loss  # of the classes at the first origin
+            q_second = loss
             for tile in range(first_tile, end_tile):
-                columns = tile * TILE + tl.arange(0, TILE)[None, :]
-                probs = tile_probabilities(rows, columns, classes, read, sums, slope, "evict_last")
+                tile_columns = tile * TILE + columns
+                probs = tile_probabilities(rows, tile_columns, classes, read, sums, slope, "evict_last")
                 value, weighted_slope, shifted, _ = FORMULA(probs, numbers)
                 loss += tl.sum(value, 1, keep_dims=True)
                 slope_sum += tl.sum(weighted_slope, 1, keep_dims=True)
                 q_first += tl.sum(tl.where(shifted, 0.0, probs.q), 1, keep_dims=True)
                 q_second += tl.sum(tl.where(shifted, probs.q, 0.0), 1, keep_dims=True)
+            if ROWS == 1:
+                loss = tl.sum(loss, 0, keep_dims=True)
+                slope_sum = tl.sum(slope_sum, 0, keep_dims=True)
+                q_first = tl.sum(q_first, 0, keep_dims=True)
+                q_second = tl.sum(q_second, 0, keep_dims=True)
 
         if PHASE == MIXTURE:
             store_partial(totals_pointer + partial * TOTALS, (loss, slope_sum, q_first, q_second), exists)
         else:
             if part == 0:
-                tl.store(loss_pointer + result, tl.where(weight == 0.0, 0.0, weight * loss), mask=exists)
+                tl.store(loss_pointer + result, weighted(loss, weight, False), mask=exists)
             if WITH_GRADIENT:
                 # The mean of h relative to an origin is a sum divided by the sum of these q rather than by 1:
                 # their common rounding error cancels in h - mean. A NaN loss propagates to the gradient.
                 q_sum = q_first + q_second
-                factor = weight * slope / tl.where(loss == loss, q_sum, loss)
+                factor = weighted(slope / tl.where(loss == loss, q_sum, loss), weight, False)
                 gradient_rows = gradient_pointer + multiple(result * gradient_stride, VECTOR)
                 for tile in range(first_tile, end_tile):
-                    columns = tile * TILE + tl.arange(0, TILE)[None, :]
-                    probs = tile_probabilities(rows, columns, classes, read, sums, slope, "evict_first")
+                    tile_columns = tile * TILE + columns
+                    probs = tile_probabilities(rows, tile_columns, classes, read, sums, slope, "evict_first")
                     _, weighted_slope, shifted, step = FORMULA(probs, numbers)
                     mean = tl.where(shifted, slope_sum - step * q_first, slope_sum + step * q_second)
                     value = factor * (weighted_slope * q_sum - probs.q * mean)
-                    store_tile(gradient_rows, columns, classes, exists, value, weight, False)
+                    store_tile(gradient_rows, tile_columns, classes, exists, value)
 
 
 @triton.jit(do_not_specialize=[*NOT_SPECIALIZED, "totals_pointer", "sums_pointer", "blocks"])
@@ -179,6 +189,7 @@ def mixture_rows(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     PARTS: tl.constexpr,
+    LANE: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
     """Compute losses and gradient of ``count`` rows per pair. Grid, ``numbers``, DYNAMIC and VECTOR as in
@@ -196,10 +207,10 @@ def mixture_rows(
         for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
             mixture_block(
                 block, logits, weight_pointer, outputs, partials, sizes, strides, scale, values, FORMULA,
-                WEIGHTED, WITH_GRADIENT, PHASE, ROWS, TILE, PARTS, VECTOR,
+                WEIGHTED, WITH_GRADIENT, PHASE, ROWS, TILE, PARTS, LANE, VECTOR,
             )  # fmt: skip
     else:
         mixture_block(
             tl.program_id(0), logits, weight_pointer, outputs, partials, sizes, strides, scale, values,
-            FORMULA, WEIGHTED, WITH_GRADIENT, PHASE, ROWS, TILE, PARTS, VECTOR,
+            FORMULA, WEIGHTED, WITH_GRADIENT, PHASE, ROWS, TILE, PARTS, LANE, VECTOR,
         )  # fmt: skip

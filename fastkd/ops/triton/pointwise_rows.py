@@ -5,6 +5,7 @@ import triton.language as tl
 
 from fastkd.ops.triton.tiles import (
     NOT_SPECIALIZED,
+    lane_columns,
     load_logits,
     multiple,
     numbers_of,
@@ -14,6 +15,7 @@ from fastkd.ops.triton.tiles import (
     store_tile,
     tiles_of_part,
     weight_of_rows,
+    weighted,
 )
 
 
@@ -43,6 +45,7 @@ def pointwise_rows(
     WITH_GRADIENT: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
+    LANE: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
     """Compute T^2 sum_i f(z_s,i / T, z_t,i / T) for each part of a row; FORMULA returns f and f'.
@@ -61,19 +64,25 @@ def pointwise_rows(
     weight, read = weight_of_rows(weight_pointer, weight_stride, pair, index, exists, scale, WEIGHTED)
     first_tile, end_tile = tiles_of_part(part, parts, classes, TILE)
     slope = tl.div_rn(1.0, temperature)
-    total = tl.zeros((ROWS, 1), tl.float32)
+    factor = weighted(temperature, weight, False)
+    first, columns = lane_columns(ROWS, TILE, LANE, VECTOR)
+    total = first.to(tl.float32) * 0.0
     for tile in range(first_tile, end_tile):
-        columns = tile * TILE + tl.arange(0, TILE)[None, :]
-        student = load_logits(student_rows, columns, classes, read, "evict_first")
-        teacher = load_logits(teacher_rows, columns, classes, read, "evict_first")
+        tile_columns = tile * TILE + columns
+        student = load_logits(student_rows, tile_columns, classes, read, "evict_first")
+        teacher = load_logits(teacher_rows, tile_columns, classes, read, "evict_first")
         value, derivative = FORMULA(student, teacher, slope)
         total += tl.sum(value, 1, keep_dims=True)
         if WITH_GRADIENT:
             gradient_rows = gradient_pointer + multiple(result * gradient_stride, VECTOR)
-            value = weight * temperature * derivative
-            store_tile(gradient_rows, columns, classes, exists, value, weight, False)
-    loss = tl.where(weight == 0.0, 0.0, weight * temperature * temperature * total)
-    tl.store(loss_pointer + result * parts + part, loss, mask=exists)
+            store_tile(gradient_rows, tile_columns, classes, exists, factor * derivative)
+    if ROWS == 1:
+        total = tl.sum(total, 0, keep_dims=True)
+    tl.store(
+        loss_pointer + result * parts + part,
+        weighted(temperature * temperature * total, weight, False),
+        mask=exists,
+    )
 
 
 @triton.jit(

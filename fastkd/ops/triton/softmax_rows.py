@@ -10,8 +10,10 @@ import triton.language as tl
 from fastkd.ops.triton.formulas import Gradient, Row
 from fastkd.ops.triton.statistics import (
     DISTILLS,
+    LABEL_SMOOTHING,
     LABELLED,
     LOG_RATIO,
+    MASKED,
     MOMENTS_WIDTH,
     OWN_SLOPES,
     STANDARDIZED,
@@ -21,16 +23,19 @@ from fastkd.ops.triton.statistics import (
     Pair,
     Statistics,
     base_of_rows,
-    combine_moments,
-    combine_statistics,
-    compute_moments,
-    compute_statistics,
-    relative,
+    exponential,
+    in_units,
+    load_moments,
+    load_statistics,
+    log_ratios,
+    moments_of,
     slope_of_moments,
+    statistics_of,
     store_partial,
 )
 from fastkd.ops.triton.tiles import (
     NOT_SPECIALIZED,
+    lane_columns,
     load_label_logit,
     load_logits,
     multiple,
@@ -41,6 +46,7 @@ from fastkd.ops.triton.tiles import (
     store_tile,
     tiles_of_part,
     weight_of_rows,
+    weighted,
 )
 
 # What a launch computes: whole rows, or one phase of rows that are split over programs.
@@ -52,28 +58,31 @@ GRADIENT = tl.constexpr(3)
 
 @triton.jit
 def gradient_tile(
-    student, teacher, columns, label, sums, gradient, paired, slopes, centre, weight, NEEDS: tl.constexpr
+    student, teacher, columns, label, sums, gradient, paired, slopes, centre, NEEDS: tl.constexpr
 ):
     """The gradient of a tile; its main term is student (e^a - paired e^b) - teacher e^b."""
-    a = relative(student, sums.max_s, slopes.student)
-    exp_a = tl.exp(a)
+    a = student - sums.max_s
+    exp_a = exponential(a, slopes.student)
     if LOG_RATIO & NEEDS:
-        b = relative(teacher, sums.max_t, slopes.teacher)
-        value = exp_a * (gradient.student + gradient.log_ratio * (b - a))
+        ratios = in_units(log_ratios(a, teacher - sums.max_t, slopes, NEEDS), slopes, NEEDS)
+        value = exp_a * (gradient.log_ratio * (ratios - gradient.student))
     else:
         value = gradient.student * exp_a
         if DISTILLS & NEEDS:
-            exp_b = tl.exp(relative(teacher, sums.max_t, slopes.teacher))
-            value = gradient.student * (exp_a - paired * exp_b) - gradient.teacher * exp_b
+            exp_b = exponential(teacher - sums.max_t, slopes.teacher)
+            # Products that cancel are rounded alike, or not at all.
+            difference = tl.fma(-paired, exp_b, exp_a)
+            value = tl.fma(gradient.student, difference, -(gradient.teacher * exp_b))
     if STUDENT_AT_T1 & NEEDS:
-        value += gradient.student_t1 * tl.exp(student - sums.max_s)
+        value = tl.fma(gradient.student_t1, exponential(a, 1.0), value)
     if STANDARDIZED & NEEDS:
         base, mean = centre
         value += gradient.affine * ((student - base) - mean)
-    value += gradient.constant
+    if LABEL_SMOOTHING & NEEDS:
+        value += gradient.constant
     if LABELLED & NEEDS:
         value = tl.where(columns == label, gradient.label, value)
-    return value * weight
+    return value
 
 
 @triton.jit
@@ -109,6 +118,7 @@ def softmax_block(
     TILE: tl.constexpr,
     ONE_TILE: tl.constexpr,
     PARTS: tl.constexpr,
+    LANE: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
     """Compute a block of rows, or this program's part of it."""
@@ -128,24 +138,25 @@ def softmax_block(
         logits.teacher + row_starts(index, inner_rows, teacher_strides, VECTOR),
     )
     partial = result * parts + part
-    columns = tl.arange(0, TILE)[None, :]
-    student = tl.zeros((ROWS, 1), tl.float32)
-    teacher = student
     if ONE_TILE:
+        columns = tl.arange(0, TILE)[None, :]
         student = load_logits(rows.student, columns, classes, read, "evict_first")
+        teacher = student
         if DISTILLS & NEEDS:
             teacher = load_logits(rows.teacher, columns, classes, read, "evict_first")
-        else:
-            teacher = student
+    else:
+        _, columns = lane_columns(ROWS, TILE, LANE, VECTOR)
+        student = tl.zeros((ROWS, 1), tl.float32)
+        teacher = student
 
     if PHASE == MOMENTS:
         pointer = moments_pointer + partial * (2 * MOMENTS_WIDTH)
-        moments_s = compute_moments(
-            rows.student, student, classes, read, first_tile, end_tile, ROWS, TILE, ONE_TILE
+        moments_s = moments_of(
+            rows.student, student, classes, read, first_tile, end_tile, ROWS, TILE, ONE_TILE, LANE, VECTOR
         )
         store_partial(pointer, moments_s, exists)
-        moments_t = compute_moments(
-            rows.teacher, teacher, classes, read, first_tile, end_tile, ROWS, TILE, ONE_TILE
+        moments_t = moments_of(
+            rows.teacher, teacher, classes, read, first_tile, end_tile, ROWS, TILE, ONE_TILE, LANE, VECTOR
         )
         store_partial(pointer + MOMENTS_WIDTH, moments_t, exists)
     else:
@@ -166,16 +177,18 @@ def softmax_block(
         label_above_mean = 0.0
         if STANDARDIZED & NEEDS:
             if PHASE == WHOLE:
-                moments_s = compute_moments(
-                    rows.student, student, classes, read, first_tile, end_tile, ROWS, TILE, ONE_TILE
-                )
-                moments_t = compute_moments(
-                    rows.teacher, teacher, classes, read, first_tile, end_tile, ROWS, TILE, ONE_TILE
-                )
+                moments_s = moments_of(
+                    rows.student, student, classes, read, first_tile, end_tile, ROWS, TILE, ONE_TILE, LANE,
+                    VECTOR,
+                )  # fmt: skip
+                moments_t = moments_of(
+                    rows.teacher, teacher, classes, read, first_tile, end_tile, ROWS, TILE, ONE_TILE, LANE,
+                    VECTOR,
+                )  # fmt: skip
             else:
                 row_moments = moments_pointer + result * parts * (2 * MOMENTS_WIDTH)
-                moments_s = combine_moments(row_moments, parts, PARTS)
-                moments_t = combine_moments(row_moments + MOMENTS_WIDTH, parts, PARTS)
+                moments_s = load_moments(row_moments, parts, PARTS)
+                moments_t = load_moments(row_moments + MOMENTS_WIDTH, parts, PARTS)
             slope_s, deviation = slope_of_moments(moments_s, numbers[0])
             slope_t, _ = slope_of_moments(moments_t, numbers[0])
             slopes = Pair(slope_s, slope_t)
@@ -183,12 +196,16 @@ def softmax_block(
             centre = (base, moments_s.mean)
             label_above_mean = (label_s - base) - moments_s.mean
 
+        if LABELLED & NEEDS and ONE_TILE:
+            at_label = columns == label
+            student = tl.where(at_label, MASKED, student)
+            teacher = tl.where(at_label, MASKED, teacher)
         if PHASE == GRADIENT:
-            sums = combine_statistics(sums_pointer + result * parts * WIDTH, parts, slopes, NEEDS, PARTS)
+            sums = load_statistics(sums_pointer + result * parts * WIDTH, parts, slopes, NEEDS, PARTS)
         else:
-            sums = compute_statistics(
+            sums = statistics_of(
                 rows, student, teacher, label, label_s, classes, read, slopes, centre,
-                first_tile, end_tile, NEEDS, ROWS, TILE, ONE_TILE,
+                first_tile, end_tile, NEEDS, ROWS, TILE, ONE_TILE, LANE, VECTOR,
             )  # fmt: skip
 
         if PHASE == STATISTICS:
@@ -198,20 +215,17 @@ def softmax_block(
             t1_s = sums.t1_s if STUDENT_AT_T1 & NEEDS else sums.sum_s
             t1_t = sums.t1_t if TEACHER_AT_T1 & NEEDS else sums.sum_t
             sums = Statistics(
-                sums.max_s, sums.sum_s, t1_s, sums.max_t, sums.sum_t, t1_t, sums.dot, sums.moment_s,
-                sums.moment_t, sums.above_label,
+                sums.max_s, sums.sum_s, t1_s, sums.max_t, sums.sum_t, t1_t,
+                in_units(sums.dot, slopes, NEEDS), sums.moment_s, sums.moment_t, sums.above_label,
             )  # fmt: skip
             row = Row(sums, slopes, Pair(label_s, label_t), deviation, label_above_mean, classes)
             loss, terms, gradient = FORMULA(row, numbers, NEEDS)
-            invalid = float("nan")
             if part == 0:
-                value = tl.where(weight == 0.0, 0.0, tl.where(bad_label, invalid, weight * loss))
-                tl.store(loss_pointer + result, value, mask=exists)
+                tl.store(loss_pointer + result, weighted(loss, weight, bad_label), mask=exists)
                 if TERMS:
                     stride = tl.num_programs(2).to(tl.int64) * count
                     for term in tl.static_range(4):
-                        value = weight * terms[term]
-                        value = tl.where(weight == 0.0, 0.0, tl.where(bad_label, invalid, value))
+                        value = weighted(terms[term], weight, bad_label)
                         tl.store(terms_pointer + term * stride + result, value, mask=exists)
             if WITH_GRADIENT:
                 # If the sums are close: A e^a - B e^b = A (e^a - e^b) + (A - B) e^b, with A - B computed
@@ -223,30 +237,35 @@ def softmax_block(
                 if not STUDENT_AT_T1 & NEEDS:
                     student_factor += gradient.student_t1
                     teacher_factor -= paired * gradient.student_t1
+                if not LOG_RATIO & NEEDS:
+                    student_factor = weighted(student_factor, weight, bad_label)
                 gradient = Gradient(
-                    student_factor, teacher_factor, gradient.excess, gradient.student_t1, gradient.constant,
-                    gradient.affine, gradient.log_ratio, gradient.label,
+                    student_factor, weighted(teacher_factor, weight, bad_label), 0.0,
+                    weighted(gradient.student_t1, weight, bad_label),
+                    weighted(gradient.constant, weight, bad_label),
+                    weighted(gradient.affine, weight, bad_label),
+                    weighted(gradient.log_ratio, weight, bad_label),
+                    weighted(gradient.label, weight, bad_label),
                 )  # fmt: skip
                 gradient_rows = gradient_pointer + multiple(result * gradient_stride, VECTOR)
                 if ONE_TILE:
                     value = gradient_tile(
-                        student, teacher, columns, label, sums, gradient, paired, slopes, centre,
-                        weight, NEEDS,
-                    )  # fmt: skip
-                    store_tile(gradient_rows, columns, classes, exists, value, weight, bad_label)
+                        student, teacher, columns, label, sums, gradient, paired, slopes, centre, NEEDS
+                    )
+                    store_tile(gradient_rows, columns, classes, exists, value)
                 else:
                     # Last tile first: it is still in cache.
                     for step in range(first_tile, end_tile):
-                        tile_columns = (first_tile + end_tile - 1 - step) * TILE + tl.arange(0, TILE)[None, :]
+                        tile_columns = (first_tile + end_tile - 1 - step) * TILE + columns
                         logits_s = load_logits(rows.student, tile_columns, classes, read, "evict_first")
                         logits_t = logits_s
                         if DISTILLS & NEEDS:
                             logits_t = load_logits(rows.teacher, tile_columns, classes, read, "evict_first")
                         value = gradient_tile(
                             logits_s, logits_t, tile_columns, label, sums, gradient, paired, slopes, centre,
-                            weight, NEEDS,
+                            NEEDS,
                         )  # fmt: skip
-                        store_tile(gradient_rows, tile_columns, classes, exists, value, weight, bad_label)
+                        store_tile(gradient_rows, tile_columns, classes, exists, value)
 
 
 @triton.jit(
@@ -291,6 +310,7 @@ def softmax_rows(
     TILE: tl.constexpr,
     ONE_TILE: tl.constexpr,
     PARTS: tl.constexpr,
+    LANE: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
     """Compute loss, terms and gradient of ``count`` rows per pair by FORMULA, from their statistics.
@@ -298,7 +318,7 @@ def softmax_rows(
     Grid: (blocks of ROWS rows, parts of a row, pairs). ``numbers`` are the loss's options; a parameter named
     options would collide with the ``**options`` of the function that Triton's JIT generates. The first
     DYNAMIC of them are read from ``dynamic_pointer``. NEEDS: bits of ``statistics``. PARTS: an upper bound of
-    ``parts``. VECTOR: divides every stride and ``classes``.
+    ``parts``. LANE: columns of a tile per lane. VECTOR: divides every stride and ``classes``.
     """
     pair = tl.program_id(2)
     logits = Pair(of_pair(student_pointers, pair), of_pair(teacher_pointers, pair))
@@ -315,11 +335,11 @@ def softmax_rows(
             softmax_block(
                 block, logits, target_pointer, weight_pointer, outputs, partials, sizes, strides, scale,
                 values, FORMULA, NEEDS, WEIGHTED, TERMS, WITH_GRADIENT,
-                PHASE, ROWS, TILE, ONE_TILE, PARTS, VECTOR,
+                PHASE, ROWS, TILE, ONE_TILE, PARTS, LANE, VECTOR,
             )  # fmt: skip
     else:
         softmax_block(
             tl.program_id(0), logits, target_pointer, weight_pointer, outputs, partials, sizes, strides,
             scale, values, FORMULA, NEEDS, WEIGHTED, TERMS, WITH_GRADIENT,
-            PHASE, ROWS, TILE, ONE_TILE, PARTS, VECTOR,
+            PHASE, ROWS, TILE, ONE_TILE, PARTS, LANE, VECTOR,
         )  # fmt: skip

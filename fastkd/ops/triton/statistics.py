@@ -1,8 +1,11 @@
-"""Statistics of rows of logits: accumulated tile by tile, and combined over the parts of a row.
+"""Statistics of rows of logits: accumulated tile by tile, and combined over the lanes and parts of a row.
 
-They are relative to the running maximum of each model, a_i = (z_s,i - max z_s) / T_s and b_i = (z_t,i - max
-z_t) / T_t, so that neither an offset between the models nor a mean far above the spread enters the sums that
-make up the losses. The parts of a row may have different maxima: they are rebased and added in order.
+They are relative to the running maximum of each model, a_i = z_s,i - max z_s and b_i = z_t,i - max z_t, so
+that neither an offset between the models nor a mean far above the spread enters the sums that make up the
+losses. The parts of a row may have different maxima: they are rebased and added.
+
+A long row has one set of statistics per lane, a thread or half of one (``tiles.lane_columns``): nothing is
+exchanged between threads until the row ends.
 """
 
 from typing import Any, NamedTuple
@@ -11,9 +14,10 @@ import triton
 import triton.language as tl
 
 from fastkd.ops.spec import Needs
-from fastkd.ops.triton.tiles import LOWEST, MASKED, load_logits
+from fastkd.ops.triton.tiles import LOWEST, MASKED, lane_columns, load_logits
 
 STANDARDIZE_EPSILON = tl.constexpr(1e-7)
+LOG2E = tl.constexpr(1.4426950408889634)
 
 # Bits of NEEDS. Tested as `BIT & NEEDS`, not `NEEDS & BIT`: in the interpreter NEEDS is an int, which does
 # not support a constexpr as right operand.
@@ -46,17 +50,18 @@ class Moments(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Sums over a row or a part of it; x is the standardised z_s / T. All but the last exclude the label."""
+    """Sums over a row, or a lane or a part of it; x is the standardised z_s / T. All but the last exclude the
+    label."""
 
     max_s: Any
-    sum_s: Any  # of e^a
-    t1_s: Any  # of e^(z_s - max z_s)
+    sum_s: Any  # of e^(a / T_s)
+    t1_s: Any  # of e^a
     max_t: Any
-    sum_t: Any  # of e^b
-    t1_t: Any  # of e^(z_t - max z_t)
-    dot: Any  # of e^b (b - a), with LOG_RATIO e^a (b - a), with CROSS_TERM e^b (-a)
-    moment_s: Any  # of e^a x
-    moment_t: Any  # of e^b x
+    sum_t: Any  # of e^(b / T_t)
+    t1_t: Any  # of e^b
+    dot: Any  # of e^(b / T) (b - a), with LOG_RATIO e^(a / T) (b - a), with CROSS_TERM e^(b / T) (-a)
+    moment_s: Any  # of e^(a / T) x
+    moment_t: Any  # of e^(b / T) x
     above_label: Any  # of z_s - z_s,y
 
 
@@ -66,17 +71,31 @@ MOMENTS_WIDTH = tl.constexpr(len(Moments._fields))
 
 
 @triton.jit
-def relative(logits, top, slope):
-    below = (logits - top) * slope
-    return tl.where(below < LOWEST, LOWEST, below)  # unlike a maximum, propagates NaN
+def exponential(above, slope):
+    """e^(slope above) for the difference of a logit to a maximum, which subtracts equal logits to equal
+    bits; -inf, for a masked class at a small temperature, gives 0."""
+    return tl.exp2(above * (slope * LOG2E))
 
 
 @triton.jit
-def rebased(total, shift, of, factor):
-    """factor * (total + shift * of): rebases a sum of e^x y to a new maximum.
+def scaled(above, slope):
+    product = above * slope
+    return tl.where(product < LOWEST, LOWEST, product)  # unlike a maximum, propagates NaN
 
-    If the factor is 0, shift * of may overflow."""
-    return tl.where(factor == 0.0, 0.0, factor * (total + shift * of))
+
+@triton.jit
+def log_ratios(a, b, slopes, NEEDS: tl.constexpr):
+    """b - a, divided by their temperatures if these differ; see ``in_units``."""
+    if OWN_SLOPES & NEEDS:
+        return scaled(b, slopes.teacher) - scaled(a, slopes.student)
+    else:
+        return b - a
+
+
+@triton.jit
+def in_units(dot, slopes, NEEDS: tl.constexpr):
+    """``dot`` of logits divided by the temperature."""
+    return dot if OWN_SLOPES & NEEDS else dot * slopes.student
 
 
 # ---- mean and deviation, for standardised logits --------------------------------------------------------
@@ -90,59 +109,58 @@ def base_of_rows(rows, classes, exists, ROWS: tl.constexpr):
 
 
 @triton.jit
-def update_moments(moments, logits, base, first, columns, classes, TILE: tl.constexpr):
-    """Add a tile (Chan et al.)."""
-    inside = columns < classes
-    count = tl.minimum(classes - first, TILE).to(tl.float32)
-    above = tl.where(inside, logits - base, 0.0)
-    tile_mean = tl.sum(above, 1, keep_dims=True) / count
-    centred = tl.where(inside, above - tile_mean, 0.0)
-    step = tile_mean - moments.mean
-    total = moments.count + count
-    squares = tl.sum(centred * centred, 1, keep_dims=True) + step * step * (moments.count * count / total)
-    return Moments(moments.mean + step * (count / total), moments.squares + squares, total)
-
-
-@triton.jit
-def compute_moments(
-    rows,
-    logits,
-    classes,
-    exists,
-    first_tile,
-    end_tile,
-    ROWS: tl.constexpr,
-    TILE: tl.constexpr,
-    ONE_TILE: tl.constexpr,
-):
-    """Moments of tiles ``first_tile`` to ``end_tile``, or of the row's only tile, ``logits``."""
+def moments_of(rows, logits, classes, exists, first_tile, end_tile, ROWS: tl.constexpr, TILE: tl.constexpr,
+               ONE_TILE: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):  # fmt: skip
+    """Moments of tiles ``first_tile`` to ``end_tile``, or of the rows' only tile, ``logits``."""
     base = base_of_rows(rows, classes, exists, ROWS)
-    zero = tl.zeros((ROWS, 1), tl.float32)
-    moments = Moments(zero, zero, zero)
     if ONE_TILE:
-        columns = tl.arange(0, TILE)[None, :]
-        moments = update_moments(moments, logits, base, 0, columns, classes, TILE)
+        inside = tl.arange(0, TILE)[None, :] < classes
+        count = classes.to(tl.float32)
+        above = tl.where(inside, logits - base, 0.0)
+        mean = tl.sum(above, 1, keep_dims=True) / count
+        centred = tl.where(inside, above - mean, 0.0)
+        return Moments(mean, tl.sum(centred * centred, 1, keep_dims=True), count + tl.zeros_like(mean))
     else:
+        # Each lane's deviations are from its own first logit, which has the row's mean within a few
+        # deviations: the difference of the squares loses little.
+        first, columns = lane_columns(ROWS, TILE, LANES, VECTOR)
+        own = load_logits(rows, first_tile * TILE + first, classes, exists, "evict_last")
+        total = tl.zeros_like(own)
+        squares = tl.zeros_like(own)
+        count = tl.zeros_like(own)
         for tile in range(first_tile, end_tile):
-            columns = tile * TILE + tl.arange(0, TILE)[None, :]
-            tile_logits = load_logits(rows, columns, classes, exists, "evict_last")
-            moments = update_moments(moments, tile_logits, base, tile * TILE, columns, classes, TILE)
-    return moments
+            tile_columns = tile * TILE + columns
+            inside = tile_columns < classes
+            above = load_logits(rows, tile_columns, classes, exists, "evict_last") - own
+            above = tl.where(inside, above, 0.0)
+            total += tl.sum(above, 1, keep_dims=True)
+            squares += tl.sum(above * above, 1, keep_dims=True)
+            count += tl.sum(inside.to(tl.float32), 1, keep_dims=True)
+        some = tl.maximum(count, 1.0)
+        mean = tl.where(count > 0, (own - base) + total / some, 0.0)
+        return combine_moments(Moments(mean, squares - total * (total / some), count))
 
 
 @triton.jit
-def combine_moments(row_pointer, parts, PARTS: tl.constexpr):
-    """Moments of the whole row, from those of its parts."""
-    part = tl.arange(0, PARTS)[None, :]
+def combine_moments(parts):
+    """Moments of a whole, from those of its parts along the first axis (Chan et al.)."""
+    total = tl.sum(parts.count, 0, keep_dims=True)
+    mean = tl.sum(parts.mean * parts.count, 0, keep_dims=True) / total
+    deviation = parts.mean - mean
+    return Moments(
+        mean, tl.sum(parts.squares + parts.count * deviation * deviation, 0, keep_dims=True), total
+    )
+
+
+@triton.jit
+def load_moments(row_pointer, parts, PARTS: tl.constexpr):
+    """Moments of the whole row, from those of its parts in memory."""
+    part = tl.arange(0, PARTS)[:, None]
     written = part < parts
-    part_pointer = row_pointer + part * (2 * MOMENTS_WIDTH)
-    mean = tl.load(part_pointer, mask=written, other=0.0)
-    squares = tl.load(part_pointer + 1, mask=written, other=0.0)
-    count = tl.load(part_pointer + 2, mask=written, other=0.0)
-    total = tl.sum(count, 1, keep_dims=True)
-    whole = tl.sum(mean * count, 1, keep_dims=True) / total
-    deviation = mean - whole
-    return Moments(whole, tl.sum(squares + count * deviation * deviation, 1, keep_dims=True), total)
+    pointer = row_pointer + part * (2 * MOMENTS_WIDTH)
+    mean = tl.load(pointer, mask=written, other=0.0)
+    squares = tl.load(pointer + 1, mask=written, other=0.0)
+    return combine_moments(Moments(mean, squares, tl.load(pointer + 2, mask=written, other=0.0)))
 
 
 @triton.jit
@@ -156,63 +174,110 @@ def slope_of_moments(moments, temperature):
 
 
 @triton.jit
-def update_statistics(
-    before, student, teacher, columns, label, label_logit, classes, slopes, centre, NEEDS: tl.constexpr
+def statistics_of_tile(
+    student, teacher, columns, max_s, max_t, label, label_logit, classes, slopes, centre, NEEDS: tl.constexpr
 ):
-    """Add a tile. The label is excluded from all sums but the last, which avoids cancellation; ``centre`` is
-    the base and mean of the student's logits."""
-    sum_s = before.sum_s
-    t1_s = before.t1_s
-    max_t = before.max_t
-    sum_t = before.sum_t
-    t1_t = before.t1_t
-    dot = before.dot
-    moment_s = before.moment_s
-    moment_t = before.moment_t
-    above_label = before.above_label
+    """Statistics of a tile relative to these maxima, along its second axis. The label's logits are masked."""
+    zero = tl.zeros_like(max_s)
+    t1_s = zero
+    sum_t = zero
+    t1_t = zero
+    dot = zero
+    moment_s = zero
+    moment_t = zero
+    above_label = zero
     if LABEL_SMOOTHING & NEEDS:
-        above_label += tl.sum(tl.where(columns < classes, student - label_logit, 0.0), 1, keep_dims=True)
-    if LABELLED & NEEDS:
-        student = tl.where(columns == label, MASKED, student)
-        teacher = tl.where(columns == label, MASKED, teacher)
-
-    max_s = tl.maximum(before.max_s, tl.max(student, 1, keep_dims=True))
-    a = relative(student, max_s, slopes.student)
-    exp_a = tl.exp(a)
-    shift_s = relative(before.max_s, max_s, slopes.student)
-    factor_s = tl.exp(shift_s)
+        counted = (columns < classes) & (columns != label)
+        above_label = tl.sum(tl.where(counted, student - label_logit, 0.0), 1, keep_dims=True)
+    a = student - max_s
+    exp_a = exponential(a, slopes.student)
     if STUDENT_AT_T1 & NEEDS:
-        exp_z = tl.exp(student - max_s)
-        t1_s = tl.exp(before.max_s - max_s) * t1_s + tl.sum(exp_z, 1, keep_dims=True)
+        t1_s = tl.sum(exponential(a, 1.0), 1, keep_dims=True)
     if DISTILLS & NEEDS:
-        max_t = tl.maximum(before.max_t, tl.max(teacher, 1, keep_dims=True))
-        b = relative(teacher, max_t, slopes.teacher)
-        exp_b = tl.exp(b)
-        shift_t = relative(before.max_t, max_t, slopes.teacher)
-        factor_t = tl.exp(shift_t)
+        b = teacher - max_t
+        exp_b = exponential(b, slopes.teacher)
         if TEACHER_AT_T1 & NEEDS:
-            exp_z = tl.exp(teacher - max_t)
-            t1_t = tl.exp(before.max_t - max_t) * t1_t + tl.sum(exp_z, 1, keep_dims=True)
+            t1_t = tl.sum(exponential(b, 1.0), 1, keep_dims=True)
         if LOG_RATIO & NEEDS:
-            new = tl.sum(exp_a * (b - a), 1, keep_dims=True)
-            dot = rebased(dot, shift_t - shift_s, sum_s, factor_s) + new
+            dot = tl.sum(exp_a * log_ratios(a, b, slopes, NEEDS), 1, keep_dims=True)
         elif CROSS_TERM & NEEDS:
-            dot = rebased(dot, -shift_s, sum_t, factor_t) - tl.sum(exp_b * a, 1, keep_dims=True)
+            dot = -tl.sum(exp_b * a, 1, keep_dims=True)
         elif not SUMS_ONLY & NEEDS:
-            new = tl.sum(exp_b * (b - a), 1, keep_dims=True)
-            dot = rebased(dot, shift_t - shift_s, sum_t, factor_t) + new
+            dot = tl.sum(exp_b * log_ratios(a, b, slopes, NEEDS), 1, keep_dims=True)
         if STANDARDIZED & NEEDS:
             base, mean = centre
-            x = relative(student - base, mean, slopes.student)
-            moment_s = factor_s * moment_s + tl.sum(exp_a * x, 1, keep_dims=True)
-            moment_t = factor_t * moment_t + tl.sum(exp_b * x, 1, keep_dims=True)
-        sum_t = factor_t * sum_t + tl.sum(exp_b, 1, keep_dims=True)
-    sum_s = factor_s * sum_s + tl.sum(exp_a, 1, keep_dims=True)
+            x = scaled((student - base) - mean, slopes.student)
+            moment_s = tl.sum(exp_a * x, 1, keep_dims=True)
+            moment_t = tl.sum(exp_b * x, 1, keep_dims=True)
+        sum_t = tl.sum(exp_b, 1, keep_dims=True)
+    sum_s = tl.sum(exp_a, 1, keep_dims=True)
     return Statistics(max_s, sum_s, t1_s, max_t, sum_t, t1_t, dot, moment_s, moment_t, above_label)
 
 
 @triton.jit
-def compute_statistics(
+def rebased(sums, max_s, max_t, slopes, NEEDS: tl.constexpr):
+    """The same statistics relative to larger maxima."""
+    shift_s = sums.max_s - max_s
+    factor_s = exponential(shift_s, slopes.student)
+    sum_s = sums.sum_s * factor_s
+    t1_s = sums.t1_s
+    sum_t = sums.sum_t
+    t1_t = sums.t1_t
+    dot = sums.dot
+    moment_s = sums.moment_s
+    moment_t = sums.moment_t
+    if STUDENT_AT_T1 & NEEDS:
+        t1_s *= exponential(shift_s, 1.0)
+    if DISTILLS & NEEDS:
+        shift_t = sums.max_t - max_t
+        factor_t = exponential(shift_t, slopes.teacher)
+        if TEACHER_AT_T1 & NEEDS:
+            t1_t *= exponential(shift_t, 1.0)
+        if LOG_RATIO & NEEDS:
+            dot = moved(dot, log_ratios(shift_s, shift_t, slopes, NEEDS), sums.sum_s, factor_s)
+        elif CROSS_TERM & NEEDS:
+            dot = moved(dot, -shift_s, sum_t, factor_t)
+        elif not SUMS_ONLY & NEEDS:
+            dot = moved(dot, log_ratios(shift_s, shift_t, slopes, NEEDS), sum_t, factor_t)
+        if STANDARDIZED & NEEDS:
+            moment_s *= factor_s
+            moment_t *= factor_t
+        sum_t *= factor_t
+    return Statistics(max_s, sum_s, t1_s, max_t, sum_t, t1_t, dot, moment_s, moment_t, sums.above_label)
+
+
+@triton.jit
+def moved(total, shift, of, factor):
+    """factor * (total + shift * of): a sum of e^x y relative to a new maximum.
+
+    If the factor is 0, shift * of may overflow."""
+    return tl.where(factor == 0.0, 0.0, factor * (total + shift * of))
+
+
+@triton.jit
+def combine_statistics(parts, slopes, NEEDS: tl.constexpr):
+    """Statistics of a whole, from those of its parts along the first axis."""
+    max_s = tl.max(parts.max_s, 0, keep_dims=True)
+    max_t = max_s
+    if DISTILLS & NEEDS:
+        max_t = tl.max(parts.max_t, 0, keep_dims=True)
+    parts = rebased(parts, max_s, max_t, slopes, NEEDS)
+    zero = tl.zeros_like(max_s)
+    sum_s = tl.sum(parts.sum_s, 0, keep_dims=True)
+    t1_s = tl.sum(parts.t1_s, 0, keep_dims=True) if STUDENT_AT_T1 & NEEDS else zero
+    sum_t = tl.sum(parts.sum_t, 0, keep_dims=True) if DISTILLS & NEEDS else zero
+    t1_t = tl.sum(parts.t1_t, 0, keep_dims=True) if TEACHER_AT_T1 & NEEDS else zero
+    dot = zero
+    if DISTILLS & NEEDS and not SUMS_ONLY & NEEDS:
+        dot = tl.sum(parts.dot, 0, keep_dims=True)
+    moment_s = tl.sum(parts.moment_s, 0, keep_dims=True) if STANDARDIZED & NEEDS else zero
+    moment_t = tl.sum(parts.moment_t, 0, keep_dims=True) if STANDARDIZED & NEEDS else zero
+    above_label = tl.sum(parts.above_label, 0, keep_dims=True) if LABEL_SMOOTHING & NEEDS else zero
+    return Statistics(max_s, sum_s, t1_s, max_t, sum_t, t1_t, dot, moment_s, moment_t, above_label)
+
+
+@triton.jit
+def statistics_of(
     rows,
     student,
     teacher,
@@ -228,30 +293,50 @@ def compute_statistics(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     ONE_TILE: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     """Statistics of tiles ``first_tile`` to ``end_tile`` of ``rows``, or of the only tile, ``student`` and
-    ``teacher``."""
-    zero = tl.zeros((ROWS, 1), tl.float32)
-    lowest = tl.full((ROWS, 1), MASKED, tl.float32)
-    sums = Statistics(lowest, zero, zero, lowest, zero, zero, zero, zero, zero, zero)
-    columns = tl.arange(0, TILE)[None, :]
+    ``teacher`` with masked labels."""
     if ONE_TILE:
-        sums = update_statistics(
-            sums, student, teacher, columns, label, label_logit, classes, slopes, centre, NEEDS
+        max_s = tl.max(student, 1, keep_dims=True)
+        max_t = tl.max(teacher, 1, keep_dims=True) if DISTILLS & NEEDS else max_s
+        columns = tl.arange(0, TILE)[None, :]
+        return statistics_of_tile(
+            student, teacher, columns, max_s, max_t, label, label_logit, classes, slopes, centre, NEEDS
         )
     else:
+        first, columns = lane_columns(ROWS, TILE, LANES, VECTOR)
+        zero = first.to(tl.float32) * 0.0
+        lowest = zero + MASKED
+        sums = Statistics(lowest, zero, zero, lowest, zero, zero, zero, zero, zero, zero)
         for tile in range(first_tile, end_tile):
             tile_columns = tile * TILE + columns
             logits = load_logits(rows.student, tile_columns, classes, exists, "evict_last")
-            others = (
-                load_logits(rows.teacher, tile_columns, classes, exists, "evict_last")
-                if DISTILLS & NEEDS
-                else logits
+            others = logits
+            if DISTILLS & NEEDS:
+                others = load_logits(rows.teacher, tile_columns, classes, exists, "evict_last")
+            if LABELLED & NEEDS:
+                at_label = tile_columns == label
+                logits = tl.where(at_label, MASKED, logits)
+                others = tl.where(at_label, MASKED, others)
+            max_s = tl.maximum(sums.max_s, tl.max(logits, 1, keep_dims=True))
+            max_t = max_s
+            if DISTILLS & NEEDS:
+                max_t = tl.maximum(sums.max_t, tl.max(others, 1, keep_dims=True))
+            before = rebased(sums, max_s, max_t, slopes, NEEDS)
+            of_tile = statistics_of_tile(
+                logits, others, tile_columns, max_s, max_t, label, label_logit, classes, slopes, centre, NEEDS
             )
-            sums = update_statistics(
-                sums, logits, others, tile_columns, label, label_logit, classes, slopes, centre, NEEDS
-            )
-    return sums
+            sums = Statistics(
+                max_s, before.sum_s + of_tile.sum_s, before.t1_s + of_tile.t1_s,
+                max_t, before.sum_t + of_tile.sum_t, before.t1_t + of_tile.t1_t, before.dot + of_tile.dot,
+                before.moment_s + of_tile.moment_s, before.moment_t + of_tile.moment_t,
+                before.above_label + of_tile.above_label,
+            )  # fmt: skip
+        if ROWS == 1:
+            sums = combine_statistics(sums, slopes, NEEDS)
+        return sums
 
 
 @triton.jit
@@ -262,53 +347,26 @@ def store_partial(pointer, values, exists):
 
 
 @triton.jit
-def combine_statistics(row_pointer, parts, slopes, NEEDS: tl.constexpr, PARTS: tl.constexpr):
-    """Statistics of the whole row, from those of its parts; offsets are the order of the fields."""
-    part = tl.arange(0, PARTS)[None, :]
+def load_statistics(row_pointer, parts, slopes, NEEDS: tl.constexpr, PARTS: tl.constexpr):
+    """Statistics of the whole row, from those of its parts in memory; offsets are the order of the fields."""
+    part = tl.arange(0, PARTS)[:, None]
     written = part < parts
-    part_pointer = row_pointer + part * WIDTH
-    part_max_s = tl.load(part_pointer, mask=written, other=MASKED)
-    part_sum_s = tl.load(part_pointer + 1, mask=written, other=0.0)
-    max_s = tl.max(part_max_s, 1, keep_dims=True)
-    shift_s = relative(part_max_s, max_s, slopes.student)
-    factor_s = tl.exp(shift_s)
-    zero = tl.zeros_like(max_s)
-    t1_s = zero
-    max_t = zero
+    pointer = row_pointer + part * WIDTH
+    max_s = tl.load(pointer, mask=written, other=MASKED)
+    sum_s = tl.load(pointer + 1, mask=written, other=0.0)
+    zero = tl.zeros_like(sum_s)
+    t1_s = tl.load(pointer + 2, mask=written, other=0.0) if STUDENT_AT_T1 & NEEDS else zero
+    max_t = max_s
     sum_t = zero
-    t1_t = zero
-    dot = zero
-    moment_s = zero
-    moment_t = zero
-    above_label = zero
-    if STUDENT_AT_T1 & NEEDS:
-        part_values = tl.load(part_pointer + 2, mask=written, other=0.0)
-        t1_s = tl.sum(tl.exp(part_max_s - max_s) * part_values, 1, keep_dims=True)
-    if LABEL_SMOOTHING & NEEDS:
-        above_label = tl.sum(tl.load(part_pointer + 9, mask=written, other=0.0), 1, keep_dims=True)
     if DISTILLS & NEEDS:
-        part_max_t = tl.load(part_pointer + 3, mask=written, other=MASKED)
-        part_sum_t = tl.load(part_pointer + 4, mask=written, other=0.0)
-        max_t = tl.max(part_max_t, 1, keep_dims=True)
-        shift_t = relative(part_max_t, max_t, slopes.teacher)
-        factor_t = tl.exp(shift_t)
-        sum_t = tl.sum(factor_t * part_sum_t, 1, keep_dims=True)
-        if TEACHER_AT_T1 & NEEDS:
-            part_values = tl.load(part_pointer + 5, mask=written, other=0.0)
-            t1_t = tl.sum(tl.exp(part_max_t - max_t) * part_values, 1, keep_dims=True)
-        if not SUMS_ONLY & NEEDS:
-            part_values = tl.load(part_pointer + 6, mask=written, other=0.0)
-            if LOG_RATIO & NEEDS:
-                part_values = rebased(part_values, shift_t - shift_s, part_sum_s, factor_s)
-            elif CROSS_TERM & NEEDS:
-                part_values = rebased(part_values, -shift_s, part_sum_t, factor_t)
-            else:
-                part_values = rebased(part_values, shift_t - shift_s, part_sum_t, factor_t)
-            dot = tl.sum(part_values, 1, keep_dims=True)
-        if STANDARDIZED & NEEDS:
-            part_values = tl.load(part_pointer + 7, mask=written, other=0.0)
-            moment_s = tl.sum(factor_s * part_values, 1, keep_dims=True)
-            part_values = tl.load(part_pointer + 8, mask=written, other=0.0)
-            moment_t = tl.sum(factor_t * part_values, 1, keep_dims=True)
-    sum_s = tl.sum(factor_s * part_sum_s, 1, keep_dims=True)
-    return Statistics(max_s, sum_s, t1_s, max_t, sum_t, t1_t, dot, moment_s, moment_t, above_label)
+        max_t = tl.load(pointer + 3, mask=written, other=MASKED)
+        sum_t = tl.load(pointer + 4, mask=written, other=0.0)
+    t1_t = tl.load(pointer + 5, mask=written, other=0.0) if TEACHER_AT_T1 & NEEDS else zero
+    dot = zero
+    if DISTILLS & NEEDS and not SUMS_ONLY & NEEDS:
+        dot = tl.load(pointer + 6, mask=written, other=0.0)
+    moment_s = tl.load(pointer + 7, mask=written, other=0.0) if STANDARDIZED & NEEDS else zero
+    moment_t = tl.load(pointer + 8, mask=written, other=0.0) if STANDARDIZED & NEEDS else zero
+    above_label = tl.load(pointer + 9, mask=written, other=0.0) if LABEL_SMOOTHING & NEEDS else zero
+    sums = Statistics(max_s, sum_s, t1_s, max_t, sum_t, t1_t, dot, moment_s, moment_t, above_label)
+    return combine_statistics(sums, slopes, NEEDS)

@@ -1,7 +1,7 @@
 """Functions common to all row kernels: indices, loads, weights and stores of tiles of logits.
 
-A program works on tiles of ``[ROWS, TILE]``; a value per row is a ``[ROWS, 1]`` tensor. A long row may be
-split over ``parts`` programs, each with its own range of tiles.
+A program works on tiles of ``[ROWS, TILE]``, or of ``[lanes, LANE]`` columns of one long row; a value per row
+is a ``[ROWS, 1]`` tensor. A long row may be split over ``parts`` programs, each with its own range of tiles.
 """
 
 import triton
@@ -65,6 +65,25 @@ def tiles_of_part(part, parts, classes, TILE: tl.constexpr):
 
 
 @triton.jit
+def lane_columns(ROWS: tl.constexpr, TILE: tl.constexpr, LANE: tl.constexpr, VECTOR: tl.constexpr):
+    """The columns [lanes, LANE] of a tile, and the first of each lane.
+
+    A lane's columns are in the registers of one thread: neighbours if they can be loaded together, else as
+    far apart as the lanes are many, so that the threads of a warp load neighbours. With several rows per
+    program a lane is a row."""
+    if ROWS > 1:
+        first = tl.zeros((ROWS, 1), tl.int32)
+        columns = tl.arange(0, TILE)[None, :]
+    elif VECTOR > 1:
+        first = tl.arange(0, TILE // LANE)[:, None] * LANE
+        columns = first + tl.arange(0, LANE)[None, :]
+    else:
+        first = tl.arange(0, TILE // LANE)[:, None]
+        columns = first + tl.arange(0, LANE)[None, :] * (TILE // LANE)
+    return first, columns
+
+
+@triton.jit
 def numbers_of(numbers, dynamic_pointer, DYNAMIC: tl.constexpr):
     """The options of a loss; the first DYNAMIC of them are read from memory."""
     values = ()
@@ -80,8 +99,7 @@ def load_logits(rows, columns, classes, exists, EVICT: tl.constexpr):
     """A tile of logits in float32; masked classes past the end of the row and below MASKED (-inf)."""
     inside = (columns < classes) & exists
     logits = tl.load(rows + columns, mask=inside, other=float("-inf"), eviction_policy=EVICT)
-    logits = logits.to(tl.float32)
-    return tl.where(logits < MASKED, MASKED, logits)  # unlike a maximum, propagates NaN
+    return tl.maximum(logits.to(tl.float32), MASKED, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -101,7 +119,12 @@ def weight_of_rows(weight_pointer, weight_stride, pair, index, exists, scale, WE
 
 
 @triton.jit
-def store_tile(rows, columns, classes, exists, value, weight, bad_label):
-    """Store the gradient: 0 for rows of weight 0, NaN for labels out of range."""
-    value = tl.where(weight == 0.0, 0.0, tl.where(bad_label, float("nan"), value))
+def weighted(value, weight, bad_label):
+    """``weight * value``; 0 for rows of weight 0, NaN for labels out of range."""
+    return tl.where(weight == 0.0, 0.0, tl.where(bad_label, float("nan"), weight * value))
+
+
+@triton.jit
+def store_tile(rows, columns, classes, exists, value):
+    """Store the gradient."""
     tl.store(rows + columns, value.to(rows.dtype.element_ty), mask=(columns < classes) & exists)

@@ -1,0 +1,73 @@
+"""Counts what the threads of a compiled kernel do per element, from its binary.
+
+An element is one class of one row: one logit of each model that the kernel reads. The binary is read with the
+cuobjdump inside Triton.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?(.*?);", re.M)
+_BRANCH = re.compile(r"^BRA\b.*?0x([0-9a-f]+)")
+_WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+
+
+class Pass(NamedTuple):
+    """A loop over tiles, or a kernel without such loops; what a thread executes."""
+
+    instructions: int
+    special: int  # exponentials, logarithms, reciprocals, square roots
+    barriers: int
+    shuffles: int
+    loaded: int  # bytes of global memory
+    width: int  # bytes of the narrowest load, single ones (of a label's logit) aside
+
+
+def disassembled(cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [CUOBJDUMP, "-sass", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def passes_of(cubin: bytes) -> list[Pass]:
+    """The innermost loops that read global memory, in order; the whole kernel if there are none."""
+    code = [(int(at, 16), what) for at, what in _INSTRUCTION.findall(disassembled(cubin))]
+    position = {at: number for number, (at, _) in enumerate(code)}
+    loops = []
+    for end, (_, what) in enumerate(code):
+        branch = _BRANCH.match(what)
+        start = position.get(int(branch.group(1), 16), end) if branch else end
+        if start < end:
+            loops.append((start, end + 1))
+    inner = [
+        (start, end)
+        for start, end in sorted(loops)
+        if not any(start <= other and stop <= end and (other, stop) != (start, end) for other, stop in loops)
+    ]
+    names = [what.split()[0] for _, what in code]
+    passes = [_pass(names[start:end]) for start, end in inner]
+    return [one for one in passes if one.loaded] or [_pass(names)]
+
+
+def _pass(names: list[str]) -> Pass:
+    kinds = Counter(name.partition(".")[0] for name in names)
+    loads = [_width(name) for name in names if name.startswith("LDG")]
+    repeated = [width for width, number in Counter(loads).items() if number > 1]
+    return Pass(
+        len(names), kinds["MUFU"], kinds["BAR"], kinds["SHFL"], sum(loads), min(repeated or loads or [0])
+    )
+
+
+def _width(name: str) -> int:
+    return next((width for part, width in _WIDTHS.items() if part in name.split(".")), 4)
