@@ -123,15 +123,18 @@ def stub_libcuda() -> ctypes.CDLL:
 
 @contextmanager
 def on_target(name: str) -> Iterator[Driver]:
-    """Make ``name`` of TARGETS the current device, and set ``torch.version.hip`` accordingly."""
-    fake, hip = Driver(), torch.version.hip
+    """Make ``name`` of TARGETS the current device, for Triton, for the planner and in ``torch.version``."""
+    fake, target = Driver(), TARGETS[name]
     fake.device = list(TARGETS).index(name)
     driver.set_active(fake)
-    torch.version.hip = "6.4" if TARGETS[name].backend == "hip" else None
+    hip, device_of = torch.version.hip, launcher.device_of
+    torch.version.hip = "6.4" if target.backend == "hip" else None
+    capability = divmod(target.arch, 10) if target.backend == "cuda" else (9, 4)
+    launcher.device_of = lambda device: device_of(device)._replace(capability=capability)
     try:
         yield fake
     finally:
-        torch.version.hip = hip
+        torch.version.hip, launcher.device_of = hip, device_of
 
 
 # ---- recorded launches ---------------------------------------------------------------------------------

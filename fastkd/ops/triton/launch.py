@@ -69,6 +69,8 @@ def row_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call,
             return
         label = call.target if needs & statistics.LABELLED.value else None
         many_registers = standardized or (plan.one_tile and label is not None)
+        # ptxas needs more for these (tools/compile_kernels.py).
+        many_registers |= device.capability >= (10, 0) and bool(needs & statistics.CROSS_ENTROPY.value)
         moments = partials(rows, plan, 2 * statistics.MOMENTS_WIDTH.value)
         for phase in softmax_phases(plan, standardized):
             softmax_rows.softmax_rows[grid](
