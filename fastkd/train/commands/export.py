@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import io
 import logging
 import warnings
@@ -25,7 +26,7 @@ from fastkd.files.atomic import make_folder, write_atomically
 from fastkd.files.regular import read_regular
 from fastkd.train.display.console import make_console
 from fastkd.train.run.about import About
-from fastkd.train.run.exported import KEY, SUFFIX, read_safetensors, save_safetensors
+from fastkd.train.run.exported import KEY, SUFFIX, load_exported, save_safetensors
 from fastkd.train.run.folder import write_text
 from fastkd.train.run.student import read_student
 
@@ -160,7 +161,10 @@ def _save_safetensors(model: nn.Module, example: Tensor, about: str, path: Path)
 
 
 def _run_safetensors(model: nn.Module, probe: Tensor, path: Path) -> Tensor:
-    return _run_with(read_safetensors(path)[1], model, probe)
+    again, _ = load_exported(path, copy.deepcopy(model))
+    with torch.no_grad():
+        outputs: Tensor = named_logits(again(probe))
+    return outputs
 
 
 def _save_state_dict(model: nn.Module, example: Tensor, about: str, path: Path) -> None:
@@ -171,10 +175,7 @@ def _save_state_dict(model: nn.Module, example: Tensor, about: str, path: Path) 
 
 
 def _run_state_dict(model: nn.Module, probe: Tensor, path: Path) -> Tensor:
-    return _run_with(torch.load(path, weights_only=True), model, probe)
-
-
-def _run_with(weights: dict[str, Tensor], model: nn.Module, probe: Tensor) -> Tensor:
+    weights = torch.load(path, weights_only=True)
     with torch.no_grad():
         outputs: Tensor = named_logits(torch.func.functional_call(model, weights, (probe,), strict=True))
     return outputs
