@@ -93,8 +93,8 @@ def softmax_rows(
 
     Terms are unweighted (T^2 included), and 0 if their weight is 0. CE is of the raw student logits at
     T = 1, even if the distillation terms are standardised. ``target`` [N] int64; for CE and KD also
-    probabilities [N, C]. With ``fix_acquired`` TCKD is 0 where the
-    student is at least as confident in the target class as the teacher.
+    probabilities [N, C]. With ``fix_acquired`` TCKD is 0 where the student is at least as confident in the
+    target class as the teacher.
     Hinton et al. 2015; Zhao et al. 2022.
     """
     z_s, z_t = as_float(student_logits), as_float(teacher_logits)

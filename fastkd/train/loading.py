@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -48,7 +48,12 @@ class Loaded:
         yield self.transform
 
 
-def load(path: str | os.PathLike[str], *, weights: str = "best", network: nn.Module | None = None) -> Loaded:
+def load(
+    path: str | os.PathLike[str],
+    *,
+    weights: Literal["best", "last"] = "best",
+    network: nn.Module | None = None,
+) -> Loaded:
     """A trained student with its weights, in eval mode, and the transform that its images need.
 
     No code from the file is run: weights are read as plain tensors, and the network is built by name.

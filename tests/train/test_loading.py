@@ -70,11 +70,11 @@ def arrays(place: Path) -> Path:
     return trained(place, "arrays", "emoji/student", *SMALL, f"data.folder={place / 'own'}")
 
 
-@pytest.fixture
-def dhkd(place: Path) -> Path:
-    """A student whose method has a second head, and an average of the weights."""
+@pytest.fixture(params=["dhkd", "mhkd"])
+def with_heads(request: pytest.FixtureRequest, place: Path) -> Path:
+    """A student whose method has heads of its own, and an average of the weights."""
     options = ["data.synthetic=40", "student.width=2", "teacher.epochs=1", "teacher.width=2", "train.ema=0.5"]
-    return trained(place, "dhkd", "fashion-mnist/dhkd", *options, *SHORT)
+    return trained(place, request.param, f"fashion-mnist/{request.param}", *options, *SHORT)
 
 
 def of_the_trainer(run: Path, weights: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -150,15 +150,16 @@ def test_arrays_without_their_data(arrays: Path) -> None:
     assert loaded.classes == ("ant", "bee", "cat", "dog", "eel")
 
 
-def test_a_method_with_a_second_head_and_an_average(dhkd: Path) -> None:
-    loaded = fastkd.load(dhkd)
+def test_a_method_with_heads_and_an_average(with_heads: Path) -> None:
+    assert load_checkpoint(with_heads / "last.pt", remedy="")["method"]  # the heads
+    loaded = fastkd.load(with_heads)
     assert type(loaded.network) is SmallCNN
     assert loaded.network.state_dict().keys() == SmallCNN(10, width=2).state_dict().keys()
     raw = [torch.randint(0, 256, (BATCH, 1, 28, 28), dtype=torch.uint8)]
-    last = fastkd.load(dhkd, weights="last")
-    state = load_checkpoint(dhkd / "last.pt", remedy="")
+    last = fastkd.load(with_heads, weights="last")
+    state = load_checkpoint(with_heads / "last.pt", remedy="")
     average = {k.removeprefix("module."): v for k, v in state["ema"].items() if k.startswith("module.")}
-    for one, weights in ((loaded, best_of(dhkd)), (last, average)):
+    for one, weights in ((loaded, best_of(with_heads)), (last, average)):
         network = SmallCNN(10, width=2)
         network.load_state_dict(weights)
         with torch.no_grad():
@@ -202,9 +203,9 @@ def test_a_run_of_an_older_version_asks_its_data(arrays: Path, tmp_path: Path) -
         fastkd.load(old)
 
 
-def test_within_an_epoch_no_accuracy_is_known(dhkd: Path, tmp_path: Path) -> None:
-    shutil.copytree(dhkd, tmp_path / "run")
-    state = load_checkpoint(dhkd / "last.pt", remedy="")
+def test_within_an_epoch_no_accuracy_is_known(with_heads: Path, tmp_path: Path) -> None:
+    shutil.copytree(with_heads, tmp_path / "run")
+    state = load_checkpoint(with_heads / "last.pt", remedy="")
     save_checkpoint(tmp_path / "run" / "last.pt", {**state, "position": {"meter": {"steps": 1}}})
     run = fastkd.load(tmp_path / "run", weights="last").about["run"]
     assert (run["epoch"], run["val_accuracy"]) == (None, None)
@@ -343,7 +344,7 @@ def test_refused_paths(arrays: Path, tmp_path: Path) -> None:
         other.rename(one)
     refused(arrays / "summary.json", "is not loaded: it describes")
     with pytest.raises(ValueError, match="weights is 'first'; expected 'best' or 'last'"):
-        fastkd.load(arrays, weights="first")
+        fastkd.load(arrays, weights="first")  # type: ignore[arg-type]
 
 
 def test_a_run_whose_description_is_damaged(arrays: Path, tmp_path: Path) -> None:
