@@ -15,12 +15,14 @@ __all__ = [
     "KDLoss",
     "LinearDistillLoss",
     "LinearLogits",
+    "Loaded",
     "NKDLoss",
     "ReverseKLLoss",
     "SkewKLLoss",
     "TTMLoss",
     "TVDLoss",
     "TopKLogits",
+    "ValidationTransform",
     "__version__",
     "binary_kl_loss",
     "binary_kl_norm_loss",
@@ -34,6 +36,7 @@ __all__ = [
     "get_backend",
     "jsd_loss",
     "kd_loss",
+    "load",
     "nkd_loss",
     "reverse_kl_loss",
     "set_backend",
@@ -45,11 +48,13 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from fastkd.data.validation import ValidationTransform
     from fastkd.explanation import explain
     from fastkd.losses import *  # noqa: F403
     from fastkd.losses.arguments import check_labels
     from fastkd.ops.backend import BackendUnavailable, get_backend, set_backend, use_backend
     from fastkd.train import fit
+    from fastkd.train.loading import Loaded, load
 else:
     # Imported on first use, so that `fastkd --help` does not wait for torch, and a program that only uses a
     # loss needs none of the trainer's libraries.
@@ -61,6 +66,9 @@ else:
         "set_backend": "ops.backend",
         "use_backend": "ops.backend",
         "fit": "train",
+        "Loaded": "train.loading",
+        "load": "train.loading",
+        "ValidationTransform": "data.validation",
     }
 
     def __getattr__(name: str) -> Any:

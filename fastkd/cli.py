@@ -30,7 +30,10 @@ _COMMANDS = {
         "store the teacher's logits, to train without the teacher",
     ),
     "plot": ("fastkd.train.commands.plot", "compare runs in one figure"),
-    "export": ("fastkd.train.commands.export", "write the student as a state dict, program or ONNX model"),
+    "export": (
+        "fastkd.train.commands.export",
+        "write the student as safetensors, state dict, program or ONNX model",
+    ),
     "doctor": ("fastkd.doctor", "show which backends work here, and why others do not"),
     "check": ("fastkd.check", "check every loss on every backend here against float64"),
     "bench": ("fastkd.bench.command", "time the losses beside their peers; report and compare"),

@@ -92,8 +92,9 @@ def softmax_rows(
     """w_ce CE + T^2 (w_kd KD + w_t TCKD + w_n NCKD): the row loss [N] and its four terms [4, N].
 
     Terms are unweighted (T^2 included), and 0 if their weight is 0. CE is of the raw student logits at
-    T = 1, even if the distillation terms are standardised. With ``fix_acquired`` TCKD is 0 where the
-    student is at least as confident in the target class as the teacher.
+    T = 1, even if the distillation terms are standardised. ``target`` [N] int64; for CE and KD also
+    probabilities [N, C]. With ``fix_acquired`` TCKD is 0 where the student is at least as confident in the
+    target class as the teacher.
     Hinton et al. 2015; Zhao et al. 2022.
     """
     z_s, z_t = as_float(student_logits), as_float(teacher_logits)
@@ -109,7 +110,10 @@ def softmax_rows(
     if target is not None:
         if ce_weight:
             log_q = z_s.log_softmax(-1)
-            ce = -log_q.gather(1, target[:, None])[:, 0]
+            if target.is_floating_point():
+                ce = -(at_least_float32(target) * log_q).sum(-1)
+            else:
+                ce = -log_q.gather(1, target[:, None])[:, 0]
             if label_smoothing:
                 ce = (1 - label_smoothing) * ce - label_smoothing * log_q.mean(-1)
         if tckd_weight:

@@ -21,6 +21,7 @@ from fastkd.recipe.sections import ArraysData, FolderData, ImageData, MemoryImag
 
 from .order import EpochOrder, IndexedLoader
 from .transforms import IMAGENET_MEAN, IMAGENET_STD, Mixing, Normalize
+from .validation import ValidationTransform
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,19 @@ class ArrayData:
     augment: bool
     where: str  # description of the source
     mixing: Mixing
+    class_names: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:
         return self.kind.classes
+
+    @property
+    def transform(self) -> ValidationTransform:
+        kind = self.kind
+        return ValidationTransform(
+            channels=kind.channels, resize=kind.side, crop=kind.side, mean=list(kind.mean), std=list(kind.std)
+        )
 
     @property
     def channels(self) -> int:
@@ -194,6 +203,9 @@ def random_images(config: ImageData | ArraysData | FolderData | ShardData | Synt
     return ArrayData(kind, train, val, augment, "random images", mixing)
 
 
+_Labelled = tuple[Tensor, Tensor, tuple[str, ...]]  # images, labels, the names of the classes
+
+
 def load_image_data(config: ImageData) -> ArrayData:
     """Load Fashion-MNIST or CIFAR-100. Raises ``DataError``."""
     kind = KINDS[config.name]
@@ -208,23 +220,28 @@ def load_image_data(config: ImageData) -> ArrayData:
         )
     read = _fashion_mnist if config.name == "fashion_mnist" else _cifar100
     train, test = (read(folder, part, config.download) for part in (True, False))
-    return array_data(config, kind, train, test)
+    return array_data(config, kind, train[:2], test[:2], train[2])
 
 
 def array_data(
-    config: MemoryImages, kind: Kind, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]
+    config: MemoryImages,
+    kind: Kind,
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    class_names: tuple[str, ...] | None,
 ) -> ArrayData:
     """``train`` validated on ``test``, or on the part of ``train`` that the recipe holds out."""
     mixing = Mixing(config.mixup, config.cutmix, kind.classes)
     if config.holdout is None:
-        return ArrayData(kind, train, test, config.augment, "validated on its test images", mixing)
+        where = "validated on its test images"
+        return ArrayData(kind, train, test, config.augment, where, mixing, class_names)
     if config.holdout >= len(train[1]):
         raise DataError(f"data.holdout = {config.holdout} leaves none of {len(train[1])} training images")
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(train[1])))
     held, kept = order[: config.holdout], order[config.holdout :]
     where = "validated on some of its training images, test images unused"
     parts = (train[0][kept], train[1][kept]), (train[0][held], train[1][held])
-    return ArrayData(kind, *parts, config.augment, where, mixing)
+    return ArrayData(kind, *parts, config.augment, where, mixing, class_names)
 
 
 def _random_images(kind: Kind, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -240,10 +257,10 @@ def _digest(part: tuple[Tensor, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _fashion_mnist(folder: Path, train: bool, download: bool) -> tuple[Tensor, Tensor]:
-    if download:
-        from torchvision.datasets import FashionMNIST
+def _fashion_mnist(folder: Path, train: bool, download: bool) -> _Labelled:
+    from torchvision.datasets import FashionMNIST
 
+    if download:
         FashionMNIST(str(folder), download=True)
     stem = "train" if train else "t10k"
     images = _read_idx(folder, f"{stem}-images-idx3-ubyte", 3)
@@ -260,7 +277,7 @@ def _fashion_mnist(folder: Path, train: bool, download: bool) -> tuple[Tensor, T
         raise DataError(
             f"data.folder: the {stem} labels of {folder} go up to {largest}, expected 0 to {kind.classes - 1}"
         )
-    return images[:, None], target.long()
+    return images[:, None], target.long(), tuple(FashionMNIST.classes)
 
 
 def _read_idx(folder: Path, name: str, dimensions: int) -> Tensor:
@@ -288,7 +305,7 @@ def _read_idx(folder: Path, name: str, dimensions: int) -> Tensor:
     )
 
 
-def _cifar100(folder: Path, train: bool, download: bool) -> tuple[Tensor, Tensor]:
+def _cifar100(folder: Path, train: bool, download: bool) -> _Labelled:
     from torchvision.datasets import CIFAR100
 
     try:
@@ -297,4 +314,5 @@ def _cifar100(folder: Path, train: bool, download: bool) -> tuple[Tensor, Tensor
         raise DataError(
             f"data.folder: {folder} has no intact CIFAR-100 ({error}); data.download=true downloads it"
         ) from None
-    return torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets)
+    images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+    return images, torch.tensor(data.targets), tuple(data.classes)

@@ -12,6 +12,7 @@ from fastkd.errors import DataError
 from fastkd.recipe.sections import ArraysData, DataSection, GlyphsData, ImageData, SyntheticData
 
 from .order import IndexedLoader
+from .validation import ValidationTransform
 
 
 class Loader(Protocol):
@@ -31,6 +32,14 @@ class Data(Protocol):
 
     @property
     def channels(self) -> int: ...
+
+    @property
+    def class_names(self) -> Sequence[str] | None:
+        """By label; None if the data have none."""
+
+    @property
+    def transform(self) -> ValidationTransform:
+        """What ``val_loader`` does to an image."""
 
     @property
     def notes(self) -> Sequence[str]: ...

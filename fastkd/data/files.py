@@ -35,6 +35,7 @@ from .transforms import (
     keyed_randomness,
     random_crop,
 )
+from .validation import ValidationTransform
 from .workers import end_at_exit, from_one_process_only, held_back
 
 _log = logging.getLogger(__name__)
@@ -251,6 +252,20 @@ class FileData:
     @property
     def num_classes(self) -> int:
         return self.source.num_classes
+
+    @property
+    def class_names(self) -> list[str] | None:
+        return self.source.classes
+
+    @property
+    def transform(self) -> ValidationTransform:
+        return ValidationTransform(
+            channels=self.channels,
+            resize=self._resize,
+            crop=self.config.size,
+            mean=list(IMAGENET_MEAN),
+            std=list(IMAGENET_STD),
+        )
 
     @property
     def mixing(self) -> Mixing:

@@ -23,7 +23,7 @@ _LEVELS = torch.arange(256, dtype=torch.float64) / 255
 class _Part(NamedTuple):
     images: Tensor  # uint8 [N, C, H, W]
     target: Tensor  # int64 [N]
-    classes: int | None  # None: the file does not name them
+    names: tuple[str, ...] | None  # of the classes
 
 
 def load_npz_data(config: ArraysData) -> ArrayData:
@@ -40,7 +40,7 @@ def load_npz_data(config: ArraysData) -> ArrayData:
     if not folder.is_dir():
         raise DataError(f"data.folder: {folder} is not a folder; expected one with train.npz and test.npz")
     train, test = (_read(folder / f"{part}.npz") for part in ("train", "test"))
-    classes = train.classes or int(train.target.max()) + 1
+    classes = len(train.names) if train.names is not None else int(train.target.max()) + 1
     if classes < 2:
         raise DataError(f"data.folder: {folder / 'train.npz'} has 1 class, expected at least 2")
     for name, part in (("train", train), ("test", test)):
@@ -60,7 +60,7 @@ def load_npz_data(config: ArraysData) -> ArrayData:
     # As for CIFAR-100, random crops move an image by up to an eighth of its side.
     title = folder.resolve().name
     kind = Kind(title, classes, channels, side, mean, std, padding=side // 8, measured=True)
-    return array_data(config, kind, train[:2], test[:2])
+    return array_data(config, kind, train[:2], test[:2], train.names)
 
 
 def _read(path: Path) -> _Part:
@@ -96,7 +96,7 @@ def _read(path: Path) -> _Part:
     return _Part(
         torch.from_numpy(np.ascontiguousarray(images)),
         torch.from_numpy(target.astype(np.int64)),
-        None if names is None else len(names),
+        None if names is None else tuple(map(str, names)),
     )
 
 

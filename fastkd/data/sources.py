@@ -28,6 +28,9 @@ class Source(Protocol):
     labels: np.ndarray
     num_classes: int
 
+    @property
+    def classes(self) -> list[str] | None: ...  # their names
+
     def read(self, index: int) -> bytes: ...
 
     def name(self, index: int) -> str: ...
@@ -96,6 +99,8 @@ class ShardSource:
     as a stream, so that an epoch can be shuffled as a whole, divided exactly over ranks and resumed at any
     step. Shards are files on a local or mounted file system.
     """
+
+    classes: None = None  # shards have labels without names
 
     def __init__(self, root: Path, pattern: str, classes: int | None = None) -> None:
         self.shards = _expand(root, pattern)

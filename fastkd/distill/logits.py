@@ -119,10 +119,6 @@ class _Softmax(Method, abstract=True):
 
     def distil(self, seen: Seen, ce_weight: float, distillation: dict[str, float], **options: Any) -> Terms:
         weights = {name: weight * self.warmup() for name, weight in distillation.items()}
-        if seen.target.is_floating_point():  # only KD and LSKD; the others need one label
-            kd = losses.kd_loss(seen.student_logits, seen.teacher_logits, **options)
-            ce = cross_entropy(seen.student_logits, seen.target, self.label_smoothing)
-            return {"ce": ce_weight * ce, "kd": weights["kd"] * kd}
         options |= {f"{name}_weight": weight for name, weight in weights.items()}
         loss, terms = losses.distill_loss(
             seen.student_logits,

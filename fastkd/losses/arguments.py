@@ -18,6 +18,8 @@ REDUCTIONS = ("batchmean", "sum", "none")
 LARGEST = torch.finfo(torch.float32).max
 # What float32 can hold: the largest unmasked logits divided by T, and T^2 times a loss.
 TEMPERATURES = (1e-6, 1e6)
+# A sum of probabilities may differ from 1 by this much: they may have been rounded to half precision.
+SUM_TOLERANCE = 0.02
 
 
 def check_linear(name: str, form: LinearLogits) -> None:
@@ -206,7 +208,8 @@ def check_target(target: Tensor, logits: Any, of: str = "student_logits") -> Non
     check_ordinary("target", target)
     if target.dtype != torch.int64:
         raise TypeError(
-            f"target has dtype {target.dtype}; expected int64 class indices (soft targets are not labels)"
+            f"target has dtype {target.dtype}; expected int64 class indices"
+            + (": only distill_loss takes probabilities, for CE and KD" if target.is_floating_point() else "")
         )
     check_one_per_row("target", target, "label", logits, of)
 

@@ -20,8 +20,6 @@ from .forms import LinearLogits, TopKLogits
 _BLOCK = 1 << 25
 # The smallest difference from 1 that a sum of probabilities in float32 can have.
 _LEAST_REST = 2.0**-24
-# A sum of probabilities may exceed 1 by this much: they may have been rounded to half precision.
-_EXCESS = 0.02
 
 
 def top_k(
@@ -128,7 +126,9 @@ def known_of(form: TopKLogits, label: Tensor | None, row_weight: Tensor | None, 
     log_probs = log_probs.double() if dtype == torch.float64 else log_probs.float()
     readable = is_readable(indices) and is_readable(log_probs)
     # The operators of the checks below take longer to launch than a small loss takes.
-    ready = readable and native.top_k_ready(indices, log_probs, label, form.num_classes, 1 + _EXCESS)
+    ready = readable and native.top_k_ready(
+        indices, log_probs, label, form.num_classes, 1 + arguments.SUM_TOLERANCE
+    )
     if ready and form.log_rest is not None:
         ready = not bool((form.log_rest > 0).any())
     if not ready:
@@ -169,7 +169,7 @@ def _wrong(form: TopKLogits, log_probs: Tensor, indices: Tensor) -> Tensor:
     """Which rows [N] hold what no teacher has; ``indices`` are sorted. NaN passes, and reaches the loss."""
     wrong = (indices[:, 0] < 0) | (indices[:, -1] >= form.num_classes)
     wrong = wrong | (indices[:, 1:] == indices[:, :-1]).any(-1)
-    wrong = wrong | (log_probs > 0).any(-1) | (log_probs.exp().sum(-1) > 1 + _EXCESS)
+    wrong = wrong | (log_probs > 0).any(-1) | (log_probs.exp().sum(-1) > 1 + arguments.SUM_TOLERANCE)
     if form.log_rest is not None:
         wrong = wrong | (form.log_rest.reshape(-1) > 0)
     return wrong
@@ -191,7 +191,7 @@ def _raise_for(
     if bool((values > 0).any()):
         raise ValueError(f"{where} has the log-probability {float(values.max()):g}; expected at most 0")
     total = float(values.exp().sum())
-    if total > 1 + _EXCESS:
+    if total > 1 + arguments.SUM_TOLERANCE:
         raise ValueError(f"{where} has probabilities that sum to {total:.4g}; expected at most 1")
     if form.log_rest is not None and bool(form.log_rest.reshape(-1)[row] > 0):
         value = float(form.log_rest.reshape(-1)[row])

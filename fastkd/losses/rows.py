@@ -19,7 +19,7 @@ from .forms import Form
 class Rows(NamedTuple):
     """N rows of logits [..., C]."""
 
-    label: Tensor | None  # int64 [N], for a loss that uses labels
+    label: Tensor | None  # int64 [N], for a loss that uses labels; in plain torch also probabilities [N, C]
     valid: Tensor | None  # bool [N]: not ignored; None: all
     weight: Tensor | None  # [N], the factor of each row's loss; None: 1
     divisor: int  # of all rows

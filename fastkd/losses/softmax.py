@@ -1,14 +1,17 @@
 """Cross-entropy and softmax distillation in one pass: KD, DKD, DCKD and any weighted sum of their terms."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from fastkd.ops.spec import SoftmaxOptions
 
-from .arguments import check_options
+from .arguments import check_options, check_pairs, check_reduction
 from .dispatch import Logits, reduced_loss
 from .module import LabelledLoss, LossModule
+from .soft_labels import check_soft, is_soft, soft_cross_entropy
 
 
 def kd_loss(
@@ -167,6 +170,11 @@ def distill_loss(
     distillation terms are those of ``kd_loss`` and ``dkd_loss``, or ``dckd_loss`` with ``fix_acquired``.
     Published: KD with w_ce 0.1 and w_kd 0.9 at T 4 (CIFAR-100), 0.5 and 0.5 at T 1 (ImageNet).
 
+    ``target`` [...] int64; for CE and KD also probabilities [..., C] (MixUp, CutMix), with which CE is
+    -sum p_i log q_i, computed in plain torch beside the pass of KD. TCKD, NCKD, ``ignore_index`` and a
+    student's ``LinearLogits`` are refused with them. Negative probabilities and rows that do not sum to 1,
+    to within 0.02, raise ``ValueError`` on a CPU; elsewhere the loss is NaN.
+
     Returns ``(loss, terms)``; ``terms`` holds, detached and for logging, the unweighted value of each term of
     non-zero weight ("ce", "kd", "tckd", "nckd"; T^2 included) under the same reduction as the loss.
     """
@@ -181,13 +189,38 @@ def distill_loss(
         fix_acquired,
     )
     check_options(**options._asdict())
-    loss, terms = reduced_loss(
-        "softmax", options, student_logits, teacher_logits, target,
-        uses_label=True, ignore_index=ignore_index, weight=weight, reduction=reduction, with_terms=True,
-    )  # fmt: skip
+    shared: dict[str, Any] = {"ignore_index": ignore_index, "weight": weight, "reduction": reduction}
+    if is_soft(target):
+        loss, terms = _with_probabilities(options, student_logits, teacher_logits, target, **shared)
+    else:
+        loss, terms = reduced_loss(
+            "softmax", options, student_logits, teacher_logits, target,
+            uses_label=True, with_terms=True, **shared,
+        )  # fmt: skip
     weights = {"ce": ce_weight, "kd": kd_weight, "tckd": tckd_weight, "nckd": nckd_weight}
     named = zip(weights.items(), terms, strict=True)
     return loss, {name: term for (name, value), term in named if value}
+
+
+def _with_probabilities(
+    options: SoftmaxOptions,
+    student_logits: Logits,
+    teacher_logits: Logits,
+    target: Tensor,
+    *,
+    ignore_index: int,
+    weight: Tensor | None,
+    reduction: str,
+) -> tuple[Tensor, Iterable[Tensor]]:
+    check_reduction(reduction)
+    students, _ = check_pairs(student_logits, teacher_logits)
+    check_soft(options, target, students[0], ignore_index)
+    loss, terms = reduced_loss(
+        "softmax", options._replace(ce_weight=0.0, label_smoothing=0.0), student_logits, teacher_logits,
+        weight=weight, reduction=reduction, with_terms=True,
+    )  # fmt: skip
+    ce_loss, ce = soft_cross_entropy(options, students, target, weight=weight, reduction=reduction)
+    return loss + ce_loss.view(loss.shape), [ce.view(loss.shape), *list(terms)[1:]]
 
 
 @dataclass(eq=False, repr=False, kw_only=True)

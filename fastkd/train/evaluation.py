@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from . import distributed
 from .batches import Batches
 from .precision import Numerics, autocast
 from .preflight import first_of
+from .watcher import Record
 
 # Of few classes, five are no measure: with 10, half of all guesses are right.
 TOP5_ABOVE = 10  # classes
@@ -103,6 +105,12 @@ def ranks(logits: Tensor, target: Tensor) -> Tensor:
     classes = torch.arange(logits.shape[1], device=logits.device)
     before = (logits == own) & (classes < target.unsqueeze(1))
     return (~(logits <= own) | before).sum(1)
+
+
+def best_of(history: Sequence[Record]) -> Record | None:
+    """The first record with the highest validation accuracy; None if no epoch was validated."""
+    validated = [record for record in history if "val_accuracy" in record]
+    return max(validated, key=lambda record: record["val_accuracy"], default=None)
 
 
 def try_validation(student: nn.Module, loader: Any, numerics: Numerics) -> None:

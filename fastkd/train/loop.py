@@ -19,7 +19,7 @@ from . import distributed
 from .batches import Batch, Batches
 from .ema import make_ema
 from .epoch import Epoch
-from .evaluation import evaluate, try_validation, validate
+from .evaluation import best_of, evaluate, try_validation, validate
 from .meters import LossMeter, PassTimer
 from .precision import Numerics, compile_networks, make_scaler, place
 from .preflight import check_loaders, check_optimizer, check_options, check_scheduler
@@ -44,6 +44,7 @@ class FitResult:
     ``rows`` (images trained on, over all ranks), ``skipped`` (steps left out), ``val_accuracy``,
     ``val_top5_accuracy`` (with more than 10 classes), ``val_loss``, ``val_rows``, ``lr`` (after the epoch)
     and ``seconds`` (data, teacher, student, loss, other, validation).
+    Without a validation loader it has none of ``val_…`` and ``student_accuracy``.
     With an average of the weights, ``val_accuracy`` and ``val_loss`` are the average's, and
     ``student_accuracy`` is that of the weights in training.
     """
@@ -56,8 +57,14 @@ class FitResult:
 
     @property
     def best(self) -> Record:
-        """The first epoch with the highest validation accuracy."""
-        return max(self.history, key=lambda record: record["val_accuracy"])
+        """The first epoch with the highest validation accuracy.
+
+        Raises ``TrainError`` if no epoch was validated.
+        """
+        best = best_of(self.history)
+        if best is None:
+            raise TrainError("no epoch is the best: val_loader was None, so none was validated; use last")
+        return best
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -69,7 +76,7 @@ def fit(
     student: nn.Module,
     teacher: nn.Module | None,
     train_loader: Loader,
-    val_loader: Loader,
+    val_loader: Loader | None = None,
     *,
     loss: Loss,
     device: torch.device | str | None = None,
@@ -95,7 +102,7 @@ def fit(
 def fit_method(
     method: Method,
     train_loader: Loader,
-    val_loader: Loader,
+    val_loader: Loader | None = None,
     *,
     epochs: int,
     optimizer: torch.optim.Optimizer | None = None,
@@ -128,6 +135,7 @@ def fit_method(
     Args:
         train_loader, val_loader: iterables of ``(images, target)``, iterated once per epoch; int64 targets
             ``[N]``. ``set_epoch(epoch)`` of the loader or its sampler is called first, counting from 0.
+            Without a ``val_loader`` nothing is validated, and no epoch is the best.
         optimizer: of ``method.parameters()``, including heads; by default AdamW with learning rate 1e-3.
         scheduler: stepped after each optimizer step, or each epoch with ``scheduler_interval="epoch"``.
         clip_norm: largest gradient norm over all parameters.
@@ -188,7 +196,10 @@ def fit_method(
         epochs=epochs,
         batches=train.length,
     )
-    try_validation(student, val_loader, numerics)
+    if val_loader is None:
+        watcher.note("val_loader is None: no epoch is validated, and none is the best")
+    else:
+        try_validation(student, val_loader, numerics)
 
     options = StepOptions(numerics, accumulate, clip_norm, skip_nonfinite=nonfinite == "skip")
     sizes = Sizes(method, precision, accumulate, watcher.note)
@@ -209,8 +220,10 @@ def fit_method(
                 raise TrainError(_nothing_came(number, epoch.meter))
             training.step_scheduler("epoch")
             epoch.watch.lap("other")
-            validated = validate(student, training.average, val_loader, numerics)
-            epoch.watch.lap("validation")
+            validated: Record = {}
+            if val_loader is not None:
+                validated = validate(student, training.average, val_loader, numerics)
+                epoch.watch.lap("validation")
             training.history.append(epoch.record(validated, optimizer.param_groups[0]["lr"]))
             watcher.epoch_done(training.history[-1], save_state(training))
     return FitResult(training.history)

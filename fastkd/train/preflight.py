@@ -150,11 +150,15 @@ def check_channels_last(method: Method) -> None:
 
 
 def check_loaders(train: Any, val: Any, epochs: int) -> None:
-    """Raise ``TrainError`` for a loader that is empty or cannot be iterated once per epoch."""
+    """Raise ``TrainError`` for a loader that is empty or cannot be iterated once per epoch.
+
+    ``val`` may be None.
+    """
     for name, loader in (("train_loader", train), ("val_loader", val)):
+        if loader is None and name == "val_loader":
+            continue
         if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
-            hint = "; each epoch is validated: give some held-out batches" if loader is None else ""
-            raise TrainError(f"{name} is {_kind(loader)}; expected an iterable of (images, target){hint}")
+            raise TrainError(f"{name} is {_kind(loader)}; expected an iterable of (images, target)")
         if isinstance(loader, Mapping | str | bytes | Tensor):
             raise TrainError(f"{name} is {_kind(loader)}; expected an iterable of batches (images, target)")
         if isinstance(loader, _ONCE) and epochs > 1:

@@ -129,7 +129,7 @@ def _unfit(reason: str) -> CheckpointError:
 def _check_position(state: Mapping[str, Any], epochs: int, batches: int | None) -> None:
     history, position = state["history"], state.get("position")
     for record in history:
-        if not isinstance(record["val_accuracy"], Number):
+        if not isinstance(record.get("val_accuracy", 0.0), Number):
             raise _unfit(f"its history has a record with val_accuracy {record['val_accuracy']!r}")
     if len(history) + bool(position) > epochs:
         begun = f", epoch {len(history) + 1} is begun" if position else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -174,6 +175,34 @@ add(
     "ignore_index that is a class",
     lambda: dkd(ignore_index=5),
     same_as(lambda: dkd(target=torch.tensor([0, -100, 2, 3]))),
+)
+
+add = group("Probabilities as target of distill_loss", LINES)
+P = torch.full((4, 6), 1 / 6)
+
+
+def soft(target: torch.Tensor, **options: Any) -> Result:
+    return step(fastkd.distill_loss, S, T, target, **{"ce_weight": 0.5, "kd_weight": 0.5, **options})
+
+
+for words, target, options, message in (
+    ("negative", P - 0.5 * torch.eye(4, 6), {}, "^row 0 of target has -0.333"),
+    ("rows that sum to 2", 2 * P, {}, "^row 0 of target sums to 2"),
+    ("rows of 0", 0 * P, {}, "^row 0 of target sums to 0"),
+    ("NaN", P * NAN, {}, "^row 0 of target sums to nan"),
+    ("of other classes", P[:, :5], {}, r"^target has dtype torch.float32 and shape \[4, 5\]"),
+    ("labels in floating point", Y.float(), {}, r"^target has dtype torch.float32 and shape \[4\]"),
+    ("that require grad", P.clone().requires_grad_(), {}, "^target requires grad"),
+    ("on another device", P.to("meta"), {}, "^target is on meta"),
+    ("with tckd_weight", P, {"tckd_weight": 1.0}, "^tckd_weight is 1.0"),
+    ("with ignore_index", P, {"ignore_index": 0}, "^ignore_index is 0"),
+):
+    add(words, lambda y=target, o=options: soft(y, **o), Refused(ValueError, message))
+add("in bfloat16", lambda: soft(P.bfloat16()), FINITE)
+add(
+    "anything in a row of weight 0",
+    lambda: soft(P - torch.tensor([[0.0], [1.0], [0.0], [0.0]]), weight=ZERO_AT_1),
+    same_as(lambda: soft(P, weight=ZERO_AT_1), "the others' value"),
 )
 
 # Values -----------------------------------------------------------------------------------------------------

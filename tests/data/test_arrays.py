@@ -57,6 +57,8 @@ def test_fashion_mnist_as_debian_and_as_torchvision_have_it(tmp_path: Path, belo
     content = fashion(tmp_path / "data" / below, zipped)
     data = load(tmp_path / "data")
     assert (data.num_classes, data.channels) == (10, 1)
+    assert data.class_names is not None
+    assert (data.class_names[0], data.class_names[9]) == ("T-shirt/top", "Ankle boot")
     images, target = next(iter(data.val_loader(CPU)))
     assert images.shape == (12, 1, 28, 28)
     expected = (content["t10k-images-idx3-ubyte"] / 255 - 0.2860) / 0.3530
@@ -171,6 +173,8 @@ def test_cifar100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (data.num_classes, data.train[0].shape, data.val[0].shape) == (100, (8, 3, 32, 32), (4, 3, 32, 32))
     first = pickle.loads((folder / "train").read_bytes())["data"][0].reshape(3, 32, 32)
     assert torch.equal(data.train[0][0], torch.from_numpy(first))
+    assert data.class_names == tuple(map(str, range(100)))  # of the file "meta"
+    assert torch.equal(data.transform(data.val[0]), next(iter(data.val_loader(CPU)))[0])
 
 
 IMAGES = [name for name in shipped_recipes() if not name.startswith("glyphs/")]

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.transforms import v2
 
+import fastkd
 from fastkd.distill import Method, find_method
 from fastkd.models import SmallCNN
 
@@ -63,6 +65,20 @@ def test_losses_of_one_label_refuse_them_with_the_reason(name: str) -> None:
     method.check((images, torch.arange(6) % CLASSES))
     with pytest.raises(ValueError, match=f"soft targets are not defined for {name}: .* one label"):
         method.check((images, torch.full((6, CLASSES), 1 / CLASSES)))
+
+
+def test_fit_with_a_loader_that_mixes() -> None:
+    """MixUp in a loop of one's own: batches of images and probabilities, validated on labels."""
+    torch.manual_seed(0)
+    student, teacher = SmallCNN(CLASSES, width=2), SmallCNN(CLASSES, width=3)
+    images, labels = torch.randn(8, 1, 16, 16), torch.arange(8) % CLASSES
+    mixed = [v2.MixUp(num_classes=CLASSES)(images, labels) for _ in range(3)]
+    loss = fastkd.DistillLoss(ce_weight=0.5, kd_weight=0.5)
+    result = fastkd.fit(student, teacher, mixed, [(images, labels)], loss=loss, epochs=2, progress=False)
+    assert set(result.last["terms"]) == {"ce", "kd"}
+    assert result.last["loss"] < result.history[0]["loss"]
+    with pytest.raises(TypeError, match="only distill_loss takes probabilities"):
+        fastkd.fit(student, teacher, mixed, loss=fastkd.DKDLoss(), epochs=1, progress=False)
 
 
 def test_logits_that_come_with_the_batch_stand_for_the_teacher() -> None:

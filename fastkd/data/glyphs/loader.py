@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastkd.data.order import EpochOrder, IndexedLoader, rows_of
+from fastkd.data.validation import ValidationTransform
 from fastkd.errors import DataError
 from fastkd.recipe.sections import GlyphsData
 
@@ -44,6 +45,16 @@ class GlyphData:
     @property
     def channels(self) -> int:
         return 1
+
+    @property
+    def class_names(self) -> list[str]:
+        """The characters of each class; several if they look the same."""
+        return ["".join(map(chr, points)) for points in self.glyphs.classes]
+
+    @property
+    def transform(self) -> ValidationTransform:
+        side = self.images.shape[-1]
+        return ValidationTransform(channels=1, resize=side, crop=side, mean=[0.0], std=[1.0])
 
     @property
     def notes(self) -> list[str]:

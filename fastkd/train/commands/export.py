@@ -1,11 +1,15 @@
-"""`fastkd export`: the student of a run as a plain state dict, a torch.export program or an ONNX model."""
+"""`fastkd export`: the student of a run as safetensors, state dict, torch.export program or ONNX model.
+
+Each file has a description (``run/about.py``): in the header of safetensors, in the metadata of ONNX, among
+the extra files of torch.export, and beside every file as JSON.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import io
-import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,15 +24,14 @@ from fastkd.distill.taps import logits_of, named_logits
 from fastkd.errors import TrainError
 from fastkd.files.atomic import make_folder, write_atomically
 from fastkd.files.regular import read_regular
-from fastkd.models import build_model
-from fastkd.recipe.schema import load_recipe
 from fastkd.train.display.console import make_console
-from fastkd.train.evaluation import ACCURACIES
-from fastkd.train.run.checkpoint import load_checkpoint
-from fastkd.train.run.weights import state_dict_in
-from fastkd.train.state_dicts import fill
+from fastkd.train.run.about import About
+from fastkd.train.run.exported import KEY, SUFFIX, load_exported, save_safetensors
+from fastkd.train.run.folder import write_text
+from fastkd.train.run.student import read_student
 
-SUFFIXES = {"state_dict": ".pt", "torch-export": ".pt2", "onnx": ".onnx"}
+SUFFIXES = {"safetensors": SUFFIX, "state_dict": ".pt", "torch-export": ".pt2", "onnx": ".onnx"}
+EXTRA_FILE = f"{KEY}.json"  # of torch.export
 _TOLERANCE = 1e-3  # relative to the largest output; allows for another order of summation
 
 
@@ -38,18 +41,27 @@ class ExportError(TrainError):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="RUN", help="a run folder")
-    parser.add_argument("--format", choices=list(SUFFIXES), default="state_dict")
+    parser.add_argument("--format", choices=list(SUFFIXES), default="safetensors")
     parser.add_argument("--weights", choices=["best", "last"], default="best", help="of which epoch")
-    parser.add_argument("--to", type=Path, metavar="FILE", help="default: RUN/student.pt, .pt2 or .onnx")
+    parser.add_argument(
+        "--to", type=Path, metavar="FILE", help="default: RUN/student.safetensors, .pt, .pt2 or .onnx"
+    )
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     path = args.to or args.folder / f"student{SUFFIXES[args.format]}"
+    beside = path.with_suffix(".json")
+    if path == beside:
+        raise ExportError(f"--to {path}: that is the name of the description; expected another suffix")
     if path.exists():
         raise ExportError(f"{path} already exists and is not overwritten; choose another file with --to")
-    model, shape = load_student(args.folder, args.weights)
-    difference = export(model, shape, args.format, path)
+    model, about = read_student(args.folder, args.weights)
+    text = about.to_json()
+    described = _is(beside, text)
+    difference = export(model, about, args.format, path)
+    if not described:
+        write_text(beside, text)
     size = path.stat().st_size / 1e6
     if difference is None:
         result = "not verified: onnxruntime is not installed"
@@ -57,83 +69,58 @@ def run(args: argparse.Namespace) -> int:
         result = "verified: its outputs are bit-identical to the network's"
     else:
         result = f"verified: its outputs differ from the network's by at most {difference:.1e}"
-    measured = accuracies_of(args.folder, args.weights)
+    measured = {
+        name: value
+        for name in ("val_accuracy", "val_top5_accuracy")
+        if (value := getattr(about.run, name)) is not None
+    }
     names = {"val_accuracy": "validation accuracy", "val_top5_accuracy": "top-5"}
     accuracy = "".join(f", {names[key]} {value:.2%}" for key, value in measured.items())
+    shape = _shape_of(about)
     make_console(stderr=args.json).print(
-        f"{path} ({size:.1f} MB), {args.weights} epoch{accuracy}, input {tuple(shape)}; {result}",
+        f"{path} ({size:.1f} MB) and {beside.name}, {args.weights} epoch{accuracy}, input {tuple(shape)}, "
+        f"{about.network.num_classes:,} classes; {result}",
         soft_wrap=True,
         markup=False,
     )
     if args.json:
         print_json(
             {
-                "file": str(path), "format": args.format, "weights": args.weights, "input": shape,
-                "largest_difference": difference, **measured,
+                "file": str(path), "description": str(beside), "format": args.format, "weights": args.weights,
+                "input": shape, "largest_difference": difference, **measured,
             }
         )  # fmt: skip
     return 0
 
 
-def accuracies_of(folder: Path, which: str) -> dict[str, float]:
-    """Validation accuracies of the best or the last epoch, as far as the run's metrics say."""
-    try:
-        lines = read_regular(folder / "metrics.jsonl").decode("utf-8").splitlines()
-        records = [json.loads(line) for line in lines]
-        chosen = records[-1] if which == "last" else max(records, key=lambda record: record["val_accuracy"])
-        return {key: float(chosen[key]) for key in ACCURACIES if key in chosen}
-    except (OSError, ValueError, IndexError, KeyError, TypeError, RecursionError):
-        return {}  # the weights are what was asked for
+def _is(beside: Path, text: str) -> bool:
+    """Whether the description is there already. Raises ``ExportError`` for another file of that name."""
+    if not beside.exists():
+        return False
+    with contextlib.suppress(OSError):
+        if read_regular(beside) == text.encode():
+            return True
+    raise ExportError(
+        f"{beside} already exists, is not the description of this export, and is not overwritten; choose "
+        "another file with --to"
+    )
 
 
-def load_student(folder: Path, which: str = "best") -> tuple[nn.Module, list[int]]:
-    """The student of a run in eval mode, and the shape of one input. Raises ``TrainError``."""
-    if (folder / "seeds.json").exists():
-        raise ExportError(f"{folder} is a group of seeds; name one of its runs: {folder}/seed-…")
-    if not (folder / "recipe.yaml").is_file():
-        raise ExportError(f"{folder} is not a run folder (it has no recipe.yaml)")
-    _, recipe = load_recipe(str(folder / "recipe.yaml"))
-    remedy = "a run writes it after its first epoch"
-    facts = load_checkpoint(folder / "best.pt", remedy=remedy)
-    if "input" not in facts:
-        raise ExportError(
-            f"{folder / 'best.pt'} lacks the shape of its inputs: an older version of fastkd wrote it"
-        )
-    content = facts if which == "best" else load_checkpoint(folder / "last.pt", remedy=remedy)
-    shape: list[int] = facts["input"]
-    if not (
-        isinstance(shape, list)
-        and len(shape) == 3
-        and all(isinstance(size, int) and size > 0 for size in (*shape, facts.get("num_classes")))
-    ):
-        raise ExportError(f"{folder / 'best.pt'} lacks a valid input shape or number of classes")
-    student = recipe.student
-    try:
-        model = build_model(
-            student.name,
-            num_classes=facts["num_classes"],
-            width=student.width,
-            channels=shape[0],
-            size=shape[-1],
-        )
-    except ValueError as error:
-        raise ExportError(f"{folder}: {error}") from None
-    weights = state_dict_in(content, model)
-    if weights is None:
-        raise ExportError(f"{folder / which}.pt holds no state dict of tensors")
-    fill(model, weights, f"{folder / which}.pt", "the recipe and the weights of a run must match")
-    return model.eval(), shape
+def _shape_of(about: About) -> list[int]:
+    network = about.network
+    return [network.channels, network.size, network.size]
 
 
-def export(model: nn.Module, shape: list[int], form: str, path: Path) -> float | None:
+def export(model: nn.Module, about: About, form: str, path: Path) -> float | None:
     """Write ``model`` to ``path`` and load it again; returns the largest difference of the outputs.
 
     Returns None if onnxruntime is needed to load it and is not installed. The number of images is dynamic.
     Raises ``ExportError`` and leaves no file if the outputs differ too much.
     """
+    shape = _shape_of(about)
     example = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)) * 4 - 2
     probe = torch.rand(3, *shape, generator=torch.Generator().manual_seed(1)) * 4 - 2
-    if form != "state_dict":
+    if form in ("torch-export", "onnx"):
         model = _LogitsOf(model)
     with torch.no_grad():
         expected = logits_of(model, probe, "student")
@@ -142,7 +129,7 @@ def export(model: nn.Module, shape: list[int], form: str, path: Path) -> float |
     def write(temporary: Path) -> None:
         nonlocal difference
         saved, again = _FORMATS[form]
-        saved(model, example, temporary)
+        saved(model, example, about.to_json(), temporary)
         outputs = again(model, probe, temporary)
         if outputs is None:
             return
@@ -169,7 +156,18 @@ class _LogitsOf(nn.Module):
         return logits
 
 
-def _save_state_dict(model: nn.Module, example: Tensor, path: Path) -> None:
+def _save_safetensors(model: nn.Module, example: Tensor, about: str, path: Path) -> None:
+    save_safetensors(path, model, about)
+
+
+def _run_safetensors(model: nn.Module, probe: Tensor, path: Path) -> Tensor:
+    again, _ = load_exported(path, copy.deepcopy(model))
+    with torch.no_grad():
+        outputs: Tensor = named_logits(again(probe))
+    return outputs
+
+
+def _save_state_dict(model: nn.Module, example: Tensor, about: str, path: Path) -> None:
     # Through memory: on a full disk torch's own writer reports no reason.
     buffer = io.BytesIO()
     torch.save({key: value.cpu() for key, value in model.state_dict().items()}, buffer)
@@ -183,11 +181,11 @@ def _run_state_dict(model: nn.Module, probe: Tensor, path: Path) -> Tensor:
     return outputs
 
 
-def _save_program(model: nn.Module, example: Tensor, path: Path) -> None:
+def _save_program(model: nn.Module, example: Tensor, about: str, path: Path) -> None:
     with _quiet():
         program = torch.export.export(model, (example,), dynamic_shapes=_FREE_BATCH)
         buffer = io.BytesIO()
-        torch.export.save(program, buffer)
+        torch.export.save(program, buffer, extra_files={EXTRA_FILE: about})
     path.write_bytes(buffer.getbuffer())
 
 
@@ -197,7 +195,7 @@ def _run_program(model: nn.Module, probe: Tensor, path: Path) -> Tensor:
     return outputs
 
 
-def _save_onnx(model: nn.Module, example: Tensor, path: Path) -> None:
+def _save_onnx(model: nn.Module, example: Tensor, about: str, path: Path) -> None:
     try:
         import onnxscript  # noqa: F401  # needed by torch's exporter
     except ImportError:
@@ -213,6 +211,7 @@ def _save_onnx(model: nn.Module, example: Tensor, path: Path) -> None:
             verbose=False,
         )
     assert program is not None
+    program.model.metadata_props[KEY] = about
     program.save(str(path), external_data=False)  # a single file, which can be renamed
 
 
@@ -241,9 +240,10 @@ def _quiet() -> Iterator[None]:
 
 
 _FREE_BATCH: Any = ({0: torch.export.Dim.DYNAMIC},)
-_Save = Callable[[nn.Module, Tensor, Path], None]
+_Save = Callable[[nn.Module, Tensor, str, Path], None]
 _Run = Callable[[nn.Module, Tensor, Path], "Tensor | None"]
 _FORMATS: dict[str, tuple[_Save, _Run]] = {
+    "safetensors": (_save_safetensors, _run_safetensors),
     "state_dict": (_save_state_dict, _run_state_dict),
     "torch-export": (_save_program, _run_program),
     "onnx": (_save_onnx, _run_onnx),

@@ -124,11 +124,11 @@ class ConsoleProgress(Watcher):
     def epoch_done(self, record: Mapping[str, Any], state: Callable[[], dict[str, Any]]) -> None:
         width = len(str(self._epochs))
         skipped = f"{record['skipped']} steps skipped" if record.get("skipped") else ""
-        top5 = record.get("val_top5_accuracy")
+        accuracy, top5 = record.get("val_accuracy"), record.get("val_top5_accuracy")
         parts = [
             Part(f"{self._name}epoch {record['epoch']:{width}d}/{self._epochs}"),
             *figures_of(record["loss"], record["terms"], record["train_accuracy"], accuracy_drop=3),
-            Part(f"val {record['val_accuracy']:.2%}", style="bold"),
+            Part("" if accuracy is None else f"val {accuracy:.2%}", style="bold"),
             Part("" if top5 is None else f"top-5 {top5:.2%}", drop=2),
             Part(f"{sum(record['seconds'].values()):.1f} s", drop=2),
             Part(skipped, drop=1),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fastkd.files.atomic import write_atomically
 from fastkd.imports import import_matplotlib
+from fastkd.train.evaluation import best_of
 
 # Okabe and Ito's palette, distinguishable for colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -46,16 +48,19 @@ def plot_curves(
         ("val_accuracy", "validation", {"color": COLOURS[0]}),
         ("train_accuracy", "training (augmented)", {"color": COLOURS[0], "alpha": 0.4, "linestyle": "--"}),
     ):
-        accuracy.plot(epochs, [r[key] for r in history], marker=marker, markersize=4, label=label, **style)
-    best = max(history, key=lambda record: record["val_accuracy"])
-    accuracy.annotate(
-        f"best {best['val_accuracy']:.2%}",
-        (best["epoch"], best["val_accuracy"]),
-        xytext=(-6, 7),
-        textcoords="offset points",
-        ha="right",
-        color=COLOURS[0],
-    )
+        values = [record.get(key, math.nan) for record in history]
+        if not all(map(math.isnan, values)):
+            accuracy.plot(epochs, values, marker=marker, markersize=4, label=label, **style)
+    best = best_of(history)
+    if best is not None:
+        accuracy.annotate(
+            f"best {best['val_accuracy']:.2%}",
+            (best["epoch"], best["val_accuracy"]),
+            xytext=(-6, 7),
+            textcoords="offset points",
+            ha="right",
+            color=COLOURS[0],
+        )
     if teacher_accuracy is not None:
         accuracy.axhline(teacher_accuracy, color="0.45", linewidth=1, label=f"teacher {teacher_accuracy:.2%}")
     accuracy.set(title="accuracy", ylim=(0, 1), xlabel="epoch")

@@ -83,6 +83,8 @@ def fit_in_folder(
                 "num_classes": data.num_classes,
                 "data": short_digest_of(data.fingerprint),
                 "input": list(data.example()[0].shape[1:]),
+                "classes": None if data.class_names is None else list(data.class_names),
+                "transform": data.transform.model_dump(),
             },
             title=title,
             teacher_accuracy=teacher_accuracy,

@@ -5,7 +5,7 @@ run.json        the recipe's name, the teacher's accuracy
 last.pt         the state for `--resume`, written after every epoch and every `train.checkpoint_every`
 previous.pt     the state before, in case last.pt is damaged
 epoch-NNNN.pt   every `train.keep_every` epochs
-best.pt         the weights of the best epoch (their average, with `train.ema`)
+best.pt         the weights of the best epoch (their average, with `train.ema`), and what `fastkd.load` needs
 metrics.jsonl   one line per epoch; metrics.csv too, with `train.csv`
 curves.png      accuracy, loss terms, time
 summary.json    written when the run is finished
@@ -30,7 +30,7 @@ from fastkd.recipe.files import dump_flat_yaml
 from fastkd.recipe.sections import Recipe
 from fastkd.train.batches import Batch
 from fastkd.train.display.curves import plot_curves
-from fastkd.train.evaluation import ACCURACIES
+from fastkd.train.evaluation import ACCURACIES, best_of
 from fastkd.train.watcher import ForwardingWatcher, Record, Watcher
 
 from .checkpoint import load_checkpoint, save_checkpoint
@@ -195,7 +195,7 @@ class RunRecorder(ForwardingWatcher):
         resume = {**state(), **self._known_as}
         self._history = history = list(resume["history"])
         # best.pt before last.pt: if killed in between, the epoch is repeated and gives the same weights.
-        if all(record["val_accuracy"] > earlier["val_accuracy"] for earlier in history[:-1]):
+        if best_of(history) is record:
             weights = resume["student"] if resume["ema"] is None else averaged_weights(resume["ema"])
             best = {"model": weights, "epoch": record["epoch"], **self._facts}
             measured: dict[str, Any] = {key: record[key] for key in ACCURACIES if key in record}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,14 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 
 from fastkd.cli import main
 from fastkd.models import build_model
-from fastkd.train.commands.export import ExportError, export, load_student
+from fastkd.train.commands.export import EXTRA_FILE, SUFFIXES, ExportError, export
+from fastkd.train.run.student import read_student
 
 SHORT = ["data.synthetic=40", "train.batch_size=8", "train.epochs=2", "teacher.epochs=1", "train.device=cpu"]
 
@@ -30,7 +34,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("form", "which"),
-    [("state_dict", "best"), ("state_dict", "last"), ("torch-export", "best"), ("onnx", "best")],
+    [
+        ("safetensors", "best"),
+        ("safetensors", "last"),
+        ("state_dict", "best"),
+        ("state_dict", "last"),
+        ("torch-export", "best"),
+        ("onnx", "best"),
+    ],
 )
 def test_the_student_elsewhere(runs: Path, tmp_path: Path, form: str, which: str) -> None:
     if form == "onnx":
@@ -47,9 +58,10 @@ def test_the_student_elsewhere(runs: Path, tmp_path: Path, form: str, which: str
         images = torch.randn(count, 1, 28, 28)
         with torch.no_grad():
             expected = network.eval()(images)
-            if form == "state_dict":
+            if form in ("safetensors", "state_dict"):
                 again = build_model("small_cnn", num_classes=10, width=width, channels=1).eval()
-                again.load_state_dict(torch.load(path, weights_only=True))  # no trace of the auxiliary head
+                weights = load_file(path) if form == "safetensors" else torch.load(path, weights_only=True)
+                again.load_state_dict(weights)  # no trace of the auxiliary head
                 got = again(images)
             elif form == "torch-export":
                 got = torch.export.load(path).module()(images)
@@ -57,7 +69,32 @@ def test_the_student_elsewhere(runs: Path, tmp_path: Path, form: str, which: str
                 session = onnxruntime.InferenceSession(str(path))
                 got = torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    assert sorted(file.name for file in path.parent.iterdir()) == ["student.bin", "student.json"]
+
+
+def test_every_format_says_what_it_is(runs: Path, tmp_path: Path) -> None:
+    """The same description beside all files, and in those that have a place for it."""
+    run = runs / "fashion-mnist-dhkd-001"
+    forms = [form for form in SUFFIXES if form != "onnx" or _has_onnx()]
+    for form in forms:
+        assert main(["export", str(run), "--format", form, "--to", str(tmp_path / f"s{SUFFIXES[form]}")]) == 0
+    about = json.loads((tmp_path / "s.json").read_text())
+    assert about["transform"]["mean"] == [0.286]
+    assert about["run"]["recipe"]["method"] == "dhkd"
+    with safe_open(tmp_path / "s.safetensors", "pt") as file:
+        said = [file.metadata()["fastkd"]]
+    extra = {EXTRA_FILE: ""}
+    torch.export.load(tmp_path / "s.pt2", extra_files=extra)
+    said.append(extra[EXTRA_FILE])
+    if "onnx" in forms:
+        onnxruntime = pytest.importorskip("onnxruntime")
+        session = onnxruntime.InferenceSession(tmp_path / "s.onnx")
+        said.append(session.get_modelmeta().custom_metadata_map["fastkd"])
+    assert [json.loads(text) for text in said] == [about] * len(said)
+
+
+def _has_onnx() -> bool:
+    return all(importlib.util.find_spec(name) for name in ("onnxruntime", "onnxscript"))
 
 
 def test_refused_exports(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,6 +108,14 @@ def test_refused_exports(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     path.write_text("mine")
     assert "is not overwritten" in refused(str(run), "--to", str(path))
     assert path.read_text() == "mine"
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "s.json").write_text("mine")
+    assert "other/s.json already exists, is not the description" in refused(
+        str(run), "--to", str(other / "s.pt")
+    )
+    assert [path.name for path in other.iterdir()] == ["s.json"]
+    assert "expected another suffix" in refused(str(run), "--to", str(tmp_path / "new.json"))
     assert "is a group of seeds" in refused(str(runs / "fashion-mnist-student-001"))
     assert "is not a run folder" in refused(str(tmp_path))
 
@@ -80,25 +125,19 @@ class Moody(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.fc = nn.Linear(4, 2)
+        self.fc = nn.Linear(784, 2)
         self.calls = 0
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         self.calls += 1
-        return self.fc(images) * self.calls
+        return self.fc(images.flatten(1)) * self.calls
 
 
-def test_an_export_with_other_outputs_leaves_no_file(tmp_path: Path) -> None:
+def test_an_export_with_other_outputs_leaves_no_file(runs: Path, tmp_path: Path) -> None:
+    _, about = read_student(runs / "fashion-mnist-dhkd-001")
     with pytest.raises(ExportError, match="outputs differ by"):
-        export(Moody().eval(), [4], "state_dict", tmp_path / "s.pt")
+        export(Moody().eval(), about, "safetensors", tmp_path / "s.safetensors")
     assert not list(tmp_path.iterdir())
-
-
-def test_the_student_of_a_run(runs: Path) -> None:
-    model, shape = load_student(runs / "fashion-mnist-dhkd-001")
-    assert shape == [1, 28, 28]
-    assert not model.training
-    assert not any(name.startswith("head") for name in model.state_dict())
 
 
 def test_runs_in_one_picture(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,7 +171,7 @@ def test_refused_pictures(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert not (tmp_path / "a.png").exists()
 
 
-@pytest.mark.parametrize("form", ["state_dict", "torch-export"])
+@pytest.mark.parametrize("form", ["safetensors", "state_dict", "torch-export"])
 def test_a_student_that_names_its_logits(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("named.py").write_text(
