@@ -12,7 +12,7 @@ RESIDENT_CLASSES = 8192
 # The same for standardised logits, whose moments and additional sums take registers too.
 RESIDENT_STANDARDIZED = 4096
 # Sixteen warps: with eight, the standardised losses spill registers on sm_80 (tools/compile_kernels.py).
-STREAMED_TILE = 4096
+LONGEST_TILE = 4096
 STREAMED_WARPS = 16
 # Of these warps, on a multiprocessor: at 64 registers per thread (launch_options.py).
 STREAMED_PROGRAMS = 2
@@ -74,7 +74,7 @@ def plan_rows(
     the number of rows.
     """
     resident = family == "softmax"
-    longest = RESIDENT_CLASSES if resident else STREAMED_TILE
+    longest = RESIDENT_CLASSES if resident else LONGEST_TILE
     if standardized:
         longest = RESIDENT_STANDARDIZED
     if classes <= longest:
@@ -84,7 +84,9 @@ def plan_rows(
         per_warp = ELEMENTS_PER_WARP if resident else ELEMENTS_PER_WARP // 2
         warps = min(4, rows_per_program) if rows_per_program > 1 else min(16, max(1, tile // per_warp))
         return Plan(rows_per_program, tile, resident, warps, 1, rows)
-    tiles = -(-classes // STREAMED_TILE)
+    # What each thread loads at once: more would need more registers.
+    tile = LANE_BYTES // element_bytes * 32 * STREAMED_WARPS
+    tiles = -(-classes // tile)
     parts = 1
     if rows < device.multiprocessors:
         parts = min(tiles, MAX_PARTS, -(-2 * device.multiprocessors // max(rows, 1)))
@@ -94,7 +96,7 @@ def plan_rows(
     if cached_rows < device.multiprocessors:
         cached_rows = STREAMED_PROGRAMS * device.multiprocessors
     programs = max(1, cached_rows // pairs)
-    return Plan(1, STREAMED_TILE, False, STREAMED_WARPS, parts, programs)
+    return Plan(1, tile, False, STREAMED_WARPS, parts, programs)
 
 
 def plan_known(rows: int, classes: int, device: Device) -> Plan:

@@ -23,7 +23,8 @@ def row_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call,
     count, classes = rows.shape[0] // len(students), student.shape[-1]
     standardized = bool(needs & statistics.STANDARDIZED.value)
     device, pairs = device_of(student.device), len(students)
-    plan = plan_rows(spec.family, rows.shape[0], classes, student.element_size(), device, standardized, pairs)
+    element_bytes = max(student.element_size(), teacher.element_size())
+    plan = plan_rows(spec.family, rows.shape[0], classes, element_bytes, device, standardized, pairs)
     blocks = -(-count // plan.rows)
     grid = (min(blocks, plan.programs), plan.parts, pairs)
     logits = (tuple(students), tuple(teachers))
@@ -44,7 +45,7 @@ def row_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call,
         "DYNAMIC": 0 if dynamic is None else spec.dynamic,
         "ROWS": plan.rows,
         "TILE": plan.tile,
-        "LANE": min(plan.tile, LANE_BYTES // max(student.element_size(), teacher.element_size())),
+        "LANE": min(plan.tile, LANE_BYTES // element_bytes),
         "VECTOR": common_vector(classes, *strides, gradient_stride),
     }
     with on_device(student):

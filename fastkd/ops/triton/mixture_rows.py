@@ -120,7 +120,7 @@ def mixture_block(
             q_first = combine_total(row_totals + 2, parts, PARTS)
             q_second = combine_total(row_totals + 3, parts, PARTS)
         else:
-            loss = first.to(tl.float32) * 0.0
+            loss = tl.zeros_like(first).to(tl.float32)
             slope_sum = loss
             q_first = loss  # of the classes at the first origin
             q_second = loss

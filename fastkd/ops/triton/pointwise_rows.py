@@ -66,7 +66,7 @@ def pointwise_rows(
     slope = tl.div_rn(1.0, temperature)
     factor = weighted(temperature, weight, False)
     first, columns = lane_columns(ROWS, TILE, LANE, VECTOR)
-    total = first.to(tl.float32) * 0.0
+    total = tl.zeros_like(first).to(tl.float32)
     for tile in range(first_tile, end_tile):
         tile_columns = tile * TILE + columns
         student = load_logits(student_rows, tile_columns, classes, read, "evict_first")

@@ -307,7 +307,7 @@ def statistics_of(
         )
     else:
         first, columns = lane_columns(ROWS, TILE, LANES, VECTOR)
-        zero = first.to(tl.float32) * 0.0
+        zero = tl.zeros_like(first).to(tl.float32)
         lowest = zero + MASKED
         sums = Statistics(lowest, zero, zero, lowest, zero, zero, zero, zero, zero, zero)
         for tile in range(first_tile, end_tile):
