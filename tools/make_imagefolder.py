@@ -3,10 +3,10 @@
     python tools/make_imagefolder.py FOLDER             # 1000 classes, 4 images of each, 400 MB
     python tools/make_imagefolder.py FOLDER --tiny      # 4 classes of small images, for tests
     python tools/make_imagefolder.py FOLDER --shards 4  # tar shards in WebDataset's format
-    python tools/make_imagefolder.py FOLDER --train 1 --totals 1281167 50000 --scale 0.1   # ImageNet's number of files
+    python tools/make_imagefolder.py FOLDER --train 1 --scale 0.1 --totals 1281167 50000  # ImageNet's count
 
-With ``--totals`` the images of a class are repeated: as hard links in a tree, which take no space, as copies in
-shards. 1,281,167 + 50,000 need 0.2 GB as a tree (the folders), and with ``--shards 1024`` 4 GB.
+With ``--totals`` the images of a class are repeated, as hard links in a tree and as copies in shards. The
+last line needs 80 MB, most of it for the names, and 5 GB with ``--shards 1024``.
 
 Sizes are distributed like ImageNet's: half of the images are 500 x 375, most of the others have a longer side
 of 500, and the rest are around 400 x 350; a file has about 95 kB. Colours and grain depend on the class, so

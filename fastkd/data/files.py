@@ -322,7 +322,6 @@ def load_file_data(config: FolderData | ShardData) -> FileData:
     corrupt = CorruptImages(config.corrupt_limit)
     source: FolderSource | ShardSource
     val_source: FolderSource | ShardSource
-    notes: tuple[str, ...]
     if isinstance(config, FolderData):
         source = FolderSource(root / config.train)
         if config.holdout is not None:
@@ -339,9 +338,7 @@ def load_file_data(config: FolderData | ShardData) -> FileData:
                 f"data.root: {config.train} and {config.val} of {root} have different class folders: "
                 + ", ".join(odd[:10])
             )
-        notes = (*source.notes, *val_source.notes)
     else:
-        notes = ()
         source = ShardSource(root, config.train, config.classes)
         val_source = ShardSource(root, config.val, config.classes)
         if val_source.num_classes > source.num_classes:
@@ -350,4 +347,5 @@ def load_file_data(config: FolderData | ShardData) -> FileData:
                 f"but {config.train} up to {source.num_classes - 1}; data.classes says how many there are"
             )
     train, val = np.arange(len(source.labels)), np.arange(len(val_source.labels))
+    notes = (*source.notes, *val_source.notes)
     return FileData(config, source, val_source, train, val, corrupt, notes)
