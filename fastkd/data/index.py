@@ -7,27 +7,20 @@ those of the scan; any other part is scanned again.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from fastkd.errors import StorageError
-from fastkd.files.atomic import make_folder, write_atomically
+from fastkd.files.atomic import make_folder, remove_leftovers, write_atomically
 from fastkd.files.cache import cache_folder
 from fastkd.files.regular import open_regular
 from fastkd.files.sealed import is_whole, seal
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 _FORMAT = 1
 WORTH_KEEPING = 20_000  # samples; fewer are found again in less than a second
@@ -38,8 +31,8 @@ Stamp = tuple[int, int, int, int]
 
 
 def stamp_of(status: os.stat_result) -> Stamp:
-    """Times of modification and change in ns, size, inode."""
-    return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
+    """Times of modification and change in ns, size, inode (63 bits of it)."""
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino & (2**63 - 1)
 
 
 class Part(NamedTuple):
@@ -136,13 +129,8 @@ def kept_index(scan: Callable[[Index | None], Index], *key: str) -> tuple[Index,
     """
     kept = _Kept(os.fsencode("\n".join([f"fastkd index {_FORMAT}", *key])))
     before = kept.read()
-    if before is not None:
-        index = scan(before)
-        return index, kept.write(index, before)
-    with _alone(kept.path.with_suffix(".lock")):
-        before = kept.read()  # of another rank, if this one has waited for it
-        index = scan(before)
-        return index, kept.write(index, before)
+    index = scan(before)
+    return index, kept.write(index, before)
 
 
 class _Kept:
@@ -189,30 +177,8 @@ class _Kept:
         seal(buffer)
         try:
             make_folder(self.path.parent)
+            remove_leftovers(self.path.parent)
             write_atomically(self.path, lambda path: path.write_bytes(buffer.getbuffer()))
         except StorageError as error:
             return f"every start finds the {len(index):,} images anew: {error} (FASTKD_CACHE)"
         return None
-
-
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Wait for other processes in such a block, so that of several ranks one scans and the others read.
-
-    It only saves work: where no lock can be had, all scan and write the same.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
-    except OSError:
-        yield
-        return
-    try:
-        with contextlib.suppress(OSError):
-            if fcntl is not None:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            path.unlink()
-        os.close(lock)

@@ -13,11 +13,17 @@ def keeps_times(folder: Path) -> bool:
         mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
     except OSError:  # macOS, Windows
         return True
-    kind, longest, path = "", -1, os.path.realpath(folder)
+    kind = kind_of_mount(os.path.realpath(folder), mounts)
+    return kind != "fuse" and not kind.startswith("fuse.")
+
+
+def kind_of_mount(path: str, mounts: str) -> str:
+    """The file system's type at an absolute path; ``mounts`` as in ``/proc/self/mountinfo``."""
+    kind, longest = "", -1
     for line in mounts.splitlines():
         of_mount, _, of_system = line.partition(" - ")
         point = re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), of_mount.split(" ")[4])
         # Of several mounts on one point the last is seen.
-        if len(point) >= longest and (path == point or path.startswith(point.rstrip("/") + "/")):
+        if len(point) >= longest and f"{path}/".startswith(point.rstrip("/") + "/"):
             kind, longest = of_system.split(" ")[0], len(point)
-    return not kind.startswith("fuse.") and kind != "fuse"
+    return kind
