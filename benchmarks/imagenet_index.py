@@ -1,31 +1,32 @@
-"""Start, resume at 90 % of an epoch, memory and open files of the trainer with as many files as ImageNet has.
+"""Start, resume at 90 % of an epoch, memory and open files of the input with as many files as ImageNet has.
 
     python tools/make_imagefolder.py TREE --train 1 --scale 0.1 --totals 1281167 50000 [--shards 1024]
     python benchmarks/imagenet_index.py TREE --output FILE.jsonl      # or the folder of shards
     python benchmarks/imagenet_index.py --table FILE.jsonl …          # the table of docs/reports/imagenet.md
 
-Runs ``fastkd train imagenet/r18`` with a small network on small images: two gloo ranks of eight data workers.
-The first start finds every file, with an empty cache folder; the second one reads the kept index; both end at
-their first batch. The third trains until the checkpoint at 90 % of the epoch and is killed; its workers read
-every file, but return blank pixels, since decoding a million images takes two cores an hour. The fourth
-resumes and finishes the epoch. Seconds are from the command to the first batch, importing torch included;
-memory is what a process does not share (private pages), the median and the largest of all workers.
+Two processes load the data and go through its training batches as the two ranks of `fastkd train` do, without
+a network, with eight data workers each. The first start finds every file, with an empty cache folder; the
+second one reads the kept index; both end at the first batch of 512 images per rank. The third goes on to 90 %
+of the epoch and is killed; its workers read every file, but return blank pixels, since decoding a million
+images takes two cores an hour. The fourth starts there. Seconds are from the start of the processes to the
+first batch of both, with torch's import; memory is what a process does not share (private pages).
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import re
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,57 +36,48 @@ from fastkd.bench.results import Record, Writer, header, read
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# The trainer's own command; a rank says when its data is there and which batches it has got.
+# One rank; it says when its data is there and which batches it has got.
 RANK = """
-import os, sys, time, torch
+import json, os, sys, time, torch
+import torchvision.transforms.v2  # counts as importing, not as finding files
 from fastkd.data import files
-from fastkd.train.run import run
+from fastkd.data.data import load_data
+from fastkd.recipe.sections import DATA_SECTIONS
 log = open(os.environ["SEEN"], "a", buffering=1)
-load, indexed = run.load_data, files.FileLoader.indexed
-def loaded(config):
-    import torchvision.datasets  # counts as importing, not as finding files
-    begin, cpu = time.time(), time.process_time()
-    data = load(config)
-    print("data", time.time() - begin, time.process_time() - cpu, file=log)
-    return data
-def seen(self, *arguments, **options):
-    for number, batch in enumerate(indexed(self, *arguments, **options)):
-        if self._order._seed is not None:  # training
-            print("batch", time.time(), number, file=log)
-        yield batch
-def blank(self, key):
+config, rank, world, batch, start, blank = json.loads(sys.argv[1])
+begin, cpu = time.time(), time.process_time()
+data = load_data(DATA_SECTIONS[config["name"]].model_validate(config))
+print("data", time.time() - begin, time.process_time() - cpu, file=log)
+def without_pixels(self, key):
     position = int(self._chosen[key[1]])
     assert self._source.read(position)
-    return torch.zeros(3, SIDE, SIDE, dtype=torch.uint8), int(self._source.labels[position]), key[1]
-SIDE = int(os.environ["BLANK"])
-if SIDE:
-    files.Samples.__getitem__ = blank
-run.load_data, files.FileLoader.indexed = loaded, seen
-from fastkd.cli import main
-sys.exit(main(sys.argv[1:]))
+    return torch.zeros(3, 8, 8, dtype=torch.uint8), int(self._source.labels[position]), key[1]
+if blank:
+    files.Samples.__getitem__ = without_pixels
+loader = data.train_loader(batch, 0, torch.device("cpu"))
+for number, _ in enumerate(loader.batches(start, rank, world, True)):
+    print("batch", time.time(), start + number + 1, file=log)
 """
 
 
 class Ranks:
-    """One ``fastkd train`` of several processes, started as torchrun would."""
+    """The ranks of one start."""
 
-    def __init__(self, folder: Path, words: list[str], ranks: int, cache: Path, blank: int = 0) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        together = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        folder.mkdir(exist_ok=True)
-        self.logs = [folder / f"seen-{time.time_ns()}-{rank}" for rank in range(ranks)]
+    def __init__(
+        self, folder: Path, args: argparse.Namespace, *, start: int = 0, blank: bool = False
+    ) -> None:
+        shards = bool(list(args.root.glob("*.tar")))
+        name = "webdataset" if shards else "imagefolder"
+        config = {"name": name, "root": str(args.root), "workers": args.workers, "size": args.size}
+        self.logs = [folder / f"{time.time_ns()}-{rank}" for rank in range(args.ranks)]
         self.begun = time.time()
         self.processes = []
         for rank, log in enumerate(self.logs):
             log.touch()
-            of_rank = {"RANK": str(rank), "LOCAL_RANK": str(rank), "SEEN": str(log), "OMP_NUM_THREADS": "1"}
-            environment = {**os.environ, **together, **of_rank, "FASTKD_CACHE": str(cache)}
-            environment |= {"PYTHONPATH": str(ROOT), "BLANK": str(blank)}
-            output = (folder / f"output-{rank}.txt").open("a")
-            command = [sys.executable, "-c", RANK, "train", *words, "--runs", str(folder / "runs")]
-            self.processes.append(subprocess.Popen(command, env=environment, stdout=output, stderr=output))
+            environment = {**os.environ, "SEEN": str(log), "FASTKD_CACHE": str(folder / "cache")}
+            environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+            what = json.dumps([config, rank, args.ranks, args.batch, start, blank])
+            self.processes.append(subprocess.Popen([sys.executable, "-c", RANK, what], env=environment))
 
     def lines(self, kind: str) -> list[list[list[float]]]:
         """The numbers that each rank has said of a kind so far."""
@@ -94,11 +86,11 @@ class Ranks:
 
     def batches(self) -> int:
         """Of the slowest rank."""
-        return min(len(lines) for lines in self.lines("batch"))
+        return min(int(lines[-1][1]) if lines else 0 for lines in self.lines("batch"))
 
     def first_batch(self) -> float:
         """Seconds from the start to every rank's first batch."""
-        while self.batches() == 0:
+        while not all(self.lines("batch")):
             self.check()
             time.sleep(0.05)
         return max(lines[0][0] for lines in self.lines("batch")) - self.begun
@@ -114,16 +106,13 @@ class Ranks:
     def check(self) -> None:
         for process in self.processes:
             if process.poll() is not None:
-                raise SystemExit(f"a rank ended with status {process.returncode}: see {self.logs[0].parent}")
+                raise SystemExit(f"a rank ended with status {process.returncode}")
 
     def kill(self) -> None:
         for process in self.processes:
             process.send_signal(signal.SIGKILL)
-        self.wait()
+            process.wait()
         time.sleep(6)  # the data workers notice within 5 s
-
-    def wait(self) -> list[int]:
-        return [process.wait() for process in self.processes]
 
     def sizes(self) -> dict[str, Any]:
         """MB that a data worker does not share, and files that a process has open."""
@@ -159,44 +148,29 @@ def open_files(process: int) -> int:
     return len(list(Path(f"/proc/{process}/fd").iterdir()))
 
 
-def measure(args: argparse.Namespace) -> list[Record]:
-    shards = bool(list(args.root.glob("*.tar")))
+def measure(args: argparse.Namespace) -> Iterator[Record]:
     work = Path(tempfile.mkdtemp(prefix="imagenet-index-"))
-    words = [
-        "imagenet/r18", f"data.root={args.root}", f"data.name={'webdataset' if shards else 'imagefolder'}",
-        f"data.size={args.size}", f"data.workers={args.workers}", "student.name=small_cnn",
-        "student.width=2", "train.epochs=1", "train.milestones=[1]", f"train.batch_size={args.batch}",
-        "train.device=cpu", "train.threads=1", "train.log_every=50", "train.seed=0",
-    ]  # fmt: skip
-    records: list[Record] = []
-    base = {"kind": "index", "data": "shards" if shards else "tree", "root": args.root.name}
-    cache = work / "cache"
+    base = {"kind": "index", "data": "shards" if list(args.root.glob("*.tar")) else "tree"}
     for start in ("first", "second"):
-        ranks = Ranks(work / start, words, args.ranks, cache)
-        records.append({**base, "start": start, "seconds": ranks.first_batch(), **ranks.index()})
+        ranks = Ranks(work, args)
+        record = {**base, "start": start, "seconds": ranks.first_batch(), **ranks.index()}
         ranks.kill()
-        print(records[-1], flush=True)
-    records[-1]["index_bytes"] = sum(path.stat().st_size for path in cache.glob("index-*"))
+        yield {**record, "index_bytes": sum(path.stat().st_size for path in work.glob("cache/index-*"))}
     steps = -(-args.images // args.batch)
-    at = args.stop or steps * 9 // 10
-    words.append(f"train.checkpoint_every={at}")
-    ranks, seen = Ranks(work / "epoch", words, args.ranks, cache, args.size), 0
+    end = steps * 9 // 10
+    ranks = Ranks(work, args, blank=True)
     ranks.first_batch()
-    while ranks.batches() < at + 2:
-        ranks.check()
-        if ranks.batches() >= seen * at / 8 and seen <= 8:
-            sizes = {"step": ranks.batches(), "steps": steps, **ranks.sizes()}
-            records.append({**base, "kind": "index_memory", **sizes, "seconds": time.time() - ranks.begun})
-            print(records[-1], flush=True)
-            seen += 1
-        time.sleep(0.5)
+    for turn in range(9):
+        while ranks.batches() < end * turn / 8:
+            ranks.check()
+            time.sleep(0.2)
+        sizes = {"step": ranks.batches(), "steps": steps, **ranks.sizes()}
+        yield {**base, "kind": "index_memory", **sizes, "seconds": time.time() - ranks.begun}
     ranks.kill()
-    ranks = Ranks(work / "epoch", [*words, "--resume"], args.ranks, cache)
-    resumed = {"start": "resumed", "seconds": ranks.first_batch(), "at": at / steps, **ranks.index()}
-    records.append({**base, **resumed, "status": ranks.wait(), "batches": ranks.batches(), "steps": steps})
-    print(records[-1], flush=True)
+    ranks = Ranks(work, args, start=end)
+    yield {**base, "start": "resumed", "seconds": ranks.first_batch(), "at": end / steps, **ranks.index()}
+    ranks.kill()
     shutil.rmtree(work)
-    return records
 
 
 def table(paths: list[Path]) -> None:
@@ -242,8 +216,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--workers", type=int, default=8, help="data workers per rank")
     parser.add_argument("--batch", type=int, default=1024, help="over all ranks")
-    parser.add_argument("--size", type=int, default=16, help="side of the images that the network gets")
-    parser.add_argument("--stop", type=int, metavar="STEP", help="instead of at 90 %% of the epoch")
+    parser.add_argument("--size", type=int, default=224, help="side of the images")
     args = parser.parse_args()
     if args.table:
         table(args.table)
@@ -253,7 +226,9 @@ def main() -> None:
     settings = {k: v for k, v in vars(args).items() if k not in ("root", "output", "table")}
     with Writer(args.output) as output:
         output.write([header("cpu", {}, command=" ".join(sys.argv[:1]), settings=settings)])
-        output.write(measure(args))
+        for record in measure(args):
+            output.write([record])
+            print(record, flush=True)
 
 
 if __name__ == "__main__":

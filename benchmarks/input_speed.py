@@ -4,16 +4,16 @@
     python benchmarks/input_speed.py TREE --output FILE.jsonl
     python benchmarks/input_speed.py --table FILE.jsonl                        # for docs/reports/imagenet.md
 
-torchvision     ``ImageFolder``, ``DataLoader``, and the transforms of torchvision's references: Pillow decodes
-                and crops; ``PILToTensor``, ``ToDtype`` and ``Normalize`` in the worker
-of tensors      the same after ``PILToTensor``: the crop is of a uint8 tensor
-fastkd          ``data.name=imagefolder``, as `fastkd train` uses it: normalised on the device
-torchcodec      the same with ``data.decoder=torchcodec``, if it is installed
+torchvision   ``ImageFolder``, ``DataLoader`` and the transforms of torchvision's references: Pillow decodes
+              and crops; ``PILToTensor``, ``ToDtype`` and ``Normalize`` in the worker
+of tensors    the same after ``PILToTensor``: the crop is of a uint8 tensor
+fastkd        ``data.name=imagefolder``, as `fastkd train` uses it: normalised on the device
+torchcodec    the same with ``data.decoder=torchcodec``, if it is installed
 
-They take turns, each a pass over all images with one data worker, in alternating order. A turn's figure is images
-per CPU second of the worker and of the loading process together, which other processes on the machine hardly
-change. A ratio is the median of those between the same turns. Training transforms at 224 px (--val: resize to
-256, crop).
+They take turns, each a pass over all images with one data worker, in alternating order. A turn's figure is
+images per CPU second of the worker and of the loading process together, which other processes on the machine
+hardly change. A ratio is the median of those between the same turns. Training transforms at 224 px (--val:
+resize to 256, crop).
 """
 
 from __future__ import annotations

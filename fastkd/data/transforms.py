@@ -1,9 +1,9 @@
 """Image transforms: crops on the CPU; normalisation and mixing on the device.
 
-Crops are of tensors: uint8 bilinear resampling is more than twice as fast there as in Pillow, and differs by at
-most one level. All randomness is a function of (seed, epoch, sample index). A resumed run therefore only needs
-its position in the epoch, the number of workers does not matter, and a cached teacher saw the same crops as the
-student.
+Crops are of tensors: uint8 bilinear resampling is more than twice as fast there as in Pillow, from which it
+differs by at most one level. All randomness is a function of (seed, epoch, sample index). A resumed run
+therefore only needs its position in the epoch, the number of workers does not matter, and a cached teacher
+saw the same crops as the student.
 """
 
 from __future__ import annotations
