@@ -100,12 +100,15 @@ class Samples(Dataset[tuple[Tensor, int, int] | Corrupt]):
         except OSError as error:
             machine = error.errno not in _OF_THE_FILE
             return Corrupt(self._source.name(position), error.strerror or str(error), machine)
+        if not content:
+            return Corrupt(self._source.name(position), "the file is empty")
         try:
             pixels = decode(content, self._decoder)
         except MemoryError:
             return Corrupt(self._source.name(position), "out of memory while decoding it", machine=True)
         except Exception as error:  # Pillow raises many types for broken files
-            reason = str(error).replace("\n", " ") or type(error).__name__
+            unknown = type(error).__name__ == "UnidentifiedImageError"  # its text is an address in memory
+            reason = "no image of a known format" if unknown else one_line(error)
             return Corrupt(self._source.name(position), reason)
         with keyed_randomness(self._seed, epoch, index):
             return self._transform(pixels), int(self._source.labels[position]), index
