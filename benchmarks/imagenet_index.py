@@ -120,7 +120,7 @@ class Ranks:
         for process in self.processes:
             files.append(open_files(process.pid))
             for worker in children(process.pid):
-                with contextlib.suppress(FileNotFoundError):  # a helper of torch's, gone by now
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
                     open_of_it, size = open_files(worker), private(worker)
                     workers.append(size / 1e6)
                     files.append(open_of_it)
