@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import io
 import logging
 import os
 import re
@@ -23,7 +22,7 @@ from fastkd.messages import one_line
 from fastkd.recipe.sections import FolderData, ShardData
 
 from .order import Chosen, EpochOrder, IndexedLoader
-from .pixels import to_rgb
+from .pixels import Decoder, decode, torchcodec_decoders
 from .sources import FolderSource, ShardSource, Source
 from .transforms import (
     IMAGENET_MEAN,
@@ -80,15 +79,21 @@ class CorruptImages(dict[str, str]):
 class Samples(Dataset[tuple[Tensor, int, int] | Corrupt]):
     """Runs in worker processes: ``samples[epoch, index]`` is (uint8 pixels, label, index)."""
 
-    def __init__(self, source: Source, chosen: np.ndarray, transform: Transform, seed: int) -> None:
+    def __init__(
+        self,
+        source: Source,
+        chosen: np.ndarray,
+        transform: Transform,
+        seed: int,
+        decoder: Decoder = "pillow",
+    ) -> None:
         self._source, self._chosen, self._transform, self._seed = source, chosen, transform, seed
+        self._decoder = decoder
 
     def __len__(self) -> int:
         return len(self._chosen)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int] | Corrupt:
-        from PIL import Image
-
         epoch, index = key
         position = int(self._chosen[index])
         try:
@@ -96,13 +101,15 @@ class Samples(Dataset[tuple[Tensor, int, int] | Corrupt]):
         except OSError as error:
             machine = error.errno not in _OF_THE_FILE
             return Corrupt(self._source.name(position), error.strerror or str(error), machine)
+        if not content:
+            return Corrupt(self._source.name(position), "the file is empty")
         try:
-            with Image.open(io.BytesIO(content)) as image:
-                pixels = to_rgb(image)
+            pixels = decode(content, self._decoder)
         except MemoryError:
             return Corrupt(self._source.name(position), "out of memory while decoding it", machine=True)
         except Exception as error:  # Pillow raises many types for broken files
-            reason = str(error).replace("\n", " ") or type(error).__name__
+            unknown = type(error).__name__ == "UnidentifiedImageError"  # its text is an address in memory
+            reason = "no image of a known format" if unknown else one_line(error)
             return Corrupt(self._source.name(position), reason)
         with keyed_randomness(self._seed, epoch, index):
             return self._transform(pixels), int(self._source.labels[position]), index
@@ -279,7 +286,7 @@ class FileData:
     def augmentation(self) -> dict[str, object]:
         crop = "random_resized_crop_flip" if self.config.augment else f"central_crop_of_{self._resize}"
         mixed = {"mixup": self.config.mixup, "cutmix": self.config.cutmix}
-        return {"crop": crop, "size": self.config.size, **mixed}
+        return {"crop": f"{crop}_of_tensors", "size": self.config.size, **mixed}
 
     @property
     def content(self) -> list[object]:
@@ -306,13 +313,13 @@ class FileData:
 
     def train_loader(self, batch_size: int, seed: int, device: torch.device) -> FileLoader:
         transform = random_crop(self.config.size) if self.config.augment else self._central()
-        samples = Samples(self.source, self.train, transform, seed)
+        samples = Samples(self.source, self.train, transform, seed, self.config.decoder)
         return FileLoader(
             samples, batch_size, self.config.workers, device, self.corrupt, seed=seed, mixing=self.mixing
         )
 
     def val_loader(self, device: torch.device, batch_size: int = 256) -> FileLoader:
-        samples = Samples(self.val_source, self.val, self._central(), 0)
+        samples = Samples(self.val_source, self.val, self._central(), 0, self.config.decoder)
         return FileLoader(samples, batch_size, self.config.workers, device, self.corrupt)
 
     def _central(self) -> Transform:
@@ -321,7 +328,7 @@ class FileData:
     def example(self) -> tuple[Tensor, Tensor]:
         """Two images and their labels, as a network gets them in training."""
         device = torch.device("cpu")
-        two = Samples(self.source, self.train[:64], self._central(), 0)
+        two = Samples(self.source, self.train[:64], self._central(), 0, self.config.decoder)
         loader = FileLoader(two, 2, 0, device, self.corrupt, mixing=self.mixing)
         for images, target in loader:
             return images, target
@@ -334,10 +341,11 @@ def load_file_data(config: FolderData | ShardData) -> FileData:
     root = Path(config.root)
     if not root.is_dir():
         raise DataError(f"data.root: {root} is not a folder")
+    if config.decoder == "torchcodec":
+        torchcodec_decoders()
     corrupt = CorruptImages(config.corrupt_limit)
     source: FolderSource | ShardSource
     val_source: FolderSource | ShardSource
-    notes: tuple[str, ...]
     if isinstance(config, FolderData):
         source = FolderSource(root / config.train)
         if config.holdout is not None:
@@ -354,9 +362,7 @@ def load_file_data(config: FolderData | ShardData) -> FileData:
                 f"data.root: {config.train} and {config.val} of {root} have different class folders: "
                 + ", ".join(odd[:10])
             )
-        notes = (*source.notes, *val_source.notes)
     else:
-        notes = ()
         source = ShardSource(root, config.train, config.classes)
         val_source = ShardSource(root, config.val, config.classes)
         if val_source.num_classes > source.num_classes:
@@ -365,4 +371,5 @@ def load_file_data(config: FolderData | ShardData) -> FileData:
                 f"but {config.train} up to {source.num_classes - 1}; data.classes says how many there are"
             )
     train, val = np.arange(len(source.labels)), np.arange(len(val_source.labels))
+    notes = (*source.notes, *val_source.notes)
     return FileData(config, source, val_source, train, val, corrupt, notes)

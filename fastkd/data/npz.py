@@ -15,7 +15,7 @@ from fastkd.files.regular import open_regular
 from fastkd.recipe.sections import ArraysData
 
 from .arrays import ArrayData, Kind, array_data
-from .sources import LARGEST_LABEL
+from .shards import LARGEST_LABEL
 
 _LEVELS = torch.arange(256, dtype=torch.float64) / 255
 

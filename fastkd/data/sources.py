@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import hashlib
-import math
 import os
-import re
-import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from fastkd.errors import DataError
+from fastkd.files.mounts import keeps_times
 from fastkd.files.regular import open_regular, read_regular
 
-_MOST_SHARDS = 1_000_000
-LARGEST_LABEL = 2**24 - 1  # a network has one output per label up to the largest
-SUFFIXES = ("jpg", "jpeg", "png", "webp", "ppm", "bmp")  # of images in shards
+from .index import Entry, Index, kept_index, part_of, stamp_of
+from .shards import expand, samples_of
+
+_READERS = 8  # threads: a cold disk or a network answers several requests at once
 
 
 class Source(Protocol):
@@ -27,6 +29,7 @@ class Source(Protocol):
 
     labels: np.ndarray
     num_classes: int
+    notes: tuple[str, ...]
 
     @property
     def classes(self) -> list[str] | None: ...  # their names
@@ -40,56 +43,99 @@ class Source(Protocol):
 
 
 class FolderSource:
-    """``ROOT/CLASS/*.jpeg``, classes in alphabetical order as in torchvision's ``ImageFolder``.
+    """``ROOT/CLASS/*.jpeg``, classes in alphabetical order and images as in torchvision's ``ImageFolder``.
 
     Hidden folders and files (``.ipynb_checkpoints``, macOS's ``._NAME``) are ignored.
     """
 
     def __init__(self, root: Path) -> None:
+        self._root = root
         try:
-            found = _visible_folder(root)
-        except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+            self._index, problem = kept_index(
+                functools.partial(_scan, root), "folders", os.path.abspath(root)
+            )
+            hidden = sorted(e.name for e in os.scandir(root) if _hidden(e.name) and e.is_dir())
+        except OSError as error:
             reason = str(error).splitlines()[0]
             raise DataError(f"data.root: {root} must hold one folder of images per class: {reason}") from None
-        hidden = sorted(path.name for path in root.iterdir() if path.is_dir() and _hidden(path.name))
-        self.notes = (f"{root}: hidden folders are ignored: {', '.join(hidden)}",) if hidden else ()
-        self.classes: list[str] = found.classes
-        self.num_classes = len(found.classes)
-        self._root = root
-        # Bytes, not a list of strings: reference counts would make forked workers copy the list.
-        self._paths = np.array([os.fsencode(os.path.relpath(path, root)) for path, _ in found.samples])
-        self.labels = np.array([label for _, label in found.samples], np.int64)
+        of_folders = [path.partition(os.sep)[0] for path in self._index.paths]  # in the order of classes
+        self.classes = list(dict.fromkeys(of_folders))
+        self.num_classes = len(self.classes)
+        number = {name: label for label, name in enumerate(self.classes)}
+        self.labels = np.repeat([number[name] for name in of_folders], self._index.counts)
+        seen = np.bincount(self.labels, minlength=self.num_classes)
+        if empty := [name for name, count in zip(self.classes, seen, strict=True) if not count]:
+            raise DataError(
+                f"data.root: {root} must hold one folder of images per class: Found no valid file for the "
+                f"classes {', '.join(empty)}."
+            )
+        ignored = f"{root}: hidden folders are ignored: {', '.join(hidden)}" if hidden else None
+        self.notes: tuple[str, ...] = tuple(note for note in (ignored, problem) if note)
 
     def read(self, index: int) -> bytes:
         return read_regular(Path(self.name(index)))
 
     def name(self, index: int) -> str:
-        return str(self._root / os.fsdecode(self._paths[index]))
+        folder = self._index.paths[self._index.place(index)]
+        return os.path.join(self._root, folder, self._index.name(index))
 
     def digest(self) -> str:
-        return _digest(self.classes, self._paths, self.labels)
+        paths: list[bytes] = []
+        for number, path in enumerate(self._index.paths):
+            folder = os.fsencode(os.path.join(path, ""))
+            paths += [folder + name for name in self._index.names_of(number)]
+        return _digest(self.classes, np.array(paths), self.labels)
 
 
 def _hidden(name: str) -> bool:
     return name.startswith(".")
 
 
-def _visible_folder(root: Path) -> Any:
-    from torchvision.datasets import ImageFolder
-    from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
+def _scan(root: Path, before: Index | None) -> Index:
+    """The visible folders below ``root`` and the images in them, in torchvision's order.
 
-    class Visible(ImageFolder):
-        def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-            names = sorted(e.name for e in os.scandir(directory) if e.is_dir() and not _hidden(e.name))
-            if not names:
-                raise FileNotFoundError(f"Couldn't find any class folder in {directory}.")
-            return names, {name: number for number, name in enumerate(names)}
+    Unchanged folders are those of ``before``. Where a folder does not keep the time of its last change, all
+    are listed.
+    """
+    from torchvision.datasets.folder import IMG_EXTENSIONS
 
-    def visible(path: str) -> bool:  # checks folders below a class too
-        inside = os.path.relpath(path, root).split(os.sep)
-        return has_file_allowed_extension(path, IMG_EXTENSIONS) and not any(map(_hidden, inside))
+    suffixes = tuple(IMG_EXTENSIONS)
+    if before is not None and not keeps_times(root):
+        before = None
+    inside: dict[str, list[str]] = {}
+    for path in before.paths if before else ():
+        inside.setdefault(os.path.dirname(path), []).append(path)
 
-    return Visible(str(root), is_valid_file=visible)
+    def visit(path: str) -> tuple[Entry, list[str]]:
+        """A folder's entry, and the folders in it."""
+        full = os.path.join(root, path)
+        stamp = stamp_of(os.stat(full))  # before it is listed: what changes after it shows at the next start
+        part = before.unchanged(path, stamp) if before else None
+        if part is not None:
+            return Entry(path, stamp, part), inside.get(path, [])
+        folders, images = [], []
+        with os.scandir(full) as found:
+            for entry in found:
+                if _hidden(entry.name):
+                    continue
+                if entry.is_dir():
+                    folders.append(os.path.join(path, entry.name))
+                elif entry.name.lower().endswith(suffixes):
+                    images.append(entry.name)
+        return Entry(path, stamp, part_of(sorted(images))), folders
+
+    entries = []
+    classes = sorted(e.name for e in os.scandir(root) if e.is_dir() and not _hidden(e.name))
+    for name in classes:
+        of_class, waiting = [], [name]
+        while waiting:
+            entry, folders = visit(waiting.pop())
+            of_class.append(entry)
+            waiting += folders
+        entries += sorted(of_class, key=lambda entry: entry.path)
+    if not entries:
+        raise FileNotFoundError(f"Couldn't find any class folder in {root}.")
+    return Index.of(entries)
 
 
 class ShardSource:
@@ -103,36 +149,51 @@ class ShardSource:
     classes: None = None  # shards have labels without names
 
     def __init__(self, root: Path, pattern: str, classes: int | None = None) -> None:
-        self.shards = _expand(root, pattern)
-        rows: list[tuple[int, int, int, int]] = []
-        keys: list[str] = []
-        for number, shard in enumerate(self.shards):
-            for key, place, size, label in _samples_of(shard):
-                rows.append((number, place, size, label))
-                keys.append(key)
-        if not rows:
+        self.shards = expand(root, pattern)
+
+        def scan(before: Index | None) -> Index:
+            def entry_of(shard: Path) -> Entry:
+                try:
+                    stamp = stamp_of(os.stat(shard))
+                except OSError as error:
+                    raise DataError(f"the shard {shard} cannot be read: {error.strerror or error}") from None
+                part = before.unchanged(str(shard), stamp) if before else None
+                return Entry(str(shard), stamp, part or samples_of(shard))
+
+            with ThreadPoolExecutor(_READERS) as pool:
+                return Index.of(list(pool.map(entry_of, self.shards)))
+
+        self._index, problem = kept_index(scan, "shards", os.path.abspath(root), pattern)
+        if not len(self._index):
             raise DataError(f"the shards {pattern} of {root} hold no sample with an image and a .cls")
-        table = np.array(rows, np.int64)
-        self._shard, self._offset, self._size = (table[:, column].copy() for column in range(3))
-        self.labels = table[:, 3].copy()
-        self._keys = np.array([key.encode() for key in keys])
+        self.labels = self._index.numbers[:, 2].copy()
         self.num_classes = int(self.labels.max()) + 1 if classes is None else classes
         if self.num_classes <= self.labels.max():
             largest = int(self.labels.max())
             raise DataError(f"data.classes = {classes}, but the shards {pattern} have a label {largest}")
+        self.notes: tuple[str, ...] = (problem,) if problem else ()
         self._files: dict[int, int] = {}  # descriptors of open shards, least recently used first
 
     def read(self, index: int) -> bytes:
-        shard = int(self._shard[index])
+        shard = self._index.place(index)
         file = self._files.pop(shard, None)
         if file is None:
             # In random order a worker soon reads every shard; there may be more of them than it may open.
             while len(self._files) >= _open_files():
                 os.close(self._files.pop(next(iter(self._files))))
-            file = open_regular(self.shards[shard])
+            file = self._opened(shard)
         self._files[shard] = file
+        offset, size = self._index.numbers[index, :2].tolist()
         # pread needs no file position, which forked workers would share.
-        return os.pread(file, int(self._size[index]), int(self._offset[index]))
+        return os.pread(file, size, offset)
+
+    def _opened(self, shard: int) -> int:
+        file = open_regular(self.shards[shard])
+        modified, _, size, _ = stamp_of(os.fstat(file))
+        if (modified, size) != (self._index.stamps[shard, 0], self._index.stamps[shard, 2]):
+            os.close(file)
+            raise OSError(errno.ESTALE, "the shard was replaced while it is in use; continue with --resume")
+        return file
 
     def close(self) -> None:
         """Close the shards; reading reopens them."""
@@ -144,10 +205,12 @@ class ShardSource:
             self.close()
 
     def name(self, index: int) -> str:
-        return f"{self.shards[int(self._shard[index])]}, sample {self._keys[index].decode()}"
+        return f"{self.shards[self._index.place(index)]}, sample {self._index.name(index)}"
 
     def digest(self) -> str:
-        return _digest([shard.name for shard in self.shards], self._keys, self._size, self.labels)
+        keys = [key for number in range(len(self.shards)) for key in self._index.names_of(number)]
+        sizes = self._index.numbers[:, 1]
+        return _digest([shard.name for shard in self.shards], np.array(keys), sizes, self.labels)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}}
@@ -163,83 +226,8 @@ def _open_files() -> int:
     return 256 if soft == resource.RLIM_INFINITY else max(1, min(256, soft // 4))
 
 
-def _expand(root: Path, pattern: str) -> list[Path]:
-    webdataset = _webdataset()
-    ranges = re.findall(r"\{(\d+)\.\.(\d+)", pattern)
-    names_of_it = math.prod(
-        [abs(int(last) - int(first)) + 1 for first, last in ranges]
-        + [part.count(",") + 1 for part in re.findall(r"\{([^{}]*,[^{}]*)\}", pattern)]
-    )
-    if len(pattern) > 4096 or names_of_it > _MOST_SHARDS:
-        raise DataError(
-            f"the shard pattern {pattern[:80]!r} expands to {names_of_it:,} names; expected at most "
-            f"{_MOST_SHARDS:,}"
-        )
-    try:
-        names = webdataset.shardlists.expand_urls(pattern)
-    except Exception as error:  # braceexpand raises types of its own
-        raise DataError(f"the shard pattern {pattern!r} cannot be expanded: {error}") from None
-    shards: list[Path] = []
-    for name in names:
-        base, relative = root, name
-        if Path(name).is_absolute():
-            base, relative = Path(Path(name).anchor), str(Path(name).relative_to(Path(name).anchor))
-        try:
-            found = sorted(base.glob(relative)) if any(sign in name for sign in "*?[") else [root / name]
-        except (ValueError, NotImplementedError) as error:
-            raise DataError(f"the shard pattern {pattern!r} cannot be expanded: {error}") from None
-        if not found or not all(path.is_file() for path in found):
-            raise DataError(f"data.root: {root} has no shard {name}")
-        shards += found
-    return shards
-
-
-def _samples_of(shard: Path) -> Iterator[tuple[str, int, int, int]]:
-    """Key, offset and size of the image, and label, for each sample with an image and a label."""
-    webdataset = _webdataset()
-    end = shard.stat().st_size
-    try:
-        with tarfile.open(shard, "r:") as archive, shard.open("rb") as content:
-
-            def members() -> Iterator[dict[str, Any]]:
-                for member in archive:
-                    if member.isreg():
-                        place = (member.offset_data, member.size)
-                        yield {"fname": member.name, "data": place, "__url__": str(shard)}
-
-            for sample in webdataset.tariterators.group_by_keys(members()):
-                image = next((sample[suffix] for suffix in SUFFIXES if suffix in sample), None)
-                if image is None or "cls" not in sample:
-                    continue
-                if sum(image) > end or sum(sample["cls"]) > end:
-                    raise DataError(f"the shard {shard} is truncated at sample {sample['__key__']}")
-                content.seek(sample["cls"][0])
-                text = content.read(sample["cls"][1])
-                if not re.fullmatch(rb"\s*[0-9]{1,9}\s*", text) or int(text) > LARGEST_LABEL:
-                    raise DataError(
-                        f"the shard {shard}: {sample['__key__']}.cls is {text[:20]!r}; "
-                        f"expected a number from 0 to {LARGEST_LABEL}"
-                    )
-                yield sample["__key__"], *image, int(text)
-    except DataError:
-        raise
-    except Exception as error:  # tarfile raises many types for damaged headers
-        raise DataError(f"the shard {shard} cannot be read: {error}") from None
-
-
-def _webdataset() -> Any:
-    try:
-        import webdataset
-    except ImportError:
-        raise DataError(
-            "data.name = webdataset needs the webdataset library, which is not installed: "
-            'pip install "fastkd[webdataset]"'
-        ) from None
-    return webdataset
-
-
 def _digest(names: Sequence[str], *arrays: np.ndarray) -> str:
-    digest = hashlib.sha256("\n".join(names).encode())
+    digest = hashlib.sha256(os.fsencode("\n".join(names)))
     for array in arrays:
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()

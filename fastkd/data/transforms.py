@@ -1,7 +1,9 @@
 """Image transforms: crops on the CPU; normalisation and mixing on the device.
 
-All randomness is a function of (seed, epoch, sample index). A resumed run therefore only needs its position
-in the epoch, the number of workers does not matter, and a cached teacher saw the same crops as the student.
+Crops are of tensors: uint8 bilinear resampling is more than twice as fast there as in Pillow, from which it
+differs by at most one level. All randomness is a function of (seed, epoch, sample index). A resumed run
+therefore only needs its position in the epoch, the number of workers does not matter, and a cached teacher
+saw the same crops as the student.
 """
 
 from __future__ import annotations
@@ -9,13 +11,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Transform = Callable[[Any], Tensor]  # of a PIL image, to uint8 [C, H, W]
+Transform = Callable[[Tensor], Tensor]  # of uint8 [C, H, W]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -35,13 +36,13 @@ def random_crop(size: int) -> Transform:
     """Random crop of 8 to 100 % of the area, then a random flip, as in torchvision's ImageNet recipes."""
     from torchvision.transforms import v2
 
-    return v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.PILToTensor()])
+    return v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()])
 
 
 def central_crop(size: int, resize: int) -> Transform:
     from torchvision.transforms import v2
 
-    return v2.Compose([v2.Resize(resize), v2.CenterCrop(size), v2.PILToTensor()])
+    return v2.Compose([v2.Resize(resize), v2.CenterCrop(size)])
 
 
 class Normalize:

@@ -74,19 +74,7 @@ class ValidationTransform(Section):
                 f"image is {image.dtype} {list(image.shape)}; expected uint8 [{channels}, H, W] or "
                 f"[N, {channels}, H, W], or a PIL image"
             )
-        if image.shape[-2:] == (self.crop, self.crop) and self.resize == self.crop:
-            return image
-        if image.dim() == 4:
-            return torch.stack([self._sized(one) for one in image])
-        from torchvision.transforms.v2 import functional
-
-        # Through PIL, as validation does: torch scales to other bits.
-        if self.channels not in (1, 3):
-            raise ValueError(
-                f"image has {list(image.shape[-2:])} pixels; expected [{self.crop}, {self.crop}]: images of "
-                f"{self.channels} channels are not resized"
-            )
-        return self._pixels(functional.to_pil_image(image.cpu())).to(image.device)
+        return central_crop(self.crop, self.resize)(image)
 
     def _pixels(self, image: Any) -> Tensor:
         """uint8 ``[C, crop, crop]`` of a PIL image."""
@@ -101,5 +89,7 @@ class ValidationTransform(Section):
                 f"image is a PIL image, but the network takes {self.channels} channels; expected a uint8 "
                 f"tensor [{self.channels}, H, W]"
             )
+        from torchvision.transforms.v2 import functional
+
         image = to_rgb(image)
-        return central_crop(self.crop, self.resize)(image.convert("L") if self.channels == 1 else image)
+        return self._sized(functional.pil_to_tensor(image.convert("L") if self.channels == 1 else image))

@@ -14,6 +14,7 @@ _NAMING = ("method", "student.name", "teacher.name")
 # Locations, and how a run is computed: not part of a description.
 _ASIDE = {
     "data.root", "data.folder", "data.fonts", "data.download", "data.workers", "data.corrupt_limit",
+    "data.decoder",
     "teacher.checkpoint", "teacher.cache", "train.device", "train.threads", "train.channels_last",
     "train.compile", "train.accumulate", "train.log_every", "train.checkpoint_every", "train.keep_every",
     "train.tensorboard", "train.csv", "train.wandb", "train.val_batch_size",

@@ -99,6 +99,9 @@ class _FileImages(_Images):
     workers: Annotated[int, Field(ge=0, le=256)] = Field(
         default=8, description="processes that decode images"
     )
+    decoder: Literal["pillow", "torchcodec"] = Field(
+        default="pillow", description="decoder of JPEG files; torchcodec is faster, needs fastkd[torchcodec]"
+    )
     corrupt_limit: Natural = Field(default=10, description="unreadable images to skip before giving up")
 
 

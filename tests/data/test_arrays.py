@@ -199,7 +199,10 @@ def test_the_imagenet_recipes_are_those_of_the_papers() -> None:
     names = {name for name in IMAGES if name.startswith("imagenet/")}
     assert names == {
         f"imagenet/{name}"
-        for name in ("r18", "r18-kd", "r18-dkd", "r18-dhkd", "r18-mhkd", "mbv1-kd", "mbv1-dkd")
+        for name in (
+            *("r18", "r18-kd", "r18-dkd", "r18-dckd", "r18-dckd-hint", "r18-dhkd", "r18-mhkd"),
+            *("mbv1-kd", "mbv1-dkd", "mbv1-dckd", "mbv1-dckd-hint"),
+        )
     }
     for name in names - {"imagenet/r18"}:
         _, recipe = load_recipe(name)

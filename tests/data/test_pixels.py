@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 import struct
+import sys
 import warnings
 from pathlib import Path
 
@@ -14,8 +15,8 @@ import torch
 from PIL import Image
 
 from fastkd.data.files import load_file_data
-from fastkd.data.pixels import to_rgb
-from fastkd.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from fastkd.data.pixels import decode, to_rgb
+from fastkd.data.transforms import IMAGENET_MEAN, IMAGENET_STD, central_crop, random_crop
 from fastkd.errors import DataError
 from fastkd.recipe.sections import FolderData
 
@@ -177,3 +178,46 @@ def test_hidden_folders_and_files(tmp_path: Path) -> None:
     (root / "val" / ".hidden").mkdir(parents=True)
     with pytest.raises(DataError, match="must hold one folder of images per class"):
         load_file_data(FolderData(name="imagefolder", root=str(root), workers=0))
+
+
+FILES = {
+    "RGB": (GREY.convert("RGB"), "JPEG"),
+    "grey": (GREY, "JPEG"),
+    "CMYK": (cmyk(), "JPEG"),
+    "PNG": (GREY.convert("RGB"), "PNG"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_torchcodec_decodes_what_pillow_decodes(name: str) -> None:
+    pytest.importorskip("torchcodec")
+    file = io.BytesIO()
+    FILES[name][0].save(file, FILES[name][1])
+    content = file.getvalue()
+    assert torch.equal(decode(content, "torchcodec"), decode(content))
+    if name != "PNG":
+        for cut in (len(content) // 3, len(content) * 95 // 100):
+            for decoder in ("pillow", "torchcodec"):
+                with pytest.raises(OSError, match=r"(?i)truncated"):
+                    decode(content[:cut], decoder)
+
+
+def test_torchcodec_is_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = make_tree(tmp_path / "tree")
+    config = FolderData(name="imagefolder", root=str(root), size=24, workers=0, decoder="torchcodec")
+    monkeypatch.setitem(sys.modules, "torchcodec", None)
+    with pytest.raises(DataError, match=r"data\.decoder = torchcodec needs .*fastkd\[torchcodec\]"):
+        load_file_data(config)
+
+
+def test_a_crop_of_tensors_is_pillows_but_for_rounding() -> None:
+    from torchvision.transforms import v2
+
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
+    image = Image.fromarray(pixels)
+    for crop in (random_crop(32), central_crop(32, 36)):
+        torch.manual_seed(3)
+        ours = crop(torch.from_numpy(pixels).permute(2, 0, 1))
+        torch.manual_seed(3)
+        pillows = v2.functional.pil_to_tensor(crop(image))
+        assert (ours.int() - pillows.int()).abs().max() <= 1

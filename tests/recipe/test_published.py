@@ -94,6 +94,20 @@ def test_dckd_is_combined_with_another_method() -> None:
     shows(rkd, hint_weight=0.0, distance_weight=25.0, angle_weight=50.0)
 
 
+@pytest.mark.parametrize("pair", ["r18", "mbv1"])
+def test_dckd_on_imagenet_is_dkd_but_for_what_is_acquired(pair: str) -> None:
+    dkd, dckd, hint = (load(f"imagenet/{pair}-{name}") for name in ("dkd", "dckd", "dckd-hint"))
+    assert {**dkd.options, "fix_acquired": "teacher"} == dckd.options
+    asked = {name: hint.options[name] for name in ("hint_layer", "hint_teacher_layer", "hint_weight")}
+    assert {**dckd.options, **asked} == hint.options
+    assert hint.options["hint_weight"] == 100.0
+    assert dkd.train == dckd.train == hint.train
+    assert dkd.teacher == dckd.teacher == hint.teacher
+    for recipe in (dckd, hint):
+        text = shipped_recipes()[f"imagenet/{pair}-{'dckd' if recipe is dckd else 'dckd-hint'}"].read_text()
+        assert text.startswith("# Target: not known")
+
+
 @pytest.mark.parametrize("name", WITH_FEATURES)
 def test_layers_exist(name: str) -> None:
     recipe = load(name)

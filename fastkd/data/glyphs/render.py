@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from fastkd.errors import DataError
 from fastkd.files.atomic import is_abandoned, owner, take_room
+from fastkd.files.cache import cache_folder
 from fastkd.files.regular import read_regular
 from fastkd.files.sealed import digest_of
 from fastkd.messages import some
@@ -45,13 +46,6 @@ class GlyphSet:
     classes: list[list[int]]  # code points per class; several if their images are identical in every face
     notes: list[str]  # what was left out
     digest: str  # of the images; identifies the data set
-
-
-def cache_folder() -> Path:
-    """``FASTKD_CACHE``, or by default ``fastkd`` in the user's cache folder."""
-    if override := os.environ.get("FASTKD_CACHE"):
-        return Path(override).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastkd"
 
 
 def load_glyphs(

@@ -12,10 +12,11 @@ from .common import NotTriedError, Row, happened
 from .disk import DISK
 from .files import OTHER_FILES
 from .images import IMAGES
+from .limits import LIMITS
 from .models import ROWS as OF_MODELS
 from .recipes import RECIPES
 from .resuming import RESUME
 
-__all__ = ["ROWS", "NotTriedError", "happened"]
+__all__ = ["LIMITS", "ROWS", "NotTriedError", "happened"]
 
-ROWS: list[Row] = [*RECIPES, *IMAGES, *ARRAYS, *RESUME, *OTHER_FILES, *DISK, *OF_MODELS]
+ROWS: list[Row] = [*RECIPES, *IMAGES, *ARRAYS, *RESUME, *OTHER_FILES, *DISK, *OF_MODELS, *LIMITS]
