@@ -17,6 +17,7 @@ from fastkd.files.sealed import short_digest_of
 from fastkd.recipe.sections import Recipe
 from fastkd.train import distributed
 from fastkd.train.display.loggers import require_loggers
+from fastkd.train.random_state import seed_generators
 from fastkd.train.signals import StopSignals
 
 from .agreement import check_content, check_folder, check_state
@@ -165,7 +166,7 @@ def _distil(
 ) -> dict[str, Any]:
     """Train the student and write the summary."""
     # Seeded here, so that the student does not depend on whether the teacher was trained or loaded.
-    torch.manual_seed(recipe.train.seed)
+    seed_generators(recipe.train.seed)
     student = build_network(recipe.student, data).to(device)
     if recipe.train.sync_batchnorm:
         student = synchronised(student)
