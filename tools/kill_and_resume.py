@@ -85,6 +85,12 @@ def _tensors(state: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(entry)
 
 
+def make_teacher(path: Path, classes: int) -> None:
+    """The weights of an untrained teacher."""
+    torch.manual_seed(0)
+    torch.save(build_model("small_cnn", num_classes=classes, width=4).state_dict(), path)
+
+
 class Training:
     """One start of the command under torchrun, in a session of its own."""
 
@@ -186,8 +192,7 @@ def study(method: str, tree: Path, work: Path, args: argparse.Namespace) -> dict
     folder = work / f"{method}-{time.strftime('%H%M%S')}"
     folder.mkdir(parents=True)
     classes = len(list((tree / "train").iterdir()))
-    torch.manual_seed(0)
-    torch.save(build_model("small_cnn", num_classes=classes, width=4).state_dict(), folder / "teacher.pt")
+    make_teacher(folder / "teacher.pt", classes)
     words = [
         "imagenet/r18-kd", *METHODS[method], *NETWORKS, "data.workers=1",
         f"data.root={tree.resolve()}", f"data.size={args.size}",
