@@ -6,17 +6,17 @@
 
 A step is the teacher's pass, the student's, the method's loss, backward, alignment and SGD's step, on random
 images that are on the device already. Time: all methods take turns in one process, with the same networks and
-in alternating order; the ratio is the median over the turns of the method's time by KD's. Memory: networks,
-heads and optimizer, and the peak of torch's allocator during a step; on a CPU in a process per method, on a
-GPU in one process, where the allocator's own statistics need no fresh one.
+in alternating order; the ratio is the median over the turns of the method's time by KD's. On a CPU it is the
+processor's time of a single thread, which other work on the machine hardly changes. Memory: networks, heads
+and optimizer, and the peak of torch's allocator during a step; on a CPU in a process per method, on a GPU in
+one process, where the allocator's own statistics need no fresh one.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import multiprocessing
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -51,7 +51,7 @@ PAIRS = {
     "resnet34-resnet18": Pair(
         "torchvision/resnet34", "torchvision/resnet18", 1000, 224, {"cpu": 4, "cuda": 128}
     ),
-    "resnet32x4-resnet8x4": Pair("resnet32x4", "resnet8x4", 100, 32, {"cpu": 64, "cuda": 64}),
+    "resnet32x4-resnet8x4": Pair("resnet32x4", "resnet8x4", 100, 32, {"cpu": 16, "cuda": 64}),
 }
 _HINT = {"hint_layer": "layer3", "hint_weight": 100.0}
 _RELATIONS = {"distance_weight": 25.0, "angle_weight": 50.0}
@@ -134,14 +134,15 @@ def time_methods(labels: list[str], args: argparse.Namespace) -> dict[str, list[
     """Seconds per step of each turn."""
     steps = Steps(args)
     step_of = {label: steps.of(label)[0] for label in labels}
+    clock = time.perf_counter if args.device == "cuda" else time.process_time
 
     def seconds(label: str) -> float:
         steps.synchronize()
-        begin = time.perf_counter()
+        begin = clock()
         for _ in range(args.steps):
             step_of[label]()
         steps.synchronize()
-        return (time.perf_counter() - begin) / args.steps
+        return (clock() - begin) / args.steps
 
     begin = time.perf_counter()
     for label in labels:
@@ -170,21 +171,17 @@ def peak_of(label: str, args: argparse.Namespace) -> dict[str, int | None]:
 def peaks(labels: list[str], args: argparse.Namespace) -> dict[str, dict[str, int | None]]:
     if args.device == "cuda":
         return {label: peak_of(label, args) for label in labels}
-    command = [sys.executable, str(Path(__file__).resolve()), "--pair", args.pair, "--device", args.device]
-    command += ["--precision", args.precision, "--batch", str(args.batch), "--peak-of"]
-    command[-1:-1] = ["--channels-last" if args.channels_last else "--no-channels-last"]
+    # Forked before the first computation, so that a child has no threads to miss.
+    context = multiprocessing.get_context("fork")
     found = {}
     for label in labels:
-        done = subprocess.run([*command, label], stdout=subprocess.PIPE, text=True, check=True)
-        found[label] = json.loads(done.stdout)
+        with context.Pool(1) as pool:
+            found[label] = pool.apply(peak_of, (label, args))
     return found
 
 
 def main() -> None:
     args = arguments()
-    if args.peak_of is not None:
-        print(json.dumps(peak_of(args.peak_of, args)))
-        return
     if args.report is not None:
         report(args.report, args.files)
         return
@@ -198,8 +195,8 @@ def main() -> None:
         raise SystemExit(str(error)) from None
     with writer as output:
         output.write([header(args.device, {}, command=_command(), settings=settings)])
-        seconds = time_methods(labels, args) if args.turns else {}
         memory = peaks(labels, args) if args.memory else {}
+        seconds = time_methods(labels, args) if args.turns else {}
         for label in labels:
             record: dict[str, Any] = {
                 "kind": "method",
@@ -212,53 +209,61 @@ def main() -> None:
                 ratios = [a / b for a, b in zip(seconds[label], seconds["KD"], strict=True)]
                 record |= {"ms": median, "p20": low, "p80": high, "turns": len(ratios)}
                 record |= {"over_kd": statistics.median(ratios), "spread": [min(ratios), max(ratios)]}
-            output.write([record | memory.get(label, {})])
-            print("  ".join(_cells(record | memory.get(label, {}), None)), flush=True)
+            record |= memory.get(label, {})
+            output.write([record])
+            print("  ".join(filter(None, _cells(record, memory.get("KD", {})))), flush=True)
 
 
-def _cells(record: dict[str, Any], kd: dict[str, Any] | None) -> list[str]:
-    cells = [record["label"]]
+def _cells(record: dict[str, Any], kd: dict[str, Any]) -> list[str]:
+    cells = [record["label"], "", "", "", ""]
     if "ms" in record:
         low, high = record["spread"]
-        cells += [f"{record['ms']:.1f}", f"{record['over_kd']:.3f} ({low:.3f} to {high:.3f})"]
+        cells[1:3] = [f"{record['ms']:.1f}", f"{record['over_kd']:.3f} ({low:.3f} to {high:.3f})"]
     if record.get("peak") is not None:
-        over = f" ({record['peak'] / kd['peak']:.3f})" if kd else ""
-        cells += [f"{record['held'] / 2**20:.0f}", f"{record['peak'] / 2**20:.0f}{over}"]
+        over = f" ({record['peak'] / kd['peak']:.3f})" if kd.get("peak") else ""
+        cells[3:] = [f"{record['held'] / 2**20:.1f}", f"{record['peak'] / 2**20:.1f}{over}"]
     return cells
 
 
 def report(path: Path, files: list[Path]) -> None:
-    """One table per result file, in a section of ``path``."""
-    parts = []
+    """One table per pair and device, in a section of ``path``; files of the same pair and batch are joined."""
+    joined: dict[object, tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]] = {}
     for file in files:
         about, records = read(file)
         settings = about["settings"]
-        pair = PAIRS[settings["pair"]]
-        kd = next(record for record in records if record["label"] == "KD")
-        columns = [
-            "method",
-            "ms per step",
-            "time by KD's (least to most)",
-            "held, MiB",
-            "peak, MiB (by KD's)",
-        ]
-        rows = [_cells(record, kd) for record in records]
-        layout = ", channels_last" if settings["channels_last"] else ""
-        parts.append(
-            f"**{pair.teacher} → {pair.student}**, {pair.size} px, {settings['batch']} images per step, "
-            f"{settings['precision']}{layout}, {kd['turns']} turns of {settings['steps']} steps. "
-            f"{about['name']}, torch {about['torch']}, Python {about['python']}, {about['date'][:10]}.\n"
-            f"`{about['command']}`\n\n{table(columns, rows)}"
-        )
+        key = about["name"], settings["pair"], settings["batch"], settings["precision"]
+        headers, by_label = joined.setdefault(key, ([], {}))
+        headers.append(about)
+        for record in records:
+            by_label[record["label"]] = by_label.get(record["label"], {}) | record
+    parts = [_table(headers, by_label) for headers, by_label in joined.values()]
     body = """
 Time and memory of a step of each method, without data loading. All methods of a table took turns in one
-process; the ratio is the median over the turns, with the smallest and the largest. Held: weights, heads and
+process; the ratio is the median over the turns, with the smallest and the largest. On a CPU it is the
+processor's time of a single thread, which other work on the machine hardly changes. Held: weights, heads and
 optimizer between the steps; peak: the most that torch's allocator held during a step, with these. DHKD aligns
 by default, with one more backward pass through the student; “not aligned” is the same without. Hints are on
-`layer3`.
+`layer3`, MHKD's heads on `layer2` and `layer3`. On a GPU `benchmarks/on_gpu.sh` measures the same.
 
 """
     write_section(path, "ImageNet at scale", "Cost of a method", body + "\n\n".join(parts))
+
+
+def _table(headers: list[dict[str, Any]], by_label: dict[str, dict[str, Any]]) -> str:
+    about, kd = headers[0], by_label["KD"]
+    settings = about["settings"]
+    pair = PAIRS[settings["pair"]]
+    layout = ", channels_last" if settings["channels_last"] else ""
+    threads = f", {about['threads']} threads" if "threads" in about else ""
+    commands = "\n".join(f"    {header['command']}" for header in headers)
+    unit = "ms per step" if about["device"] == "cuda" else "CPU ms per step"
+    columns = ["method", unit, "time by KD's (least to most)", "held, MiB", "peak, MiB (by KD's)"]
+    return (
+        f"**{pair.teacher} → {pair.student}**, {pair.size} px, {settings['batch']} images per step, "
+        f"{settings['precision']}{layout}; {kd.get('turns', 0)} turns. {about['name']}{threads}, torch "
+        f"{about['torch']}, Python {about['python']}, {about['date'][:10]}.\n\n{commands}\n\n"
+        + table(columns, [_cells(by_label[label], kd) for label in METHODS if label in by_label])
+    )
 
 
 def _command() -> str:
@@ -283,11 +288,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=7, help="0: no timing")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="no further turn beyond it")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--peak-of", choices=METHODS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     on_gpu = args.device == "cuda"
     args.precision = args.precision or ("bfloat16" if on_gpu else "float32")
     args.channels_last = on_gpu if args.channels_last is None else args.channels_last
+    if not on_gpu:
+        torch.set_num_threads(1)
     args.batch = args.batch or PAIRS[args.pair].batch[args.device]
     return args
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import random
 import re
@@ -105,7 +106,7 @@ class Started:
     seconds: float = 0.0
 
     def wait(self) -> int:
-        status = self.process.wait(timeout=300)
+        status = self.process.wait(timeout=900)
         self.seconds = time.monotonic() - self.begin
         return status
 
@@ -143,7 +144,7 @@ class Work:
         """
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         environment |= {"GLOO_SOCKET_IFNAME": "eth0", "FASTKD_JOIN_TIMEOUT": str(JOIN)} | variables
-        script = self.folder / "rank.py"
+        script = self.folder / f"rank{node}.py"
         script.write_text("import sys\n" + python + "\nsys.exit(main(sys.argv[1:]))\n")
         command = [sys.executable]
         if torchrun is not None:
@@ -241,7 +242,7 @@ def survives_a_kill(work: Work) -> str:
 
 def network_is_cut(work: Work) -> str:
     words = [*work.words, "train.epochs=100", "--runs", "cut"]
-    both = [work.start(node, words, FASTKD_PEER_TIMEOUT="10") for node in range(2)]
+    both = [work.start(node, words, FASTKD_PEER_TIMEOUT="30") for node in range(2)]
     while not any((work.folder / "cut").glob("*/last.pt")):
         if both[0].process.poll() is not None:
             return f"**ended before the cut**: {both[0].error()}"
@@ -356,7 +357,7 @@ def torchruns_address(work: Work) -> str:
 CASES: dict[str, tuple[str, Case]] = {
     "trains": ("two nodes, torchrun on each, compared with two ranks on one machine", trains),
     "kill": ("SIGKILL to all processes of node 1 at a random step", survives_a_kill),
-    "cut": ("the cable between the nodes is cut, `FASTKD_PEER_TIMEOUT=10`", network_is_cut),
+    "cut": ("the cable between the nodes is cut, `FASTKD_PEER_TIMEOUT=30`", network_is_cut),
     "alone": ("node 1 is not started", nobody_else),
     "port": ("another `MASTER_PORT` on node 1", wrong_port),
     "address": ("a `MASTER_ADDR` that no machine has, on node 1", wrong_address),
@@ -383,19 +384,24 @@ def happened(work: Work, names: list[str]) -> Iterator[tuple[str, str]]:
             shutil.rmtree(work.folder / runs, ignore_errors=True)
         text = case(work)
         print(f"{fault}: {text}", flush=True)
-        yield fault, text.replace(str(work.folder), "…")
+        with (work.folder / "happened.jsonl").open("a") as file:
+            file.write(json.dumps({"case": name, "text": text, "measured_on": measured_on()}) + "\n")
+        yield fault, text
 
 
-def report(path: Path, rows: list[tuple[str, str]]) -> None:
+def report(path: Path, lines: list[dict[str, str]]) -> None:
+    """A section from the newest line of each case."""
+    newest = {line["case"]: line for line in lines}
+    rows = [[fault, newest[name]["text"]] for name, (fault, _) in CASES.items() if name in newest]
     body = f"""
 Two network namespaces, each with an address of its own on a virtual cable and one gloo rank; `small_cnn`,
 DHKD, 160 JPEG images. `FASTKD_JOIN_TIMEOUT={JOIN}`; seconds are from the start of the command, with some 10 s
 for imports on this busy machine. Unless torchrun is named, the ranks are started as by SLURM, with torchrun's
 variables set. This section is written by `python tools/two_nodes.py WORK --report docs/reports/imagenet.md`.
 
-{table(["what is done", "what happens"], [list(row) for row in rows])}
+{table(["what is done", "what happens"], rows)}
 
-{measured_on()}
+{lines[-1]["measured_on"]}
 """
     write_section(path, "ImageNet at scale", "Several machines", body)
 
@@ -404,7 +410,7 @@ def main() -> int:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("work", type=Path, help="folder for images, runs and logs")
-    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
+    parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES), metavar="CASE")
     parser.add_argument("--report", type=Path, metavar="FILE.md", help="write what happened into it")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -415,7 +421,8 @@ def main() -> int:
         print(f"no network namespaces here: {error}", file=sys.stderr)
         return 2
     if args.report:
-        report(args.report, rows)
+        lines = (args.work / "happened.jsonl").read_text().splitlines()
+        report(args.report, [json.loads(line) for line in lines])
     return int(any("**" in text for _, text in rows))
 
 

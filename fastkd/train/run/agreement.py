@@ -21,15 +21,15 @@ _OF_THE_MACHINE = {
     "data.root", "data.folder", "data.fonts", "data.workers", "data.download", "teacher.checkpoint",
     "teacher.cache", "train.threads", "description",
 }  # fmt: skip
-_COMMAND = "start the same command on every machine"
 
 
 def check_command(args: argparse.Namespace, recipe: Recipe) -> None:
     """The resolved recipe and the options of the command. Raises ``LaunchError``."""
-    options = {"--resume": args.resume, "--eval-only": args.eval_only, "--runs": str(args.runs)}
-    shown = {name: value for name, value in options.items() if value is not None}
+    shown = {"--eval-only": args.eval_only, "--runs": str(args.runs)}
+    if args.resume is not None:
+        shown["--resume"] = args.resume or "given"
     settings = {key: value for key, value in recipe.flat().items() if key not in _OF_THE_MACHINE}
-    distributed.check_agreement(shown | settings, _COMMAND)
+    distributed.check_agreement({**shown, **settings}, "start the same command on every machine")
 
 
 def check_content(data: Data, teacher: str | None) -> None:
