@@ -226,7 +226,7 @@ def _cells(record: dict[str, Any], kd: dict[str, Any]) -> list[str]:
 
 
 def report(path: Path, files: list[Path]) -> None:
-    """One table per pair and device, in a section of ``path``; files of the same pair and batch are joined."""
+    """One table per pair and device, in a section of ``path``; files of one pair and batch are joined."""
     joined: dict[object, tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]] = {}
     for file in files:
         about, records = read(file)
