@@ -94,7 +94,7 @@ def make_teacher(path: Path, classes: int) -> None:
 class Training:
     """One start of the command under torchrun, in a session of its own."""
 
-    def __init__(self, folder: Path, words: list[str], log: Path) -> None:
+    def __init__(self, folder: Path, words: list[str], log: Path, brake_at: int | None = None) -> None:
         self.beacon = folder / "beacon"
         for path in folder.glob("beacon*"):
             path.unlink()
@@ -103,6 +103,8 @@ class Training:
             str(Path(__file__).resolve()), "--as-worker", str(self.beacon), *words,
         ]  # fmt: skip
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        if brake_at is not None:
+            environment["BRAKE_AT"] = str(brake_at)
         with log.open("a") as output:
             self.launcher = subprocess.Popen(
                 command, cwd=folder, env=environment, stdout=output, stderr=output, start_new_session=True
@@ -217,7 +219,7 @@ def study(method: str, tree: Path, work: Path, args: argparse.Namespace) -> dict
 
     told, begin = [], time.perf_counter()
     for at, kill in zip(targets, kills, strict=True):
-        training = Training(folder, resumed, log)
+        training = Training(folder, resumed, log, brake_at=at)
         pid = training.launcher.pid
         try:
             what = kill(training, run, at, again)
@@ -299,10 +301,24 @@ def as_worker(beacon: str, words: list[str]) -> int:
         before = (epoch - 1) * (batches or 0)
         started(self, epoch, epochs, batches)
 
+    brake, flush = int(os.environ.get("BRAKE_AT", sys.maxsize)), os.fsync
+
     def batch_done(self: ConsoleProgress, meter: Any) -> None:
         Path(beacon).write_text(str(before + meter.steps))
+        slow_down()
         done(self, meter)
 
+    def slow_down() -> None:
+        """From the step of the kill on, so that a killer on a busy machine does not come too late."""
+        if Path(beacon).exists() and int(Path(beacon).read_text()) >= brake:
+            time.sleep(0.5)
+
+    def fsync(descriptor: int) -> None:
+        slow_down()
+        flush(descriptor)
+
+    if os.environ["RANK"] == "0":
+        os.fsync = fsync
     ConsoleProgress.epoch_started, ConsoleProgress.batch_done = epoch_started, batch_done  # type: ignore[method-assign]
     return fastkd(["train", *words])
 

@@ -105,14 +105,14 @@ def _reach(host: str, port: int, place: str, until: _Deadline) -> None:
     while True:
         try:
             socket.create_connection((host, port), timeout=5).close()
-        except OSError as error:
-            reason = error.strerror or one_line(error)
+        except (OSError, UnicodeError) as error:  # the latter for a name with an empty label
+            reason = getattr(error, "strerror", None) or one_line(error)
         else:
             return
         if until.passed(f"{place} ({reason})"):
             break
         time.sleep(0.3)
-    with suppress(OSError):
+    with suppress(OSError, UnicodeError):
         if (address := socket.gethostbyname(host)) != host:
             place += f" ({address})"
     raise LaunchError(
@@ -143,7 +143,7 @@ def _greet(store: dist.Store, rank: int, world: int, until: _Deadline) -> None:
         alone = [
             f"rank {other} on {one['machine']}"
             for other, one in enumerate(greetings)
-            if one["address"].startswith("127.")
+            if one["address"].startswith("127.") or one["address"] == "::1"
         ]
         if alone:
             wrong.append(
@@ -185,13 +185,7 @@ def _greeting() -> dict[str, Any]:
                 f"{', '.join(here)}"
             )
     else:
-        # gloo takes the address of the machine's name, and loopback if that is not one of its own.
-        address = "127.0.0.1"
-        with suppress(OSError):
-            found = socket.gethostbyname(socket.gethostname())
-            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-                probe.bind((found, 0))
-            address = found
+        address = _address_of_gloo()
     return {
         "machine": _machine(),
         "network": _network(),
@@ -201,14 +195,24 @@ def _greeting() -> dict[str, Any]:
     }
 
 
+def _address_of_gloo() -> str:
+    """The address of the machine's name; loopback if that is none of the machine's own addresses."""
+    with suppress(OSError):
+        for family, _, _, _, place in socket.getaddrinfo(socket.gethostname(), 0, type=socket.SOCK_DGRAM):
+            with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+                probe.bind(place)
+                return str(place[0])
+    return "127.0.0.1"
+
+
 def _machine() -> str:
     return platform.node() or "this machine"
 
 
 def _network() -> str:
     """Equal for processes that share a loopback interface: containers have one each."""
-    with suppress(OSError):
-        return f"{_machine()} {os.readlink('/proc/self/ns/net')}"
+    with suppress(OSError), open("/proc/sys/kernel/random/boot_id") as boot:
+        return f"{boot.read().strip()} {os.readlink('/proc/self/ns/net')}"
     return _machine()
 
 
@@ -251,7 +255,7 @@ def _peer(text: str) -> str:
 
 
 def _ranks(ranks: set[int]) -> str:
-    numbers = sorted(str(rank) for rank in ranks)
+    numbers = [str(rank) for rank in sorted(ranks)]
     return f"rank{'s' if len(numbers) > 1 else ''} {some(numbers, 8)}"
 
 

@@ -62,8 +62,9 @@ def check_state(state: dict[str, Any] | None) -> None:
     """The state that is resumed from. Raises ``LaunchError``."""
     position = "none"
     if state is not None:
-        step = (state.get("position") or {}).get("meter", {}).get("steps", 0)
-        position = f"step {step} of epoch {len(state['history']) + 1}"
+        with contextlib.suppress(LookupError, TypeError):  # damaged: `load_state` says how
+            step = state["position"]["meter"]["steps"] if state.get("position") else 0
+            position = f"step {step} of epoch {len(state['history']) + 1}"
     distributed.check_agreement(
         {"the checkpoint": position}, "--runs must name a folder that all machines share"
     )
