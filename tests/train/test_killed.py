@@ -15,7 +15,7 @@ from .ranks import in_folder, kill_after, launch, start, steps_done
 SCRIPT = load_script("kill_and_resume")
 RANKS, STEPS = 2, 12  # of 3 epochs
 OPTIONS = [
-    *SCRIPT.NETWORKS, "data.root=tree", "data.size=32", "data.workers=1", "teacher.checkpoint=teacher.pt",
+    *SCRIPT.NETWORKS, "data.root=tree", "data.size=32", "data.workers=0", "teacher.checkpoint=teacher.pt",
     "train.batch_size=4", "train.epochs=3", "train.checkpoint_every=1", "--resume",
 ]  # fmt: skip
 
