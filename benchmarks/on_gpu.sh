@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in about nine minutes: the tests with every kernel compiled,
-# `fastkd check`, the accuracy table, the benchmark suite, training steps, the trainer's throughput, the report.
+# `fastkd check`, the accuracy table, the benchmark suite, training steps, the trainer's throughput, the cost of each
+# method, the report.
 #
 #     benchmarks/on_gpu.sh FOLDER
 #
@@ -44,16 +45,18 @@ show doctor check accuracy tests
 
 # Timings, one at a time. First the most common cases, with torch.compile; then every case without it, because compiling
 # all of them would take half an hour.
-run suite "$(left 380)" python3 -m fastkd.bench --device cuda --dtypes bfloat16 --passes forward+backward \
+run suite "$(left 360)" python3 -m fastkd.bench --device cuda --dtypes bfloat16 --passes forward+backward \
   --shapes 256x1000 8192x1000 128x21841 2048x131072 256x1000000 8192x131072 --seconds 0.3 \
-  --time-limit "$(left 340)" --output "$out/suite.jsonl"
+  --time-limit "$(left 320)" --output "$out/suite.jsonl"
 show suite
-run steps "$(left 420)" python3 -m fastkd.bench --device cuda --step --seconds 0.2 --output "$out/steps.jsonl"
+run steps "$(left 400)" python3 -m fastkd.bench --device cuda --step --seconds 0.2 --output "$out/steps.jsonl"
 show steps
-run throughput "$(left 495)" python3 benchmarks/throughput.py --device cuda --steps 30 --turns 5 \
+run throughput "$(left 475)" python3 benchmarks/throughput.py --device cuda --steps 30 --turns 5 \
   --output "$out/throughput.jsonl"
 show throughput
-run forms "$(left 520)" python3 -m fastkd.bench --device cuda --forms --losses kd ce --dtypes bfloat16 --seconds 0.1 \
+run methods "$(left 500)" python3 benchmarks/cost_of_methods.py --device cuda --time-limit 12 --output "$out/methods.jsonl"
+show methods
+run forms "$(left 525)" python3 -m fastkd.bench --device cuda --forms --losses kd ce --dtypes bfloat16 --seconds 0.1 \
   --time-limit 15 --output "$out/forms.jsonl"
 show forms
 run all "$(left 540)" python3 -m fastkd.bench --device cuda --peers native triton eager liger quack \

@@ -132,6 +132,7 @@ def _run(args: argparse.Namespace, *, in_python: bool) -> int:
 def _of_the_machine(error: Exception) -> str | None:
     """The message, in one line, for an error of the machine such as full memory; None for other errors."""
     from fastkd.data.files import of_workers
+    from fastkd.train.joining import of_lost_peer
 
     text = one_line(error)
     if isinstance(error, OSError):
@@ -139,7 +140,7 @@ def _of_the_machine(error: Exception) -> str | None:
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
         asked = text.partition("DefaultCPUAllocator: ")[2].partition(" Error")[0] or text
         return f"out of memory{': ' + asked if asked else ''}"
-    return of_workers(error) if isinstance(error, RuntimeError) else None
+    return of_workers(error) or of_lost_peer(error) if isinstance(error, RuntimeError) else None
 
 
 def _parser(words: Sequence[str]) -> argparse.ArgumentParser:

@@ -48,5 +48,9 @@ class FolderInUseError(TrainError):
     """Another process is writing to the run folder."""
 
 
+class LaunchError(TrainError):
+    """The processes of a training cannot start together: one is missing, or they do not fit together."""
+
+
 class Preempted(Exception):
     """SIGTERM or SIGUSR1 stopped training after a checkpoint; the exit status asks for a requeue."""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from fastkd.errors import DataError
 from fastkd.messages import one_line
@@ -123,6 +123,11 @@ def collate(rows: list[tuple[Tensor, int, int] | Corrupt]) -> Batch:
     pixels = torch.stack([row[0] for row in good]) if good else torch.empty(0, dtype=torch.uint8)
     labels = torch.tensor([row[1] for row in good], dtype=torch.int64)
     indices = torch.tensor([row[2] for row in good], dtype=torch.int64)
+    if get_worker_info() is not None:
+        # The thread that sends them would do it too, but an error there loses the batch, and its reader waits
+        # forever.
+        for tensor in (pixels, labels, indices):
+            tensor.share_memory_()
     return pixels, labels, indices, [row for row in rows if isinstance(row, Corrupt)]
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import platform
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from fastkd import environment
 from fastkd.distill.method import Method
 from fastkd.errors import RecipeError
+
+from .joining import check_same, join
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -38,7 +41,8 @@ def is_first() -> bool:
 def launched() -> Iterator[None]:
     """Create the process group that torchrun's environment variables describe, if they are set.
 
-    GPU tensors use NCCL, CPU tensors gloo. Raises ``RecipeError`` if only some of the variables are set.
+    GPU tensors use NCCL, CPU tensors gloo. Raises ``RecipeError`` if only some of the variables are set, and
+    ``LaunchError`` if the processes do not find each other or do not fit together.
     """
     if _active() or number("WORLD_SIZE", 1, least=1) < 2:
         yield
@@ -53,7 +57,7 @@ def launched() -> Iterator[None]:
         number(variable, 0)
     if torch.cuda.is_available():
         torch.cuda.set_device(local_device())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    join("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield
     finally:
@@ -118,6 +122,12 @@ def of_all_ranks(value: Any) -> list[Any]:
     values: list[Any] = [None] * world()
     dist.all_gather_object(values, value)
     return values
+
+
+def check_agreement(values: Mapping[str, Any], remedy: str) -> None:
+    """Raise ``LaunchError``, on every rank, unless all have the same ``values``; ``remedy`` ends it."""
+    if world() > 1:
+        check_same(of_all_ranks((platform.node(), dict(values))), remedy)
 
 
 def wrap(method: Method) -> nn.Module:

@@ -9,6 +9,13 @@ import numpy
 import torch
 
 
+def seed_generators(seed: int, rank: int = 0) -> None:
+    """Seed the generators of ``get_random_state``; each rank draws different numbers."""
+    torch.manual_seed(seed + 2**32 * rank)
+    numpy.random.seed([seed, rank])
+    random.seed(f"{seed} {rank}")
+
+
 def get_random_state() -> dict[str, Any]:
     """State of torch (CPU and every CUDA device), NumPy's global generator and ``random``.
 

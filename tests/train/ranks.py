@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastkd.cli import main
 from fastkd.train import distributed
 
 WORLD = 2
@@ -50,6 +53,38 @@ def finish(processes: list[Any]) -> list[int]:
     for process in processes:
         process.join(timeout=120)
     return [process.exitcode for process in processes]
+
+
+def launch(ranks: int, folder: Path, arguments: list[str]) -> list[int]:
+    """Run `fastkd train` in ``folder``; returns the exit statuses."""
+    return finish(start(ranks, in_folder, str(folder), arguments))
+
+
+def in_folder(folder: str, arguments: list[str]) -> int:
+    os.chdir(folder)
+    return main(["train", *arguments])
+
+
+def steps_done(run: Path, per_epoch: int = 4) -> int:
+    """The number of epochs and steps in the newest state, in steps."""
+    try:
+        state = torch.load(run / "last.pt", weights_only=True)
+    except (OSError, RuntimeError, EOFError):  # not there yet
+        return 0
+    position = state["position"]
+    return per_epoch * len(state["history"]) + (position["meter"]["steps"] if position else 0)
+
+
+def kill_after(steps: int, run: Path, processes: list[Any]) -> None:
+    """SIGKILL all processes once the state of ``run`` has this many steps."""
+    deadline = time.monotonic() + 60
+    while steps_done(run) < steps:
+        assert time.monotonic() < deadline, "no checkpoint came"
+        assert all(process.is_alive() for process in processes), "it ended before it was killed"
+        time.sleep(0.005)
+    for process in processes:
+        process.kill()
+    assert finish(processes) == [-signal.SIGKILL] * len(processes)
 
 
 def on_two_ranks(work: Callable[..., Any], folder: Path) -> list[Any]:

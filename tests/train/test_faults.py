@@ -27,7 +27,7 @@ from fastkd.train.run.folder import RunRecorder
 from fastkd.train.run.lock import locked
 from tests.data.image_trees import make_tree
 
-from .ranks import finish, start
+from .ranks import finish, in_folder, kill_after, launch, start, steps_done
 from .tiny import Loader, make_method
 
 RUN = Path("runs/fashion-mnist-student-001")
@@ -159,15 +159,7 @@ def test_sigkill_at_a_random_step(
     if options is SYNTHETIC:
         Path("whole/teachers").rename("runs/teachers")  # so that the student is killed
     steps = random.SystemRandom().randint(1, of // 2)  # not so late that it could end before
-    processes = start(ranks, in_folder, str(workplace), [*arguments, "--resume"])
-    deadline = time.monotonic() + 60
-    while steps_done(run) < steps:
-        assert time.monotonic() < deadline, "no checkpoint came"
-        assert all(process.is_alive() for process in processes), "it ended before it was killed"
-        time.sleep(0.005)
-    for process in processes:
-        process.kill()
-    assert finish(processes) == [-signal.SIGKILL] * ranks
+    kill_after(steps, run, start(ranks, in_folder, str(workplace), [*arguments, "--resume"]))
     assert 0 < steps_done(run) < of
     assert not (run / "summary.json").exists()
     assert launch(ranks, workplace, [*arguments, "--resume"]) == [0] * ranks
@@ -178,25 +170,6 @@ def test_sigkill_at_a_random_step(
         "`--resume` ends with the same bits as a run that was never killed",
         "resumed and ended with the same bits; the stale lock did not block the restart",
     )
-
-
-def steps_done(run: Path) -> int:
-    """The number of epochs and steps in the newest state."""
-    try:
-        state = torch.load(run / "last.pt", weights_only=True)
-    except (OSError, RuntimeError, EOFError):  # not there yet
-        return 0
-    position = state["position"]
-    return 4 * len(state["history"]) + (position["meter"]["steps"] if position else 0)
-
-
-def launch(ranks: int, folder: Path, arguments: list[str]) -> list[int]:
-    return finish(start(ranks, in_folder, str(folder), arguments))
-
-
-def in_folder(folder: str, arguments: list[str]) -> int:
-    os.chdir(folder)
-    return main(["train", *arguments])
 
 
 def truncate(path: Path) -> None:

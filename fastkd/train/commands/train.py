@@ -99,6 +99,7 @@ def _run_launched(args: argparse.Namespace) -> int:
     from fastkd.recipe.schema import load_recipe, without_effect
     from fastkd.train import distributed
     from fastkd.train.display.console import make_console
+    from fastkd.train.run.agreement import check_command
     from fastkd.train.run.folder import find_run
     from fastkd.train.run.seeds import is_seed_group, seed_count
 
@@ -120,6 +121,7 @@ def _run_launched(args: argparse.Namespace) -> int:
                 f"--resume {folder}: a group of seeds; extend each run on its own, --resume {folder}/seed-0 …"
             )
         name, recipe = load_recipe(str(folder / "recipe.yaml"), args.words)
+        check_command(args, recipe)
         # Teachers are stored beside the runs that use them.
         runs = folder.parent
         count = seed_count(folder) if is_seed_group(folder) else None
@@ -127,6 +129,7 @@ def _run_launched(args: argparse.Namespace) -> int:
             runs = runs.parent
     else:
         name, recipe = load_recipe(_recipe_of(args.words), args.words[1:])
+        check_command(args, recipe)
         for note in without_effect(recipe, args.words[1:]):
             console.print(note, markup=False)
         if args.resume is not None:

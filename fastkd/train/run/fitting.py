@@ -20,6 +20,7 @@ from fastkd.train.display.console import ConsoleProgress
 from fastkd.train.display.loggers import with_loggers
 from fastkd.train.loop import FitResult, fit_method
 from fastkd.train.optimization import build_optimizer, build_scheduler
+from fastkd.train.random_state import seed_generators
 from fastkd.train.signals import StopSignals
 from fastkd.train.watcher import Shielded, Watcher
 
@@ -94,7 +95,7 @@ def fit_in_folder(
         )
     # Every rank has the same weights, but draws different dropout masks.
     if distributed.rank():
-        torch.manual_seed(optimization.seed + 2**32 * distributed.rank())
+        seed_generators(optimization.seed, distributed.rank())
     with StopSignals() as stop:
         return fit_method(
             method,

@@ -17,8 +17,10 @@ from fastkd.files.sealed import short_digest_of
 from fastkd.recipe.sections import Recipe
 from fastkd.train import distributed
 from fastkd.train.display.loggers import require_loggers
+from fastkd.train.random_state import seed_generators
 from fastkd.train.signals import StopSignals
 
+from .agreement import check_content, check_folder, check_state
 from .build import build_method, build_network, resolve_device, synchronised, try_method
 from .fitting import fit_in_folder, owned, read_state
 from .folder import create_run_folder, write_facts, write_json, write_recipe
@@ -91,12 +93,15 @@ def run_recipe(
     try:
         ready = prepare(name, recipe, console)
         device, data, cache, teacher = ready.device, ready.data, ready.cache, ready.teacher
+        made_by = teacher_hash(recipe, data, teacher, cache)
+        known_as = identity(recipe, short_digest_of(data.fingerprint), made_by)
+        check_content(data, made_by)
         if folder is None:
             folder = distributed.from_first(create_run_folder(runs, name) if distributed.is_first() else None)
+        check_folder(folder)
         with StopSignals(), owned(folder):
-            made_by = teacher_hash(recipe, data, teacher, cache)
-            known_as = identity(recipe, short_digest_of(data.fingerprint), made_by)
             resume = read_state(folder, "student", console)
+            check_state(resume)
             for note in check_recipe(resume, known_as, recipe, folder) if resume else ():
                 console.print(note, markup=False)
             if distributed.is_first():
@@ -161,7 +166,7 @@ def _distil(
 ) -> dict[str, Any]:
     """Train the student and write the summary."""
     # Seeded here, so that the student does not depend on whether the teacher was trained or loaded.
-    torch.manual_seed(recipe.train.seed)
+    seed_generators(recipe.train.seed)
     student = build_network(recipe.student, data).to(device)
     if recipe.train.sync_batchnorm:
         student = synchronised(student)

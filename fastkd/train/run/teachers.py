@@ -18,6 +18,7 @@ from fastkd.files.sealed import short_digest_of
 from fastkd.recipe.sections import Optimization, Recipe, Teacher
 from fastkd.train import distributed
 from fastkd.train.evaluation import ACCURACIES, evaluate_rows
+from fastkd.train.random_state import seed_generators
 
 from .build import build_network, tried
 from .cache_stores import TopKStore
@@ -138,7 +139,7 @@ def own_teacher(
     settings, label = _settings_of(config), label_of(config)
     folder = folder_of(config, data, runs)
     path = folder / "teacher.pt"
-    torch.manual_seed(config.seed)
+    seed_generators(config.seed)
     model = build_network(config, data)
     if not distributed.from_first(path.exists()):
         make_folder(folder)
