@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -80,9 +81,47 @@ def no_disk_for_the_index() -> str:
             index.WORTH_KEEPING = before[1]
             os.environ.pop("FASTKD_CACHE") if before[0] is None else os.environ.update(FASTKD_CACHE=before[0])
         assert [path.name for path in Path("cache").iterdir()] == ["filler"]
-    notes = [line.strip() for line in out.splitlines() if "No space left" in line]
+    notes = re.findall(r"every start finds .*?No space left on device", " ".join(out.split()))
     assert len(notes) == 2, out
     return f"trained; noted: {notes[0]}"
+
+
+def in_shell(prepare: str, *words: str, status: int = 2) -> str:
+    """The message of a training after ``prepare``, in a mount namespace of its own."""
+    tree()
+    command = [
+        "unshare",
+        "--mount",
+        "sh",
+        "-c",
+        f'{prepare} && exec "$@"',
+        "sh",
+        sys.executable,
+        "-m",
+        "fastkd",
+    ]
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
+        raise NotTriedError("no mount namespace may be made here")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, "train", *FILES, *words], env=environment, capture_output=True, text=True, timeout=SECONDS
+    )
+    assert done.returncode == status, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("fastkd: error: ")]
+    return line.removeprefix("fastkd: error: ").replace(os.getcwd() + "/", "")
+
+
+def little_shared_memory() -> str:
+    found = in_shell("mount -t tmpfs -o size=64k tmpfs /dev/shm", "data.workers=2", "data.size=160")
+    assert "/dev/shm is too small" in found
+    return found
+
+
+def few_open_files() -> str:
+    found = in_shell("ulimit -n 24", "data.workers=8")
+    assert "data.workers = 8" in found
+    assert "Too many open files" in found
+    return found
 
 
 LIMITS: list[Row] = [
@@ -99,5 +138,7 @@ LIMITS: list[Row] = [
         "refused by folder",
         unreadable("tree/train/a", "Permission denied", "tree/train"),
     ),
+    ("a `/dev/shm` of 64 kB and two workers", "ends, with what to do", little_shared_memory),
+    ("`ulimit -n 24` and eight workers", "ends, with what to do", few_open_files),
     ("the disk is full when the index is kept", "trained, with a note", no_disk_for_the_index),
 ]
