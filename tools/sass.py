@@ -29,7 +29,7 @@ class Pass(NamedTuple):
     barriers: int
     shuffles: int
     loaded: int  # bytes of global memory
-    width: int  # bytes of the narrowest load, single ones (of a label's logit) aside
+    width: int  # bytes of the narrowest load, those of a label and its logits (less than a quarter) aside
 
 
 def disassembled(cubin: bytes) -> str:
@@ -63,10 +63,8 @@ def passes_of(cubin: bytes) -> list[Pass]:
 def _pass(names: list[str]) -> Pass:
     kinds = Counter(name.partition(".")[0] for name in names)
     loads = [_width(name) for name in names if name.startswith("LDG")]
-    repeated = [width for width, number in Counter(loads).items() if number > 1]
-    return Pass(
-        len(names), kinds["MUFU"], kinds["BAR"], kinds["SHFL"], sum(loads), min(repeated or loads or [0])
-    )
+    bulk = [width for width, number in Counter(loads).items() if 4 * width * number >= sum(loads)]
+    return Pass(len(names), kinds["MUFU"], kinds["BAR"], kinds["SHFL"], sum(loads), min(bulk, default=0))
 
 
 def _width(name: str) -> int:
