@@ -129,8 +129,10 @@ def _unfit(reason: str) -> CheckpointError:
 def _check_position(state: Mapping[str, Any], epochs: int, batches: int | None) -> None:
     history, position = state["history"], state.get("position")
     for record in history:
-        if not isinstance(record.get("val_accuracy", 0.0), Number):
-            raise _unfit(f"its history has a record with val_accuracy {record['val_accuracy']!r}")
+        # Without validation there is no val_accuracy.
+        for name, value in (("lr", record["lr"]), ("val_accuracy", record.get("val_accuracy", 0.0))):
+            if not isinstance(value, Number):
+                raise _unfit(f"its history has a record with {name} {value!r}")
     if len(history) + bool(position) > epochs:
         begun = f", epoch {len(history) + 1} is begun" if position else ""
         raise _unfit(f"it has {len(history)} epochs{begun}, but epochs = {epochs}")

@@ -62,4 +62,6 @@ def test_its_numpy_transform_on_photographs(tmp_path: Path) -> None:
         ours = transform(Image.open(tmp_path / "photo.png"))
         theirs = names["prepared"](tmp_path / "photo.png", transform.model_dump())
         assert theirs.dtype == np.float32
-        torch.testing.assert_close(torch.from_numpy(theirs)[0], ours, rtol=0, atol=1e-5)
+        # Pillow's bilinear scaling and torch's differ by at most one level.
+        levels = (torch.from_numpy(theirs)[0] - ours) * torch.tensor(transform.std)[:, None, None] * 255
+        assert levels.abs().max() < 1.01
