@@ -31,8 +31,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fastkd.bench.command import positive
 from fastkd.bench.protocol import make_clock, percentile
+from fastkd.bench.report import table
 from fastkd.bench.results import ResultFileError, Writer, header, read
-from fastkd.bench.sections import table, write_section
+from fastkd.bench.sections import write_section
 from fastkd.distill import find_method
 from fastkd.models import build_model
 from fastkd.train.precision import autocast

@@ -32,6 +32,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from fastkd.bench.report import table
 from fastkd.bench.results import Record, Writer, header, read
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -173,7 +174,7 @@ def measure(args: argparse.Namespace) -> Iterator[Record]:
     shutil.rmtree(work)
 
 
-def table(paths: list[Path]) -> None:
+def print_table(paths: list[Path]) -> None:
     """The Markdown table of result files, one column each."""
     rows: dict[str, list[str]] = {}
     for path in paths:
@@ -188,7 +189,7 @@ def table(paths: list[Path]) -> None:
                 cells[f"{what}: CPU seconds of that, per rank"] = cpu
         sizes = [record for record in records if record["kind"] == "index_memory"]
         for when, record in (("at the start", sizes[0]), ("at the end", sizes[-1])):
-            share = f"{when} ({record['step'] / record['steps']:.0%} of the epoch)".replace("%", " %")
+            share = f"{record['step'] / record['steps']:.0%} of the epoch".replace("%", " %")
             cells[f"MB that a data worker does not share, {when}: median, largest"] = (
                 f"{record['worker_mb']:.0f}, {record['worker_mb_max']:.0f} ({share})"
             )
@@ -198,11 +199,8 @@ def table(paths: list[Path]) -> None:
         cells["load of the machine at the start"] = str(about["load"])
         for name, cell in cells.items():
             rows.setdefault(name, []).append(cell)
-    head, *others = rows.items()
-    print("|", " | ".join([head[0], *head[1]]), "|")
-    print("|---" * (len(paths) + 1) + "|")
-    for name, row in others:
-        print("|", " | ".join([name, *row]), "|")
+    head, *others = ([name, *row] for name, row in rows.items())
+    print(table(head, others))
 
 
 def main() -> None:
@@ -219,7 +217,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="side of the images")
     args = parser.parse_args()
     if args.table:
-        table(args.table)
+        print_table(args.table)
         return
     if args.root is None or args.output is None:
         parser.error("a folder and --output, or --table, are needed")

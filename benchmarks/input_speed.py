@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fastkd.bench.command import positive
 from fastkd.bench.protocol import percentile
+from fastkd.bench.report import table
 from fastkd.bench.results import Record, Writer, header, read
 from fastkd.data.files import load_file_data
 from fastkd.data.transforms import IMAGENET_MEAN, IMAGENET_STD
@@ -128,18 +129,17 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, str], list[Record]]:
     return missing, records
 
 
-def table(paths: list[Path]) -> None:
+def print_table(paths: list[Path]) -> None:
     """The Markdown table of result files."""
-    print("| | images per second and core | p20 to p80 | over torchvision |\n|---|---|---|---|")
+    rows = []
     for path in paths:
         about, records = read(path)
         what = "validation" if about["settings"]["val"] else "training"
         for record in records:
             spread = f"{record['p20']:.0f} to {record['p80']:.0f}"
-            print(
-                f"| {what}, {record['variant']} | {record['images_per_cpu_second']:.0f} | {spread} "
-                f"| {record['over_torchvision']:.2f} |"
-            )
+            speed = f"{record['images_per_cpu_second']:.0f}"
+            rows.append([f"{what}, {record['variant']}", speed, spread, f"{record['over_torchvision']:.2f}"])
+    print(table(["", "images per second and core", "p20 to p80", "over torchvision"], rows))
 
 
 def main() -> None:
@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--turns", type=positive, default=5)
     args = parser.parse_args()
     if args.table:
-        table(args.table)
+        print_table(args.table)
         return
     if args.root is None or args.output is None:
         parser.error("a folder and --output, or --table, are needed")

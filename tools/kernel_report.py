@@ -25,6 +25,7 @@ import jit_launches
 import sass
 import triton
 
+from fastkd.bench.report import table
 from fastkd.ops.spec import Needs
 
 BASELINES = Path(__file__).parent / "kernel_baselines.json"
@@ -94,7 +95,7 @@ def compiled(loss: str, path: str, target: str) -> Kernel:
     return Kernel(loss, path, used["REG"], used["STACK"] + used["LOCAL"], resident, passes, elements)
 
 
-def row(kernel: Kernel, recorded: float | None) -> str:
+def row(kernel: Kernel, recorded: float | None) -> list[str]:
     share = min(1.0, INSTRUCTIONS_AT_FLOOR / kernel.instructions)
     cells = [
         kernel.loss, kernel.registers, kernel.spilled or "", kernel.warps,
@@ -103,14 +104,13 @@ def row(kernel: Kernel, recorded: float | None) -> str:
         min(one.width for one in kernel.passes), "" if kernel.exchanges is None else kernel.exchanges,
         f"{share:.0%}",
     ]  # fmt: skip
-    return "| " + " | ".join(map(str, cells)) + " |"
+    return [str(cell) for cell in cells]
 
 
 COLUMNS = (
     "loss", "registers", "spilled bytes", "warps", "instructions per pass", "sum", "before", "special",
     "load, bytes", "exchanges", "issue",
 )  # fmt: skip
-HEADER = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
 
 INTRODUCTION = """\
 # What the Triton kernels do per element
@@ -143,16 +143,18 @@ def report() -> str:
     text = [INTRODUCTION.format(release=triton.__version__, today=date.today(), budgets=budgets)]
     for path in PATHS:
         for target in ("sm_80", "sm_90", "sm_100"):
-            text += [f"## {path.replace('C', 'Classes:')}, {target}", "", HEADER]
-            for loss in jit_launches.LOSSES:
-                recorded = before.get(f"{loss}, {path}") if target == "sm_90" else None
-                text.append(row(compiled(loss, path, target), recorded))
-            text.append("")
-    text += ["## gfx942", "", "| loss | classes | vector registers | spilled |", "|---|---|---|---|"]
+            recorded = before if target == "sm_90" else {}
+            rows = [
+                row(compiled(loss, path, target), recorded.get(f"{loss}, {path}"))
+                for loss in jit_launches.LOSSES
+            ]
+            text += [f"## {path.replace('C', 'Classes:')}, {target}", "", table(COLUMNS, rows), ""]
+    rows = []
     for loss in jit_launches.LOSSES:
         for path in PATHS:
             registers, spilled = on_amd(loss, path)
-            text.append(f"| {loss} | {path.partition(' ')[2]} | {registers} | {spilled or ''} |")
+            rows.append([loss, path.partition(" ")[2], str(registers), str(spilled or "")])
+    text += ["## gfx942", "", table(["loss", "classes", "vector registers", "spilled"], rows)]
     return "\n".join(text) + "\n"
 
 

@@ -30,7 +30,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fastkd.bench.sections import measured_on, table, write_section
+from fastkd.bench.report import table
+from fastkd.bench.sections import measured_on, write_section
 from fastkd.models import build_model
 from fastkd.train.run.checkpoint import load_checkpoint
 

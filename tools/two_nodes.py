@@ -33,7 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from kill_and_resume import NETWORKS, ROOT, compare_runs, make_teacher
 from make_imagefolder import make_tree
 
-from fastkd.bench.sections import measured_on, table, write_section
+from fastkd.bench.report import table
+from fastkd.bench.sections import measured_on, write_section
 
 PORT = 29500
 JOIN = 8  # seconds of FASTKD_JOIN_TIMEOUT

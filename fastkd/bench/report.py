@@ -52,7 +52,7 @@ def _run_section(name: str, header: dict[str, Any], records: list[Record], folde
     if steps:
         parts += ["### Training steps\n", step_table(steps), step_words(steps)]
     if layers:
-        parts += ["### Losses of linear layers\n", table(*forms.table_of(layers))]
+        parts += ["### Losses of linear layers\n", table(*forms.table_of(layers)) + "\n"]
     parts.append(_left_out(header, records))
     parts += _pictures(header, measured, steps, folder, stem)
     return "\n".join(parts)
@@ -104,7 +104,7 @@ def loss_table(rows: Sequence[Record]) -> str:
         cells.append(", ".join(_megabytes(case.get(name)) for name in ["fastkd", *others]))
         cells.append("the time" if ours["host_us"] is None else f"{ours['host_us']:.0f}")
         lines.append(cells)
-    return table(columns, lines)
+    return table(columns, lines) + "\n"
 
 
 def peer_wins(rows: Sequence[Record]) -> str:
@@ -127,7 +127,7 @@ def step_table(steps: Sequence[Record]) -> str:
         cells = [f"{record['step']}, batch {record['batch']}", record["variant"], _time(record)]
         cells += [f"{value:.2f}" for value in record["split_ms"].values()]
         lines.append([*cells, f"{record['loss_share']:.1%}"])
-    return table(columns, lines)
+    return table(columns, lines) + "\n"
 
 
 def step_words(steps: Sequence[Record]) -> str:
@@ -161,8 +161,9 @@ def _left_out(header: dict[str, Any], records: Iterable[Record]) -> str:
 
 
 def table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
     rows = [columns, ["---"] * len(columns), *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def _cases(rows: Iterable[Record]) -> list[dict[str, Record]]:

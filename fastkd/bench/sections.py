@@ -36,9 +36,3 @@ def measured_on(device: str = "cpu") -> str:
         f"{device_name(device)}{cores}, torch {torch.__version__}, Python {platform.python_version()}, "
         f"fastkd {__version__}, {date.today()}"
     )
-
-
-def table(columns: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -57,9 +57,7 @@ class ValidationTransform(Section):
         return self
 
     def __call__(self, image: Any) -> Tensor:
-        if isinstance(image, Tensor):
-            return self._normalized(self._sized(image))
-        return self._normalized(self._pixels(image))
+        return self._normalized(self._sized(image if isinstance(image, Tensor) else self._pixels(image)))
 
     def _normalized(self, pixels: Tensor) -> Tensor:
         batch = pixels if pixels.dim() == 4 else pixels[None]
@@ -77,8 +75,9 @@ class ValidationTransform(Section):
         return central_crop(self.crop, self.resize)(image)
 
     def _pixels(self, image: Any) -> Tensor:
-        """uint8 ``[C, crop, crop]`` of a PIL image."""
+        """uint8 ``[C, H, W]`` of a PIL image."""
         from PIL import Image
+        from torchvision.transforms.v2.functional import pil_to_tensor
 
         if not isinstance(image, Image.Image):
             raise TypeError(
@@ -89,7 +88,6 @@ class ValidationTransform(Section):
                 f"image is a PIL image, but the network takes {self.channels} channels; expected a uint8 "
                 f"tensor [{self.channels}, H, W]"
             )
-        from torchvision.transforms.v2 import functional
-
         image = to_rgb(image)
-        return self._sized(functional.pil_to_tensor(image.convert("L") if self.channels == 1 else image))
+        pixels: Tensor = pil_to_tensor(image.convert("L") if self.channels == 1 else image)
+        return pixels

@@ -273,4 +273,5 @@ def test_peak_memory():
     clock = make_clock("cpu")
     chunk, logits, gradients = 4 * 32 * classes, 4 * rows * classes, 4 * width * (rows + classes)
     assert peak(lambda form: form) < 3 * chunk + gradients + 2**16
-    assert peak(lambda form: form.dense()) > 2.5 * logits
+    # A step frees the gradients of the one before.
+    assert peak(lambda form: form.dense()) > 3 * logits - gradients

@@ -243,16 +243,20 @@ def test_no_worse_than_eager(name, classes):
         assert mean_square(error) <= 3 * mean_square(eager) + floor, regime
 
 
-@pytest.mark.parametrize("name", ["kd-t1", "reverse-kl", "jsd", "dkd", "nkd"])
-def test_a_common_offset_has_no_effect(name):
-    """32,000 classes, near equality, the teacher 1000 above the student; eager's DKD is 2e-3 to 2e-2 off."""
+@pytest.mark.parametrize(
+    ("name", "loss_error"),
+    # Of eager 2e-3 to 2e-2 with DKD.
+    [("kd-t1", 2e-3), ("reverse-kl", 2e-3), ("jsd", 2e-3), ("dkd", 4e-3), ("nkd", 2e-3)],
+)
+def test_a_common_offset_has_no_effect(name, loss_error):
+    """32,000 classes, near equality, the teacher 1000 above the student."""
     student = 3 * torch.randn(2, 32_000, device=DEVICE)
     teacher = student + 0.03 * torch.randn_like(student) + 1000
     target = labels(2, 32_000)
     assert_close(
         kernel(name, student, teacher, target),
         reference_in(torch.float64, name, student, teacher, target),
-        4e-3,
+        loss_error,
         1e-4,
     )
 

@@ -28,7 +28,7 @@ from fastkd.ops.triton.statistics import (
     load_moments,
     load_statistics,
     log_ratios,
-    moments_of,
+    moments_of_both,
     slope_of_moments,
     statistics_of,
     store_partial,
@@ -151,14 +151,11 @@ def softmax_block(
 
     if PHASE == MOMENTS:
         pointer = moments_pointer + partial * (2 * MOMENTS_WIDTH)
-        moments_s = moments_of(
-            rows.student, student, classes, read, first_tile, end_tile, ROWS, TILE, ONE_TILE, LANE, VECTOR
+        moments = moments_of_both(
+            rows, student, teacher, classes, read, first_tile, end_tile, ROWS, TILE, ONE_TILE, LANE, VECTOR
         )
-        store_partial(pointer, moments_s, exists)
-        moments_t = moments_of(
-            rows.teacher, teacher, classes, read, first_tile, end_tile, ROWS, TILE, ONE_TILE, LANE, VECTOR
-        )
-        store_partial(pointer + MOMENTS_WIDTH, moments_t, exists)
+        store_partial(pointer, moments.student, exists)
+        store_partial(pointer + MOMENTS_WIDTH, moments.teacher, exists)
     else:
         label = tl.full((ROWS, 1), -1, tl.int32)
         label_s = tl.zeros((ROWS, 1), tl.float32)
@@ -177,24 +174,20 @@ def softmax_block(
         label_above_mean = 0.0
         if STANDARDIZED & NEEDS:
             if PHASE == WHOLE:
-                moments_s = moments_of(
-                    rows.student, student, classes, read, first_tile, end_tile, ROWS, TILE, ONE_TILE, LANE,
-                    VECTOR,
-                )  # fmt: skip
-                moments_t = moments_of(
-                    rows.teacher, teacher, classes, read, first_tile, end_tile, ROWS, TILE, ONE_TILE, LANE,
+                moments = moments_of_both(
+                    rows, student, teacher, classes, read, first_tile, end_tile, ROWS, TILE, ONE_TILE, LANE,
                     VECTOR,
                 )  # fmt: skip
             else:
                 row_moments = moments_pointer + result * parts * (2 * MOMENTS_WIDTH)
-                moments_s = load_moments(row_moments, parts, PARTS)
-                moments_t = load_moments(row_moments + MOMENTS_WIDTH, parts, PARTS)
-            slope_s, deviation = slope_of_moments(moments_s, numbers[0])
-            slope_t, _ = slope_of_moments(moments_t, numbers[0])
+                of_student = load_moments(row_moments, parts, PARTS)
+                moments = Pair(of_student, load_moments(row_moments + MOMENTS_WIDTH, parts, PARTS))
+            slope_s, deviation = slope_of_moments(moments.student, numbers[0])
+            slope_t, _ = slope_of_moments(moments.teacher, numbers[0])
             slopes = Pair(slope_s, slope_t)
             base = base_of_rows(rows.student, classes, read, ROWS)
-            centre = (base, moments_s.mean)
-            label_above_mean = (label_s - base) - moments_s.mean
+            centre = (base, moments.student.mean)
+            label_above_mean = (label_s - base) - moments.student.mean
 
         if LABELLED & NEEDS and ONE_TILE:
             at_label = columns == label

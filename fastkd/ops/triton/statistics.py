@@ -110,7 +110,7 @@ def base_of_rows(rows, classes, exists, ROWS: tl.constexpr):
 
 @triton.jit
 def moments_of(rows, logits, classes, exists, first_tile, end_tile, ROWS: tl.constexpr, TILE: tl.constexpr,
-               ONE_TILE: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):  # fmt: skip
+               ONE_TILE: tl.constexpr, LANE: tl.constexpr, VECTOR: tl.constexpr):  # fmt: skip
     """Moments of tiles ``first_tile`` to ``end_tile``, or of the rows' only tile, ``logits``."""
     base = base_of_rows(rows, classes, exists, ROWS)
     if ONE_TILE:
@@ -123,7 +123,7 @@ def moments_of(rows, logits, classes, exists, first_tile, end_tile, ROWS: tl.con
     else:
         # Each lane's deviations are from its own first logit, which has the row's mean within a few
         # deviations: the difference of the squares loses little.
-        first, columns = lane_columns(ROWS, TILE, LANES, VECTOR)
+        first, columns = lane_columns(ROWS, TILE, LANE, VECTOR)
         own = load_logits(rows, first_tile * TILE + first, classes, exists, "evict_last")
         total = tl.zeros_like(own)
         squares = tl.zeros_like(own)
@@ -139,6 +139,20 @@ def moments_of(rows, logits, classes, exists, first_tile, end_tile, ROWS: tl.con
         some = tl.maximum(count, 1.0)
         mean = tl.where(count > 0, (own - base) + total / some, 0.0)
         return combine_moments(Moments(mean, squares - total * (total / some), count))
+
+
+@triton.jit
+def moments_of_both(
+    rows, student, teacher, classes, exists, first_tile, end_tile,
+    ROWS: tl.constexpr, TILE: tl.constexpr, ONE_TILE: tl.constexpr, LANE: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    of_student = moments_of(
+        rows.student, student, classes, exists, first_tile, end_tile, ROWS, TILE, ONE_TILE, LANE, VECTOR
+    )
+    of_teacher = moments_of(
+        rows.teacher, teacher, classes, exists, first_tile, end_tile, ROWS, TILE, ONE_TILE, LANE, VECTOR
+    )
+    return Pair(of_student, of_teacher)
 
 
 @triton.jit
@@ -293,7 +307,7 @@ def statistics_of(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     ONE_TILE: tl.constexpr,
-    LANES: tl.constexpr,
+    LANE: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
     """Statistics of tiles ``first_tile`` to ``end_tile`` of ``rows``, or of the only tile, ``student`` and
@@ -306,7 +320,7 @@ def statistics_of(
             student, teacher, columns, max_s, max_t, label, label_logit, classes, slopes, centre, NEEDS
         )
     else:
-        first, columns = lane_columns(ROWS, TILE, LANES, VECTOR)
+        first, columns = lane_columns(ROWS, TILE, LANE, VECTOR)
         zero = tl.zeros_like(first).to(tl.float32)
         lowest = zero + MASKED
         sums = Statistics(lowest, zero, zero, lowest, zero, zero, zero, zero, zero, zero)
