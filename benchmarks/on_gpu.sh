@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in about nine minutes: the tests with every kernel compiled,
-# `fastkd check`, the accuracy table, the benchmark suite, training steps, the trainer's throughput, the cost of each
-# method, the report.
+# Everything that needs a GPU, in a limited time: the tests with every kernel compiled, `fastkd check`, the
+# accuracy table, the benchmark suite, native beside Triton by shape, training steps, the trainer's throughput,
+# the cost of each method, the losses of linear layers, the report.
 #
-#     benchmarks/on_gpu.sh FOLDER
+#     benchmarks/on_gpu.sh FOLDER [SECONDS]           # 540 seconds unless said otherwise; 240 are enough for a look
 #
-# Run from the repository's root with torch and triton, pytest for the tests, and torchvision and pydantic for the
-# throughput; a missing package fails only its own part.
-# Results go to FOLDER, which must not exist yet. Commit FOLDER's .jsonl files under benchmarks/results/.
+# Run from the repository's root with torch and Triton; what a step lacks (pytest, torchvision, pydantic) fails that
+# step only. Correctness comes first and takes at most 40 % of the time; each step writes its own files, so that a
+# later failure or the end of the time loses nothing. Results go to FOLDER, which must not exist yet. Commit its
+# .jsonl files under benchmarks/results/.
 set -u
-out=${1:?usage: benchmarks/on_gpu.sh FOLDER}
+out=${1:?usage: benchmarks/on_gpu.sh FOLDER [SECONDS]}
+total=${2:-540}
 mkdir "$out" || exit 1
 export PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}." PYTHONUNBUFFERED=1
 
@@ -17,7 +19,7 @@ status=0
 run() { # run NAME SECONDS COMMAND...: with this time limit; output and exit status go to the folder
   local name=$1 limit=$2
   shift 2
-  timeout "$limit" "$@" > "$out/$name.txt" 2> "$out/$name.err"
+  timeout --signal INT --kill-after 10 "$limit" "$@" > "$out/$name.txt" 2> "$out/$name.err"
   echo $? > "$out/$name.status"
 }
 show() { # show NAME...: prints the end of each output, records failures in `status`
@@ -29,42 +31,55 @@ show() { # show NAME...: prints the end of each output, records failures in `sta
     [ "$code" = 0 ] || { status=1; echo "   failed, see $out/$name.err"; tail -n 5 "$out/$name.err"; }
   done
 }
-left() { # left SECOND: the time until this second of the script, at least ten
-  local rest=$(($1 - SECONDS))
-  echo $((rest > 10 ? rest : 10))
+until_share() { # until_share PERCENT: the seconds until this share of the time, at least five
+  local rest=$((total * $1 / 100 - SECONDS))
+  echo $((rest > 5 ? rest : 5))
+}
+bench() { # bench NAME PERCENT OPTION...: `fastkd bench` that starts no case after this share of the time
+  local name=$1 limit
+  limit=$(until_share "$2")
+  shift 2
+  run "$name" $((limit + 20)) python3 -m fastkd.bench --device cuda "$@" --time-limit "$limit" \
+    --output "$out/$name.jsonl"
+  show "$name"
 }
 
-# Correctness, in parallel: most of the time is compilation.
+# Correctness. Most of its time is compilation: in parallel, on as many processes as there are cores.
+cores=$(nproc)
+spread=()
+python3 -c "import xdist" 2> /dev/null && spread=(-n $((cores > 3 ? cores - 3 : 1)) --dist worksteal)
+limit=$(until_share 40)
 run doctor 60 python3 -c "from fastkd import doctor; print(doctor.report())" &
-run check 200 python3 -m fastkd.check &
-run accuracy 200 python3 benchmarks/accuracy.py &
-run tests 200 python3 -m pytest tests/losses/test_losses.py tests/losses/test_linear.py tests/losses/test_centering.py \
-  tests/ops/test_operators.py tests/ops/test_aliasing.py -q -p no:warnings -k cuda &
+OMP_NUM_THREADS=1 run check "$limit" python3 -m fastkd.check &
+OMP_NUM_THREADS=1 run accuracy "$limit" python3 benchmarks/accuracy.py &
+# The tests whose names say that they run on a GPU, and those of the launcher, which do wherever there is one.
+OMP_NUM_THREADS=1 run tests "$limit" python3 -m pytest tests/losses tests/ops -q "${spread[@]}" \
+  --ignore tests/ops/test_cuda_kernels.py --ignore tests/ops/test_cuda_top_k.py \
+  -k "native-cuda or triton-cuda or test_cuda_ or test_triton_launch or test_triton_top_k" &
 wait
 show doctor check accuracy tests
 
-# Timings, one at a time. First the most common cases, with torch.compile; then every case without it, because compiling
-# all of them would take half an hour.
-run suite "$(left 360)" python3 -m fastkd.bench --device cuda --dtypes bfloat16 --passes forward+backward \
-  --shapes 256x1000 8192x1000 128x21841 2048x131072 256x1000000 8192x131072 --seconds 0.3 \
-  --time-limit "$(left 320)" --output "$out/suite.jsonl"
-show suite
-run steps "$(left 400)" python3 -m fastkd.bench --device cuda --step --seconds 0.2 --output "$out/steps.jsonl"
+# Timings, one at a time. First the most common cases, with every peer; then native beside Triton at the shapes where
+# `auto` may choose between them (fastkd/ops/plan.py); then training; then every case without torch.compile, which
+# takes half an hour for all of them.
+bench suite 62 --dtypes bfloat16 --passes forward+backward --losses kd dkd binary-kl-norm ce-kd jsd \
+  --shapes 256x1000 8192x1000 8192x32768 2048x131072 256x1000000 --seconds 0.3
+bench paths 70 --dtypes bfloat16 --passes forward+backward --peers native triton \
+  --losses kd dkd ce-kd binary-kl-norm lskd jsd --seconds 0.1 \
+  --shapes 8192x32768 4096x131072 256x1000000 4x1000000 2048x21841 128x21841 64x131072 2048x8192 2048x4096 1024x100
+run steps "$(until_share 76)" python3 -m fastkd.bench --device cuda --step --seconds 0.2 --output "$out/steps.jsonl"
 show steps
-run throughput "$(left 475)" python3 benchmarks/throughput.py --device cuda --steps 30 --turns 5 \
+run throughput "$(until_share 86)" python3 benchmarks/throughput.py --device cuda --steps 30 --turns 5 \
   --output "$out/throughput.jsonl"
 show throughput
-run methods "$(left 500)" python3 benchmarks/cost_of_methods.py --device cuda --time-limit 12 --output "$out/methods.jsonl"
+run methods "$(until_share 90)" python3 benchmarks/cost_of_methods.py --device cuda \
+  --time-limit "$(until_share 89)" --output "$out/methods.jsonl"
 show methods
-run forms "$(left 525)" python3 -m fastkd.bench --device cuda --forms --losses kd ce --dtypes bfloat16 --seconds 0.1 \
-  --time-limit 15 --output "$out/forms.jsonl"
-show forms
-run all "$(left 540)" python3 -m fastkd.bench --device cuda --peers native triton eager liger quack \
-  --seconds 0.1 --time-limit "$(left 525)" --output "$out/all.jsonl"
-show all
+bench forms 94 --forms --losses kd ce --dtypes bfloat16 --seconds 0.1
+bench all 97 --peers native triton eager liger quack --seconds 0.1
 
 files=()
-for name in suite all steps forms; do
+for name in suite paths all steps forms; do
   [ -s "$out/$name.jsonl" ] && files+=("$out/$name.jsonl")
 done
 run report 60 python3 -m fastkd.bench --report "${files[@]}" --output "$out/report"

@@ -230,11 +230,9 @@ def _of_backend(
     """Return what the verdict's backend computes; None if it fails, which the verdict records."""
     options = {}
     if weight is not None:
-        moved_weight = weight.to(verdict.device)  # to a GPU without its strides
-        if moved_weight.stride() != weight.stride():
-            base = torch.empty(2 * len(weight), device=verdict.device)
-            moved_weight = base.as_strided(weight.shape, weight.stride()).copy_(weight)
-        options["weight"] = moved_weight
+        # With its strides, which a copy of the weights alone would lose.
+        memory = weight.as_strided((1 + (len(weight) - 1) * weight.stride(0),), (1,)).to(verdict.device)
+        options["weight"] = memory.as_strided(weight.shape, weight.stride())
     try:
         with fastkd.use_backend(verdict.backend):
             moved = [x.to(verdict.device) for x in inputs]

@@ -13,7 +13,7 @@ import torch
 from fastkd.losses.arguments import check_size
 from fastkd.ops import backend
 from fastkd.ops.chunks import chunk_rows_of
-from fastkd.ops.plan import ELEMENT_BYTES, Device, device_of, plan_rows
+from fastkd.ops.plan import ELEMENT_BYTES, Device, device_of, kind_of, plan_rows
 from fastkd.ops.spec import CASES, Family, Needs, needs_of
 from fastkd.ops.team_plan import WARP, TeamPlan, plan_team
 
@@ -130,8 +130,12 @@ class _Work(NamedTuple):
     """What a case asks of the row kernels."""
 
     family: Family
-    standardized: bool
+    kind: str  # of ops.plan
     reads: int  # models whose logits are read
+
+    @property
+    def standardized(self) -> bool:
+        return self.kind == "standardized"
 
 
 def _work_of(loss: str) -> _Work:
@@ -139,9 +143,9 @@ def _work_of(loss: str) -> _Work:
     if name not in CASES:
         raise ValueError(f"loss is {loss!r}; expected one of {', '.join(LOSSES)}")
     spec, case = CASES[name]
-    needs = needs_of(spec, tuple(case.options), False)
+    needs = needs_of(spec, tuple(case.options), case.labelled)
     reads = 2 if needs & Needs.DISTILLS else 1
-    return _Work(spec.family, bool(needs & Needs.STANDARDIZED), reads)
+    return _Work(spec.family, kind_of(spec.family, needs), reads)
 
 
 class _Path(NamedTuple):
@@ -201,7 +205,7 @@ def _cpu_path(work: _Work, rows: int, classes: int, dtype: torch.dtype) -> _Path
 
 
 def _triton_path(work: _Work, rows: int, classes: int, dtype: torch.dtype, device: Device) -> _Path:
-    plan = plan_rows(work.family, rows, classes, ELEMENT_BYTES[dtype], device, work.standardized)
+    plan = plan_rows(work.kind, rows, classes, ELEMENT_BYTES[dtype], device)
     if plan.parts > 1:
         sharing = f"{plan.parts} programs per row"
     elif plan.rows > 1:

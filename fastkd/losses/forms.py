@@ -151,10 +151,16 @@ class TopKLogits:
 Form: TypeAlias = Tensor | LinearLogits | TopKLogits  # the logits of one model
 
 
+# Asked here, because torch.compile of torch 2.10 and 2.11 cannot trace the question.
+AUTOCAST_DEVICES = frozenset(
+    filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu", "mps", "hpu", "mtia"))
+)
+
+
 def autocast_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype in which ``F.linear`` would use it here."""
     device = tensor.device.type
-    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    enabled = device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if enabled and tensor.dtype != torch.float64 else tensor.dtype
 
 

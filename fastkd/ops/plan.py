@@ -1,30 +1,19 @@
 """How the Triton kernels distribute a loss over tiles, warps and programs."""
 
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from fastkd.ops.spec import Family
+from fastkd.ops.spec import Family, Needs
 
-# The longest row that fits into the registers of one program, so that every logit is read once.
-RESIDENT_CLASSES = 8192
-# The same for standardised logits, whose moments and additional sums take registers too.
-RESIDENT_STANDARDIZED = 4096
-# Sixteen warps: with eight, the standardised losses spill registers on sm_80 (tools/compile_kernels.py).
-LONGEST_TILE = 4096
-STREAMED_WARPS = 16
-# Of these warps, on a multiprocessor: at 64 registers per thread (launch_options.py).
-STREAMED_PROGRAMS = 2
-# What a thread loads at once.
+# Rows shorter than this share a program of up to four warps.
+ELEMENTS_PER_PROGRAM = 512
+# What a load of a thread takes.
 LANE_BYTES = 16
-# Logits per warp; rows shorter than this share a program of up to four warps.
-ELEMENTS_PER_WARP = 512
 # Eight logits per thread: those of a wide load of half precision.
 KNOWN_TILE = 2048
 KNOWN_PER_WARP = 256
-# The fraction of the L2 cache that rows in flight may fill between their two passes.
-CACHE_SHARE = 0.6
 MAX_PARTS = 128
 
 ELEMENT_BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2, torch.float64: 8}
@@ -38,6 +27,46 @@ class Device(NamedTuple):
     capability: tuple[int, int] = (9, 0)
 
 
+class Kind(NamedTuple):
+    """How programs go through rows, as measured on an H200.
+
+    A row of at most ``longest`` classes is one tile; if ``resident``, it is read once and stays in registers.
+    Fewer logits per warp leave a larger share to what a warp does once per row; more leave too few warps on a
+    multiprocessor, for the arithmetic of labels and moments takes registers too. Longer rows are streamed:
+    two loads of each model per thread and tile spare instructions of the loop, where the registers suffice.
+    """
+
+    longest: int
+    resident: bool
+    per_warp: int  # logits of a row in one tile
+    warps: int  # of a program that streams rows
+    loads: int  # of a thread, per model and tile
+    registers: int  # per thread, at most
+    programs: int  # that fit on a multiprocessor with these
+
+
+KINDS = {
+    "softmax": Kind(8192, True, 1024, 8, 2, 80, 3),
+    "labelled": Kind(8192, True, 512, 8, 2, 80, 3),
+    "cross-entropy": Kind(8192, True, 512, 8, 1, 80, 3),
+    "standardized": Kind(4096, True, 512, 8, 2, 128, 2),
+    "mixture": Kind(4096, False, 256, 8, 1, 128, 2),
+    "pointwise": Kind(4096, False, 1024, 4, 2, 80, 6),
+    "scale": Kind(4096, False, 1024, 4, 2, 80, 6),
+}
+
+
+def kind_of(family: Family, needs: int) -> str:
+    """The kind of a loss's kernel, one of ``KINDS``."""
+    if family != "softmax":
+        return family
+    if needs & Needs.STANDARDIZED:
+        return "standardized"
+    if needs & Needs.CROSS_ENTROPY:
+        return "cross-entropy"
+    return "labelled" if needs & Needs.LABELLED else "softmax"
+
+
 class Plan(NamedTuple):
     """Launch dimensions of a Triton kernel; ``parts`` and ``programs`` do not change the compiled kernel."""
 
@@ -45,6 +74,7 @@ class Plan(NamedTuple):
     tile: int
     one_tile: bool
     warps: int
+    registers: int | None  # per thread, at most
     parts: int  # programs per row
     programs: int  # the most in the grid's first dimension, per pair
 
@@ -58,45 +88,29 @@ def device_of(device: torch.device) -> Device:
     return Device(properties.multi_processor_count, properties.L2_cache_size, capability)
 
 
-def plan_rows(
-    family: Family | Literal["scale"],
-    rows: int,
-    classes: int,
-    element_bytes: int,
-    device: Device,
-    standardized: bool = False,
-    pairs: int = 1,
-) -> Plan:
-    """The plan for ``rows`` rows of ``pairs`` pairs together: those that fit on chip are read once, longer
-    ones take two passes.
+def plan_rows(kind: str, rows: int, classes: int, element_bytes: int, device: Device, pairs: int = 1) -> Plan:
+    """The plan for ``rows`` rows of ``pairs`` pairs together; ``kind`` is one of ``KINDS``.
 
-    ``family`` is a loss's, or "scale" for the scaling of a gradient. The compiled kernel does not depend on
-    the number of rows.
+    The compiled kernel does not depend on the number of rows.
     """
-    resident = family == "softmax"
-    longest = RESIDENT_CLASSES if resident else LONGEST_TILE
-    if standardized:
-        longest = RESIDENT_STANDARDIZED
-    if classes <= longest:
+    of = KINDS[kind]
+    if kind == "cross-entropy" and device.capability >= (10, 0):
+        of = of._replace(registers=96, programs=2)  # ptxas needs more there (tools/compile_kernels.py)
+    if classes <= of.longest:
         tile = max(16, 1 << (classes - 1).bit_length())
-        rows_per_program = 1 if family == "scale" else max(1, ELEMENTS_PER_WARP // tile)
-        # Half as many logits per warp where a class needs more arithmetic, hence more registers.
-        per_warp = ELEMENTS_PER_WARP if resident else ELEMENTS_PER_WARP // 2
-        warps = min(4, rows_per_program) if rows_per_program > 1 else min(16, max(1, tile // per_warp))
-        return Plan(rows_per_program, tile, resident, warps, 1, rows)
-    # What each thread loads at once: more would need more registers.
-    tile = LANE_BYTES // element_bytes * 32 * STREAMED_WARPS
-    tiles = -(-classes // tile)
+        rows_per_program = 1 if kind == "scale" else max(1, ELEMENTS_PER_PROGRAM // tile)
+        warps = min(4, rows_per_program) if rows_per_program > 1 else max(1, tile // of.per_warp)
+        return Plan(rows_per_program, tile, of.resident, warps, None, 1, rows)
+    # As many rows at a time on each multiprocessor. More than stay in the L2 cache between two passes cost
+    # less than multiprocessors that wait.
+    programs = of.programs * device.multiprocessors
+    tile = of.loads * (LANE_BYTES // element_bytes) * 32 * of.warps
     parts = 1
     if rows < device.multiprocessors:
-        parts = min(tiles, MAX_PARTS, -(-2 * device.multiprocessors // max(rows, 1)))
-    # As many rows at a time as stay in the cache between two passes; if that leaves multiprocessors without a
-    # row, as many as are resident.
-    cached_rows = int(CACHE_SHARE * device.cache_bytes) // (2 * classes * element_bytes)
-    if cached_rows < device.multiprocessors:
-        cached_rows = STREAMED_PROGRAMS * device.multiprocessors
-    programs = max(1, cached_rows // pairs)
-    return Plan(1, tile, False, STREAMED_WARPS, parts, programs)
+        tiles = -(-classes // tile)
+        parts = min(tiles, MAX_PARTS, max(1, programs // max(rows, 1)))
+        parts = -(-tiles // -(-tiles // parts))  # of equal length
+    return Plan(1, tile, False, of.warps, of.registers, parts, max(1, programs // pairs))
 
 
 def plan_known(rows: int, classes: int, device: Device) -> Plan:
@@ -109,4 +123,4 @@ def plan_known(rows: int, classes: int, device: Device) -> Plan:
     warps = max(1, tile // KNOWN_PER_WARP)
     # Twice the programs that the device holds at 2,048 threads per multiprocessor.
     programs = 2 * device.multiprocessors * (2048 // (32 * warps))
-    return Plan(1, tile, False, warps, min(tiles, MAX_PARTS, max(1, -(-programs // rows))), rows)
+    return Plan(1, tile, False, warps, None, min(tiles, MAX_PARTS, max(1, -(-programs // rows))), rows)

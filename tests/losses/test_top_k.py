@@ -269,8 +269,9 @@ def test_without_the_rest_it_is_what_remains_of_1(fused):
     alone = TopKLogits(form.log_probs, form.indices, num_classes=CLASSES, temperature=4.0)
     torch.testing.assert_close(fastkd.kd_loss(student, alone), given, rtol=1e-4, atol=0)
     # Probabilities that fill float32's 1 leave the rest what float32 cannot tell from 0.
-    full = TopKLogits(torch.zeros(1, 1), torch.tensor([[3]]), num_classes=CLASSES, temperature=4.0)
-    value = fastkd.reverse_kl_loss(student[:1].cpu(), full.of(full.tensors.values()), temperature=4.0)
+    all_of_it, at = torch.zeros(1, 1, device=fused), torch.tensor([[3]], device=fused)
+    full = TopKLogits(all_of_it, at, num_classes=CLASSES, temperature=4.0)
+    value = fastkd.reverse_kl_loss(student[:1], full.of(full.tensors.values()), temperature=4.0)
     assert value < 20
 
 

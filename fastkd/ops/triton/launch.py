@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastkd.ops.call import Call, Outputs
-from fastkd.ops.plan import LANE_BYTES, MAX_PARTS, Plan, device_of, plan_rows
+from fastkd.ops.plan import LANE_BYTES, MAX_PARTS, Plan, device_of, kind_of, plan_rows
 from fastkd.ops.triton import formulas, mixture_rows, softmax_rows, statistics, top_k
 from fastkd.ops.triton.launch_options import common_vector, compile_options, on_device, row_strides
 from fastkd.ops.triton.pointwise_rows import pointwise_rows, scale_rows
@@ -24,7 +24,7 @@ def row_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call,
     standardized = bool(needs & statistics.STANDARDIZED.value)
     device, pairs = device_of(student.device), len(students)
     element_bytes = max(student.element_size(), teacher.element_size())
-    plan = plan_rows(spec.family, rows.shape[0], classes, element_bytes, device, standardized, pairs)
+    plan = plan_rows(kind_of(spec.family, needs), rows.shape[0], classes, element_bytes, device, pairs)
     blocks = -(-count // plan.rows)
     grid = (min(blocks, plan.programs), plan.parts, pairs)
     logits = (tuple(students), tuple(teachers))
@@ -65,13 +65,10 @@ def row_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call,
                 mixture_rows.mixture_rows[grid](
                     *logits, weight, rows, to_gradient, totals, sums, values,
                     count, inner_rows, blocks, plan.parts, classes, *strides, *common, **fixed,
-                    PHASE=phase, PARTS=MAX_PARTS, **compile_options(plan, many_registers=True),
+                    PHASE=phase, PARTS=MAX_PARTS, **compile_options(plan),
                 )  # fmt: skip
             return
         label = call.target if needs & statistics.LABELLED.value else None
-        many_registers = standardized or (plan.one_tile and label is not None)
-        # ptxas needs more for these (tools/compile_kernels.py).
-        many_registers |= device.capability >= (10, 0) and bool(needs & statistics.CROSS_ENTROPY.value)
         moments = partials(rows, plan, 2 * statistics.MOMENTS_WIDTH.value)
         for phase in softmax_phases(plan, standardized):
             softmax_rows.softmax_rows[grid](
@@ -80,7 +77,7 @@ def row_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call,
                 count, inner_rows, blocks, plan.parts, classes, *strides,
                 0 if label is None else label.stride(0), *common, **fixed, NEEDS=needs,
                 TERMS=terms is not None, PHASE=phase, ONE_TILE=plan.one_tile, PARTS=MAX_PARTS,
-                **compile_options(plan, many_registers),
+                **compile_options(plan),
             )  # fmt: skip
 
 

@@ -9,14 +9,12 @@ from torch import Tensor
 from fastkd.ops.plan import Plan
 
 
-def compile_options(plan: Plan, many_registers: bool = False) -> dict[str, Any]:
-    """Compile options of a launch; ``many_registers`` raises the register limit."""
+def compile_options(plan: Plan) -> dict[str, Any]:
     # A fused multiply-add would leave a rounding error where two equal products must cancel to 0. Triton's
     # default differs between versions.
     options = {"num_warps": plan.warps, "enable_fp_fusion": False}
-    # Two programs of sixteen warps fit on a multiprocessor with 64 registers per thread.
-    if torch.version.hip is None and plan.warps == 16:
-        options["maxnreg"] = 128 if many_registers else 64
+    if plan.registers is not None and torch.version.hip is None:
+        options["maxnreg"] = plan.registers
     return options
 
 

@@ -269,23 +269,46 @@ def moved(total, shift, of, factor):
 
 
 @triton.jit
+def reduced_pair(a, b, LARGEST: tl.constexpr):
+    """The sums, or the largest, of two columns of values [n, 1], in one exchange between threads."""
+    both = tl.join(a, b)
+    first, second = tl.split(tl.max(both, 0) if LARGEST else tl.sum(both, 0))
+    return first[:, None], second[:, None]
+
+
+@triton.jit
+def sums_of_four(a, b, c, d):
+    """The sums of four columns of values, in one exchange between threads."""
+    first, second = tl.split(tl.sum(tl.join(tl.join(a, b), tl.join(c, d)), 0))
+    a, b = tl.split(first)
+    c, d = tl.split(second)
+    return a[:, None], b[:, None], c[:, None], d[:, None]
+
+
+@triton.jit
 def combine_statistics(parts, slopes, NEEDS: tl.constexpr):
     """Statistics of a whole, from those of its parts along the first axis."""
-    max_s = tl.max(parts.max_s, 0, keep_dims=True)
-    max_t = max_s
     if DISTILLS & NEEDS:
-        max_t = tl.max(parts.max_t, 0, keep_dims=True)
+        max_s, max_t = reduced_pair(parts.max_s, parts.max_t, True)
+    else:
+        max_s = tl.max(parts.max_s, 0, keep_dims=True)
+        max_t = max_s
     parts = rebased(parts, max_s, max_t, slopes, NEEDS)
     zero = tl.zeros_like(max_s)
-    sum_s = tl.sum(parts.sum_s, 0, keep_dims=True)
-    t1_s = tl.sum(parts.t1_s, 0, keep_dims=True) if STUDENT_AT_T1 & NEEDS else zero
-    sum_t = tl.sum(parts.sum_t, 0, keep_dims=True) if DISTILLS & NEEDS else zero
-    t1_t = tl.sum(parts.t1_t, 0, keep_dims=True) if TEACHER_AT_T1 & NEEDS else zero
+    sum_t = zero
     dot = zero
-    if DISTILLS & NEEDS and not SUMS_ONLY & NEEDS:
-        dot = tl.sum(parts.dot, 0, keep_dims=True)
-    moment_s = tl.sum(parts.moment_s, 0, keep_dims=True) if STANDARDIZED & NEEDS else zero
-    moment_t = tl.sum(parts.moment_t, 0, keep_dims=True) if STANDARDIZED & NEEDS else zero
+    t1_s = zero
+    if DISTILLS & NEEDS:
+        sum_s, sum_t, dot, t1_s = sums_of_four(parts.sum_s, parts.sum_t, parts.dot, parts.t1_s)
+    elif STUDENT_AT_T1 & NEEDS:
+        sum_s, t1_s = reduced_pair(parts.sum_s, parts.t1_s, False)
+    else:
+        sum_s = tl.sum(parts.sum_s, 0, keep_dims=True)
+    t1_t = tl.sum(parts.t1_t, 0, keep_dims=True) if TEACHER_AT_T1 & NEEDS else zero
+    moment_s = zero
+    moment_t = zero
+    if STANDARDIZED & NEEDS:
+        moment_s, moment_t = reduced_pair(parts.moment_s, parts.moment_t, False)
     above_label = tl.sum(parts.above_label, 0, keep_dims=True) if LABEL_SMOOTHING & NEEDS else zero
     return Statistics(max_s, sum_s, t1_s, max_t, sum_t, t1_t, dot, moment_s, moment_t, above_label)
 

@@ -72,7 +72,7 @@ def row_loss(
             student, indices, target, weight, partials, values, inner_rows, plan.parts, classes, known,
             *strides, target_stride, numbers, **fixed, **tiles, **compile_options(plan),
         )  # fmt: skip
-        of_known = Plan(1, per_step, True, max(1, per_step // 64), 1, count)
+        of_known = Plan(1, per_step, True, max(1, per_step // 64), None, 1, count)
         top_k_rows.known_logits[count,](
             student, indices, target, weight, partials, values, results, of_student, logits,
             indices if position is None else position, inner_rows, plan.parts, classes, known,
