@@ -22,7 +22,7 @@
 namespace fastkd {
 
 // Below this a logit is a masked class; see MASKED in fastkd/reference.py.
-constexpr float kMasked = -1e30f;
+constexpr float kMasked = -0x1p100f;
 constexpr float kStandardizeEpsilon = 1e-7f;
 
 // What a call needs of the row kernels; each need costs work per class. fastkd/ops/spec.py documents and computes them,

@@ -118,15 +118,39 @@ FASTKD_DEVICE float half_to_float(uint32_t bits) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(uint16_t(bits)));
   return value;
 }
-FASTKD_DEVICE uint32_t float_to_half(float value) {
-  uint16_t bits;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-  return bits;
+// Two numbers in one word, the first in its lower half, rounded to nearest.
+FASTKD_DEVICE uint32_t half_pair(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
 }
-FASTKD_DEVICE uint32_t float_to_bfloat16(float value) {
-  uint16_t bits;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-  return bits;
+FASTKD_DEVICE uint32_t bfloat16_pair(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+// The larger number; of a number and NaN, the number, or with or_nan the NaN.
+FASTKD_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
+FASTKD_DEVICE float larger_or_nan(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+FASTKD_DEVICE uint32_t larger_half_pair(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("max.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+}
+FASTKD_DEVICE uint32_t larger_bfloat16_pair(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+}
+FASTKD_DEVICE uint32_t larger_or_nan_bfloat16_pair(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
 }
 
 }  // namespace cuda

@@ -233,6 +233,23 @@ inline uint32_t float_to_bfloat16(float value) {
   if (value != value) return bits >> 16 | 0x40;
   return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
+inline uint32_t half_pair(float low, float high) { return float_to_half(low) | float_to_half(high) << 16; }
+inline uint32_t bfloat16_pair(float low, float high) { return float_to_bfloat16(low) | float_to_bfloat16(high) << 16; }
+
+inline float larger(float a, float b) { return std::fmax(a, b); }
+inline float larger_or_nan(float a, float b) { return a != a || b != b ? NAN : std::fmax(a, b); }
+inline uint32_t larger_half_pair(uint32_t a, uint32_t b) {
+  return half_pair(larger(half_to_float(a & 0xffff), half_to_float(b & 0xffff)),
+                   larger(half_to_float(a >> 16), half_to_float(b >> 16)));
+}
+inline uint32_t larger_bfloat16_pair(uint32_t a, uint32_t b) {
+  return bfloat16_pair(larger(as_float(a << 16), as_float(b << 16)),
+                       larger(as_float(a & 0xffff0000u), as_float(b & 0xffff0000u)));
+}
+inline uint32_t larger_or_nan_bfloat16_pair(uint32_t a, uint32_t b) {
+  return bfloat16_pair(larger_or_nan(as_float(a << 16), as_float(b << 16)),
+                       larger_or_nan(as_float(a & 0xffff0000u), as_float(b & 0xffff0000u)));
+}
 
 namespace emulation {
 
