@@ -13,13 +13,14 @@ constexpr int kVector = 8;
 template <DType kType>
 struct Fixed {
   static constexpr bool kPairs = kType != DType::kFloat;  // two logits per word, compared together
+  static constexpr bool kBFloat16Pairs = kType == DType::kBFloat16;  // and clamped: kMasked is no half
   FASTKD_DEVICE Fixed(DType) {}
   static FASTKD_DEVICE constexpr DType dtype() { return kType; }
 };
 
 // A dtype known at run time only: for matrices of different dtypes.
 struct Varying {
-  static constexpr bool kPairs = false;
+  static constexpr bool kPairs = false, kBFloat16Pairs = false;
   FASTKD_DEVICE Varying(DType type) : type(type) {}
   FASTKD_DEVICE DType dtype() const { return type; }
   DType type;
@@ -46,7 +47,7 @@ struct RowPointer {
 template <class Type>
 FASTKD_DEVICE RowPointer<Type> row_of(const Matrix& matrix, int64_t row) {
   const Type type(matrix.dtype);
-  return {static_cast<char*>(matrix.data) + row_offset(matrix, row) * size_of(type.dtype()), type, 0};
+  return {kept(static_cast<char*>(matrix.data) + row_offset(matrix, row) * size_of(type.dtype())), type, 0};
 }
 
 // The distance in columns from the last vector boundary to the start of the row.
@@ -73,8 +74,8 @@ FASTKD_DEVICE constexpr uint32_t minus_infinity(DType dtype) {
 // A logit that is loaded early and converted later, so that the first pass hides the latency of the load.
 template <class Type>
 FASTKD_DEVICE uint32_t load_logit(const RowPointer<Type>& row, int64_t column) {
-  if (row.type.dtype() == DType::kFloat) return *reinterpret_cast<const uint32_t*>(row.at(column));
-  return *reinterpret_cast<const uint16_t*>(row.at(column));
+  return row.type.dtype() == DType::kFloat ? *reinterpret_cast<const uint32_t*>(row.at(column))
+                                           : *reinterpret_cast<const uint16_t*>(row.at(column));
 }
 
 FASTKD_DEVICE float to_float(uint32_t bits, DType dtype) {
@@ -91,10 +92,10 @@ template <class Type>
 FASTKD_DEVICE void store_logit(const RowPointer<Type>& row, int64_t column, float value) {
   if (row.type.dtype() == DType::kFloat) {
     *reinterpret_cast<float*>(row.at(column)) = value;
-    return;
+  } else {
+    const uint32_t pair = row.type.dtype() == DType::kBFloat16 ? bfloat16_pair(value, value) : half_pair(value, value);
+    *reinterpret_cast<uint16_t*>(row.at(column)) = uint16_t(pair);
   }
-  const uint32_t pair = row.type.dtype() == DType::kBFloat16 ? bfloat16_pair(value, value) : half_pair(value, value);
-  *reinterpret_cast<uint16_t*>(row.at(column)) = uint16_t(pair);
 }
 
 // The bits of a logit; -inf outside the row.
@@ -103,9 +104,9 @@ FASTKD_DEVICE uint32_t bits_at(const RowPointer<Type>& row, int column, int clas
   return is_inside(column, classes) ? load_logit(row, column) : minus_infinity(row.type.dtype());
 }
 
-// Copies a whole vector to shared memory asynchronously, its chunks `stride` chunks apart.
+// Copies a whole vector to shared memory asynchronously, its chunks `stride` bytes apart.
 template <class Type>
-FASTKD_DEVICE void copy_vector(const RowPointer<Type>& row, int column, Chunk* to, int stride) {
+FASTKD_DEVICE void copy_vector(const RowPointer<Type>& row, int column, SharedAddress to, int stride) {
   const char* from = row.at(column);
   copy_async(to, from);
   if (row.type.dtype() == DType::kFloat) copy_async(to + stride, from + sizeof(Chunk));
@@ -113,14 +114,15 @@ FASTKD_DEVICE void copy_vector(const RowPointer<Type>& row, int column, Chunk* t
 
 // The same for any vector, at once; -inf outside the row.
 template <class Type>
-FASTKD_DEVICE void gather_vector(const RowPointer<Type>& row, int column, int classes, Chunk* to, int stride) {
+FASTKD_DEVICE void gather_vector(const RowPointer<Type>& row, int column, int classes, SharedAddress to, int stride) {
   if (row.type.dtype() == DType::kFloat) {
 #pragma unroll 2
-    for (int i = 0; i < kVector; i++) to[i / 4 * stride].word[i % 4] = bits_at(row, column + i, classes);
+    for (int i = 0; i < kVector; i++)
+      store_shared(to + i / 4 * stride + i % 4 * 4, bits_at(row, column + i, classes));
   } else {
 #pragma unroll 2
     for (int i = 0; i < kVector / 2; i++)
-      to->word[i] = bits_at(row, column + 2 * i, classes) | bits_at(row, column + 2 * i + 1, classes) << 16;
+      store_shared(to + 4 * i, bits_at(row, column + 2 * i, classes) | bits_at(row, column + 2 * i + 1, classes) << 16);
   }
 }
 
@@ -145,24 +147,22 @@ FASTKD_DEVICE uint32_t bound_of(float bound) {
 // A fetched vector in float32. With kClamps, clamped from below to kMasked. Propagates NaN.
 template <class Type, bool kClamps = true>
 struct Vector {
-  FASTKD_DEVICE Vector(const Chunk* from, int stride, Type type) {
+  FASTKD_DEVICE Vector(SharedAddress from, int stride, Type type) {
     const DType dtype = type.dtype();
-    first_ = from[0];
+    first_ = load_shared(from);
     if (dtype == DType::kFloat) {
-      const Chunk second = from[stride];
+      const Chunk second = load_shared(from + stride);
 #pragma unroll
       for (int i = 0; i < 4; i++) z[i] = as_float(first_.word[i]), z[i + 4] = as_float(second.word[i]);
     } else {
-      const bool clamps_pairs = kClamps && Type::kPairs && dtype == DType::kBFloat16;
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        if (clamps_pairs) first_.word[i] = larger_or_nan_bfloat16_pair(first_.word[i], kMaskedPair);
+        if (kClampsPairs) first_.word[i] = larger_or_nan_bfloat16_pair(first_.word[i], kMaskedPair);
         z[2 * i] = to_float(first_.word[i] & 0xffffu, dtype);
         z[2 * i + 1] = to_float(first_.word[i] >> 16, dtype);
       }
-      if (clamps_pairs) return;
     }
-    if (kClamps) {
+    if (kClamps && !kClampsPairs) {
 #pragma unroll
       for (int i = 0; i < kVector; i++) z[i] = larger_or_nan(z[i], kMasked);
     }
@@ -185,30 +185,36 @@ struct Vector {
   float z[kVector];
 
  private:
+  static constexpr bool kClampsPairs = kClamps && Type::kBFloat16Pairs;
   Chunk first_;  // of 16-bit logits, all
 };
 
+// Of a row in which the vector is whole.
 template <class Type>
-FASTKD_DEVICE void store_vector(const RowPointer<Type>& row, int column, int classes, const float (&values)[kVector]) {
+FASTKD_DEVICE void store_whole_vector(const RowPointer<Type>& row, int column, const float (&values)[kVector]) {
   const DType dtype = row.type.dtype();
   char* to = row.at(column);
+  Chunk chunk;
   if (dtype == DType::kFloat) {
-    if (row.is_whole(column)) {
-      store_streaming(to, {as_bits(values[0]), as_bits(values[1]), as_bits(values[2]), as_bits(values[3])});
-      store_streaming(to + sizeof(Chunk),
-                      {as_bits(values[4]), as_bits(values[5]), as_bits(values[6]), as_bits(values[7])});
-      return;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) chunk.word[i] = as_bits(values[4 * half + i]);
+      store_streaming(to + half * sizeof(Chunk), chunk);
     }
-  } else if (row.is_whole(column)) {
-    Chunk chunk;
+  } else {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const float low = values[2 * i], high = values[2 * i + 1];
       chunk.word[i] = dtype == DType::kBFloat16 ? bfloat16_pair(low, high) : half_pair(low, high);
     }
     store_streaming(to, chunk);
-    return;
   }
+}
+
+template <class Type>
+FASTKD_DEVICE void store_vector(const RowPointer<Type>& row, int column, int classes, const float (&values)[kVector]) {
+  if (row.is_whole(column)) return store_whole_vector(row, column, values);
 #pragma unroll
   for (int i = 0; i < kVector; i++)
     if (is_inside(column + i, classes)) store_logit(row, column + i, values[i]);

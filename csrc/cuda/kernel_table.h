@@ -2,6 +2,7 @@
 #pragma once
 
 #include <initializer_list>
+#include <type_traits>
 
 #include "mixture_rows.h"
 #include "pointwise_rows.h"
@@ -12,11 +13,21 @@ namespace cuda {
 
 typedef void (*RowKernel)(RowLossArguments);
 
+// Whether calls of a loss may read the student alone: for a cross-entropy without a teacher.
+template <class Loss, unsigned kNeeds>
+constexpr bool kWithoutTeacher = std::is_same<Loss, Softmax>::value && !(kNeeds & kOwnSlopes);
+
 // nullptr if the skeleton is not compiled for these needs.
+template <class Loss, class Type, unsigned kNeeds>
+RowKernel softmax_variant(bool distills) {
+  if constexpr (kWithoutTeacher<Loss, kNeeds>)
+    if (!distills) return softmax_rows<Loss, kNeeds, Type>;
+  return distills ? softmax_rows<Loss, kNeeds | kDistills, Type> : nullptr;
+}
 template <class Loss, class Type, unsigned... kNeeds>
 RowKernel softmax_kernel_for(unsigned needs, VariantList<kNeeds...>) {
   RowKernel found = nullptr;
-  (void)(((needs & kCompiledNeeds) == kNeeds && (found = softmax_rows<Loss, kNeeds, Type>, true)) || ...);
+  (void)(((needs & kCompiledNeeds) == kNeeds && (found = softmax_variant<Loss, Type, kNeeds>(needs & kDistills), true)) || ...);
   return found;
 }
 
@@ -56,7 +67,9 @@ inline RowKernel row_kernel_for(const LossOptions& options, const Rows& pair) {
   return with_loss<RowKernel>(
       options.loss,
       [&](auto loss) {
-        return with_type({pair.student.dtype, pair.teacher.dtype, pair.gradient.dtype}, [&](auto type) {
+        const DType student = pair.student.dtype;
+        const DType teacher = options.needs & kDistills ? pair.teacher.dtype : student;
+        return with_type({student, teacher, pair.gradient.data ? pair.gradient.dtype : student}, [&](auto type) {
           typedef decltype(loss) Loss;
           return kernel_for<Loss, typename decltype(type)::type>(options.needs, typename Loss::Family());
         });
@@ -183,7 +196,8 @@ const char* each_top_k_launch(const TopKArguments& arguments, const TeamPlan& pl
   const Grid grid = grid_of(rows.count, 1, arguments.plan, {arguments.rows.student.dtype});
   void (*gather)(TopKArguments);
   void (*scatter)(TopKArguments);
-  with_type({arguments.rows.student.dtype, arguments.rows.gradient.dtype}, [&](auto type) {
+  const DType student = arguments.rows.student.dtype;
+  with_type({student, arguments.rows.gradient.data ? arguments.rows.gradient.dtype : student}, [&](auto type) {
     typedef typename decltype(type)::type Type;
     gather = gather_rows<Type>, scatter = scatter_rows<Type>;
   });

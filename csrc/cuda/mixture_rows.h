@@ -19,8 +19,9 @@ FASTKD_KERNEL mixture_rows(FASTKD_PARAMETER RowLossArguments arguments) {
   row.classes = rows.classes;
   const LossOptions options = options_of(arguments);
   slopes_of(options, row.student.slope, row.teacher.slope);
-  sum_share<kSumsOnly, Type>([&](const auto& visit) { share.first_pass(visit); }, -1, false, row);
-  combine_statistics<kSumsOnly>(team, row);
+  Difference unused{};
+  sum_share<kSumsOnly | kDistills, Type>([&](const auto& visit) { share.first_pass(visit); }, -1, false, row, unused);
+  combine_statistics<kSumsOnly | kDistills>(team, row, unused);
 
   const typename Loss::Options values = options_as<Loss>(options);
   const float power = row.student.slope * kLog2E, max_s = row.sums.max_s, max_t = row.sums.max_t;

@@ -51,8 +51,8 @@ FASTKD_KERNEL scale_rows(FASTKD_PARAMETER ScaleArguments arguments) {
   const float factor = arguments.grad_output[index * arguments.grad_output_stride];
   if (factor == 1.0f) return;
   const int classes = int(arguments.classes);
-  const Share<Type, false> share(team, arguments.plan, arguments.gradient, arguments.gradient, false, index, classes);
-  share.first_pass([&](int column, Vector<Type, false>& gradient, const Vector<Type, false>&) {
+  const Share<Type, false> share(team, arguments.plan, arguments.gradient, arguments.gradient, index, classes);
+  share.template first_pass<false>([&](int column, Vector<Type, false>& gradient, const Vector<Type, false>&) {
     for (float& value : gradient.z) value *= factor;
     store_vector(share.student(), column, classes, gradient.z);
   });

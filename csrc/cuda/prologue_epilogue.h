@@ -35,11 +35,11 @@ FASTKD_DEVICE RowInfo row_info(const Rows& rows, int64_t index, bool labelled) {
 }
 
 // A thread's share of the row; empty unless the row is computed.
-template <class Type>
-FASTKD_DEVICE Share<Type> share_of(const Team& team, const RowLossArguments& arguments, const Rows& rows, int64_t index,
-                                   RowKind kind) {
-  return Share<Type>(team, arguments.plan, rows.student, rows.teacher, (arguments.options.needs & kDistills) != 0,
-                     index, kind == RowKind::kComputed ? int(rows.classes) : 0);
+template <class Type, bool kTeacher = true>
+FASTKD_DEVICE Share<Type, kTeacher> share_of(const Team& team, const RowLossArguments& arguments, const Rows& rows,
+                                             int64_t index, RowKind kind) {
+  return Share<Type, kTeacher>(team, arguments.plan, rows.student, rows.teacher, index,
+                               kind == RowKind::kComputed ? int(rows.classes) : 0);
 }
 
 FASTKD_DEVICE void write_losses(const Team& team, const Rows& rows, int64_t index, float loss,
@@ -68,8 +68,8 @@ FASTKD_DEVICE void write_uncomputed(const Team& team, const Rows& rows, int64_t 
 }
 
 // The gradient's row, with the vectors of the student's.
-template <class Type>
-FASTKD_DEVICE RowPointer<Type> gradient_row(const Rows& rows, int64_t index, const Share<Type>& share) {
+template <class Type, bool kTeacher>
+FASTKD_DEVICE RowPointer<Type> gradient_row(const Rows& rows, int64_t index, const Share<Type, kTeacher>& share) {
   return row_of<Type>(rows.gradient, index, share.phase(), int(rows.classes));
 }
 

@@ -36,15 +36,14 @@ FASTKD_DEVICE TopKRow top_k_row(const TopKArguments& arguments, int64_t index) {
 
 // The member's share of the student's row; the teacher's has other classes, and is not read.
 template <class Type>
-FASTKD_DEVICE Share<Type> student_share(const Team& team, const TopKArguments& arguments, int64_t index, bool computed) {
+FASTKD_DEVICE Share<Type, false> student_share(const Team& team, const TopKArguments& arguments, int64_t index, bool computed) {
   const Rows& rows = arguments.rows;
-  return Share<Type>(team, arguments.plan, rows.student, rows.student, false, index,
-                     computed ? int(rows.classes) : 0);
+  return Share<Type, false>(team, arguments.plan, rows.student, rows.student, index, computed ? int(rows.classes) : 0);
 }
 
 // A member's sums: of the others' exponentials, and of all logits.
 template <class Type>
-FASTKD_DEVICE void sum_others(const Share<Type>& share, const TopKRow& row, bool smoothing, float origin, int classes,
+FASTKD_DEVICE void sum_others(const Share<Type, false>& share, const TopKRow& row, bool smoothing, float origin, int classes,
                               SoftmaxStatistics<float>& sums) {
   const float power = row.slope * kLog2E, room = headroom(row.at_t1, row.slope);
   const int label = row.cross_entropy ? row.info.label : -1;
@@ -106,7 +105,7 @@ FASTKD_KERNEL gather_rows(FASTKD_PARAMETER TopKArguments arguments) {
   const int64_t index = team.row();
   const TopKRow row = top_k_row(arguments, index);
   const LossOptions options = options_of(arguments);
-  const Share<Type> share = student_share<Type>(team, arguments, index, row.computed);
+  const Share<Type, false> share = student_share<Type>(team, arguments, index, row.computed);
   const bool smoothing = (options.needs & kLabelSmoothing) != 0;
   const int label = row.info.label;
   uint32_t label_bits = 0, origin_bits = 0;
@@ -183,7 +182,7 @@ FASTKD_KERNEL gather_rows(FASTKD_PARAMETER TopKArguments arguments) {
 
 // A member's vectors of the gradient, as if no class were known.
 template <class Type>
-FASTKD_DEVICE void write_rest(const Share<Type>& share, const RowPointer<Type>& gradient, const TopKRow& row, int classes,
+FASTKD_DEVICE void write_rest(const Share<Type, false>& share, const RowPointer<Type>& gradient, const TopKRow& row, int classes,
                               float rest_gradient, const TopKStatistics& statistics) {
   const float t1 = statistics.t1 * power_of_two((statistics.base - statistics.base_t1) * kLog2E);
   const float shared = rest_gradient * statistics.share, factor = row.at_t1 ? shared : shared + t1;
@@ -209,7 +208,7 @@ FASTKD_KERNEL scatter_rows(FASTKD_PARAMETER TopKArguments arguments) {
   const int64_t index = team.row();
   const TopKRow row = top_k_row(arguments, index);
   const bool with_gradient = rows.gradient.data != nullptr, writes = row.computed && with_gradient;
-  const Share<Type> share = student_share<Type>(team, arguments, index, writes);
+  const Share<Type, false> share = student_share<Type>(team, arguments, index, writes);
   const RowPointer<Type> gradient = gradient_row(rows, index, share);
   float of_known[] = {0.0f};
   if (writes)
