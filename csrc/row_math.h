@@ -22,7 +22,7 @@
 namespace fastkd {
 
 // Below this a logit is a masked class; see MASKED in fastkd/reference.py.
-constexpr float kMasked = -1e30f;
+constexpr float kMasked = -0x1p100f;
 constexpr float kStandardizeEpsilon = 1e-7f;
 
 // What a call needs of the row kernels; each need costs work per class. fastkd/ops/spec.py documents and computes them,
@@ -135,16 +135,16 @@ FASTKD_ROW_FUNCTION void add_sums(SoftmaxStatistics<Real>& row, const SoftmaxSta
   row.logit_sum += part.logit_sum;
 }
 
-// sigmoid(x), sigmoid(-x) and softplus(x) = -log sigmoid(-x) of log odds x, from one exponential.
+// sigmoid(x), sigmoid(-x), softplus(x) = -log sigmoid(-x) and softplus(-x) of log odds x, from one exponential.
 template <class Real>
 struct Odds {
-  Real yes, no, softplus;
+  Real yes, no, softplus, softplus_no;
 };
 
 template <class Real>
 FASTKD_ROW_FUNCTION Odds<Real> from_log_odds(Real x) {
-  const Real e = std::exp(x > 0 ? -x : x), larger = 1 / (1 + e), smaller = e * larger;
-  return x > 0 ? Odds<Real>{larger, smaller, x + std::log1p(e)} : Odds<Real>{smaller, larger, std::log1p(e)};
+  const Real e = std::exp(x > 0 ? -x : x), larger = 1 / (1 + e), smaller = e * larger, rest = std::log1p(e);
+  return x > 0 ? Odds<Real>{larger, smaller, x + rest, rest} : Odds<Real>{smaller, larger, rest, rest - x};
 }
 
 // log(a / b). The float version is accurate also for a close to b; doubles here come from sums that hold fewer digits.
@@ -159,9 +159,13 @@ FASTKD_ROW_FUNCTION double binary_divergence(const Odds<double>& p, const Odds<d
   return p.yes * difference + (q.softplus - p.softplus);
 }
 FASTKD_ROW_FUNCTION float binary_divergence(const Odds<float>& p, const Odds<float>& q, float difference) {
+  // Of the two outcomes the one that p gives the smaller probability, and whose terms are the smaller.
+  const bool swaps = p.yes > p.no;
+  const float smaller = swaps ? p.no : p.yes, above = swaps ? -difference : difference;
+  const float softplus_q = swaps ? q.softplus_no : q.softplus, softplus_p = swaps ? p.softplus_no : p.softplus;
   // The difference of the softpluses cancels where the two are close.
-  const float rest = std::fabs(difference) < 1 ? std::log1p(p.yes * std::expm1(-difference)) : q.softplus - p.softplus;
-  return p.yes * difference + rest;
+  const float rest = std::fabs(above) < 1 ? std::log1p(smaller * std::expm1(-above)) : softplus_q - softplus_p;
+  return smaller * above + rest;
 }
 
 }  // namespace fastkd

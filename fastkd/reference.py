@@ -15,7 +15,7 @@ from torch import Tensor
 
 # Below this a logit is a masked class. It is finite so that the difference of two masked logits is 0
 # rather than NaN, and far enough from float32's range that differences and T^2 do not overflow.
-MASKED = -1e30
+MASKED = -(2.0**100)
 STANDARDIZE_EPSILON = 1e-7
 
 

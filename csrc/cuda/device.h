@@ -78,17 +78,36 @@ FASTKD_DEVICE const float* map_shared_rank(const float* local, int rank) {
 
 // ---- memory ----------------------------------------------------------------------------------------------------
 
+// A byte of shared memory: half a pointer's registers and arithmetic. The functions that take it keep their order.
+typedef uint32_t SharedAddress;
+FASTKD_DEVICE SharedAddress shared_address(const Chunk* chunk) { return uint32_t(__cvta_generic_to_shared(chunk)); }
+
 // Asynchronous copy from global to shared memory, bypassing registers and L1; both 16-byte aligned.
-FASTKD_DEVICE void copy_async(Chunk* to, const void* from) {
-  const uint32_t address = uint32_t(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+FASTKD_DEVICE void copy_async(SharedAddress to, const void* from) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from));
 }
-FASTKD_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+FASTKD_DEVICE Chunk load_shared(SharedAddress from) {
+  Chunk chunk;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(chunk.word[0]), "=r"(chunk.word[1]), "=r"(chunk.word[2]), "=r"(chunk.word[3])
+               : "r"(from));
+  return chunk;
+}
+FASTKD_DEVICE void store_shared(SharedAddress to, uint32_t word) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(word));
+}
+FASTKD_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;"); }
 
 // Waits until at most kPending of this thread's copy groups are in flight.
 template <int kPending>
 FASTKD_DEVICE void wait_for_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending));
+}
+
+// The pointer, which the compiler then keeps in registers: in a loop it would rather add up its parts again.
+FASTKD_DEVICE char* kept(char* pointer) {
+  asm("" : "+l"(pointer));
+  return pointer;
 }
 
 // Streaming store: the gradient is not read again soon and must not evict logits from L2.
@@ -118,15 +137,39 @@ FASTKD_DEVICE float half_to_float(uint32_t bits) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(uint16_t(bits)));
   return value;
 }
-FASTKD_DEVICE uint32_t float_to_half(float value) {
-  uint16_t bits;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-  return bits;
+// Two numbers in one word, the first in its lower half, rounded to nearest.
+FASTKD_DEVICE uint32_t half_pair(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
 }
-FASTKD_DEVICE uint32_t float_to_bfloat16(float value) {
-  uint16_t bits;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-  return bits;
+FASTKD_DEVICE uint32_t bfloat16_pair(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+// The larger number; of a number and NaN, the number, or with or_nan the NaN.
+FASTKD_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
+FASTKD_DEVICE float larger_or_nan(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+FASTKD_DEVICE uint32_t larger_half_pair(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("max.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+}
+FASTKD_DEVICE uint32_t larger_bfloat16_pair(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+}
+FASTKD_DEVICE uint32_t larger_or_nan_bfloat16_pair(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
 }
 
 }  // namespace cuda

@@ -1,4 +1,4 @@
-// Logits of any dtype, processed in vectors of eight, in float32.
+// Logits, processed in vectors of eight, in float32.
 #pragma once
 
 #include "arguments.h"
@@ -9,146 +9,215 @@ namespace cuda {
 
 constexpr int kVector = 8;
 
-FASTKD_DEVICE int size_of(DType dtype) { return dtype == DType::kFloat ? 4 : 2; }    // bytes
-FASTKD_DEVICE int chunks_of(DType dtype) { return dtype == DType::kFloat ? 2 : 1; }  // per vector
+// The dtype of all matrices of a kernel, known when it is compiled.
+template <DType kType>
+struct Fixed {
+  static constexpr bool kPairs = kType != DType::kFloat;  // two logits per word, compared together
+  static constexpr bool kBFloat16Pairs = kType == DType::kBFloat16;  // and clamped: kMasked is no half
+  FASTKD_DEVICE Fixed(DType) {}
+  static FASTKD_DEVICE constexpr DType dtype() { return kType; }
+};
+
+// A dtype known at run time only: for matrices of different dtypes.
+struct Varying {
+  static constexpr bool kPairs = false, kBFloat16Pairs = false;
+  FASTKD_DEVICE Varying(DType type) : type(type) {}
+  FASTKD_DEVICE DType dtype() const { return type; }
+  DType type;
+};
+
+FASTKD_DEVICE constexpr int size_of(DType dtype) { return dtype == DType::kFloat ? 4 : 2; }    // bytes
+FASTKD_DEVICE constexpr int chunks_of(DType dtype) { return dtype == DType::kFloat ? 2 : 1; }  // per vector
 
 // A row of a matrix. Its vectors start `phase` columns before the row, on 16-byte boundaries wherever the row starts;
 // the first and last vector may be partial. In dense tensors student, teacher and gradient have the same phase,
 // whatever their dtypes.
+template <class Type>
 struct RowPointer {
   char* data;
-  DType dtype;
-  bool aligned;
+  Type type;
+  // A vector is accessed in chunks if its column is below this, as an unsigned number: if it is entirely inside the
+  // row, and the row's vectors are aligned.
+  unsigned whole_end;
+
+  FASTKD_DEVICE char* at(int64_t column) const { return data + column * size_of(type.dtype()); }
+  FASTKD_DEVICE bool is_whole(int column) const { return unsigned(column) < whole_end; }
 };
 
-FASTKD_DEVICE RowPointer row_of(const Matrix& matrix, int64_t row) {
-  return {static_cast<char*>(matrix.data) + row_offset(matrix, row) * size_of(matrix.dtype), matrix.dtype, false};
+template <class Type>
+FASTKD_DEVICE RowPointer<Type> row_of(const Matrix& matrix, int64_t row) {
+  const Type type(matrix.dtype);
+  return {kept(static_cast<char*>(matrix.data) + row_offset(matrix, row) * size_of(type.dtype())), type, 0};
 }
 
 // The distance in columns from the last vector boundary to the start of the row.
-FASTKD_DEVICE int phase_of(const RowPointer& row) {
-  return int(reinterpret_cast<uintptr_t>(row.data) >> (row.dtype == DType::kFloat ? 2 : 1)) & (kVector - 1);
+template <class Type>
+FASTKD_DEVICE int phase_of(const RowPointer<Type>& row) {
+  return int(reinterpret_cast<uintptr_t>(row.data) >> (row.type.dtype() == DType::kFloat ? 2 : 1)) & (kVector - 1);
 }
 
-FASTKD_DEVICE bool is_aligned(const RowPointer& row, int phase) {
-  const uintptr_t address = reinterpret_cast<uintptr_t>(row.data);
-  const uintptr_t start = address - uintptr_t(phase) * size_of(row.dtype);
-  return start % sizeof(Chunk) == 0;
+// A row with vectors at this phase.
+template <class Type>
+FASTKD_DEVICE RowPointer<Type> row_of(const Matrix& matrix, int64_t index, int phase, int classes) {
+  RowPointer<Type> row = row_of<Type>(matrix, index);
+  const bool aligned = reinterpret_cast<uintptr_t>(row.at(-phase)) % sizeof(Chunk) == 0;
+  row.whole_end = aligned && classes >= kVector ? unsigned(classes - kVector + 1) : 0u;
+  return row;
 }
 
-FASTKD_DEVICE bool is_whole(int column, int classes) { return column >= 0 && column + kVector <= classes; }
 FASTKD_DEVICE bool is_inside(int column, int classes) { return unsigned(column) < unsigned(classes); }
 
-FASTKD_DEVICE uint32_t minus_infinity(DType dtype) {
+FASTKD_DEVICE constexpr uint32_t minus_infinity(DType dtype) {
   return dtype == DType::kFloat ? 0xff800000u : dtype == DType::kBFloat16 ? 0xff80u : 0xfc00u;
 }
 
-// Copies a vector to shared memory, its chunks `stride` chunks apart; -inf outside the row.
-FASTKD_DEVICE void fetch_vector(const RowPointer& row, int column, int classes, Chunk* to, int stride) {
-  const int size = size_of(row.dtype);
-  const char* from = row.data + int64_t(column) * size;
-  if (row.aligned && is_whole(column, classes)) {
-    copy_async(to, from);
-    if (row.dtype == DType::kFloat) copy_async(to + stride, from + sizeof(Chunk));
-    return;
-  }
-  uint32_t bits[kVector];
-#pragma unroll
-  for (int i = 0; i < kVector; i++) {
-    bits[i] = minus_infinity(row.dtype);
-    if (!is_inside(column + i, classes)) continue;
-    if (row.dtype == DType::kFloat) bits[i] = reinterpret_cast<const uint32_t*>(from)[i];
-    else bits[i] = reinterpret_cast<const uint16_t*>(from)[i];
-  }
-  if (row.dtype == DType::kFloat) {
-    to[0] = {bits[0], bits[1], bits[2], bits[3]};
-    to[stride] = {bits[4], bits[5], bits[6], bits[7]};
-  } else {
-    to[0] = {bits[0] | bits[1] << 16, bits[2] | bits[3] << 16, bits[4] | bits[5] << 16, bits[6] | bits[7] << 16};
-  }
-}
-
-// Reads a fetched vector, clamped from below to `lowest`; propagates NaN.
-FASTKD_DEVICE void read_vector(const Chunk* from, int stride, DType dtype, float lowest, float (&values)[kVector]) {
-  const Chunk first = from[0];
-  if (dtype == DType::kFloat) {
-    const Chunk second = from[stride];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      values[i] = as_float(first.word[i]);
-      values[i + 4] = as_float(second.word[i]);
-    }
-  } else if (dtype == DType::kBFloat16) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      values[2 * i] = as_float(first.word[i] << 16);
-      values[2 * i + 1] = as_float(first.word[i] & 0xffff0000u);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      values[2 * i] = half_to_float(first.word[i] & 0xffffu);
-      values[2 * i + 1] = half_to_float(first.word[i] >> 16);
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kVector; i++) values[i] = values[i] < lowest ? lowest : values[i];
-}
-
 // A logit that is loaded early and converted later, so that the first pass hides the latency of the load.
-struct LoadedLogit {
-  uint32_t bits;
-  DType dtype;
+template <class Type>
+FASTKD_DEVICE uint32_t load_logit(const RowPointer<Type>& row, int64_t column) {
+  return row.type.dtype() == DType::kFloat ? *reinterpret_cast<const uint32_t*>(row.at(column))
+                                           : *reinterpret_cast<const uint16_t*>(row.at(column));
+}
+
+FASTKD_DEVICE float to_float(uint32_t bits, DType dtype) {
+  return dtype == DType::kFloat ? as_float(bits) : dtype == DType::kBFloat16 ? as_float(bits << 16) : half_to_float(bits);
+}
+
+// Clamped from below to kMasked; propagates NaN.
+template <class Type>
+FASTKD_DEVICE float value_of(uint32_t logit, Type type) {
+  return larger_or_nan(to_float(logit, type.dtype()), kMasked);
+}
+
+template <class Type>
+FASTKD_DEVICE void store_logit(const RowPointer<Type>& row, int64_t column, float value) {
+  if (row.type.dtype() == DType::kFloat) {
+    *reinterpret_cast<float*>(row.at(column)) = value;
+  } else {
+    const uint32_t pair = row.type.dtype() == DType::kBFloat16 ? bfloat16_pair(value, value) : half_pair(value, value);
+    *reinterpret_cast<uint16_t*>(row.at(column)) = uint16_t(pair);
+  }
+}
+
+// The bits of a logit; -inf outside the row.
+template <class Type>
+FASTKD_DEVICE uint32_t bits_at(const RowPointer<Type>& row, int column, int classes) {
+  return is_inside(column, classes) ? load_logit(row, column) : minus_infinity(row.type.dtype());
+}
+
+// Copies a whole vector to shared memory asynchronously, its chunks `stride` bytes apart.
+template <class Type>
+FASTKD_DEVICE void copy_vector(const RowPointer<Type>& row, int column, SharedAddress to, int stride) {
+  const char* from = row.at(column);
+  copy_async(to, from);
+  if (row.type.dtype() == DType::kFloat) copy_async(to + stride, from + sizeof(Chunk));
+}
+
+// The same for any vector, at once; -inf outside the row.
+template <class Type>
+FASTKD_DEVICE void gather_vector(const RowPointer<Type>& row, int column, int classes, SharedAddress to, int stride) {
+  if (row.type.dtype() == DType::kFloat) {
+#pragma unroll 2
+    for (int i = 0; i < kVector; i++)
+      store_shared(to + i / 4 * stride + i % 4 * 4, bits_at(row, column + i, classes));
+  } else {
+#pragma unroll 2
+    for (int i = 0; i < kVector / 2; i++)
+      store_shared(to + 4 * i, bits_at(row, column + 2 * i, classes) | bits_at(row, column + 2 * i + 1, classes) << 16);
+  }
+}
+
+FASTKD_DEVICE float largest_of(const float (&z)[kVector], float bound) {
+  const float low = larger(larger(z[0], z[1]), larger(z[2], z[3])),
+              high = larger(larger(z[4], z[5]), larger(z[6], z[7]));
+  return larger(larger(low, high), bound);
+}
+
+constexpr uint32_t kMaskedPair = 0xf180f180u;  // kMasked twice, in bfloat16
+
+// A bound in the form that Vector::exceeds() takes, in pairs rounded to the dtype.
+template <class Type>
+FASTKD_DEVICE uint32_t bound_of(float bound) {
+  if constexpr (Type::kPairs) {
+    return Type::dtype() == DType::kBFloat16 ? bfloat16_pair(bound, bound) : half_pair(bound, bound);
+  } else {
+    return as_bits(bound);
+  }
+}
+
+// A fetched vector in float32. With kClamps, clamped from below to kMasked. Propagates NaN.
+template <class Type, bool kClamps = true>
+struct Vector {
+  FASTKD_DEVICE Vector(SharedAddress from, int stride, Type type) {
+    const DType dtype = type.dtype();
+    first_ = load_shared(from);
+    if (dtype == DType::kFloat) {
+      const Chunk second = load_shared(from + stride);
+#pragma unroll
+      for (int i = 0; i < 4; i++) z[i] = as_float(first_.word[i]), z[i + 4] = as_float(second.word[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        if (kClampsPairs) first_.word[i] = larger_or_nan_bfloat16_pair(first_.word[i], kMaskedPair);
+        z[2 * i] = to_float(first_.word[i] & 0xffffu, dtype);
+        z[2 * i + 1] = to_float(first_.word[i] >> 16, dtype);
+      }
+    }
+    if (kClamps && !kClampsPairs) {
+#pragma unroll
+      for (int i = 0; i < kVector; i++) z[i] = larger_or_nan(z[i], kMasked);
+    }
+  }
+
+  // Whether a logit exceeds the bound; at times also if only a NaN does, or none.
+  FASTKD_DEVICE bool exceeds(uint32_t bound) const {
+    if constexpr (Type::kPairs) {
+      const auto larger_pair = [](uint32_t a, uint32_t b) {
+        return Type::dtype() == DType::kBFloat16 ? larger_bfloat16_pair(a, b) : larger_half_pair(a, b);
+      };
+      const uint32_t* pair = first_.word;
+      const uint32_t largest = larger_pair(larger_pair(pair[0], pair[1]), larger_pair(pair[2], pair[3]));
+      return larger_pair(largest, bound) != bound;
+    } else {
+      return largest_of(z, as_float(bound)) > as_float(bound);
+    }
+  }
+
+  float z[kVector];
+
+ private:
+  static constexpr bool kClampsPairs = kClamps && Type::kBFloat16Pairs;
+  Chunk first_;  // of 16-bit logits, all
 };
 
-FASTKD_DEVICE LoadedLogit load_logit(const RowPointer& row, int64_t column) {
-  if (row.dtype == DType::kFloat) return {reinterpret_cast<const uint32_t*>(row.data)[column], row.dtype};
-  return {reinterpret_cast<const uint16_t*>(row.data)[column], row.dtype};
-}
-
-FASTKD_DEVICE float value_of(const LoadedLogit& logit) {
-  const float value = logit.dtype == DType::kFloat      ? as_float(logit.bits)
-                      : logit.dtype == DType::kBFloat16 ? as_float(logit.bits << 16)
-                                                        : half_to_float(logit.bits);
-  return value < kMasked ? kMasked : value;
-}
-
-FASTKD_DEVICE void store_logit(const RowPointer& row, int64_t column, float value) {
-  if (row.dtype == DType::kFloat) {
-    reinterpret_cast<float*>(row.data)[column] = value;
-    return;
-  }
-  const uint32_t bits = row.dtype == DType::kBFloat16 ? float_to_bfloat16(value) : float_to_half(value);
-  reinterpret_cast<uint16_t*>(row.data)[column] = uint16_t(bits);
-}
-
-FASTKD_DEVICE void store_vector(const RowPointer& row, int column, int classes, const float (&values)[kVector]) {
-  char* to = row.data + int64_t(column) * size_of(row.dtype);
-  const bool vectorized = row.aligned && is_whole(column, classes);
-  if (row.dtype == DType::kFloat) {
-    if (vectorized) {
-      store_streaming(to, {as_bits(values[0]), as_bits(values[1]), as_bits(values[2]), as_bits(values[3])});
-      store_streaming(to + sizeof(Chunk),
-                      {as_bits(values[4]), as_bits(values[5]), as_bits(values[6]), as_bits(values[7])});
-      return;
+// Of a row in which the vector is whole.
+template <class Type>
+FASTKD_DEVICE void store_whole_vector(const RowPointer<Type>& row, int column, const float (&values)[kVector]) {
+  const DType dtype = row.type.dtype();
+  char* to = row.at(column);
+  Chunk chunk;
+  if (dtype == DType::kFloat) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) chunk.word[i] = as_bits(values[4 * half + i]);
+      store_streaming(to + half * sizeof(Chunk), chunk);
     }
+  } else {
 #pragma unroll
-    for (int i = 0; i < kVector; i++)
-      if (is_inside(column + i, classes)) reinterpret_cast<float*>(to)[i] = values[i];
-    return;
+    for (int i = 0; i < 4; i++) {
+      const float low = values[2 * i], high = values[2 * i + 1];
+      chunk.word[i] = dtype == DType::kBFloat16 ? bfloat16_pair(low, high) : half_pair(low, high);
+    }
+    store_streaming(to, chunk);
   }
-  uint32_t bits[kVector];
+}
+
+template <class Type>
+FASTKD_DEVICE void store_vector(const RowPointer<Type>& row, int column, int classes, const float (&values)[kVector]) {
+  if (row.is_whole(column)) return store_whole_vector(row, column, values);
 #pragma unroll
   for (int i = 0; i < kVector; i++)
-    bits[i] = row.dtype == DType::kBFloat16 ? float_to_bfloat16(values[i]) : float_to_half(values[i]);
-  if (vectorized) {
-    store_streaming(to, {bits[0] | bits[1] << 16, bits[2] | bits[3] << 16, bits[4] | bits[5] << 16,
-                         bits[6] | bits[7] << 16});
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kVector; i++)
-    if (is_inside(column + i, classes)) reinterpret_cast<uint16_t*>(to)[i] = uint16_t(bits[i]);
+    if (is_inside(column + i, classes)) store_logit(row, column + i, values[i]);
 }
 
 }  // namespace cuda

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <initializer_list>
+#include <type_traits>
 
 #include "mixture_rows.h"
 #include "pointwise_rows.h"
@@ -12,36 +13,73 @@ namespace cuda {
 
 typedef void (*RowKernel)(RowLossArguments);
 
+// Whether calls of a loss may read the student alone: for a cross-entropy without a teacher.
+template <class Loss, unsigned kNeeds>
+constexpr bool kWithoutTeacher = std::is_same<Loss, Softmax>::value && !(kNeeds & kOwnSlopes);
+
 // nullptr if the skeleton is not compiled for these needs.
-template <class Loss, unsigned... kNeeds>
+template <class Loss, class Type, unsigned kNeeds>
+RowKernel softmax_variant(bool distills) {
+  if constexpr (kWithoutTeacher<Loss, kNeeds>)
+    if (!distills) return softmax_rows<Loss, kNeeds, Type>;
+  return distills ? softmax_rows<Loss, kNeeds | kDistills, Type> : nullptr;
+}
+template <class Loss, class Type, unsigned... kNeeds>
 RowKernel softmax_kernel_for(unsigned needs, VariantList<kNeeds...>) {
   RowKernel found = nullptr;
-  (void)(((needs & kCompiledNeeds) == kNeeds && (found = softmax_rows<Loss, kNeeds>, true)) || ...);
+  (void)(((needs & kCompiledNeeds) == kNeeds && (found = softmax_variant<Loss, Type, kNeeds>(needs & kDistills), true)) || ...);
   return found;
 }
 
-template <class Loss>
+template <class Loss, class Type>
 RowKernel kernel_for(unsigned needs, SoftmaxFamily) {
-  return softmax_kernel_for<Loss>(needs, typename Loss::Variants());
+  return softmax_kernel_for<Loss, Type>(needs, typename Loss::Variants());
 }
-template <class Loss>
+template <class Loss, class Type>
 RowKernel kernel_for(unsigned, MixtureFamily) {
-  return mixture_rows<Loss>;
+  return mixture_rows<Loss, Type>;
 }
-template <class Loss>
+template <class Loss, class Type>
 RowKernel kernel_for(unsigned, PointwiseFamily) {
-  return pointwise_rows<Loss>;
+  return pointwise_rows<Loss, Type>;
 }
 
-// nullptr if the loss is unknown, or no kernel is compiled for its needs.
-inline RowKernel row_kernel_for(const LossOptions& options) {
+template <class Type>
+struct TypeOf {
+  typedef Type type;
+};
+
+// visit(TypeOf<Type>()) with the type for matrices of these dtypes.
+template <class Visit>
+auto with_type(std::initializer_list<DType> dtypes, const Visit& visit) {
+  const DType first = *dtypes.begin();
+  for (DType dtype : dtypes)
+    if (dtype != first) return visit(TypeOf<Varying>());
+  switch (first) {
+    case DType::kBFloat16: return visit(TypeOf<Fixed<DType::kBFloat16>>());
+    case DType::kHalf: return visit(TypeOf<Fixed<DType::kHalf>>());
+    default: return visit(TypeOf<Fixed<DType::kFloat>>());
+  }
+}
+
+// The kernel for pairs like this one; nullptr if the loss is unknown, or no kernel is compiled for its needs.
+inline RowKernel row_kernel_for(const LossOptions& options, const Rows& pair) {
   return with_loss<RowKernel>(
       options.loss,
       [&](auto loss) {
-        typedef decltype(loss) Loss;
-        return kernel_for<Loss>(options.needs, typename Loss::Family());
+        const DType student = pair.student.dtype;
+        const DType teacher = options.needs & kDistills ? pair.teacher.dtype : student;
+        return with_type({student, teacher, pair.gradient.data ? pair.gradient.dtype : student}, [&](auto type) {
+          typedef decltype(loss) Loss;
+          return kernel_for<Loss, typename decltype(type)::type>(options.needs, typename Loss::Family());
+        });
       },
       Losses());
+}
+
+typedef void (*ScaleKernel)(ScaleArguments);
+inline ScaleKernel scale_kernel_for(DType gradient) {
+  return with_type({gradient}, [](auto type) -> ScaleKernel { return scale_rows<typename decltype(type)::type>; });
 }
 
 // Why a launch is invalid; nullptr if it is valid.
@@ -74,7 +112,8 @@ inline const char* refusal(const Rows* pairs, int count, const TeamPlan& plan) {
   for (int i = 1; i < count; i++) {
     if (pairs[i].count != pairs[0].count || pairs[i].classes != pairs[0].classes)
       return "the pairs of a launch must have equal rows and classes";
-    if (pairs[i].student.dtype != pairs[0].student.dtype || pairs[i].teacher.dtype != pairs[0].teacher.dtype)
+    if (pairs[i].student.dtype != pairs[0].student.dtype || pairs[i].teacher.dtype != pairs[0].teacher.dtype ||
+        pairs[i].gradient.dtype != pairs[0].gradient.dtype)
       return "the pairs of a launch must have the same dtypes";
   }
   return refusal(pairs[0].classes, plan);
@@ -150,15 +189,22 @@ template <class Launch>
 const char* each_top_k_launch(const TopKArguments& arguments, const TeamPlan& plan_at_k, const Launch& launch) {
   const LossOptions at_k = options_at_k(arguments.options, arguments.known.needs);
   const Rows rows = rows_at_k(arguments);
-  const RowKernel kernel = row_kernel_for(at_k);
+  const RowKernel kernel = row_kernel_for(at_k, rows);
   if (kernel == nullptr) return "unknown loss, or no kernel compiled for its needs";
   if (const char* reason = refusal(arguments)) return reason;
   if (const char* reason = refusal(&rows, 1, plan_at_k)) return reason;
   const Grid grid = grid_of(rows.count, 1, arguments.plan, {arguments.rows.student.dtype});
-  launch(gather_rows, arguments, grid);
+  void (*gather)(TopKArguments);
+  void (*scatter)(TopKArguments);
+  const DType student = arguments.rows.student.dtype;
+  with_type({student, arguments.rows.gradient.data ? arguments.rows.gradient.dtype : student}, [&](auto type) {
+    typedef typename decltype(type)::type Type;
+    gather = gather_rows<Type>, scatter = scatter_rows<Type>;
+  });
+  launch(gather, arguments, grid);
   // Dynamic options include the weight of the cross-entropy, which is not read without its need.
   launch(kernel, arguments_of(&rows, 1, at_k, arguments.dynamic, plan_at_k), row_loss_grid(&rows, 1, plan_at_k));
-  if (rows.gradient.data != nullptr || (arguments.options.needs & kCrossEntropy)) launch(scatter_rows, arguments, grid);
+  if (rows.gradient.data != nullptr || (arguments.options.needs & kCrossEntropy)) launch(scatter, arguments, grid);
   return nullptr;
 }
 

@@ -77,9 +77,9 @@ void launch(void (*kernel)(Arguments), const Arguments& arguments, const Grid& g
 
 void launch_row_loss(const Rows* pairs, int count, const LossOptions& options, const DynamicOptions& dynamic,
                      const TeamPlan& plan, const Stream& stream) {
-  const RowKernel kernel = row_kernel_for(options);
-  const char* reason =
-      kernel == nullptr ? "unknown loss, or no kernel compiled for its needs" : refusal(pairs, count, plan);
+  const char* reason = refusal(pairs, count, plan);
+  const RowKernel kernel = reason != nullptr ? nullptr : row_kernel_for(options, pairs[0]);
+  if (reason == nullptr && kernel == nullptr) reason = "unknown loss, or no kernel compiled for its needs";
   if (reason != nullptr) throw std::runtime_error(std::string("fastkd_native: ") + reason);
   launch(kernel, arguments_of(pairs, count, options, dynamic, plan), row_loss_grid(pairs, count, plan), stream);
 }
@@ -98,7 +98,7 @@ void launch_scale_rows(const Matrix& gradient, const float* grad_output, int64_t
                        int64_t classes, const TeamPlan& plan, const Stream& stream) {
   if (const char* reason = refusal(classes, plan)) throw std::runtime_error(std::string("fastkd_native: ") + reason);
   const ScaleArguments arguments{gradient, grad_output, grad_output_stride, count, classes, plan};
-  launch(scale_rows, arguments, scale_grid(count, plan, gradient.dtype), stream);
+  launch(scale_kernel_for(gradient.dtype), arguments, scale_grid(count, plan, gradient.dtype), stream);
 }
 
 const char* missing(int32_t device) {
@@ -115,7 +115,7 @@ const char* missing(int32_t device) {
     const CurrentDevice current(device);
     cudaFuncAttributes attributes;
     // Fails if the library has no code for this device.
-    if (failed(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(scale_rows)))) return reason.c_str();
+    if (failed(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(scale_kernel_for(DType::kFloat))))) return reason.c_str();
   } catch (const std::exception& error) {
     reason = error.what();
     return reason.c_str();

@@ -35,10 +35,11 @@ FASTKD_DEVICE RowInfo row_info(const Rows& rows, int64_t index, bool labelled) {
 }
 
 // A thread's share of the row; empty unless the row is computed.
-FASTKD_DEVICE Share share_of(const Team& team, const RowLossArguments& arguments, const Rows& rows, int64_t index,
-                             RowKind kind) {
-  return Share(team, arguments.plan, rows.student, rows.teacher, (arguments.options.needs & kDistills) != 0, index,
-               kind == RowKind::kComputed ? int(rows.classes) : 0, kMasked);
+template <class Type, bool kTeacher = true>
+FASTKD_DEVICE Share<Type, kTeacher> share_of(const Team& team, const RowLossArguments& arguments, const Rows& rows,
+                                             int64_t index, RowKind kind) {
+  return Share<Type, kTeacher>(team, arguments.plan, rows.student, rows.teacher, index,
+                               kind == RowKind::kComputed ? int(rows.classes) : 0);
 }
 
 FASTKD_DEVICE void write_losses(const Team& team, const Rows& rows, int64_t index, float loss,
@@ -51,14 +52,14 @@ FASTKD_DEVICE void write_losses(const Team& team, const Rows& rows, int64_t inde
 }
 
 // Fills loss, terms and gradient: with 0 if the weight is 0, with NaN if the label is out of range.
+template <class Type>
 FASTKD_DEVICE void write_uncomputed(const Team& team, const Rows& rows, int64_t index, RowKind kind) {
   if (kind == RowKind::kPastEnd) return;
   const float value = kind == RowKind::kIgnored ? 0.0f : as_float(0x7fc00000u);
   write_losses(team, rows, index, value, {value, value, value, value});
   if (rows.gradient.data == nullptr) return;
-  RowPointer gradient = row_of(rows.gradient, index);
-  const int phase = phase_of(gradient), classes = int(rows.classes);
-  gradient.aligned = is_aligned(gradient, phase);
+  const int phase = phase_of(row_of<Type>(rows.gradient, index)), classes = int(rows.classes);
+  const RowPointer<Type> gradient = row_of<Type>(rows.gradient, index, phase, classes);
   float values[kVector];
   for (int i = 0; i < kVector; i++) values[i] = value;
 #pragma unroll 1
@@ -67,10 +68,9 @@ FASTKD_DEVICE void write_uncomputed(const Team& team, const Rows& rows, int64_t 
 }
 
 // The gradient's row, with the vectors of the student's.
-FASTKD_DEVICE RowPointer gradient_row(const Rows& rows, int64_t index, const Share& share) {
-  RowPointer row = row_of(rows.gradient, index);
-  row.aligned = is_aligned(row, share.phase());
-  return row;
+template <class Type, bool kTeacher>
+FASTKD_DEVICE RowPointer<Type> gradient_row(const Rows& rows, int64_t index, const Share<Type, kTeacher>& share) {
+  return row_of<Type>(rows.gradient, index, share.phase(), int(rows.classes));
 }
 
 }  // namespace cuda

@@ -22,7 +22,7 @@ struct Sum {
 };
 struct Max {
   static constexpr float kIdentity = kMasked;
-  FASTKD_DEVICE float operator()(float a, float b) const { return a > b ? a : b; }
+  FASTKD_DEVICE float operator()(float a, float b) const { return larger(a, b); }
 };
 
 class Team {

@@ -35,20 +35,22 @@ FASTKD_DEVICE TopKRow top_k_row(const TopKArguments& arguments, int64_t index) {
 }
 
 // The member's share of the student's row; the teacher's has other classes, and is not read.
-FASTKD_DEVICE Share student_share(const Team& team, const TopKArguments& arguments, int64_t index, bool computed) {
+template <class Type>
+FASTKD_DEVICE Share<Type, false> student_share(const Team& team, const TopKArguments& arguments, int64_t index, bool computed) {
   const Rows& rows = arguments.rows;
-  return Share(team, arguments.plan, rows.student, rows.student, false, index, computed ? int(rows.classes) : 0,
-               kMasked);
+  return Share<Type, false>(team, arguments.plan, rows.student, rows.student, index, computed ? int(rows.classes) : 0);
 }
 
 // A member's sums: of the others' exponentials, and of all logits.
-FASTKD_DEVICE void sum_others(const Share& share, const TopKRow& row, bool smoothing, float origin, int classes,
+template <class Type>
+FASTKD_DEVICE void sum_others(const Share<Type, false>& share, const TopKRow& row, bool smoothing, float origin, int classes,
                               SoftmaxStatistics<float>& sums) {
   const float power = row.slope * kLog2E, room = headroom(row.at_t1, row.slope);
   const int label = row.cross_entropy ? row.info.label : -1;
   int next = 0;  // the first known class of the next vector, or one before it
   sums.max_s = kMasked;
-  share.first_pass([&](int column, float (&z)[kVector], float (&)[kVector]) {
+  share.first_pass([&](int column, Vector<Type>& student, const Vector<Type>&) {
+    float(&z)[kVector] = student.z;
     if (smoothing) {
       float sum = 0;
 #pragma unroll
@@ -96,27 +98,30 @@ FASTKD_DEVICE void add_cross_entropy(const LossOptions& options, float weight, c
 
 // Writes the student's row of K + 1 classes, as T log q: rounding then is as small as the classes' shares. And the
 // row's statistics; of a row that is not computed the position only, which is out of range.
+template <class Type>
 FASTKD_KERNEL gather_rows(FASTKD_PARAMETER TopKArguments arguments) {
   const Rows& rows = arguments.rows;
   Team team(arguments.plan);
   const int64_t index = team.row();
   const TopKRow row = top_k_row(arguments, index);
   const LossOptions options = options_of(arguments);
-  const Share share = student_share(team, arguments, index, row.computed);
+  const Share<Type, false> share = student_share<Type>(team, arguments, index, row.computed);
   const bool smoothing = (options.needs & kLabelSmoothing) != 0;
   const int label = row.info.label;
-  LoadedLogit label_z{}, origin{};
-  if (row.computed && smoothing) origin = load_logit(share.student(), 0);
-  if (label >= 0) label_z = load_logit(share.student(), label);
+  uint32_t label_bits = 0, origin_bits = 0;
+  if (row.computed && smoothing) origin_bits = load_logit(share.student(), 0);
+  if (label >= 0) label_bits = load_logit(share.student(), label);
   int position = label >= 0 ? first_known(row.known, 0, row.count, label) : row.count;
   if (position == row.count || row.known[position] != label) position = -1;
 
   SoftmaxStatistics<float> sums{};
-  sum_others(share, row, smoothing, value_of(origin), int(rows.classes), sums);
+  const Type type = share.student().type;
+  const float z_label = value_of(label_bits, type), origin = value_of(origin_bits, type);
+  sum_others(share, row, smoothing, origin, int(rows.classes), sums);
   const Max larger;
   float tops[] = {sums.max_s, kMasked, kMasked};  // of the others, the known, the known without the label
   for (int i = team.member(); i < row.count; i += team.size()) {
-    const float z = value_of(load_logit(share.student(), row.known[i]));
+    const float z = value_of(load_logit(share.student(), row.known[i]), share.student().type);
     row.student[i] = z;
     tops[1] = larger(z, tops[1]);
     if (i != position) tops[2] = larger(z, tops[2]);
@@ -126,7 +131,6 @@ FASTKD_KERNEL gather_rows(FASTKD_PARAMETER TopKArguments arguments) {
 
   // The rest is the others, and the label if it was left out.
   const bool label_in_rest = row.cross_entropy && label >= 0 && position < 0;
-  const float z_label = value_of(label_z);
   const float base_rest = label_in_rest ? larger(z_label, tops[0]) : tops[0];
   const float base = larger(tops[1], base_rest), base_t1 = larger(tops[2], tops[0]), power = row.slope * kLog2E;
   float values[] = {sums.sum_s, sums.t1_s, sums.logit_sum, 0.0f, 0.0f};  // and of the known, relative to these bases
@@ -166,7 +170,7 @@ FASTKD_KERNEL gather_rows(FASTKD_PARAMETER TopKArguments arguments) {
       if (row.cross_entropy) {
         Row<float> whole{};
         whole.label = {true, z_label, 0.0f};
-        whole.origin = value_of(origin);
+        whole.origin = origin;
         whole.classes = rows.classes;
         add_cross_entropy(options, row.info.weight, sums, values[4], whole, statistics);
       }
@@ -177,12 +181,14 @@ FASTKD_KERNEL gather_rows(FASTKD_PARAMETER TopKArguments arguments) {
 }
 
 // A member's vectors of the gradient, as if no class were known.
-FASTKD_DEVICE void write_rest(const Share& share, const RowPointer& gradient, const TopKRow& row, int classes,
+template <class Type>
+FASTKD_DEVICE void write_rest(const Share<Type, false>& share, const RowPointer<Type>& gradient, const TopKRow& row, int classes,
                               float rest_gradient, const TopKStatistics& statistics) {
   const float t1 = statistics.t1 * power_of_two((statistics.base - statistics.base_t1) * kLog2E);
   const float shared = rest_gradient * statistics.share, factor = row.at_t1 ? shared : shared + t1;
   const float power = row.slope * kLog2E;
-  share.first_pass([&](int column, float (&z)[kVector], float (&)[kVector]) {
+  share.first_pass([&](int column, Vector<Type>& student, const Vector<Type>&) {
+    float(&z)[kVector] = student.z;
     float values[kVector];
 #pragma unroll
     for (int i = 0; i < kVector; i++) {
@@ -195,14 +201,15 @@ FASTKD_DEVICE void write_rest(const Share& share, const RowPointer& gradient, co
 }
 
 // Adds the cross-entropy to the row's loss, and writes the gradient.
+template <class Type>
 FASTKD_KERNEL scatter_rows(FASTKD_PARAMETER TopKArguments arguments) {
   const Rows& rows = arguments.rows;
   Team team(arguments.plan);
   const int64_t index = team.row();
   const TopKRow row = top_k_row(arguments, index);
   const bool with_gradient = rows.gradient.data != nullptr, writes = row.computed && with_gradient;
-  const Share share = student_share(team, arguments, index, writes);
-  const RowPointer gradient = gradient_row(rows, index, share);
+  const Share<Type, false> share = student_share<Type>(team, arguments, index, writes);
+  const RowPointer<Type> gradient = gradient_row(rows, index, share);
   float of_known[] = {0.0f};
   if (writes)
     for (int i = team.member(); i < row.count; i += team.size()) of_known[0] += row.gradient[i];
@@ -211,7 +218,7 @@ FASTKD_KERNEL scatter_rows(FASTKD_PARAMETER TopKArguments arguments) {
   TopKStatistics statistics{};
   float rest_gradient = 0;
   if (!row.computed) {
-    write_uncomputed(team, rows, index, row.info.kind);
+    write_uncomputed<Type>(team, rows, index, row.info.kind);
   } else {
     statistics = arguments.workspace.statistics[index];
     if (row.cross_entropy && team.member() == 0) {
@@ -229,7 +236,7 @@ FASTKD_KERNEL scatter_rows(FASTKD_PARAMETER TopKArguments arguments) {
   for (int i = team.member(); i < row.count; i += team.size()) {
     float value = row.gradient[i];
     if (row.cross_entropy) {
-      const float z = value_of(load_logit(share.student(), row.known[i]));
+      const float z = value_of(load_logit(share.student(), row.known[i]), share.student().type);
       const float t1 = fused(statistics.t1, power_of_two((z - statistics.base_t1) * kLog2E), statistics.constant);
       value += i == statistics.position ? statistics.label : t1;
     }

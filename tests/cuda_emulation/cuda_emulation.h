@@ -171,10 +171,21 @@ inline const float* map_shared_rank(const float* local, int rank) {
                                         offset);
 }
 
-inline void copy_async(Chunk* to, const void* from) {
-  if (reinterpret_cast<uintptr_t>(from) % sizeof(Chunk) != 0) std::abort();  // as on a device
-  emulation::current_fiber().copies.back().push_back({to, from});
+// An offset into the block's shared memory.
+typedef uint32_t SharedAddress;
+inline SharedAddress shared_address(const Chunk* chunk) { return uint32_t((chunk - shared_memory()) * sizeof(Chunk)); }
+inline char* at(SharedAddress address) { return reinterpret_cast<char*>(shared_memory()) + address; }
+
+inline void copy_async(SharedAddress to, const void* from) {
+  if (reinterpret_cast<uintptr_t>(from) % sizeof(Chunk) != 0 || to % sizeof(Chunk) != 0) std::abort();  // as on a device
+  emulation::current_fiber().copies.back().push_back({at(to), from});
 }
+inline Chunk load_shared(SharedAddress from) {
+  Chunk chunk;
+  std::memcpy(&chunk, at(from), sizeof chunk);
+  return chunk;
+}
+inline void store_shared(SharedAddress to, uint32_t word) { std::memcpy(at(to), &word, sizeof word); }
 inline void commit_copies() { emulation::current_fiber().copies.emplace_back(); }
 template <int kPending>
 void wait_for_copies() {
@@ -182,6 +193,8 @@ void wait_for_copies() {
   for (; copies.size() > kPending + 1; copies.pop_front())
     for (const emulation::Copy& copy : copies.front()) std::memcpy(copy.to, copy.from, sizeof(Chunk));
 }
+
+inline char* kept(char* pointer) { return pointer; }
 
 inline void store_streaming(void* to, const Chunk& chunk) {
   if (reinterpret_cast<uintptr_t>(to) % sizeof(Chunk) != 0) std::abort();
@@ -232,6 +245,23 @@ inline uint32_t float_to_bfloat16(float value) {
   const uint32_t bits = as_bits(value);
   if (value != value) return bits >> 16 | 0x40;
   return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+inline uint32_t half_pair(float low, float high) { return float_to_half(low) | float_to_half(high) << 16; }
+inline uint32_t bfloat16_pair(float low, float high) { return float_to_bfloat16(low) | float_to_bfloat16(high) << 16; }
+
+inline float larger(float a, float b) { return std::fmax(a, b); }
+inline float larger_or_nan(float a, float b) { return a != a || b != b ? NAN : std::fmax(a, b); }
+inline uint32_t larger_half_pair(uint32_t a, uint32_t b) {
+  return half_pair(larger(half_to_float(a & 0xffff), half_to_float(b & 0xffff)),
+                   larger(half_to_float(a >> 16), half_to_float(b >> 16)));
+}
+inline uint32_t larger_bfloat16_pair(uint32_t a, uint32_t b) {
+  return bfloat16_pair(larger(as_float(a << 16), as_float(b << 16)),
+                       larger(as_float(a & 0xffff0000u), as_float(b & 0xffff0000u)));
+}
+inline uint32_t larger_or_nan_bfloat16_pair(uint32_t a, uint32_t b) {
+  return bfloat16_pair(larger_or_nan(as_float(a << 16), as_float(b << 16)),
+                       larger_or_nan(as_float(a & 0xffff0000u), as_float(b & 0xffff0000u)));
 }
 
 namespace emulation {

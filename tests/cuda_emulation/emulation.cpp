@@ -6,7 +6,7 @@ using namespace fastkd::cuda;
 
 extern "C" const char* emulated_row_loss(const Rows* pairs, int count, const LossOptions* options, const float* dynamic,
                                          int dynamic_count, const TeamPlan* plan) {
-  const RowKernel kernel = row_kernel_for(*options);
+  const RowKernel kernel = row_kernel_for(*options, *pairs);
   if (kernel == nullptr) return "unknown loss, or no kernel compiled for its needs";
   if (const char* reason = refusal(pairs, count, *plan)) return reason;
   const Grid grid = row_loss_grid(pairs, count, *plan);
@@ -32,7 +32,7 @@ extern "C" const char* emulated_scale_rows(const Matrix* gradient, const float* 
                                            int64_t count, int64_t classes, const TeamPlan* plan) {
   if (const char* reason = refusal(classes, *plan)) return reason;
   const Grid grid = scale_grid(count, *plan, gradient->dtype);
-  return emulation::launch(scale_rows,
+  return emulation::launch(scale_kernel_for(gradient->dtype),
                            ScaleArguments{*gradient, grad_output, grad_output_stride, count, classes, *plan},
                            grid.blocks_x, grid.blocks_y, grid.threads, grid.cluster, grid.shared_bytes);
 }

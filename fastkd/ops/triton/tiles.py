@@ -15,7 +15,7 @@ NOT_SPECIALIZED = [
     "weight_stride", "gradient_stride",
 ]  # fmt: skip
 # Below this a logit is a masked class; see MASKED in fastkd/reference.py.
-MASKED = tl.constexpr(-1e30)
+MASKED = tl.constexpr(-(2.0**100))
 # Lower bound of relative logits, in units of the temperature: finite, so that the difference of two masked
 # classes is 0, and 0 times a relative logit is 0, whatever the slope.
 LOWEST = tl.constexpr(-1e37)
