@@ -232,7 +232,7 @@ class Call(NamedTuple):
         rows, classes = PATHS[self.path]
         student, teacher = (DTYPES[name] for name in (self.student, self.teacher))
         if self.loss == SCALE:
-            launcher.scale_rows_(matrix(rows, classes, student, self.layout), torch.ones(rows))
+            launcher.scale_rows_(matrix(rows, classes, student, self.layout), torch.ones(1, rows))
             return
         if self.loss == WEIGHTS:
             weight = None if self.weights == "none" else torch.ones(rows, dtype=student)

@@ -171,6 +171,21 @@ def test_row_weights_where_every_label_is_ignored():
     assert not row_weights.row_weights(target, None, -100, True).any()
 
 
+@pytest.mark.parametrize(("rows", "classes"), [(5, 7), (300, 20), (2, 9000)])
+@pytest.mark.parametrize("pairs", [1, 3])
+@pytest.mark.parametrize("one_per_pair", [False, True])
+def test_scaled_rows(rows, classes, pairs, one_per_pair):
+    gradient = torch.randn(pairs * rows, classes, device=DEVICE)
+    factors = torch.randn(pairs, 2 * rows, device=DEVICE)[:, ::2]
+    factors[:, rows // 2] = 1.0
+    if one_per_pair:
+        factors[1:2] = 1.0
+        factors = factors[:, :1].expand(pairs, rows)
+    scaled = gradient.clone()
+    launch.scale_rows_(scaled, factors)
+    assert torch.equal(scaled, gradient * factors.reshape(-1, 1))
+
+
 # ---- NaN and infinity ----------------------------------------------------------------------------------
 
 
