@@ -43,6 +43,7 @@ from fastkd.ops import spec
 from fastkd.ops.call import Call as LossCall
 from fastkd.ops.call import Outputs
 from fastkd.ops.triton import launch as launcher
+from fastkd.ops.triton import row_weights
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -181,6 +182,8 @@ def record(function: Callable[[], object]) -> list[Variant]:
 
 LOSSES = spec.distinct_cases()
 SCALE = "scale"  # gradient scaling, in addition to the losses
+# Of labels; the weights, if there are any, have the dtype of the student, and are averaged with `gradient`.
+WEIGHTS = "row weights"
 # (rows, classes): several rows per program; one row per program; streamed, whole or split, with wide loads or
 # without.
 PATHS = {
@@ -229,7 +232,11 @@ class Call(NamedTuple):
         rows, classes = PATHS[self.path]
         student, teacher = (DTYPES[name] for name in (self.student, self.teacher))
         if self.loss == SCALE:
-            launcher.scale_rows_(matrix(rows, classes, student, self.layout), torch.ones(rows))
+            launcher.scale_rows_(matrix(rows, classes, student, self.layout), torch.ones(1, rows))
+            return
+        if self.loss == WEIGHTS:
+            weight = None if self.weights == "none" else torch.ones(rows, dtype=student)
+            row_weights.row_weights(torch.zeros(rows, dtype=torch.int64), weight, -100, self.gradient)
             return
         loss, case = LOSSES[self.loss]
         options, dynamic = tuple(map(float, case.options)), None
@@ -271,6 +278,8 @@ def matrix(rows: int, classes: int, dtype: torch.dtype, layout: str) -> torch.Te
 def calls() -> Iterator[Call]:
     """All calls: the product of the fields' values, without those that do not apply to a loss."""
     flags = (False, True)
+    for dtype, weights, mean in itertools.product(DTYPES, ("none", "rows"), flags):
+        yield Call(WEIGHTS, "C 10", dtype, weights=weights, gradient=mean)
     for loss, path in itertools.product([*LOSSES, SCALE], PATHS):
         scale = loss == SCALE
         with_terms = not scale and bool(LOSSES[loss][0].terms) and LOSSES[loss][1].labelled

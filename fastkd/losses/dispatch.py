@@ -49,11 +49,11 @@ def reduced_loss(
     none_ignored = True
     if target is not None:
         arguments.check_target(target, student)
-        target = as_ordinary("target", target)
+        target = as_ordinary("target", target).reshape(-1)
         none_ignored = is_readable(target) and arguments.check_labels(target, student.shape[-1], ignore_index)
 
-    valid = None if target is None or none_ignored else target.reshape(-1) != ignore_index
-    rows = rows_of(student, target if uses_label else None, valid, weight, reduction)
+    marks = None if none_ignored else target
+    rows = rows_of(student, target if uses_label else None, weight, reduction, marks, ignore_index)
     dense = all(isinstance(logits, Tensor) for logits in (*students, *teachers))
     compute = _dense_rows if dense else form_rows
     values, terms = compute(loss, options, students, teachers, rows, center_teacher, with_terms)

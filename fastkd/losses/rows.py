@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastkd.ops import backend
 from fastkd.ops.spec import LOSSES, Loss
-from fastkd.ops.tensors import transform_of
+from fastkd.ops.tensors import is_traced, transform_of
 from fastkd.reference import known_classes
 
 from .forms import Form
@@ -20,21 +20,24 @@ class Rows(NamedTuple):
     """N rows of logits [..., C]."""
 
     label: Tensor | None  # int64 [N], for a loss that uses labels; in plain torch also probabilities [N, C]
-    valid: Tensor | None  # bool [N]: not ignored; None: all
-    weight: Tensor | None  # [N], the factor of each row's loss; None: 1
+    weight: Tensor | None  # [N], the factor of each row's loss, 0 where the label is ignored; None: 1
     divisor: int  # of all rows
     reduced: bool  # to their sum
     leading: torch.Size  # the shape of one value per row
 
 
 def rows_of(
-    student: Form, label: Tensor | None, valid: Tensor | None, weight: Tensor | None, reduction: str
+    student: Form,
+    label: Tensor | None,
+    weight: Tensor | None,
+    reduction: str,
+    marks: Tensor | None = None,
+    ignore_index: int = -100,
 ) -> Rows:
-    shape = student.shape
-    leading = shape[:-1]
-    row_weight, divisor = _row_weight(weight, valid, leading.numel(), reduction, student.dtype)
-    label = None if label is None else label.reshape(-1)
-    return Rows(label, valid, row_weight, divisor, reduction != "none", leading)
+    """``marks`` [N]: labels of which some may be ``ignore_index``; None: no row is ignored."""
+    leading = student.shape[:-1]
+    row_weight, divisor = _row_weight(weight, marks, ignore_index, leading.numel(), reduction, student.dtype)
+    return Rows(label, row_weight, divisor, reduction != "none", leading)
 
 
 def backend_for(tensors: Sequence[Tensor | None], student: Tensor, teacher: Tensor) -> str:
@@ -95,20 +98,51 @@ def positions(indices: Tensor, label: Tensor) -> Tensor:
 
 
 def _row_weight(
-    weight: Tensor | None, valid: Tensor | None, rows: int, reduction: str, dtype: torch.dtype
+    weight: Tensor | None,
+    marks: Tensor | None,
+    ignore_index: int,
+    rows: int,
+    reduction: str,
+    dtype: torch.dtype,
 ) -> tuple[Tensor | None, int]:
     """The factor of each row's loss [N], or None if it is 1 for all, and the divisor of all rows.
 
     The kernels apply both as they write the gradient, so that the reduction needs no extra pass.
     """
     mean = reduction == "batchmean"
+    if weight is not None:
+        weight = weight.reshape(-1)
+    if marks is not None and _in_one_launch(marks, weight, dtype):
+        from fastkd.ops.triton.row_weights import row_weights
+
+        return row_weights(marks, weight, ignore_index, mean), 1
     precision = torch.float64 if dtype == torch.float64 else torch.float32
-    row_weight = None if weight is None else weight.to(precision).reshape(-1).contiguous()
-    if valid is None:
+    row_weight = None if weight is None else weight.to(precision).contiguous()
+    if marks is None:
         return row_weight, max(rows, 1) if mean else 1
+    valid = marks != ignore_index
     present = valid.to(precision)
     row_weight = present if row_weight is None else row_weight.masked_fill(~valid, 0.0)
     return (row_weight / present.sum().clamp_min(1.0) if mean else row_weight), 1
+
+
+def _in_one_launch(marks: Tensor, weight: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether a Triton kernel computes the weights: on a GPU, also for the native backend.
+
+    A compiler fuses torch's operators itself, and transforms know no others.
+    """
+    tensors = (marks,) if weight is None else (marks, weight)
+    if dtype not in backend.FUSED_DTYPES or is_traced(tensors):
+        return False
+    device = marks.device.type
+    chosen = backend.resolve(backend.get_backend(), device, dtype)
+    if chosen == "eager" or (chosen == "native" and device == "cpu"):
+        return False
+    if transform_of(tensors) is not None or backend.missing("triton", device) is not None:
+        return False
+    from fastkd.ops.triton.row_weights import takes
+
+    return takes(marks, weight)
 
 
 def eager_rows(
@@ -126,12 +160,12 @@ def eager_rows(
     label, row_weight = rows.label, rows.weight
     if row_weight is not None:
         # A row of weight 0 may hold anything, including values for which 0 * gradient is NaN.
-        unread = (row_weight == 0)[:, None]
+        unread = row_weight == 0
         students, teachers = (
-            [one.masked_fill(unread, 0.0) for one in logits] for logits in (students, teachers)
+            [one.masked_fill(unread[:, None], 0.0) for one in logits] for logits in (students, teachers)
         )
-        if label is not None and rows.valid is not None:
-            label = label.masked_fill(~rows.valid, 0)
+        if label is not None and label.dim() == 1:
+            label = label.masked_fill(unread, 0)
     row_loss = LOSSES[loss].rows if indices is None else partial(known_rows, LOSSES[loss], indices)
     pairs = [row_loss(s, t, label, *options) for s, t in zip(students, teachers, strict=True)]
     losses = torch.stack([values for values, _ in pairs])

@@ -67,7 +67,7 @@ def soft_cross_entropy(
     A row whose probabilities are negative, or do not sum to 1, is an error on a CPU, and elsewhere a NaN:
     reading it back would wait for the device.
     """
-    rows = rows_of(students[0], None, None, weight, reduction)
+    rows = rows_of(students[0], None, weight, reduction)
     p = as_ordinary("target", target).reshape(-1, target.shape[-1])
     rows = rows._replace(label=_checked(p, rows))
     students = [as_ordinary("student_logits", logits) for logits in students]

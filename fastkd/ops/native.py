@@ -236,5 +236,5 @@ def row_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call,
 
 
 def scale_rows_(gradient: Tensor, factors: Tensor) -> None:
-    """``gradient[n] *= factors[n]`` in place; rows whose factor is 1 are not accessed."""
-    _operator("scale_rows_")(gradient, factors, *_team(gradient, 1, False))
+    """``gradient[n] *= factors[n]`` in place, of N factors; rows whose factor is 1 are not accessed."""
+    _operator("scale_rows_")(gradient, factors.reshape(-1), *_team(gradient, 1, False))

@@ -161,10 +161,15 @@ def _gradients(ctx: Any, grad_output: Tensor | None) -> Sequence[Tensor | None]:
 
 def _row_factors(row_weight: Tensor | None, grad_output: Tensor, pairs: int, shape: Sequence[int]) -> Tensor:
     """grad_output, one value per pair or per row, times the weights: [N], or [H, N] for several pairs."""
-    factors = grad_output.float().reshape(pairs, -1).expand(pairs, math.prod(shape[:-1]))
+    factors = _per_row(grad_output.float(), pairs, math.prod(shape[:-1]))
     if row_weight is not None:
         factors = factors * row_weight
     return (factors[0] if pairs == 1 else factors).contiguous()
+
+
+def _per_row(grad_output: Tensor, pairs: int, rows: int) -> Tensor:
+    """grad_output, one value per pair or per row, as a view [H, N] wherever strides allow it."""
+    return grad_output.reshape(pairs, -1).expand(pairs, rows)
 
 
 def _scaled(gradient: Tensor, grad_output: Tensor, pairs: int, backend: str, traced: bool) -> Tensor:
@@ -173,15 +178,12 @@ def _scaled(gradient: Tensor, grad_output: Tensor, pairs: int, backend: str, tra
     copies = must_copy(traced)
     if not copies and is_one(grad_output):  # on a GPU the kernel tests the factor
         return gradient
-    factors = grad_output
-    if grad_output.numel() != gradient.shape[0]:  # one value per pair
-        factors = (
-            grad_output.expand(rows_per_pair) if pairs == 1 else grad_output.repeat_interleave(rows_per_pair)
-        )
+    if not rows_per_pair:
+        return gradient
+    factors = _per_row(grad_output, pairs, rows_per_pair)
     if copies:
         return (gradient * factors.reshape(-1, 1)).to(gradient.dtype)
-    if rows_per_pair:
-        launcher_of(backend).scale_rows_(gradient, factors.reshape(-1))
+    launcher_of(backend).scale_rows_(gradient, factors)
     return gradient
 
 

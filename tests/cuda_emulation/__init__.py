@@ -152,6 +152,7 @@ class Emulation:
 
     def scale_rows_(self, gradient, factors):
         plan = self.plan(*gradient.shape, 2 * gradient.element_size())
+        factors = factors.reshape(-1)
         self.check(
             self.library.emulated_scale_rows(
                 ctypes.byref(Matrix.of(gradient)), ctypes.c_void_p(factors.data_ptr()),

@@ -15,6 +15,7 @@ from fastkd.ops.spec import LOSSES as SPEC
 from tests.cases import KERNELS
 
 launch = pytest.importorskip("fastkd.ops.triton.launch")
+row_weights = pytest.importorskip("fastkd.ops.triton.row_weights")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # By case name: loss, options, whether it takes a label.
@@ -144,6 +145,45 @@ def test_a_weight_that_is_not_finite_propagates(weight):
     rows, gradient = kernel("kd", logits(2, 10), logits(2, 10), None, weights)
     assert rows.isfinite().tolist() == [True, False]
     assert gradient.isfinite().all(-1).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("rows", [1, 300, row_weights.TILE, 2 * row_weights.TILE + 5])
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("mean", [False, True])
+def test_row_weights_of_labels(rows, dtype, mean):
+    target = torch.randint(-2, 3, (2 * rows,), device=DEVICE)[::2]
+    target[: rows // 2] = 1
+    valid = target != -1
+    weight, expected = None, valid.double()
+    if dtype is not None:
+        weight = torch.rand(3 * rows, device=DEVICE).to(dtype)[1::3]
+        expected = weight.double().masked_fill(~valid, 0.0)
+        weight[~valid] = math.nan
+    if mean:
+        expected = expected / max(int(valid.sum()), 1)
+    found = row_weights.row_weights(target, weight, -1, mean)
+    assert torch.equal(found == 0, expected == 0)
+    torch.testing.assert_close(found, expected.float(), rtol=2e-7, atol=0)
+
+
+def test_row_weights_where_every_label_is_ignored():
+    target = torch.full((300,), -100, device=DEVICE)
+    assert not row_weights.row_weights(target, None, -100, True).any()
+
+
+@pytest.mark.parametrize(("rows", "classes"), [(5, 7), (300, 20), (2, 9000)])
+@pytest.mark.parametrize("pairs", [1, 3])
+@pytest.mark.parametrize("one_per_pair", [False, True])
+def test_scaled_rows(rows, classes, pairs, one_per_pair):
+    gradient = torch.randn(pairs * rows, classes, device=DEVICE)
+    factors = torch.randn(pairs, 2 * rows, device=DEVICE)[:, ::2]
+    factors[:, rows // 2] = 1.0
+    if one_per_pair:
+        factors[1:2] = 1.0
+        factors = factors[:, :1].expand(pairs, rows)
+    scaled = gradient.clone()
+    launch.scale_rows_(scaled, factors)
+    assert torch.equal(scaled, gradient * factors.reshape(-1, 1))
 
 
 # ---- NaN and infinity ----------------------------------------------------------------------------------

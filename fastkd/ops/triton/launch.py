@@ -11,6 +11,10 @@ from fastkd.ops.triton import formulas, mixture_rows, softmax_rows, statistics, 
 from fastkd.ops.triton.launch_options import common_vector, compile_options, on_device, row_strides
 from fastkd.ops.triton.pointwise_rows import pointwise_rows, scale_rows
 
+# The most programs and warps per multiprocessor that scale a gradient. Most of the time the factor is 1, and
+# they end at once: their number is what the launch costs.
+SCALE_PROGRAMS, SCALE_WARPS = 8, 64
+
 
 def row_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call, outputs: Outputs) -> None:
     """Fill ``outputs``. Logits are [N, C] or [M, K, C] with dense classes; see ``layout.as_rows``."""
@@ -101,13 +105,15 @@ def mixture_phases(plan: Plan) -> list[int]:
 
 
 def scale_rows_(gradient: Tensor, factors: Tensor) -> None:
-    """``gradient[n] *= factors[n]`` in place; rows whose factor is 1 are not accessed."""
-    count, classes = gradient.shape
+    """Multiply rows of H pairs by ``factors`` [H, N] in place; rows whose factor is 1 are not accessed."""
+    (pairs, count), classes = factors.shape, gradient.shape[1]
     device = device_of(gradient.device)
-    plan = plan_rows("scale", count, classes, gradient.element_size(), device)
+    plan = plan_rows("scale", pairs * count, classes, gradient.element_size(), device)
     vector = common_vector(classes, gradient.stride(0))
+    resident = device.multiprocessors * min(SCALE_PROGRAMS, SCALE_WARPS // plan.warps)
+    programs = min(count, -(-resident // (plan.parts * pairs)))
     with on_device(gradient):
-        scale_rows[count, plan.parts](
-            gradient, factors, classes, gradient.stride(0), factors.stride(0), plan.parts,
+        scale_rows[programs, plan.parts, pairs](
+            gradient, factors, count, classes, gradient.stride(0), *factors.stride(), plan.parts,
             TILE=plan.tile, VECTOR=vector, **compile_options(plan),
         )  # fmt: skip

@@ -86,28 +86,40 @@ def pointwise_rows(
 
 
 @triton.jit(
-    do_not_specialize=["factor_pointer", "classes", "gradient_stride", "factor_stride", "parts"],
-)
+    do_not_specialize=[
+        "factor_pointer", "count", "classes", "gradient_stride", "pair_stride", "factor_stride", "parts",
+    ]
+)  # fmt: skip
 def scale_rows(
     gradient_pointer,
     factor_pointer,
+    count,
     classes,
     gradient_stride,
+    pair_stride,
     factor_stride,
     parts,
     TILE: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """``gradient[row] *= factor[row]`` in place; a row whose factor is 1 is not accessed."""
-    row = tl.program_id(0).to(tl.int64)
-    factor = tl.load(factor_pointer + row * factor_stride)
+    """``gradient[row] *= factor[row]`` in place, of ``count`` rows per pair; a row whose factor is 1 is not
+    accessed.
+
+    Grid: (programs that share the rows of a pair, parts of a row, pairs).
+    """
+    pair = tl.program_id(2).to(tl.int64)
     classes = multiple(classes, VECTOR)
-    if factor != 1.0:
-        first_tile, end_tile = tiles_of_part(tl.program_id(1), parts, classes, TILE)
-        gradient_row = gradient_pointer + multiple(row * gradient_stride, VECTOR)
-        for tile in range(first_tile, end_tile):
-            columns = tile * TILE + tl.arange(0, TILE)
-            inside = columns < classes
-            gradient = tl.load(gradient_row + columns, mask=inside)
-            scaled = gradient.to(tl.float32) * factor
-            tl.store(gradient_row + columns, scaled.to(gradient.dtype), mask=inside)
+    factors = factor_pointer + pair * pair_stride
+    first_tile, end_tile = tiles_of_part(tl.program_id(1), parts, classes, TILE)
+    # One factor of 1 for all rows: nothing to do.
+    end = tl.where((factor_stride == 0) & (tl.load(factors) == 1.0), 0, count)
+    for row in range(tl.program_id(0), end, tl.num_programs(0)):
+        factor = tl.load(factors + row * factor_stride.to(tl.int64))
+        if factor != 1.0:
+            gradient_row = gradient_pointer + multiple((pair * count + row) * gradient_stride, VECTOR)
+            for tile in range(first_tile, end_tile):
+                columns = tile * TILE + tl.arange(0, TILE)
+                inside = columns < classes
+                gradient = tl.load(gradient_row + columns, mask=inside)
+                scaled = gradient.to(tl.float32) * factor
+                tl.store(gradient_row + columns, scaled.to(gradient.dtype), mask=inside)

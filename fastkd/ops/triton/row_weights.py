@@ -1,0 +1,74 @@
+"""Row weights from labels, in one launch: torch's operators take six or seven."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastkd.ops.triton.launch_options import on_device
+
+# Labels that a program loads at once: up to this many rows there is one program, which reads them once.
+TILE = 8192
+WARPS = 16
+# Each program counts the labels of all rows: with more of them torch's operators take less time.
+MOST_ROWS = 65536
+
+
+@triton.jit(
+    do_not_specialize=[
+        "target_pointer", "weight_pointer", "result_pointer", "count", "target_stride", "weight_stride",
+        "ignore_index",
+    ]
+)  # fmt: skip
+def row_weights_kernel(
+    target_pointer,
+    weight_pointer,
+    result_pointer,
+    count,
+    target_stride,
+    weight_stride,
+    ignore_index,
+    WEIGHTED: tl.constexpr,
+    MEAN: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Grid: (tiles of rows). With MEAN divided by the number of non-ignored labels, at least 1."""
+    program = tl.program_id(0)
+    index = program.to(tl.int64) * TILE + tl.arange(0, TILE)
+    exists = index < count
+    valid = exists & (tl.load(target_pointer + index * target_stride, mask=exists, other=0) != ignore_index)
+    weight = tl.full((TILE,), 1.0, tl.float32)
+    if WEIGHTED:
+        weight = tl.load(weight_pointer + index * weight_stride, mask=exists, other=0.0).to(tl.float32)
+    if MEAN:
+        valid_rows = valid.to(tl.int32)
+        programs = tl.num_programs(0)
+        for step in range(1, programs):
+            other_index = ((program + step) % programs).to(tl.int64) * TILE + tl.arange(0, TILE)
+            other_exists = other_index < count
+            label = tl.load(target_pointer + other_index * target_stride, mask=other_exists, other=0)
+            valid_rows += (other_exists & (label != ignore_index)).to(tl.int32)
+        weight = tl.div_rn(weight, tl.maximum(tl.sum(valid_rows), 1).to(tl.float32))
+    tl.store(result_pointer + index, tl.where(valid, weight, 0.0), mask=exists)
+
+
+def takes(target: Tensor, weight: Tensor | None) -> bool:
+    """Whether ``row_weights`` has a kernel for these."""
+    known = weight is None or weight.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    return known and 0 < target.shape[0] <= MOST_ROWS
+
+
+def row_weights(target: Tensor, weight: Tensor | None, ignore_index: int, mean: bool) -> Tensor:
+    """float32 [N]: ``weight`` [N], or 1, and exactly 0 where the label is ``ignore_index``.
+
+    With ``mean`` divided by the number of other labels, at least 1. ``target`` is int64 [N].
+    """
+    count = target.shape[0]
+    result = target.new_empty(count, dtype=torch.float32)
+    weights = result if weight is None else weight
+    with on_device(target):
+        row_weights_kernel[-(-count // TILE),](
+            target, weights, result, count, target.stride(0), weights.stride(0), ignore_index,
+            WEIGHTED=weight is not None, MEAN=mean, TILE=TILE, num_warps=WARPS,
+        )  # fmt: skip
+    return result
