@@ -89,7 +89,7 @@ def _cuda_kernels() -> str:
     if native.missing("cpu") is not None:
         return "none, the extension is missing"
     absent = native.cuda_kernels_absent()
-    return "built, untested on hardware" if absent is None else f"not built: {absent}"
+    return "built" if absent is None else f"not built: {absent}"
 
 
 def _detail(name: str, device: str) -> str:

@@ -91,6 +91,9 @@ def explain(
         raise TypeError(f"dtype is {dtype}; expected float32, bfloat16, float16 or float64")
     kind = backend.checked_device(device, "device").type
     chosen = backend.resolve(backend.get_backend(), kind, dtype)
+    if hidden is None and known is None:
+        on = torch.device(device)
+        chosen = backend.faster_for(chosen, on, work.family, work.labelled, rows, classes)
     chunk = None
     if hidden is not None:
         chunk = _chunk_of(hidden, chosen, rows, classes, dtype, kind)
@@ -131,6 +134,7 @@ class _Work(NamedTuple):
 
     family: Family
     kind: str  # of ops.plan
+    labelled: bool
     reads: int  # models whose logits are read
 
     @property
@@ -145,7 +149,7 @@ def _work_of(loss: str) -> _Work:
     spec, case = CASES[name]
     needs = needs_of(spec, tuple(case.options), case.labelled)
     reads = 2 if needs & Needs.DISTILLS else 1
-    return _Work(spec.family, kind_of(spec.family, needs), reads)
+    return _Work(spec.family, kind_of(spec.family, needs), case.labelled, reads)
 
 
 class _Path(NamedTuple):

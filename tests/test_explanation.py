@@ -37,14 +37,15 @@ def test_native_cuda_paths_report_what_they_cache():
         return explanation._team_path(explanation._work_of(loss), rows, classes, dtype, H100)
 
     assert "rows per block" in path("kd", 8192, 10).words
-    whole = path("dkd", 4096, 131_072)
+    whole = path("dkd", 4096, 8192)
     assert whole.accesses == 3
-    assert "cluster of 8 blocks" in whole.words
+    assert "one block" in whole.words
     assert "the row on chip" in whole.words
-    partly = path("kd", 256, 1_000_000)
+    partly = path("kd", 4096, 131_072)
+    assert "cluster of 4 blocks" in partly.words
     assert 3 < partly.accesses < 5
     assert "read again" in partly.words
-    assert path("lskd", 256, 1_000_000).accesses > path("jsd", 256, 1_000_000).accesses > partly.accesses
+    assert path("lskd", 4096, 131_072).accesses > path("jsd", 4096, 131_072).accesses > partly.accesses
     assert path("binary_kl", 256, 1_000_000).accesses == 3
 
 

@@ -3,10 +3,14 @@
 from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 from fastkd.ops import operators
+from fastkd.ops.backend import faster_for
 from fastkd.ops.call import Call
+from fastkd.ops.plan import NATIVE_ROWS
+from fastkd.ops.spec import LOSSES
 from fastkd.ops.tensors import as_ordinary, is_readable
 from fastkd.reference import centered
 
@@ -78,6 +82,12 @@ def _dense_rows(
     """Of logits in memory: [H N], or their sums, and terms."""
     student = students[0]
     chosen = backend_for((*students, *teachers, rows.weight, rows.label), student, teachers[0])
+    if chosen == "triton":
+        classes = student.shape[-1]
+        # While torch.compile traces, a condition on the rows would compile again for other batch sizes.
+        count = NATIVE_ROWS if torch.compiler.is_compiling() else len(students) * rows.leading.numel()
+        labelled = rows.label is not None
+        chosen = faster_for(chosen, student.device, LOSSES[loss].family, labelled, count, classes)
     students = [as_ordinary("student_logits", logits) for logits in students]
     teachers = [as_ordinary("teacher_logits", logits) for logits in teachers]
     if center_teacher:

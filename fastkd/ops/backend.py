@@ -13,6 +13,8 @@ from functools import cache
 import torch
 
 from fastkd import environment
+from fastkd.ops.plan import NATIVE_CAPABILITY, device_of, native_is_faster
+from fastkd.ops.spec import Family
 
 BACKENDS = ("auto", "triton", "native", "eager")
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -39,8 +41,9 @@ def get_backend() -> str:
 def set_backend(name: str) -> None:
     """Set the backend of all later calls.
 
-    ``"auto"`` (the default) selects the fastest that runs on the logits' device: triton on GPUs, native on
-    CPUs and on GPUs without triton, eager if neither can run. A name selects that backend; a call raises
+    ``"auto"`` (the default) selects the fastest that runs on the logits' device: native on CPUs and on GPUs
+    without triton, triton on other GPUs, but native at the shapes where it was measured to be faster
+    (``fastkd.explain`` says which), eager if neither can run. A name selects that backend; a call raises
     ``BackendUnavailable`` if it cannot run. The environment variable ``FASTKD_BACKEND`` sets the initial
     backend; an empty value counts as unset, and an unknown one is an error at the first loss.
     """
@@ -144,6 +147,26 @@ def _automatic(device_type: str) -> str:
         stacklevel=5,
     )
     return "eager"
+
+
+def faster_for(
+    chosen: str, device: torch.device, family: Family, labelled: bool, rows: int, classes: int
+) -> str:
+    """The backend for rows of dense logits if ``chosen`` is the one for their device."""
+    if chosen != "triton" or get_backend() != "auto" or not native_may_be_faster(device):
+        return chosen
+    return "native" if native_is_faster(family, labelled, rows, classes) else chosen
+
+
+@cache
+def native_may_be_faster(device: torch.device) -> bool:
+    """Whether ``plan.native_is_faster`` was measured on such a GPU, and the native kernels run on it."""
+    if device.type != "cuda" or missing("native", "cuda") is not None:
+        return False
+    return device_of(device).capability == NATIVE_CAPABILITY
+
+
+native_may_be_faster._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _native_missing(device_type: str) -> str | None:

@@ -39,6 +39,7 @@ class Kind(NamedTuple):
     longest: int
     resident: bool
     per_warp: int  # logits of a row in one tile
+    tile_registers: int | None  # per thread, at most, for such rows
     warps: int  # of a program that streams rows
     loads: int  # of a thread, per model and tile
     registers: int  # per thread, at most
@@ -46,13 +47,13 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "softmax": Kind(8192, True, 1024, 8, 2, 80, 3),
-    "labelled": Kind(8192, True, 512, 8, 2, 80, 3),
-    "cross-entropy": Kind(8192, True, 512, 8, 1, 80, 3),
-    "standardized": Kind(4096, True, 512, 8, 2, 128, 2),
-    "mixture": Kind(4096, False, 256, 8, 1, 128, 2),
-    "pointwise": Kind(4096, False, 1024, 4, 2, 80, 6),
-    "scale": Kind(4096, False, 1024, 4, 2, 80, 6),
+    "softmax": Kind(8192, True, 1024, None, 8, 2, 80, 3),
+    "labelled": Kind(8192, True, 1024, 128, 8, 2, 80, 3),
+    "cross-entropy": Kind(8192, True, 512, None, 8, 1, 80, 3),
+    "standardized": Kind(4096, True, 512, None, 8, 2, 128, 2),
+    "mixture": Kind(4096, False, 256, None, 16, 1, 128, 1),
+    "pointwise": Kind(4096, False, 512, None, 4, 2, 96, 5),
+    "scale": Kind(4096, False, 512, None, 4, 2, 96, 5),
 }
 
 
@@ -65,6 +66,18 @@ def kind_of(family: Family, needs: int) -> str:
     if needs & Needs.CROSS_ENTROPY:
         return "cross-entropy"
     return "labelled" if needs & Needs.LABELLED else "softmax"
+
+
+# The fewest classes from which the native CUDA kernels are faster than Triton's, for losses of the softmax
+# family without and with labels: measured on an H200 (docs/speed/gpu.md).
+NATIVE_CLASSES = {False: 8193, True: 4097}
+NATIVE_CAPABILITY = (9, 0)  # that of the device on which this was measured
+NATIVE_ROWS = 64  # fewer leave multiprocessors without a row; Triton's split rows do not
+
+
+def native_is_faster(family: Family, labelled: bool, rows: int, classes: int) -> bool:
+    """Whether to prefer the native kernels to Triton's on a GPU of ``NATIVE_CAPABILITY``."""
+    return family == "softmax" and classes >= NATIVE_CLASSES[labelled] and rows >= NATIVE_ROWS
 
 
 class Plan(NamedTuple):
@@ -94,13 +107,14 @@ def plan_rows(kind: str, rows: int, classes: int, element_bytes: int, device: De
     The compiled kernel does not depend on the number of rows.
     """
     of = KINDS[kind]
-    if kind == "cross-entropy" and device.capability >= (10, 0):
-        of = of._replace(registers=96, programs=2)  # ptxas needs more there (tools/compile_kernels.py)
+    if of.resident and device.capability >= (10, 0):
+        # ptxas needs more registers there (tools/compile_kernels.py).
+        of = of._replace(loads=1, tile_registers=None)
     if classes <= of.longest:
         tile = max(16, 1 << (classes - 1).bit_length())
         rows_per_program = 1 if kind == "scale" else max(1, ELEMENTS_PER_PROGRAM // tile)
         warps = min(4, rows_per_program) if rows_per_program > 1 else max(1, tile // of.per_warp)
-        return Plan(rows_per_program, tile, of.resident, warps, None, 1, rows)
+        return Plan(rows_per_program, tile, of.resident, warps, of.tile_registers, 1, rows)
     # As many rows at a time on each multiprocessor. More than stay in the L2 cache between two passes cost
     # less than multiprocessors that wait.
     programs = of.programs * device.multiprocessors

@@ -2,8 +2,8 @@
 
 A row is computed by a *team*: ``threads_per_row`` threads in each of ``blocks_per_row`` blocks. A thread
 takes every n-th vector of eight logits of both models and caches as many of them in shared memory between the
-passes as fit; the others are read again (csrc/cuda/share.h). The constants are computed from hardware limits,
-not tuned by measurement.
+passes as fit; the others are read again (csrc/cuda/share.h). Measured on an H200: what a thread does once per row, and the exchange between blocks,
+cost more than reading a row twice, so a thread has many vectors and a row has few blocks.
 """
 
 from functools import lru_cache
@@ -18,14 +18,16 @@ MAX_THREADS = 512
 MAX_BLOCKS = 8
 EXCHANGE_BYTES = 2 * (MAX_THREADS // WARP + 1) * 8 * 4
 
+# Vectors per thread: of a row in one block, and of each block if there are several.
+VECTORS_PER_THREAD = 8
+VECTORS_PER_CLUSTER_THREAD = 16
 # Threads per block, small enough for several blocks per multiprocessor, whose waiting and computing overlap.
 SMALL_BLOCK = 128
 BLOCK = 256
-# Threads per multiprocessor that keep enough loads in flight.
-BUSY_THREADS = 512
-# What a block caches at most if a cluster can hold the whole row: leaves room for three blocks per
-# multiprocessor.
-CACHED_BYTES = 72 * 1024
+# Of a multiprocessor's shared memory a block takes at most one of so many parts.
+BLOCKS_PER_MULTIPROCESSOR = 3
+# Threads per multiprocessor: few rows are spread over more threads and blocks until there are so many.
+BUSY_THREADS = 256
 KIB_PER_MULTIPROCESSOR = {(8, 0): 164, (8, 7): 164, (9, 0): 228, (10, 0): 228, (10, 3): 228, (11, 0): 228}
 RESERVED_BYTES = 1024  # of shared memory, per block
 MIN_CACHED_SHARE = 0.25  # of a row: less is not worth caching
@@ -82,10 +84,10 @@ def plan_team(
     """
     vectors = vectors_of(classes)
     vector_bytes = VECTOR * element_bytes
-    threads = min(BLOCK, _power_of_two(-(-vectors // STAGES)))
+    threads = min(BLOCK, _power_of_two(vectors // VECTORS_PER_THREAD))
     blocks = 1
     if capability >= (9, 0):
-        while blocks < MAX_BLOCKS and blocks * CACHED_BYTES < vectors * vector_bytes and rereads:
+        while blocks < MAX_BLOCKS and vectors >= 2 * blocks * BLOCK * VECTORS_PER_CLUSTER_THREAD and rereads:
             blocks *= 2
     # Few rows: more threads per row, then more blocks per row, as long as every thread has a vector.
     while rows * threads * blocks < multiprocessors * BUSY_THREADS and threads * blocks < vectors:
@@ -104,21 +106,12 @@ def plan_team(
             rows_per_block //= 2
     if not rereads:
         return TeamPlan(threads, rows_per_block, blocks, min(needed, STAGES))
-    if rows_per_block == 1 and needed * threads * vector_bytes > CACHED_BYTES:
-        return _plan_long_row(vectors, vector_bytes, capability, blocks)
-    return TeamPlan(threads, rows_per_block, blocks, needed)
-
-
-def _plan_long_row(vectors: int, vector_bytes: int, capability: tuple[int, int], blocks: int) -> TeamPlan:
-    """Two blocks per multiprocessor if the row then fits, else one with all of its shared memory."""
     whole = KIB_PER_MULTIPROCESSOR.get(capability, 100) * 1024
-    for threads, share in ((BLOCK, whole // 2), (MAX_THREADS, whole), (BLOCK, whole)):
-        needed = -(-vectors // (threads * blocks))
-        slots = (share - RESERVED_BYTES - EXCHANGE_BYTES) // (threads * vector_bytes)
-        if needed <= slots:
-            return TeamPlan(threads, 1, blocks, needed)
-    # The row does not fit. Caching a small part costs more, in occupancy, than it saves.
-    return TeamPlan(threads, 1, blocks, slots if slots - STAGES >= MIN_CACHED_SHARE * needed else STAGES)
+    room = whole // BLOCKS_PER_MULTIPROCESSOR - RESERVED_BYTES - EXCHANGE_BYTES
+    slots = room // (rows_per_block * threads * vector_bytes)
+    if needed > slots and slots - STAGES < MIN_CACHED_SHARE * needed:
+        slots = STAGES  # caching a small part costs more, in occupancy, than it saves
+    return TeamPlan(threads, rows_per_block, blocks, min(needed, slots))
 
 
 def _power_of_two(n: int) -> int:

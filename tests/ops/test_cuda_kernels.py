@@ -369,8 +369,18 @@ def test_the_automatic_choice_on_a_gpu(monkeypatch):
         backend._automatic.cache_clear()
         return backend.resolve("auto", "cuda", torch.bfloat16)
 
+    def by_shape(labelled=False, rows=4096, classes=32768, family="softmax"):
+        return backend.faster_for(choose(), torch.device("cuda"), family, labelled, rows, classes)
+
     try:
         assert choose() == "triton"
+        monkeypatch.setattr(backend, "native_may_be_faster", lambda device: True)
+        assert by_shape() == by_shape(labelled=True) == "native"
+        assert by_shape(rows=4) == by_shape(classes=1000) == by_shape(family="pointwise") == "triton"
+        with fastkd.use_backend("triton"):
+            assert by_shape() == "triton"
+        monkeypatch.setattr(backend, "native_may_be_faster", lambda device: False)
+        assert by_shape() == "triton"
         assert choose(native="no nvcc") == "triton"
         assert choose(triton="not installed") == "native"
         both = "triton is not available: gone; and native is not available: no nvcc"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastkd
-from fastkd.ops import operators, spec
+from fastkd.ops import backend, native, operators, spec
 from fastkd.ops.call import Call
 from tests.cases import BY_NAME, each_kernel, exact, loss_and_gradient, make_logits
 
@@ -130,6 +130,21 @@ def test_a_label_out_of_range_poisons_its_row_where_no_check_is_made(fused):
     rows, _ = operators.row_loss([student], [teacher], call)
     assert torch.isnan(rows[1])
     assert torch.isfinite(rows[[0, 2]]).all()
+
+
+def test_compiled_code_takes_the_faster_backend_for_its_classes(monkeypatch):
+    """As on a GPU where native is faster for long rows."""
+    may_be_faster = torch.compiler.assume_constant_result(lambda device: True)
+    monkeypatch.setattr(backend, "native_may_be_faster", may_be_faster)
+    monkeypatch.setattr(backend, "_automatic", lambda device_type: "triton")
+    chosen = []
+    monkeypatch.setattr(operators, "launcher_of", lambda name: chosen.append(name) or native)
+    compiled = torch.compile(fastkd.kd_loss, backend="eager", fullgraph=True)
+    for classes, rows, expected in ((9000, 64, "native"), (9000, 63, "native"), (100, 64, "triton")):
+        student, teacher, _ = make_logits(rows, classes)
+        for run, name in ((compiled, expected), (fastkd.kd_loss, expected if rows > 63 else "triton")):
+            run(student, teacher)
+            assert chosen.pop() == name
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")

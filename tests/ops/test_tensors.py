@@ -74,7 +74,8 @@ def test_leading_dimensions_of_any_stride(fused, case, layout):
     grad_output = torch.randn(s.shape[:-1], device=fused)
     assert_matches(case, s, t, target, grad_output, reduction="none")
     pair = case.loss([s, s.flip(0)], [t, t], target, reduction="none")
-    torch.testing.assert_close(pair[0], case.loss(s, t, target, reduction="none"))
+    # On a GPU the rows of two pairs may be planned otherwise than those of one.
+    torch.testing.assert_close(pair[0], case.loss(s, t, target, reduction="none"), rtol=1e-5, atol=1e-5)
 
 
 def test_a_shifted_sequence_is_not_copied():
@@ -113,8 +114,9 @@ def logits_of(kind, plain):
 @pytest.mark.parametrize("kind", ["sparse", "csr", "nested", "jagged", "quantized", "masked", "freed"])
 @pytest.mark.parametrize("place", ["student", "teacher", "weight"])
 def test_tensors_without_dense_memory_are_rejected_by_name(fused, kind, place):
-    student, teacher, target = make_logits(3, 8)
-    given = {"student": student, "teacher": teacher, "weight": torch.rand(3)}
+    # Only some of these kinds exist on GPUs; "freed" is found after the backend's check of the device.
+    student, teacher, target = make_logits(3, 8, device=fused if kind == "freed" else "cpu")
+    given = {"student": student, "teacher": teacher, "weight": torch.rand(3, device=student.device)}
     of_two_dimensions = kind in ("csr", "nested", "jagged") and place == "weight"
     given[place] = logits_of(kind, torch.rand(3, 8) if of_two_dimensions else given[place])
     name = place if place == "weight" else f"{place}_logits"
