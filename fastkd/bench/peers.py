@@ -153,7 +153,8 @@ def variants(loss: str, peers: set[str], device: str) -> dict[str, Any]:
     """
     chosen: dict[str, Any] = {"fastkd": FASTKD[loss]}
     for name in BACKENDS:
-        if name in peers and name != in_force(device):
+        # On a GPU fastkd takes one or the other by shape: both are measured beside it.
+        if name in peers and (device == "cuda" or name != in_force(device)):
             chosen[name] = _on_backend(name, FASTKD[loss])
     if "eager" in peers:
         chosen["eager"] = EAGER[loss]
