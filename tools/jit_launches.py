@@ -214,13 +214,14 @@ class Call(NamedTuple):
     dynamic: bool = False  # options
     pairs: int = 1
     known: int = 0  # the teacher's known classes; 0: all
+    summed: bool = False  # over rows
 
     def __str__(self) -> str:
         dtypes = self.student if self.student == self.teacher else f"{self.student} {self.teacher}"
         words = [self.loss, self.path, dtypes]
         words += [] if self.layout == "dense" else [self.layout]
         words += [] if self.weights == "none" else [f"weights of {self.weights}"]
-        words += [name for name in ("terms", "dynamic") if getattr(self, name)]
+        words += [name for name in ("terms", "dynamic", "summed") if getattr(self, name)]
         words += [] if self.gradient else ["no gradient"]
         words += [f"{self.known} classes known"] if self.known else []
         return ", ".join(words + ([f"{self.pairs} pairs"] if self.pairs > 1 else []))
@@ -257,6 +258,8 @@ class Call(NamedTuple):
         if self.known:
             teachers = [matrix(rows, self.known + 1, teacher, "dense")]
         outputs = Outputs(torch.empty(rows * self.pairs), terms, gradient)
+        if self.summed:
+            outputs = launcher.with_sums(outputs, self.pairs, call)
         launcher.row_loss(students * self.pairs, teachers * self.pairs, call, outputs)
 
 
@@ -296,7 +299,14 @@ def calls() -> Iterator[Call]:
         )
         for other in others:
             yield Call(loss, path, *other)
-        if scale or not known_at_k(loss):
+        if scale:
+            continue
+        others = itertools.product(("none", "rows"), flags if with_terms else (False,), flags, (1, 2, 8))
+        for weights, terms, gradient, pairs in others:
+            yield Call(
+                loss, path, "bf16", "bf16", "dense", weights, terms, gradient, pairs=pairs, summed=True
+            )
+        if not known_at_k(loss):
             continue
         others = itertools.product(
             DTYPES, LAYOUTS, ("none", "rows"), flags if with_terms else (False,), flags, flags, KNOWN

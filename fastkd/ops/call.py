@@ -68,9 +68,13 @@ CALL_TENSORS = 4
 
 
 class Outputs(NamedTuple):
-    """Tensors that a launcher fills, pair by pair. ``sums`` is for the native backend on the CPU only."""
+    """Tensors that a launcher fills, pair by pair."""
 
     rows: Tensor  # float32 [H N]
     terms: Tensor | None = None  # float32 [K, H N]
     gradient: Tensor | None = None  # [H N, C]
-    sums: Tensor | None = None  # float32 [H], or [] for one pair: the sums of rows
+    # Where the launcher can sum over rows too (``new_sums``): float32 [H], or [] for one pair, and [K, H] or
+    # [K]. Losses or terms whose sum is None are summed afterwards.
+    sums: Tensor | None = None
+    term_sums: Tensor | None = None
+    counters: Tensor | None = None  # int32, of Triton's programs

@@ -204,10 +204,18 @@ def _top_k_arguments(student: Tensor, teacher: Tensor, call: Call, rereads: bool
     return indices, needs, workspace, *_team(teacher, 1, rereads, teacher), *_team(student, 1, False)
 
 
+def with_sums(outputs: Outputs, pairs: int, call: Call) -> Outputs:
+    """With memory for what ``row_loss`` can sum over rows."""
+    if not outputs.rows.is_cpu:
+        return outputs
+    # The overhead of torch's sum equals the time of a small loss.
+    return outputs._replace(sums=outputs.rows.new_empty(() if pairs == 1 else pairs))
+
+
 def row_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call, outputs: Outputs) -> None:
     """Fill ``outputs``. Logits are [N, C] or [M, K, C] with dense classes; see ``layout.as_rows``."""
     student, teacher, pairs = students[0], teachers[0], len(students)
-    rows, terms, gradient, sums = outputs
+    rows, terms, gradient, sums = outputs[:4]
     rereads = gradient is not None and call.spec.family != "pointwise"
     single = pairs == 1
     name: str = "row_loss" if single else "row_loss_of_pairs"

@@ -70,16 +70,16 @@ def _row_loss(
     term_count = len(call.spec.terms) if call.with_terms else 0
     terms = rows.new_empty(term_count, count) if term_count else None
     gradient = first.new_empty(count, classes) if call.with_gradient else None
-    sums = None
-    if call.reduced and count and call.backend == "native" and rows.is_cpu:
-        # Summed by the same operator: the overhead of torch's sum equals the time of a small loss.
-        sums = rows.new_empty(() if pairs == 1 else pairs)
+    outputs = Outputs(rows, terms, gradient)
     if count:
-        logits = as_rows(students, teachers, call.indices is not None)
-        launcher_of(call.backend).row_loss(*logits, call, Outputs(rows, terms, gradient, sums))
+        launcher = launcher_of(call.backend)
+        if call.reduced:
+            outputs = launcher.with_sums(outputs, pairs, call)
+        launcher.row_loss(*as_rows(students, teachers, call.indices is not None), call, outputs)
     if call.reduced:
-        rows = _sum_rows(rows, pairs) if sums is None else sums
-        terms = None if terms is None else _sum_rows(terms, pairs)
+        rows = _sum_rows(rows, pairs) if outputs.sums is None else outputs.sums
+        if terms is not None:
+            terms = _sum_rows(terms, pairs) if outputs.term_sums is None else outputs.term_sums
     return rows, terms, gradient
 
 

@@ -130,7 +130,7 @@ class Emulation:
         )  # fmt: skip
 
     def row_loss(self, students, teachers, call, outputs):
-        rows, terms, gradient, sums = outputs
+        rows, terms, gradient, sums = outputs[:4]
         row_weight = call.row_weight
         count, classes = len(rows) // len(students), students[0].shape[-1]
         terms = rows.new_empty(0, len(rows)) if terms is None else terms

@@ -15,6 +15,7 @@ from fastkd.ops.spec import LOSSES as SPEC
 from tests.cases import KERNELS
 
 launch = pytest.importorskip("fastkd.ops.triton.launch")
+row_sums = pytest.importorskip("fastkd.ops.triton.row_sums")
 row_weights = pytest.importorskip("fastkd.ops.triton.row_weights")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -184,6 +185,52 @@ def test_scaled_rows(rows, classes, pairs, one_per_pair):
     scaled = gradient.clone()
     launch.scale_rows_(scaled, factors)
     assert torch.equal(scaled, gradient * factors.reshape(-1, 1))
+
+
+# ---- sums over rows ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["ce-kd", "jsd", "binary-kl-norm"])
+@pytest.mark.parametrize(
+    ("rows", "classes", "pairs"), [(6, 10, 3), (300, 10, 1), (3, 700, 1), (2, 9000, 1), (1, 9000, 2)]
+)
+def test_rows_are_summed_by_the_last_program(name, rows, classes, pairs):
+    loss, options, labelled = LOSSES[name]
+    students, teachers = [logits(rows, classes) for _ in range(pairs)], [logits(rows, classes)] * pairs
+    target = labels(rows, classes) if labelled else None
+    with_terms = bool(SPEC[loss].terms)
+    call = Call(target, None, 1, loss, options, None, "triton", True, with_terms)
+    terms = torch.empty(4, pairs * rows, device=DEVICE) if with_terms else None
+    alone = Outputs(torch.empty(pairs * rows, device=DEVICE), terms)
+    launch.row_loss(students, teachers, call, alone)
+    for _ in range(2):  # the counters are reset
+        outputs = launch.with_sums(Outputs(torch.empty(pairs * rows, device=DEVICE), terms), pairs, call)
+        launch.row_loss(students, teachers, call, outputs)
+        assert outputs.sums.shape == (() if pairs == 1 else (pairs,))
+        torch.testing.assert_close(outputs.sums.view(-1), alone.rows.view(pairs, -1).sum(-1))
+        if with_terms:
+            sums = terms.view(4, pairs, rows).sum(-1)
+            torch.testing.assert_close(outputs.term_sums.view(4, pairs), sums)
+        assert not outputs.counters.any()
+
+
+def test_more_rows_are_summed_afterwards():
+    call = Call(None, None, 1, "softmax", LOSSES["kd"][1], None, "triton", True, False)
+    for rows, summed in ((row_sums.MOST_ROWS, True), (row_sums.MOST_ROWS + 1, False)):
+        outputs = launch.with_sums(Outputs(torch.empty(2 * rows, device=DEVICE)), 2, call)
+        assert (outputs.sums is not None) == summed
+
+
+def test_counters_are_shared_on_a_stream_and_given_away_once_otherwise():
+    rows = torch.empty(3, device=DEVICE)
+    shared = row_sums.counters_of(rows, 1)
+    assert row_sums.counters_of(rows, 5).data_ptr() == shared.data_ptr()
+    assert row_sums.counters_of(rows, row_sums.MOST_PAIRS + 1) is None
+    pool = row_sums._Pool(rows.device)
+    taken = [pool.take(5) for _ in range(row_sums.COUNTERS // 8)]
+    assert len({counters.data_ptr() for counters in taken}) == len(taken)
+    assert all(counters.data_ptr() % 16 == 0 for counters in taken)
+    assert pool.take(1) is None
 
 
 # ---- NaN and infinity ----------------------------------------------------------------------------------

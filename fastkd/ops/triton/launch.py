@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastkd.ops.call import Call, Outputs
 from fastkd.ops.plan import LANE_BYTES, MAX_PARTS, Plan, device_of, kind_of, plan_rows
-from fastkd.ops.triton import formulas, mixture_rows, softmax_rows, statistics, top_k
+from fastkd.ops.triton import formulas, mixture_rows, row_sums, softmax_rows, statistics, top_k
 from fastkd.ops.triton.launch_options import common_vector, compile_options, on_device, row_strides
 from fastkd.ops.triton.pointwise_rows import pointwise_rows, scale_rows
 
@@ -16,13 +16,27 @@ from fastkd.ops.triton.pointwise_rows import pointwise_rows, scale_rows
 SCALE_PROGRAMS, SCALE_WARPS = 8, 64
 
 
+def with_sums(outputs: Outputs, pairs: int, call: Call) -> Outputs:
+    """With memory for what ``row_loss`` can sum over rows."""
+    rows, terms = outputs[:2]
+    if call.indices is not None or rows.shape[0] > pairs * row_sums.MOST_ROWS:
+        return outputs
+    with on_device(rows):
+        counters = row_sums.counters_of(rows, pairs)
+    if counters is None:
+        return outputs
+    shape = () if pairs == 1 else (pairs,)
+    term_sums = None if terms is None else rows.new_empty(terms.shape[0], *shape)
+    return outputs._replace(sums=rows.new_empty(shape), term_sums=term_sums, counters=counters)
+
+
 def row_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call, outputs: Outputs) -> None:
     """Fill ``outputs``. Logits are [N, C] or [M, K, C] with dense classes; see ``layout.as_rows``."""
     if call.indices is not None:
         top_k.row_loss(students[0], teachers[0], call, outputs, dense=row_loss)
         return
     spec, needs = call.spec, call.needs
-    rows, terms, gradient, _ = outputs
+    rows, terms, gradient, sums, term_sums, counters = outputs
     student, teacher = students[0], teachers[0]
     count, classes = rows.shape[0] // len(students), student.shape[-1]
     standardized = bool(needs & statistics.STANDARDIZED.value)
@@ -39,6 +53,9 @@ def row_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call,
     weight = rows if row_weight is None else row_weight
     weight_stride = count if row_weight is not None and row_weight.dim() == 2 else 0
     values = rows if dynamic is None else dynamic
+    reduction = (
+        (rows, rows, rows) if counters is None else (counters, sums, rows if terms is None else term_sums)
+    )
     to_gradient, gradient_stride = (student, 0) if gradient is None else (gradient, gradient.stride(0))
     # Arguments that all skeletons share.
     common = (weight_stride, gradient_stride, 1.0 / call.divisor, tuple(map(float, call.options)))
@@ -56,32 +73,36 @@ def row_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call,
         if spec.family == "pointwise":
             part_losses = rows if plan.parts == 1 else rows.new_empty(rows.shape[0], plan.parts)
             pointwise_rows[blocks, plan.parts, pairs](
-                *logits, weight, part_losses, to_gradient, values,
-                count, inner_rows, plan.parts, classes, *strides, *common, **fixed, **compile_options(plan),
+                *logits, weight, part_losses, to_gradient, reduction, values,
+                count, inner_rows, plan.parts, classes, *strides, *common, **fixed,
+                SUMMED=counters is not None, **compile_options(plan),
             )  # fmt: skip
-            if plan.parts > 1:
+            if plan.parts > 1 and counters is None:
                 torch.sum(part_losses, 1, out=rows)
             return
-        sums = partials(rows, plan, statistics.WIDTH.value)
+        parts_sums = partials(rows, plan, statistics.WIDTH.value)
         if spec.family == "mixture":
             totals = partials(rows, plan, mixture_rows.TOTALS.value)
-            for phase in mixture_phases(plan):
+            phases = mixture_phases(plan)
+            for phase in phases:
                 mixture_rows.mixture_rows[grid](
-                    *logits, weight, rows, to_gradient, totals, sums, values,
+                    *logits, weight, rows, to_gradient, totals, parts_sums, reduction, values,
                     count, inner_rows, blocks, plan.parts, classes, *strides, *common, **fixed,
-                    PHASE=phase, PARTS=MAX_PARTS, **compile_options(plan),
+                    PHASE=phase, SUMMED=counters is not None and phase == phases[-1], PARTS=MAX_PARTS,
+                    **compile_options(plan),
                 )  # fmt: skip
             return
         label = call.target if needs & statistics.LABELLED.value else None
         moments = partials(rows, plan, 2 * statistics.MOMENTS_WIDTH.value)
-        for phase in softmax_phases(plan, standardized):
+        phases = softmax_phases(plan, standardized)
+        for phase in phases:
             softmax_rows.softmax_rows[grid](
                 *logits, student if label is None else label, weight, rows,
-                rows if terms is None else terms, to_gradient, moments, sums, values,
+                rows if terms is None else terms, to_gradient, moments, parts_sums, reduction, values,
                 count, inner_rows, blocks, plan.parts, classes, *strides,
                 0 if label is None else label.stride(0), *common, **fixed, NEEDS=needs,
-                TERMS=terms is not None, PHASE=phase, ONE_TILE=plan.one_tile, PARTS=MAX_PARTS,
-                **compile_options(plan),
+                TERMS=terms is not None, PHASE=phase, SUMMED=counters is not None and phase == phases[-1],
+                ONE_TILE=plan.one_tile, PARTS=MAX_PARTS, **compile_options(plan),
             )  # fmt: skip
 
 

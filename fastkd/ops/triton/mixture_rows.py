@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from fastkd.ops.triton.formulas import Probabilities, expm1_of_negative, log_ratio
+from fastkd.ops.triton.row_sums import sum_rows
 from fastkd.ops.triton.softmax_rows import GRADIENT, STATISTICS, WHOLE
 from fastkd.ops.triton.statistics import (
     DISTILLS,
@@ -167,6 +168,7 @@ def mixture_rows(
     gradient_pointer,
     totals_pointer,
     sums_pointer,
+    reduction,
     dynamic_pointer,
     count,
     inner_rows,
@@ -186,14 +188,15 @@ def mixture_rows(
     DYNAMIC: tl.constexpr,
     WITH_GRADIENT: tl.constexpr,
     PHASE: tl.constexpr,
+    SUMMED: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     PARTS: tl.constexpr,
     LANE: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """Compute losses and gradient of ``count`` rows per pair. Grid, ``numbers``, DYNAMIC and VECTOR as in
-    softmax_rows."""
+    """Compute losses and gradient of ``count`` rows per pair. Grid, ``numbers``, DYNAMIC, VECTOR and SUMMED
+    as in softmax_rows."""
     pair = tl.program_id(2)
     logits = Pair(of_pair(student_pointers, pair), of_pair(teacher_pointers, pair))
     outputs = (loss_pointer, gradient_pointer)
@@ -214,3 +217,5 @@ def mixture_rows(
             tl.program_id(0), logits, weight_pointer, outputs, partials, sizes, strides, scale, values,
             FORMULA, WEIGHTED, WITH_GRADIENT, PHASE, ROWS, TILE, PARTS, LANE, VECTOR,
         )  # fmt: skip
+    if SUMMED:
+        sum_rows(reduction, loss_pointer, loss_pointer, count, count, False)

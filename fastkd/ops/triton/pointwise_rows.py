@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from fastkd.ops.triton.row_sums import sum_rows
 from fastkd.ops.triton.tiles import (
     NOT_SPECIALIZED,
     lane_columns,
@@ -26,6 +27,7 @@ def pointwise_rows(
     weight_pointer,
     loss_pointer,
     gradient_pointer,
+    reduction,
     dynamic_pointer,
     count,
     inner_rows,
@@ -43,6 +45,7 @@ def pointwise_rows(
     WEIGHTED: tl.constexpr,
     DYNAMIC: tl.constexpr,
     WITH_GRADIENT: tl.constexpr,
+    SUMMED: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     LANE: tl.constexpr,
@@ -50,7 +53,7 @@ def pointwise_rows(
 ):
     """Compute T^2 sum_i f(z_s,i / T, z_t,i / T) for each part of a row; FORMULA returns f and f'.
 
-    Grid, ``numbers``, DYNAMIC and VECTOR as in softmax_rows."""
+    Grid, ``numbers``, DYNAMIC, VECTOR and SUMMED as in softmax_rows."""
     pair = tl.program_id(2).to(tl.int64)
     part = tl.program_id(1)
     temperature = numbers_of(numbers, dynamic_pointer, DYNAMIC)[0]
@@ -83,6 +86,8 @@ def pointwise_rows(
         weighted(temperature * temperature * total, weight, False),
         mask=exists,
     )
+    if SUMMED:
+        sum_rows(reduction, loss_pointer, loss_pointer, count, count * parts, False)
 
 
 @triton.jit(

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from fastkd.ops.triton.formulas import Gradient, Row
+from fastkd.ops.triton.row_sums import sum_rows
 from fastkd.ops.triton.statistics import (
     DISTILLS,
     LABEL_SMOOTHING,
@@ -277,6 +278,7 @@ def softmax_rows(
     gradient_pointer,
     moments_pointer,
     sums_pointer,
+    reduction,
     dynamic_pointer,
     count,
     inner_rows,
@@ -299,6 +301,7 @@ def softmax_rows(
     TERMS: tl.constexpr,
     WITH_GRADIENT: tl.constexpr,
     PHASE: tl.constexpr,
+    SUMMED: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     ONE_TILE: tl.constexpr,
@@ -311,7 +314,8 @@ def softmax_rows(
     Grid: (blocks of ROWS rows, parts of a row, pairs). ``numbers`` are the loss's options; a parameter named
     options would collide with the ``**options`` of the function that Triton's JIT generates. The first
     DYNAMIC of them are read from ``dynamic_pointer``. NEEDS: bits of ``statistics``. PARTS: an upper bound of
-    ``parts``. LANE: columns of a tile per lane. VECTOR: divides every stride and ``classes``.
+    ``parts``. LANE: columns of a tile per lane. VECTOR: divides every stride and ``classes``. SUMMED: sum
+    over rows too, see ``row_sums``.
     """
     pair = tl.program_id(2)
     logits = Pair(of_pair(student_pointers, pair), of_pair(teacher_pointers, pair))
@@ -336,3 +340,5 @@ def softmax_rows(
             scale, values, FORMULA, NEEDS, WEIGHTED, TERMS, WITH_GRADIENT,
             PHASE, ROWS, TILE, ONE_TILE, PARTS, LANE, VECTOR,
         )  # fmt: skip
+    if SUMMED:
+        sum_rows(reduction, loss_pointer, terms_pointer, count, count, TERMS)

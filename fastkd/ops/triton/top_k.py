@@ -29,7 +29,7 @@ def row_loss(
     The memory traffic per student logit is that of two reads, and one write for the gradient.
     """
     spec, indices, dynamic = call.spec, call.indices, call.dynamic
-    rows, terms, gradient, _ = outputs
+    rows, terms, gradient = outputs[:3]
     assert indices is not None
     indices = indices if indices.stride(1) == 1 else indices.contiguous()
     count, classes, known = rows.shape[0], student.shape[-1], indices.shape[1]
