@@ -2,8 +2,9 @@
 
 A row is computed by a *team*: ``threads_per_row`` threads in each of ``blocks_per_row`` blocks. A thread
 takes every n-th vector of eight logits of both models and caches as many of them in shared memory between the
-passes as fit; the others are read again (csrc/cuda/share.h). Measured on an H200: what a thread does once per row, and the exchange between blocks,
-cost more than reading a row twice, so a thread has many vectors and a row has few blocks.
+passes as fit; the others are read again (csrc/cuda/share.h). Measured on an H200: what a thread does once per
+row, and the exchange between blocks, cost more than reading a row twice. So a thread has many vectors, and a
+row few blocks.
 """
 
 from functools import lru_cache
