@@ -43,7 +43,7 @@ from fastkd.ops import spec
 from fastkd.ops.call import Call as LossCall
 from fastkd.ops.call import Outputs
 from fastkd.ops.triton import launch as launcher
-from fastkd.ops.triton import row_weights
+from fastkd.ops.triton import launch_options, row_weights
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -141,6 +141,7 @@ def on_target(name: str) -> Iterator[Driver]:
 # ---- recorded launches ---------------------------------------------------------------------------------
 
 _run = JITFunction.run
+_keys: dict[tuple[Any, ...], tuple[str, str, str]] = {}  # of Triton's JIT, by that of ``launch_options``
 
 
 class Variant(NamedTuple):
@@ -154,9 +155,10 @@ class Variant(NamedTuple):
     def compile(self) -> Any:
         return _run(self.kernel, *self.arguments, grid=(1,), warmup=True, **self.keywords)
 
-    def launch(self) -> Any:
-        """Through the driver's launcher, as on a GPU."""
-        return _run(self.kernel, *self.arguments, grid=(1, 1, 1), warmup=False, **self.keywords)
+    def launch(self) -> None:
+        """Through the driver's launcher, as on a GPU: by the JIT, and again as a compiled kernel."""
+        for _ in range(2):
+            launch_options.launch(self.kernel, (1, 1, 1), self.arguments, self.keywords)
 
 
 def record(function: Callable[[], object]) -> list[Variant]:
@@ -167,6 +169,9 @@ def record(function: Callable[[], object]) -> list[Variant]:
         binder = self.device_caches[driver.active.get_current_device()][-1]
         _, specialization, options = binder(*arguments, **keywords)
         key = (self.__name__, str(specialization), str(sorted(options.items())))
+        own = launch_options.key_of(self, arguments, keywords)
+        if driver.active.get_current_target().backend == "cuda" and _keys.setdefault(own, key) != key:
+            raise RuntimeError(f"launch_options.key_of is the same for {key} and {_keys[own]}")
         made.append(Variant(key, self, arguments, keywords))
 
     JITFunction.run = bind
@@ -417,6 +422,8 @@ def compile_covering(target: str, together: int) -> list[str]:
             except Exception as error:  # any error of compiler or launcher is a result
                 failures.append(f"{target}: {call}: {type(error).__name__}: {error}")
         launched = ctypes.c_int.in_dll(stub_libcuda(), "fastkd_launches").value if nvidia else 0
+    if nvidia and launched != 2 * compiled:
+        failures.append(f"{target}: {launched} launches of {compiled} kernels; expected two of each")
     print(f"{target}: {compiled} kernels compiled, {launched} launched into a stub", flush=True)
     return failures
 

@@ -1,6 +1,7 @@
 """Launches of the Triton kernels: grids, compile-time arguments, pointers and strides."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,7 +9,7 @@ from torch import Tensor
 from fastkd.ops.call import Call, Outputs
 from fastkd.ops.plan import LANE_BYTES, MAX_PARTS, Plan, device_of, kind_of, plan_rows
 from fastkd.ops.triton import formulas, mixture_rows, row_sums, softmax_rows, statistics, top_k
-from fastkd.ops.triton.launch_options import common_vector, compile_options, on_device, row_strides
+from fastkd.ops.triton.launch_options import common_vector, compile_options, launch, on_device, row_strides
 from fastkd.ops.triton.pointwise_rows import pointwise_rows, scale_rows
 
 # The most programs and warps per multiprocessor that scale a gradient. Most of the time the factor is 1, and
@@ -69,41 +70,48 @@ def row_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call,
         "LANE": min(plan.tile, LANE_BYTES // element_bytes),
         "VECTOR": common_vector(classes, *strides, gradient_stride),
     }
+    arguments: tuple[Any, ...]
     with on_device(student):
         if spec.family == "pointwise":
             part_losses = rows if plan.parts == 1 else rows.new_empty(rows.shape[0], plan.parts)
-            pointwise_rows[blocks, plan.parts, pairs](
+            arguments = (
                 *logits, weight, part_losses, to_gradient, reduction, values,
-                count, inner_rows, plan.parts, classes, *strides, *common, **fixed,
-                SUMMED=counters is not None, **compile_options(plan),
+                count, inner_rows, plan.parts, classes, *strides, *common,
             )  # fmt: skip
+            fixed |= {"SUMMED": counters is not None, **compile_options(plan)}
+            launch(pointwise_rows, (blocks, plan.parts, pairs), arguments, fixed)
             if plan.parts > 1 and counters is None:
                 torch.sum(part_losses, 1, out=rows)
             return
         parts_sums = partials(rows, plan, statistics.WIDTH.value)
         if spec.family == "mixture":
             totals = partials(rows, plan, mixture_rows.TOTALS.value)
+            arguments = (
+                *logits, weight, rows, to_gradient, totals, parts_sums, reduction, values,
+                count, inner_rows, blocks, plan.parts, classes, *strides, *common,
+            )  # fmt: skip
+            fixed |= {"PARTS": MAX_PARTS, **compile_options(plan)}
             phases = mixture_phases(plan)
             for phase in phases:
-                mixture_rows.mixture_rows[grid](
-                    *logits, weight, rows, to_gradient, totals, parts_sums, reduction, values,
-                    count, inner_rows, blocks, plan.parts, classes, *strides, *common, **fixed,
-                    PHASE=phase, SUMMED=counters is not None and phase == phases[-1], PARTS=MAX_PARTS,
-                    **compile_options(plan),
-                )  # fmt: skip
+                fixed |= {"PHASE": phase, "SUMMED": counters is not None and phase == phases[-1]}
+                launch(mixture_rows.mixture_rows, grid, arguments, fixed)
             return
         label = call.target if needs & statistics.LABELLED.value else None
         moments = partials(rows, plan, 2 * statistics.MOMENTS_WIDTH.value)
+        arguments = (
+            *logits, student if label is None else label, weight, rows, rows if terms is None else terms,
+            to_gradient, moments, parts_sums, reduction, values,
+            count, inner_rows, blocks, plan.parts, classes, *strides,
+            0 if label is None else label.stride(0), *common,
+        )  # fmt: skip
+        fixed |= {
+            "NEEDS": needs, "TERMS": terms is not None, "ONE_TILE": plan.one_tile, "PARTS": MAX_PARTS,
+            **compile_options(plan),
+        }  # fmt: skip
         phases = softmax_phases(plan, standardized)
         for phase in phases:
-            softmax_rows.softmax_rows[grid](
-                *logits, student if label is None else label, weight, rows,
-                rows if terms is None else terms, to_gradient, moments, parts_sums, reduction, values,
-                count, inner_rows, blocks, plan.parts, classes, *strides,
-                0 if label is None else label.stride(0), *common, **fixed, NEEDS=needs,
-                TERMS=terms is not None, PHASE=phase, SUMMED=counters is not None and phase == phases[-1],
-                ONE_TILE=plan.one_tile, PARTS=MAX_PARTS, **compile_options(plan),
-            )  # fmt: skip
+            fixed |= {"PHASE": phase, "SUMMED": counters is not None and phase == phases[-1]}
+            launch(softmax_rows.softmax_rows, grid, arguments, fixed)
 
 
 def partials(rows: Tensor, plan: Plan, values: int) -> Tensor:
@@ -134,7 +142,8 @@ def scale_rows_(gradient: Tensor, factors: Tensor) -> None:
     resident = device.multiprocessors * min(SCALE_PROGRAMS, SCALE_WARPS // plan.warps)
     programs = min(count, -(-resident // (plan.parts * pairs)))
     with on_device(gradient):
-        scale_rows[programs, plan.parts, pairs](
+        arguments = (
             gradient, factors, count, classes, gradient.stride(0), *factors.stride(), plan.parts,
-            TILE=plan.tile, VECTOR=vector, **compile_options(plan),
         )  # fmt: skip
+        fixed = {"TILE": plan.tile, "VECTOR": vector, **compile_options(plan)}
+        launch(scale_rows, (programs, plan.parts, pairs), arguments, fixed)

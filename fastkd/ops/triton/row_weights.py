@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkd.ops.triton.launch_options import on_device
+from fastkd.ops.triton.launch_options import launch, on_device
 
 # Labels that a program loads at once: up to this many rows there is one program, which reads them once.
 TILE = 8192
@@ -67,8 +67,7 @@ def row_weights(target: Tensor, weight: Tensor | None, ignore_index: int, mean: 
     result = target.new_empty(count, dtype=torch.float32)
     weights = result if weight is None else weight
     with on_device(target):
-        row_weights_kernel[-(-count // TILE),](
-            target, weights, result, count, target.stride(0), weights.stride(0), ignore_index,
-            WEIGHTED=weight is not None, MEAN=mean, TILE=TILE, num_warps=WARPS,
-        )  # fmt: skip
+        arguments = (target, weights, result, count, target.stride(0), weights.stride(0), int(ignore_index))
+        fixed = {"WEIGHTED": weight is not None, "MEAN": mean, "TILE": TILE, "num_warps": WARPS}
+        launch(row_weights_kernel, (-(-count // TILE), 1, 1), arguments, fixed)
     return result
