@@ -121,6 +121,13 @@ FASTKD_DEVICE void store_streaming(void* to, const Chunk& chunk) {
 FASTKD_DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 FASTKD_DEVICE float quotient(float a, float b) { return __fdividef(a, b); }  // within 2 ulp for |b| < 2^126
 
+// 1 / x within 1 ulp, for 2^-126 <= |x| <= 2^126.
+FASTKD_DEVICE float reciprocal(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 // 2^y with relative error 2^-22; 0 below 2^-126. Propagates NaN.
 FASTKD_DEVICE float power_of_two(float y) {
   float power;
