@@ -384,8 +384,8 @@ struct BinaryKLNorm {
     const V tail = M::fused(s, M::fused(s, M::number(-17.0f / 2520), M::number(1.0f / 45)), M::number(-1.0f / 12));
     const V series = s * M::fused(s, tail, M::number(0.5f));
     const auto small = magnitude < 0.2f;
-    return {M::select(small, series, magnitude), M::select(small, M::number(1.0f), M::fused(e_minus_one, M::number(0.5f), M::number(1.0f))),
-            half_tanh};
+    const V factor = M::select(small, M::number(1.0f), M::fused(e_minus_one, M::number(0.5f), M::number(1.0f)));
+    return {M::select(small, series, magnitude), factor, half_tanh};
   }
 };
 

@@ -30,16 +30,18 @@ FASTKD_DEVICE float exp2_minus_one(float y) {
   return fused(scale, f * slope, scale - 1.0f);
 }
 
-// x log(x / m) of probabilities; 0 at x = 0 and below 2^-126; NaN for a NaN of x. `above` is x - m: for close x and m the logarithm is computed from it,
-// because the rounded ratio x / m loses their difference.
+// x log(x / m) of probabilities; 0 at x = 0, NaN for a NaN of x. `above` is x - m: for close x and m the logarithm is
+// computed from it, because the rounded ratio x / m loses their difference. There is no branch: the threads of a warp
+// would take both ways.
 FASTKD_DEVICE float times_log_ratio(float x, float m, float above) {
-  // x / m = fraction 2^exponent, with a fraction between sqrt(1/2) and sqrt(2). No branch: threads would take both ways.
+  // x / m = fraction 2^exponent, with a fraction between sqrt(1/2) and sqrt(2).
   const uint32_t bits = as_bits(x * reciprocal(larger(m, 0x1p-126f)));
   const uint32_t exponent = uint32_t(int32_t(bits - 0x3f3504f3u) >> 23);
-  const float fraction = as_float(bits - (exponent << 23)), exponent_number = as_float(as_bits(kRounder) + exponent) - kRounder;
+  const float fraction = as_float(bits - (exponent << 23));
   const bool close = fabsf(above) < 0.25f * m;
   const float sum = close ? x + m : fraction + 1.0f, difference = close ? above : fraction - 1.0f;
-  return x * fused(close ? 0.0f : exponent_number, 0.693147181f, twice_atanh(difference * reciprocal(sum)));
+  const float octaves = close ? 0.0f : as_float(as_bits(kRounder) + exponent) - kRounder;
+  return x * fused(octaves, 0.693147181f, twice_atanh(difference * reciprocal(sum)));
 }
 
 // The functions used by the formulas of csrc/row_formulas.h.

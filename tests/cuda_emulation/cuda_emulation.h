@@ -19,7 +19,7 @@
 #include <vector>
 
 #define FASTKD_DEVICE inline
-#define FASTKD_KERNEL inline void
+#define FASTKD_KERNEL(bound) inline void
 #define FASTKD_PARAMETER
 
 namespace fastkd {
