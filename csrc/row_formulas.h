@@ -356,10 +356,10 @@ struct BinaryKL {
   FASTKD_FORMULA ClassTerm<V> formula(V z_s, V z_t, float inverse_temperature) {
     const V u = z_s * inverse_temperature, v = z_t * inverse_temperature, one = M::number(1.0f), none = M::number(0.0f);
     const V e_u = M::exp(-M::absolute(u)), e_v = M::exp(-M::absolute(v));
-    const V sigmoid_u = M::quotient(M::select(u > 0.0f, one, e_u), 1.0f + e_u);
-    const V sigmoid_v = M::quotient(M::select(v > 0.0f, one, e_v), 1.0f + e_v);
+    const V sigmoid_u = M::bounded_quotient(M::select(u > 0.0f, one, e_u), 1.0f + e_u);
+    const V sigmoid_v = M::bounded_quotient(M::select(v > 0.0f, one, e_v), 1.0f + e_v);
     // softplus(u) - softplus(v) = max(u, 0) - max(v, 0) + log((1 + e_u) / (1 + e_v)).
-    const V log_of_ratio = M::twice_atanh(M::quotient(e_u - e_v, 2.0f + e_u + e_v));
+    const V log_of_ratio = M::twice_atanh(M::bounded_quotient(e_u - e_v, 2.0f + e_u + e_v));
     const V hinges = M::select(u > 0.0f, u, none) - M::select(v > 0.0f, v, none);
     return {M::fused(sigmoid_v, v - u, hinges + log_of_ratio), one, sigmoid_u - sigmoid_v};
   }
@@ -377,13 +377,15 @@ struct BinaryKLNorm {
     const V x = (z_s - z_t) * (0.5f * inverse_temperature), magnitude = M::absolute(x);
     constexpr float kMinusTwoLog2E = -2.88539008f;
     const V e_minus_one = M::exp2_minus_one(magnitude * kMinusTwoLog2E);  // E = e^{-2|x|} - 1, exact near 0
-    const V half_tanh = M::with_sign_of(M::quotient(e_minus_one, -4.0f - 2.0f * e_minus_one), x);
+    const V divisor = M::fused(e_minus_one, M::number(-2.0f), M::number(-4.0f));
+    const V half_tanh = M::with_sign_of(M::bounded_quotient(e_minus_one, divisor), x);
     // |x| + log((1 + e^{-2|x|}) / 2), or a series for small |x|, where the two cancel.
     const V s = x * x;
-    const V series = s * (0.5f - s * (1.0f / 12 - s * (1.0f / 45 - s * (17.0f / 2520))));
+    const V tail = M::fused(s, M::fused(s, M::number(-17.0f / 2520), M::number(1.0f / 45)), M::number(-1.0f / 12));
+    const V series = s * M::fused(s, tail, M::number(0.5f));
     const auto small = magnitude < 0.2f;
-    return {M::select(small, series, magnitude), M::select(small, M::number(1.0f), 1.0f + 0.5f * e_minus_one),
-            half_tanh};
+    const V factor = M::select(small, M::number(1.0f), M::fused(e_minus_one, M::number(0.5f), M::number(1.0f)));
+    return {M::select(small, series, magnitude), factor, half_tanh};
   }
 };
 

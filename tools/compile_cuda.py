@@ -12,6 +12,7 @@ from pathlib import Path
 from fastkd.ops.spec import Needs
 
 ROOT = Path(__file__).parent.parent
+DTYPES = {"5": "float16", "6": "float32", "15": "bfloat16"}  # by the number of csrc/rows.h
 # Architectures and their virtual architectures: without and with clusters.
 ARCHITECTURES = {"sm_80": "compute_80", "sm_90": "compute_90", "sm_100": "compute_90"}
 
@@ -56,16 +57,17 @@ def compile_for(nvcc: str, architecture: str, folder: str) -> dict[str, dict[str
 
 
 def readable(function: str) -> str:
-    """``Softmax, student at t1`` for the kernel's mangled name."""
+    """``Softmax, distills, student at t1, bfloat16`` for the kernel's mangled name."""
     kernel = re.search(
-        r"(softmax|mixture|pointwise|scale|gather|scatter)_rows(?:INS_\d+([A-Za-z]+?)E(?:Lj(\d+))?E)?",
+        r"(softmax|mixture|pointwise|scale|gather|scatter)_rowsI(?:NS_\d+([A-Za-z]+?)E)?(?:Lj(\d+)E)?"
+        r"(?:NS0_5FixedILNS_5DTypeE(\d+)|NS0_7Varying)",
         function,
     )
     if kernel is None:
         return function
-    family, loss, needs = kernel.groups()
+    family, loss, needs, dtype = kernel.groups()
     words = [need.name.replace("_", " ").lower() for need in Needs if int(needs or 0) & need]
-    return ", ".join([loss or family, *words])
+    return ", ".join([loss or family, *words, DTYPES.get(dtype, "mixed dtypes")])
 
 
 def check() -> tuple[int, int]:
@@ -75,7 +77,7 @@ def check() -> tuple[int, int]:
         print("CUDA sources: not checked, nvcc was not found")
         return 0, 0
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    print(f"CUDA sources, {version.strip().splitlines()[-1]}; all row lengths and dtypes")
+    print(f"CUDA sources, {version.strip().splitlines()[-1]}; all row lengths")
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         results = list(pool.map(lambda architecture: compile_for(nvcc, architecture, folder), ARCHITECTURES))
     compiled = failures = 0
@@ -92,5 +94,5 @@ def check() -> tuple[int, int]:
             cell = f"{architecture} {used['REG']:3d} reg" + (f" SPILLS {used}" if bad else "")
             kernels.setdefault(name, []).append(cell)
     for name, cells in sorted(kernels.items()):
-        print(f"{name:44s}  " + "  ".join(cells))
+        print(f"{name:66s}  " + "  ".join(cells))
     return compiled, failures

@@ -8,8 +8,11 @@ namespace fastkd {
 namespace cuda {
 
 constexpr int kWarp = 32;
-constexpr int kMaxThreads = 512;  // per block: leaves up to 128 registers per thread
-constexpr int kMaxBlocks = 8;     // per cluster: the largest portable cluster size
+constexpr int kMaxThreads = 512;  // per block
+// Launch bounds, by which the compiler divides a multiprocessor's registers: 80 per thread, for three blocks of 256; or
+// 128, for kernels that would spill with 80.
+constexpr int k80Registers = 768, k128Registers = kMaxThreads;
+constexpr int kMaxBlocks = 8;  // per cluster: the largest portable cluster size
 
 // The unit of vector loads and stores: 4 float, or 8 half or bfloat16 logits.
 struct alignas(16) Chunk {
@@ -23,8 +26,7 @@ struct alignas(16) Chunk {
 #include "cuda_emulation.h"
 #else
 #define FASTKD_DEVICE __device__ __forceinline__
-// Explicit launch bounds: without them the compiler limits itself to 64 registers per thread and spills.
-#define FASTKD_KERNEL __global__ void __launch_bounds__(fastkd::cuda::kMaxThreads, 1)
+#define FASTKD_KERNEL(bound) __global__ void __launch_bounds__(bound, 1)
 #define FASTKD_PARAMETER const __grid_constant__
 
 namespace fastkd {
@@ -120,6 +122,13 @@ FASTKD_DEVICE void store_streaming(void* to, const Chunk& chunk) {
 
 FASTKD_DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 FASTKD_DEVICE float quotient(float a, float b) { return __fdividef(a, b); }  // within 2 ulp for |b| < 2^126
+
+// 1 / x within 1 ulp, for 2^-126 <= |x| <= 2^126.
+FASTKD_DEVICE float reciprocal(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
 
 // 2^y with relative error 2^-22; 0 below 2^-126. Propagates NaN.
 FASTKD_DEVICE float power_of_two(float y) {

@@ -12,7 +12,7 @@ constexpr int kVector = 8;
 // The dtype of all matrices of a kernel, known when it is compiled.
 template <DType kType>
 struct Fixed {
-  static constexpr bool kPairs = kType != DType::kFloat;  // two logits per word, compared together
+  static constexpr bool kPairs = kType != DType::kFloat;             // two logits per word, compared together
   static constexpr bool kBFloat16Pairs = kType == DType::kBFloat16;  // and clamped: kMasked is no half
   FASTKD_DEVICE Fixed(DType) {}
   static FASTKD_DEVICE constexpr DType dtype() { return kType; }
@@ -28,6 +28,12 @@ struct Varying {
 
 FASTKD_DEVICE constexpr int size_of(DType dtype) { return dtype == DType::kFloat ? 4 : 2; }    // bytes
 FASTKD_DEVICE constexpr int chunks_of(DType dtype) { return dtype == DType::kFloat ? 2 : 1; }  // per vector
+
+// Code for several dtypes at once takes more registers.
+template <class Type>
+constexpr int kRegisters = k80Registers;
+template <>
+constexpr int kRegisters<Varying> = k128Registers;
 
 // A row of a matrix. Its vectors start `phase` columns before the row, on 16-byte boundaries wherever the row starts;
 // the first and last vector may be partial. In dense tensors student, teacher and gradient have the same phase,
@@ -67,6 +73,19 @@ FASTKD_DEVICE RowPointer<Type> row_of(const Matrix& matrix, int64_t index, int p
 
 FASTKD_DEVICE bool is_inside(int column, int classes) { return unsigned(column) < unsigned(classes); }
 
+// visit(i) for each column + i of a vector that is inside the row.
+template <class Visit>
+FASTKD_DEVICE void each_inside(int column, int classes, const Visit& visit) {
+  if (column >= 0 && column + kVector <= classes) {
+#pragma unroll
+    for (int i = 0; i < kVector; i++) visit(i);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVector; i++)
+      if (is_inside(column + i, classes)) visit(i);
+  }
+}
+
 FASTKD_DEVICE constexpr uint32_t minus_infinity(DType dtype) {
   return dtype == DType::kFloat ? 0xff800000u : dtype == DType::kBFloat16 ? 0xff80u : 0xfc00u;
 }
@@ -79,7 +98,9 @@ FASTKD_DEVICE uint32_t load_logit(const RowPointer<Type>& row, int64_t column) {
 }
 
 FASTKD_DEVICE float to_float(uint32_t bits, DType dtype) {
-  return dtype == DType::kFloat ? as_float(bits) : dtype == DType::kBFloat16 ? as_float(bits << 16) : half_to_float(bits);
+  return dtype == DType::kFloat      ? as_float(bits)
+         : dtype == DType::kBFloat16 ? as_float(bits << 16)
+                                     : half_to_float(bits);
 }
 
 // Clamped from below to kMasked; propagates NaN.
@@ -117,8 +138,7 @@ template <class Type>
 FASTKD_DEVICE void gather_vector(const RowPointer<Type>& row, int column, int classes, SharedAddress to, int stride) {
   if (row.type.dtype() == DType::kFloat) {
 #pragma unroll 2
-    for (int i = 0; i < kVector; i++)
-      store_shared(to + i / 4 * stride + i % 4 * 4, bits_at(row, column + i, classes));
+    for (int i = 0; i < kVector; i++) store_shared(to + i / 4 * stride + i % 4 * 4, bits_at(row, column + i, classes));
   } else {
 #pragma unroll 2
     for (int i = 0; i < kVector / 2; i++)

@@ -27,7 +27,8 @@ RowKernel softmax_variant(bool distills) {
 template <class Loss, class Type, unsigned... kNeeds>
 RowKernel softmax_kernel_for(unsigned needs, VariantList<kNeeds...>) {
   RowKernel found = nullptr;
-  (void)(((needs & kCompiledNeeds) == kNeeds && (found = softmax_variant<Loss, Type, kNeeds>(needs & kDistills), true)) || ...);
+  const bool distills = needs & kDistills;
+  (void)(((needs & kCompiledNeeds) == kNeeds && (found = softmax_variant<Loss, Type, kNeeds>(distills), true)) || ...);
   return found;
 }
 

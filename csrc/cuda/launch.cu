@@ -115,7 +115,8 @@ const char* missing(int32_t device) {
     const CurrentDevice current(device);
     cudaFuncAttributes attributes;
     // Fails if the library has no code for this device.
-    if (failed(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(scale_kernel_for(DType::kFloat))))) return reason.c_str();
+    const void* kernel = reinterpret_cast<const void*>(scale_kernel_for(DType::kFloat));
+    if (failed(cudaFuncGetAttributes(&attributes, kernel))) return reason.c_str();
   } catch (const std::exception& error) {
     reason = error.what();
     return reason.c_str();

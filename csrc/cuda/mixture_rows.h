@@ -8,7 +8,8 @@ namespace fastkd {
 namespace cuda {
 
 template <class Loss, class Type>
-FASTKD_KERNEL mixture_rows(FASTKD_PARAMETER RowLossArguments arguments) {
+FASTKD_KERNEL(kRegisters<Type>)
+mixture_rows(FASTKD_PARAMETER RowLossArguments arguments) {
   const Rows& rows = arguments.pairs[block_y()];
   Team team(arguments.plan);
   const int64_t index = team.row();

@@ -9,7 +9,8 @@ namespace fastkd {
 namespace cuda {
 
 template <class Loss, class Type>
-FASTKD_KERNEL pointwise_rows(FASTKD_PARAMETER RowLossArguments arguments) {
+FASTKD_KERNEL(kRegisters<Type>)
+pointwise_rows(FASTKD_PARAMETER RowLossArguments arguments) {
   const Rows& rows = arguments.pairs[block_y()];
   Team team(arguments.plan);
   const int64_t index = team.row();
@@ -44,7 +45,8 @@ FASTKD_KERNEL pointwise_rows(FASTKD_PARAMETER RowLossArguments arguments) {
 // gradient[row] *= grad_output[row], in place; a row whose factor is 1 is not accessed. The factor is read on the
 // device, so that the host need not synchronise. No cross-block communication.
 template <class Type>
-FASTKD_KERNEL scale_rows(FASTKD_PARAMETER ScaleArguments arguments) {
+FASTKD_KERNEL(kRegisters<Type>)
+scale_rows(FASTKD_PARAMETER ScaleArguments arguments) {
   const Team team(arguments.plan);
   const int64_t index = team.row();
   if (index >= arguments.count) return;

@@ -7,6 +7,8 @@ namespace fastkd {
 namespace cuda {
 
 constexpr float kLog2E = 1.44269504f;
+// Added to a number below 2^22 it rounds it to an integer, which is then in the lowest bits.
+constexpr float kRounder = 12582912.0f;
 
 // 2 atanh(w) = log((1 + w) / (1 - w)) for |w| <= 1/3, relative error 4e-9.
 FASTKD_DEVICE float twice_atanh(float w) {
@@ -17,22 +19,29 @@ FASTKD_DEVICE float twice_atanh(float w) {
 
 // 2^y - 1 for y <= 0, without cancellation near 0.
 FASTKD_DEVICE float exp2_minus_one(float y) {
-  const float n = rintf(y < -126.0f ? -126.0f : y), f = (y < -126.0f ? -126.0f : y) - n;
+  const float bounded = larger_or_nan(y, -126.0f), shifted = bounded + kRounder, f = bounded - (shifted - kRounder);
   // Minimax fit of (2^f - 1) / f, relative error 1e-8.
   float slope = fused(f, 0.000154035126f, 0.00133908498f);
   slope = fused(f, slope, 0.00961823793f);
   slope = fused(f, slope, 0.0555035722f);
   slope = fused(f, slope, 0.240226498f);
   slope = fused(f, slope, 0.693147188f);
-  const float scale = as_float(uint32_t(int(n) + 127) << 23);
+  const float scale = as_float((as_bits(shifted) << 23) + 0x3f800000u);
   return fused(scale, f * slope, scale - 1.0f);
 }
 
-// x log(x / m) of probabilities; 0 at x = 0. `above` is x - m: for close x and m the logarithm is computed from it,
-// because the rounded ratio x / m loses their difference.
+// x log(x / m) of probabilities; 0 at x = 0, NaN for a NaN of x. `above` is x - m: for close x and m the logarithm is
+// computed from it, because the rounded ratio x / m loses their difference. There is no branch: the threads of a warp
+// would take both ways.
 FASTKD_DEVICE float times_log_ratio(float x, float m, float above) {
-  if (fabsf(above) < 0.25f * m) return x * twice_atanh(quotient(above, x + m));
-  return x > 0 ? x * logf(x / m) : x * 0.0f;  // propagates NaN
+  // x / m = fraction 2^exponent, with a fraction between sqrt(1/2) and sqrt(2).
+  const uint32_t bits = as_bits(x * reciprocal(larger(m, 0x1p-126f)));
+  const uint32_t exponent = uint32_t(int32_t(bits - 0x3f3504f3u) >> 23);
+  const float fraction = as_float(bits - (exponent << 23));
+  const bool close = fabsf(above) < 0.25f * m;
+  const float sum = close ? x + m : fraction + 1.0f, difference = close ? above : fraction - 1.0f;
+  const float octaves = close ? 0.0f : as_float(as_bits(kRounder) + exponent) - kRounder;
+  return x * fused(octaves, 0.693147181f, twice_atanh(difference * reciprocal(sum)));
 }
 
 // The functions used by the formulas of csrc/row_formulas.h.
@@ -42,6 +51,7 @@ struct ScalarMath {
   static FASTKD_DEVICE float absolute(float x) { return fabsf(x); }
   static FASTKD_DEVICE float fused(float a, float b, float c) { return cuda::fused(a, b, c); }
   static FASTKD_DEVICE float quotient(float a, float b) { return cuda::quotient(a, b); }
+  static FASTKD_DEVICE float bounded_quotient(float a, float b) { return a * reciprocal(b); }
   static FASTKD_DEVICE float with_sign_of(float magnitude, float x) {  // of magnitude >= 0
     return as_float(as_bits(magnitude) | (as_bits(x) & 0x80000000u));
   }

@@ -22,9 +22,9 @@ FASTKD_DEVICE void each_sum(SoftmaxStatistics<float>& sums, const Visit& visit) 
 }
 
 template <unsigned kNeeds>
-constexpr int kSumCount = 1 + (kNeeds & kDistills ? 1 : 0) + (kHasDot<kNeeds> ? 1 : 0) +
-                          (kNeeds & kStudentAtT1 ? 1 : 0) + (kNeeds & kTeacherAtT1 ? 1 : 0) +
-                          (kNeeds & kStandardized ? 2 : 0);
+constexpr int kSumCount =
+    1 + (kNeeds & kDistills ? 1 : 0) + (kHasDot<kNeeds> ? 1 : 0) + (kNeeds & kStudentAtT1 ? 1 : 0) +
+    (kNeeds & kTeacherAtT1 ? 1 : 0) + (kNeeds & kStandardized ? 2 : 0);
 
 // The differences t - s of reverse KL's dot_s are relative to `origin_t` - max_s: the teacher's logit at the class of the
 // student's base. For a student with one probability dot_s is then 0, and its mean exact.
@@ -102,7 +102,7 @@ FASTKD_DEVICE void sum_share(const Pass& pass, int label, bool with_logit_sum, R
   const int classes = int(row.classes);
 
   pass([&](int column, Vector<Type>& student_vector, Vector<Type>& teacher_vector) {
-    float(&s)[kVector] = student_vector.z, (&t)[kVector] = teacher_vector.z;
+    float (&s)[kVector] = student_vector.z, (&t)[kVector] = teacher_vector.z;
     if (with_logit_sum) {
       float sum = 0;
       for (int i = 0; i < kVector; i++) sum += is_inside(column + i, classes) ? s[i] - row.origin : 0.0f;
@@ -175,11 +175,10 @@ FASTKD_DEVICE void standardize(Team& team, const Share<Type>& share, Row<float>&
   const int classes = int(row.classes);
   float sums[] = {0.0f, 0.0f};
   share.first_pass([&](int column, const Vector<Type>& s, const Vector<Type>& t) {
-    for (int i = 0; i < kVector; i++) {
-      if (!is_inside(column + i, classes)) continue;
+    each_inside(column, classes, [&](int i) {
       sums[0] += s.z[i];
       sums[1] += t.z[i];
-    }
+    });
   });
   team.all_reduce(sums, Sum());
   // Two steps: these sums are inexact for logits far from 0, so the deviations from them correct the means.
@@ -187,14 +186,13 @@ FASTKD_DEVICE void standardize(Team& team, const Share<Type>& share, Row<float>&
   row.teacher.mean = sums[1] / float(classes);
   float deviations[] = {0.0f, 0.0f, 0.0f, 0.0f};  // sums, and sums of squares
   share.next_pass([&](int column, const Vector<Type>& s, const Vector<Type>& t) {
-    for (int i = 0; i < kVector; i++) {
-      if (!is_inside(column + i, classes)) continue;
+    each_inside(column, classes, [&](int i) {
       const float from_mean_s = s.z[i] - row.student.mean, from_mean_t = t.z[i] - row.teacher.mean;
       deviations[0] += from_mean_s;
       deviations[1] += from_mean_t;
       deviations[2] = fused(from_mean_s, from_mean_s, deviations[2]);
       deviations[3] = fused(from_mean_t, from_mean_t, deviations[3]);
-    }
+    });
   });
   team.all_reduce(deviations, Sum());
   row.student.mean_rest = deviations[0] / float(classes);
@@ -276,7 +274,8 @@ FASTKD_DEVICE void write_log_ratio_gradient(const Share<Type>& share, const RowP
 }
 
 template <class Loss, unsigned kNeeds, class Type>
-FASTKD_KERNEL softmax_rows(FASTKD_PARAMETER RowLossArguments arguments) {
+FASTKD_KERNEL((kNeeds & kStandardized) ? k128Registers : kRegisters<Type>)
+softmax_rows(FASTKD_PARAMETER RowLossArguments arguments) {
   const Rows& rows = arguments.pairs[block_y()];
   Team team(arguments.plan);
   const int64_t index = team.row();
@@ -303,7 +302,8 @@ FASTKD_KERNEL softmax_rows(FASTKD_PARAMETER RowLossArguments arguments) {
     standardize(team, share, row);
     sum_share<kNeeds, Type>([&](const auto& visit) { share.next_pass(visit); }, label, with_logit_sum, row, difference);
   } else {
-    sum_share<kNeeds, Type>([&](const auto& visit) { share.first_pass(visit); }, label, with_logit_sum, row, difference);
+    sum_share<kNeeds, Type>([&](const auto& visit) { share.first_pass(visit); }, label, with_logit_sum, row,
+                            difference);
   }
   combine_statistics<kNeeds>(team, row, difference);
   team.arrive_before_exit();
@@ -311,7 +311,8 @@ FASTKD_KERNEL softmax_rows(FASTKD_PARAMETER RowLossArguments arguments) {
   if (info.kind != RowKind::kComputed) {
     write_uncomputed<Type>(team, rows, index, info.kind);
   } else {
-    row.label = {label >= 0, value_of(label_s, type), value_of(label_t, Type(kNeeds & kDistills ? rows.teacher.dtype : rows.student.dtype))};
+    row.label = {label >= 0, value_of(label_s, type),
+                 value_of(label_t, Type(kNeeds & kDistills ? rows.teacher.dtype : rows.student.dtype))};
     SoftmaxResult<float> result = formula_of<Loss>(options_of(arguments), row);
     const float weight = info.weight;
     for (float& term : result.terms) term *= weight;

@@ -36,21 +36,22 @@ FASTKD_DEVICE TopKRow top_k_row(const TopKArguments& arguments, int64_t index) {
 
 // The member's share of the student's row; the teacher's has other classes, and is not read.
 template <class Type>
-FASTKD_DEVICE Share<Type, false> student_share(const Team& team, const TopKArguments& arguments, int64_t index, bool computed) {
+FASTKD_DEVICE Share<Type, false> student_share(const Team& team, const TopKArguments& arguments, int64_t index,
+                                               bool computed) {
   const Rows& rows = arguments.rows;
   return Share<Type, false>(team, arguments.plan, rows.student, rows.student, index, computed ? int(rows.classes) : 0);
 }
 
 // A member's sums: of the others' exponentials, and of all logits.
 template <class Type>
-FASTKD_DEVICE void sum_others(const Share<Type, false>& share, const TopKRow& row, bool smoothing, float origin, int classes,
-                              SoftmaxStatistics<float>& sums) {
+FASTKD_DEVICE void sum_others(const Share<Type, false>& share, const TopKRow& row, bool smoothing, float origin,
+                              int classes, SoftmaxStatistics<float>& sums) {
   const float power = row.slope * kLog2E, room = headroom(row.at_t1, row.slope);
   const int label = row.cross_entropy ? row.info.label : -1;
   int next = 0;  // the first known class of the next vector, or one before it
   sums.max_s = kMasked;
   share.first_pass([&](int column, Vector<Type>& student, const Vector<Type>&) {
-    float(&z)[kVector] = student.z;
+    float (&z)[kVector] = student.z;
     if (smoothing) {
       float sum = 0;
 #pragma unroll
@@ -99,7 +100,8 @@ FASTKD_DEVICE void add_cross_entropy(const LossOptions& options, float weight, c
 // Writes the student's row of K + 1 classes, as T log q: rounding then is as small as the classes' shares. And the
 // row's statistics; of a row that is not computed the position only, which is out of range.
 template <class Type>
-FASTKD_KERNEL gather_rows(FASTKD_PARAMETER TopKArguments arguments) {
+FASTKD_KERNEL(kRegisters<Type>)
+gather_rows(FASTKD_PARAMETER TopKArguments arguments) {
   const Rows& rows = arguments.rows;
   Team team(arguments.plan);
   const int64_t index = team.row();
@@ -182,13 +184,13 @@ FASTKD_KERNEL gather_rows(FASTKD_PARAMETER TopKArguments arguments) {
 
 // A member's vectors of the gradient, as if no class were known.
 template <class Type>
-FASTKD_DEVICE void write_rest(const Share<Type, false>& share, const RowPointer<Type>& gradient, const TopKRow& row, int classes,
-                              float rest_gradient, const TopKStatistics& statistics) {
+FASTKD_DEVICE void write_rest(const Share<Type, false>& share, const RowPointer<Type>& gradient, const TopKRow& row,
+                              int classes, float rest_gradient, const TopKStatistics& statistics) {
   const float t1 = statistics.t1 * power_of_two((statistics.base - statistics.base_t1) * kLog2E);
   const float shared = rest_gradient * statistics.share, factor = row.at_t1 ? shared : shared + t1;
   const float power = row.slope * kLog2E;
   share.first_pass([&](int column, Vector<Type>& student, const Vector<Type>&) {
-    float(&z)[kVector] = student.z;
+    float (&z)[kVector] = student.z;
     float values[kVector];
 #pragma unroll
     for (int i = 0; i < kVector; i++) {
@@ -202,7 +204,8 @@ FASTKD_DEVICE void write_rest(const Share<Type, false>& share, const RowPointer<
 
 // Adds the cross-entropy to the row's loss, and writes the gradient.
 template <class Type>
-FASTKD_KERNEL scatter_rows(FASTKD_PARAMETER TopKArguments arguments) {
+FASTKD_KERNEL(kRegisters<Type>)
+scatter_rows(FASTKD_PARAMETER TopKArguments arguments) {
   const Rows& rows = arguments.rows;
   Team team(arguments.plan);
   const int64_t index = team.row();

@@ -19,7 +19,7 @@
 #include <vector>
 
 #define FASTKD_DEVICE inline
-#define FASTKD_KERNEL inline void
+#define FASTKD_KERNEL(bound) inline void
 #define FASTKD_PARAMETER
 
 namespace fastkd {
@@ -202,6 +202,7 @@ inline void store_streaming(void* to, const Chunk& chunk) {
 }
 
 inline float fused(float a, float b, float c) { return std::fma(a, b, c); }
+inline float reciprocal(float x) { return 1.0f / x; }
 inline float quotient(float a, float b) { return a / b; }
 
 inline uint32_t as_bits(float value) {

@@ -21,6 +21,7 @@ from fastkd.ops.team_plan import TeamPlan, plan_team
 from tests.cases import (
     BY_NAME,
     CASES,
+    Case,
     assert_matches,
     assert_near_equal_gradient_is_no_worse_than_eager,
     assert_saturated_logits_stay_finite,
@@ -31,6 +32,7 @@ from tests.cases import (
     make_logits,
 )
 from tests.cuda_emulation import CODES, Plan
+from tests.losses.test_numerics import AT_TEMPERATURE, assert_as_exact, confident
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -155,6 +157,50 @@ def test_near_equal_gradient_is_no_worse_than_eager(emulated, case):
     assert_near_equal_gradient_is_no_worse_than_eager(case, 32, 2)
 
 
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.family == "softmax"], ids=lambda case: case.name
+)
+@pytest.mark.parametrize("classes", [10, 1000])
+def test_confident_rows_are_as_exact_as_eager(emulated, case, classes):
+    student, teacher = (confident(torch.randn(24, classes)) for _ in range(2))
+    assert_as_exact(case, student, teacher, torch.zeros(24, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("name", ["kd", "dkd", "dckd", "reverse-kl"])
+@pytest.mark.parametrize("temperature", [1e-6, 1e6])
+def test_extreme_temperatures(emulated, name, temperature):
+    """At 1e-6 the student has one probability, and the gradient of reverse KL is exactly 0 whichever thread
+    has that class."""
+    case = Case(name, partial(AT_TEMPERATURE[name], temperature=temperature))
+    assert_as_exact(case, *make_logits(24, 30))
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if not case.averages_classes], ids=lambda case: case.name
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_logits_that_rise_along_the_row(emulated, case, dtype):
+    """Every vector has a logit far above all before it, so that the sums are rebased at each."""
+    forced(emulated, 8, 4, 1, 4)
+    student, teacher, target = make_logits(4, 600, dtype)
+    rise = torch.linspace(-300, 300, 600)
+    assert_matches(case, (student + rise).to(dtype), (teacher + rise).to(dtype), target, reduction="none")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_model_without_unmasked_classes_is_uniform(emulated, dtype):
+    student, teacher, _ = make_logits(2, 96, dtype)
+    uniform, loss = torch.full((96,), 1 / 96), partial(fastkd.kd_loss, temperature=2.0)
+    for masked in (student, teacher):
+        logits = [student.clone(), teacher.clone()]
+        logits[masked is teacher][0] = -torch.inf
+        student_row = logits[0].requires_grad_()
+        loss(student_row, logits[1], reduction="none").sum().backward()
+        q, p = ((row[0].float() / 2).softmax(-1).nan_to_num(1 / 96) for row in (student_row, logits[1]))
+        assert torch.equal((p if masked is teacher else q).detach(), uniform)
+        torch.testing.assert_close(student_row.grad[0].float(), 2 * (q - p).detach(), rtol=1e-2, atol=1e-5)
+
+
 @each_case
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_saturated_logits_stay_finite(emulated, case, dtype):
@@ -181,9 +227,10 @@ def test_classes_masked_in_both_models_add_nothing(emulated, case):
 
 
 @each_case
-def test_nonfinite_logits_are_not_hidden(emulated, case):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nonfinite_logits_are_not_hidden(emulated, case, dtype):
     for value in (torch.nan, torch.inf):
-        student, teacher, target = make_logits(3, 700)
+        student, teacher, target = make_logits(3, 700, dtype)
         student[1, 607] = value
         if value == torch.inf and case.family == "pointwise":
             continue  # a Bernoulli probability of 1: the loss is infinite, not NaN
