@@ -109,7 +109,7 @@ def plan_rows(kind: str, rows: int, classes: int, element_bytes: int, device: De
     of = KINDS[kind]
     if of.resident and device.capability >= (10, 0):
         # ptxas needs more registers there (tools/compile_kernels.py).
-        of = of._replace(loads=1, tile_registers=None)
+        of = of._replace(loads=1, tile_registers=None, registers=max(96, of.registers), programs=2)
     if classes <= of.longest:
         tile = max(16, 1 << (classes - 1).bit_length())
         rows_per_program = 1 if kind == "scale" else max(1, ELEMENTS_PER_PROGRAM // tile)
