@@ -1,15 +1,23 @@
-"""Compiles the CUDA sources without a GPU, for the table of tools/compile_kernels.py."""
+"""Compiles the CUDA sources without a GPU, for the table of tools/compile_kernels.py.
+
+``python tools/compile_cuda.py`` prints that table alone: registers, and instructions per element over all
+passes (``vector_loops`` in sass.py).
+"""
 
 import importlib.util
 import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import sass
+
 from fastkd.ops.spec import Needs
+from fastkd.ops.team_plan import VECTOR
 
 ROOT = Path(__file__).parent.parent
 DTYPES = {"5": "float16", "6": "float32", "15": "bfloat16"}  # by the number of csrc/rows.h
@@ -53,7 +61,11 @@ def compile_for(nvcc: str, architecture: str, folder: str) -> dict[str, dict[str
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode != 0:
         return done.stderr.strip()
-    return {readable(function): used for function, used in resources(binary).items()}
+    loops = sass.vector_loops(sass.disassembled(binary.read_bytes()))
+    return {
+        readable(function): {**used, "INSTRUCTIONS": sum(loops[function])}
+        for function, used in resources(binary).items()
+    }
 
 
 def readable(function: str) -> str:
@@ -91,8 +103,14 @@ def check() -> tuple[int, int]:
             compiled += 1
             bad = used["STACK"] or used["LOCAL"]
             failures += bool(bad)
-            cell = f"{architecture} {used['REG']:3d} reg" + (f" SPILLS {used}" if bad else "")
+            cell = f"{architecture} {used['REG']:3d} reg {used['INSTRUCTIONS'] / VECTOR:5.1f} instr"
+            cell += f" SPILLS {used}" if bad else ""
             kernels.setdefault(name, []).append(cell)
     for name, cells in sorted(kernels.items()):
         print(f"{name:66s}  " + "  ".join(cells))
     return compiled, failures
+
+
+if __name__ == "__main__":
+    compiled, failures = check()
+    sys.exit(not compiled or failures > 0)

@@ -48,6 +48,30 @@ def test_a_loop_is_counted(monkeypatch):
     assert loop == sass.Pass(instructions=5, special=1, barriers=0, shuffles=1, loaded=32, width=16)
 
 
+VECTORS = """
+		Function : some_rows
+        /*0000*/                   LDS.128 R0, [R1] ;
+        /*0010*/              @P0  BRA 0x0040 ;
+        /*0020*/                   MUFU.EX2 R4, R0 ;
+        /*0030*/                   BRA 0x0060 ;
+        /*0040*/                   FADD R4, R0, R1 ;
+        /*0050*/                   FADD R4, R4, R1 ;
+        /*0060*/                   BRA P1, 0x0080 ;
+        /*0070*/                   STG.E.EF.128 desc[UR4][R2.64], R4 ;
+        /*0080*/              @!P2 BRA 0x0000 ;
+        /*0090*/                   EXIT ;
+        /*00a0*/                   BRA 0xa0 ;
+"""
+
+
+def test_a_loop_over_vectors_is_counted_along_its_shortest_way_that_writes(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import sass
+
+    assert sass.vector_loops(VECTORS) == {"some_rows": [7]}
+    assert sass.vector_loops(VECTORS.replace("STG.E.EF.128", "STG.E.U16")) == {"some_rows": [6]}
+
+
 def test_a_kernel_without_a_loop_is_counted_whole(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     import sass
