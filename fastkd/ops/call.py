@@ -73,7 +73,7 @@ class Outputs(NamedTuple):
     rows: Tensor  # float32 [H N]
     terms: Tensor | None = None  # float32 [K, H N]
     gradient: Tensor | None = None  # [H N, C]
-    # Where the launcher can sum over rows too (``new_sums``): float32 [H], or [] for one pair, and [K, H] or
+    # Where the launcher can sum over rows too (``with_sums``): float32 [H], or [] for one pair, and [K, H] or
     # [K]. Losses or terms whose sum is None are summed afterwards.
     sums: Tensor | None = None
     term_sums: Tensor | None = None

@@ -178,6 +178,24 @@ def test_cuda_graph_capture(case):
 
 
 @needs_cuda
+def test_cuda_graphs_that_were_captured_on_one_stream_may_replay_at_once():
+    pairs = [make_logits(64, 1000, torch.float32, "cuda")[:2] for _ in range(2)]
+    expected = [fastkd.kd_loss(*pair) for pair in pairs]
+    graphs, losses = [torch.cuda.CUDAGraph() for _ in pairs], []
+    for graph, pair in zip(graphs, pairs, strict=True):
+        with torch.cuda.graph(graph):
+            losses.append(fastkd.kd_loss(*pair))
+    streams = [torch.cuda.Stream() for _ in graphs]
+    torch.cuda.synchronize()
+    for _ in range(100):
+        for stream, graph in zip(streams, graphs, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    torch.testing.assert_close(losses, expected)
+
+
+@needs_cuda
 @each_kernel
 def test_cuda_does_not_synchronise(case):
     student, teacher, target = make_logits(6, 1000, torch.float32, "cuda")
