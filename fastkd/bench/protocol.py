@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -17,10 +18,11 @@ Call = Callable[[], Any]
 # Bytes of the copy that measures the bandwidth: more than any last-level cache holds.
 COPY_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 MOST_INPUT_SETS = 16
-# Larger cases gain nothing from a graph: the kernel takes longer than its launch.
-GRAPH_BYTES = 256 * 2**20
-# Filling the flush buffer takes 0.2 ms or more, which also hides the host's part of the launch that follows.
+# A graph keeps what its call allocates; larger cases are launched normally.
+GRAPH_BYTES = 4 * 2**30
 FLUSH_BYTES = 512 * 2**20
+# The GPU waits before a call that is launched normally, until the host has launched it: 2 ms at 2 GHz.
+WAIT_CYCLES = 4_000_000
 
 
 class Launch:
@@ -97,7 +99,8 @@ class CPUClock:
 class GPUClock:
     """GPU time between two CUDA events around one launch, after a flush of the L2 cache.
 
-    Small cases replay a CUDA graph, so that the time of the launch does not count.
+    All but the largest cases replay a CUDA graph; before the others the GPU waits for the host, so that the
+    time of the launch does not count.
     """
 
     device = "cuda"
@@ -135,6 +138,8 @@ class GPUClock:
 
     def time(self, launch: Launch, turn: int) -> float:
         self._flush.zero_()
+        if launch.graph is None:
+            torch.cuda._sleep(WAIT_CYCLES)
         return self._elapsed(lambda: launch(turn))
 
     def bandwidth(self) -> float:
@@ -179,7 +184,7 @@ def make_clock(device: str) -> Clock:
 def interleaved(
     clock: Clock, launches: dict[str, Launch], *, seconds: float, least: int = 7, most: int = 101
 ) -> tuple[dict[str, list[float]], float]:
-    """Time the launches in turns of alternating order for about ``seconds``.
+    """Time the launches in turns, each in another random order, for about ``seconds``.
 
     Returns the milliseconds of each turn of each launch, and the median bandwidth of copies made in between.
     """
@@ -191,9 +196,11 @@ def interleaved(
     clock.bandwidth()
     turns = max(least, min(most, int(seconds / turn_seconds)))
     times: dict[str, list[float]] = {name: [] for name in names}
+    order = random.Random(0)
     bandwidths = []
     for turn in range(turns):
-        for name in names if turn % 2 else reversed(names):
+        # What runs before a call can slow it down: no launch always follows the same one.
+        for name in order.sample(names, len(names)):
             times[name].append(clock.time(launches[name], turn))
         if turn % max(1, turns // 9) == 0:
             bandwidths.append(clock.bandwidth())

@@ -68,16 +68,19 @@ def kind_of(family: Family, needs: int) -> str:
     return "labelled" if needs & Needs.LABELLED else "softmax"
 
 
-# The fewest classes from which the native CUDA kernels are faster than Triton's, for losses of the softmax
-# family without and with labels: measured on an H200 (docs/speed/gpu.md).
-NATIVE_CLASSES = {False: 8193, True: 4097}
+# The fewest classes from which the native CUDA kernels are faster than Triton's: of the softmax family
+# without and with labels, and of mixtures. Measured on an H200 (docs/speed/gpu.md).
+NATIVE_CLASSES: dict[tuple[Family, bool], int] = {
+    ("softmax", False): 8193, ("softmax", True): 4097, ("mixture", False): 4097,
+}  # fmt: skip
 NATIVE_CAPABILITY = (9, 0)  # that of the device on which this was measured
 NATIVE_ROWS = 64  # fewer leave multiprocessors without a row; Triton's split rows do not
 
 
 def native_is_faster(family: Family, labelled: bool, rows: int, classes: int) -> bool:
     """Whether to prefer the native kernels to Triton's on a GPU of ``NATIVE_CAPABILITY``."""
-    return family == "softmax" and classes >= NATIVE_CLASSES[labelled] and rows >= NATIVE_ROWS
+    fewest = NATIVE_CLASSES.get((family, labelled))
+    return fewest is not None and classes >= fewest and rows >= NATIVE_ROWS
 
 
 class Plan(NamedTuple):
@@ -120,7 +123,8 @@ def plan_rows(kind: str, rows: int, classes: int, element_bytes: int, device: De
     programs = of.programs * device.multiprocessors
     tile = of.loads * (LANE_BYTES // element_bytes) * 32 * of.warps
     parts = 1
-    if rows < device.multiprocessors:
+    # Parts of a loss with statistics take a launch more: there only if multiprocessors would have no row.
+    if rows < (device.multiprocessors if of.resident or kind == "mixture" else programs):
         tiles = -(-classes // tile)
         parts = min(tiles, MAX_PARTS, max(1, programs // max(rows, 1)))
         parts = -(-tiles // -(-tiles // parts))  # of equal length
