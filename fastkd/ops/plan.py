@@ -39,21 +39,20 @@ class Kind(NamedTuple):
     longest: int
     resident: bool
     per_warp: int  # logits of a row in one tile
-    tile_registers: int | None  # per thread, at most, for such rows
     warps: int  # of a program that streams rows
     loads: int  # of a thread, per model and tile
-    registers: int  # per thread, at most
-    programs: int  # that fit on a multiprocessor with these
+    registers: int | None  # per thread, at most, for a program that streams rows
+    programs: int  # of them that fit on a multiprocessor
 
 
 KINDS = {
-    "softmax": Kind(8192, True, 1024, None, 8, 2, 80, 3),
-    "labelled": Kind(8192, True, 1024, 128, 8, 2, 80, 3),
-    "cross-entropy": Kind(8192, True, 512, None, 8, 1, 80, 3),
-    "standardized": Kind(4096, True, 512, None, 8, 2, 128, 2),
-    "mixture": Kind(4096, False, 256, None, 16, 1, 128, 1),
-    "pointwise": Kind(4096, False, 512, None, 4, 2, 96, 5),
-    "scale": Kind(4096, False, 512, None, 4, 2, 96, 5),
+    "softmax": Kind(8192, True, 1024, 8, 2, 80, 3),
+    "labelled": Kind(8192, True, 1024, 8, 2, 80, 3),
+    "cross-entropy": Kind(8192, True, 512, 8, 1, 80, 3),
+    "standardized": Kind(4096, True, 512, 8, 2, 128, 2),
+    "mixture": Kind(4096, False, 256, 16, 1, 128, 1),
+    "pointwise": Kind(4096, False, 512, 4, 2, None, 5),
+    "scale": Kind(4096, False, 512, 4, 2, None, 5),
 }
 
 
@@ -63,7 +62,7 @@ def kind_of(family: Family, needs: int) -> str:
         return family
     if needs & Needs.STANDARDIZED:
         return "standardized"
-    if needs & Needs.CROSS_ENTROPY:
+    if needs & (Needs.CROSS_ENTROPY | Needs.CROSS_TERM):
         return "cross-entropy"
     return "labelled" if needs & Needs.LABELLED else "softmax"
 
@@ -112,12 +111,14 @@ def plan_rows(kind: str, rows: int, classes: int, element_bytes: int, device: De
     of = KINDS[kind]
     if of.resident and device.capability >= (10, 0):
         # ptxas needs more registers there (tools/compile_kernels.py).
-        of = of._replace(loads=1, tile_registers=None, registers=max(96, of.registers), programs=2)
+        of = of._replace(loads=1, registers=max(96, of.registers or 0), programs=2)
     if classes <= of.longest:
         tile = max(16, 1 << (classes - 1).bit_length())
         rows_per_program = 1 if kind == "scale" else max(1, ELEMENTS_PER_PROGRAM // tile)
-        warps = min(4, rows_per_program) if rows_per_program > 1 else max(1, tile // of.per_warp)
-        return Plan(rows_per_program, tile, of.resident, warps, of.tile_registers, 1, rows)
+        # ptxas would spill a few of these in float32.
+        per_warp = of.per_warp // 2 if kind == "labelled" and element_bytes > 2 else of.per_warp
+        warps = min(4, rows_per_program) if rows_per_program > 1 else max(1, tile // per_warp)
+        return Plan(rows_per_program, tile, of.resident, warps, None, 1, rows)
     # As many rows at a time on each multiprocessor. More than stay in the L2 cache between two passes cost
     # less than multiprocessors that wait.
     programs = of.programs * device.multiprocessors
