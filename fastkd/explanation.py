@@ -93,7 +93,7 @@ def explain(
     chosen = backend.resolve(backend.get_backend(), kind, dtype)
     if hidden is None and known is None:
         on = torch.device(device)
-        chosen = backend.faster_for(chosen, on, work.family, work.labelled, rows, classes)
+        chosen = backend.faster_for(chosen, on, work.family, work.labelled, rows, classes, dtype)
     chunk = None
     if hidden is not None:
         chunk = _chunk_of(hidden, chosen, rows, classes, dtype, kind)

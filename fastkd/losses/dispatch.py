@@ -87,7 +87,8 @@ def _dense_rows(
         # While torch.compile traces, a condition on the rows would compile again for other batch sizes.
         count = NATIVE_ROWS if torch.compiler.is_compiling() else len(students) * rows.leading.numel()
         labelled = rows.label is not None
-        chosen = faster_for(chosen, student.device, LOSSES[loss].family, labelled, count, classes)
+        family = LOSSES[loss].family
+        chosen = faster_for(chosen, student.device, family, labelled, count, classes, student.dtype)
     students = [as_ordinary("student_logits", logits) for logits in students]
     teachers = [as_ordinary("teacher_logits", logits) for logits in teachers]
     if center_teacher:

@@ -150,12 +150,18 @@ def _automatic(device_type: str) -> str:
 
 
 def faster_for(
-    chosen: str, device: torch.device, family: Family, labelled: bool, rows: int, classes: int
+    chosen: str,
+    device: torch.device,
+    family: Family,
+    labelled: bool,
+    rows: int,
+    classes: int,
+    dtype: torch.dtype,
 ) -> str:
     """The backend for rows of dense logits if ``chosen`` is the one for their device."""
     if chosen != "triton" or get_backend() != "auto" or not native_may_be_faster(device):
         return chosen
-    return "native" if native_is_faster(family, labelled, rows, classes) else chosen
+    return "native" if native_is_faster(family, labelled, rows, classes, dtype) else chosen
 
 
 @cache

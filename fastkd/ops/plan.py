@@ -72,14 +72,15 @@ def kind_of(family: Family, needs: int) -> str:
 NATIVE_CLASSES: dict[tuple[Family, bool], int] = {
     ("softmax", False): 8193, ("softmax", True): 4097, ("mixture", False): 4097,
 }  # fmt: skip
-NATIVE_CAPABILITY = (9, 0)  # that of the device on which this was measured
+# What it was measured with: other dtypes and devices stay with Triton.
+NATIVE_DTYPE, NATIVE_CAPABILITY = torch.bfloat16, (9, 0)
 NATIVE_ROWS = 64  # fewer leave multiprocessors without a row; Triton's split rows do not
 
 
-def native_is_faster(family: Family, labelled: bool, rows: int, classes: int) -> bool:
+def native_is_faster(family: Family, labelled: bool, rows: int, classes: int, dtype: torch.dtype) -> bool:
     """Whether to prefer the native kernels to Triton's on a GPU of ``NATIVE_CAPABILITY``."""
     fewest = NATIVE_CLASSES.get((family, labelled))
-    return fewest is not None and classes >= fewest and rows >= NATIVE_ROWS
+    return fewest is not None and classes >= fewest and rows >= NATIVE_ROWS and dtype == NATIVE_DTYPE
 
 
 class Plan(NamedTuple):

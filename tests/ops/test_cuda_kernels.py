@@ -416,14 +416,15 @@ def test_the_automatic_choice_on_a_gpu(monkeypatch):
         backend._automatic.cache_clear()
         return backend.resolve("auto", "cuda", torch.bfloat16)
 
-    def by_shape(labelled=False, rows=4096, classes=32768, family="softmax"):
-        return backend.faster_for(choose(), torch.device("cuda"), family, labelled, rows, classes)
+    def by_shape(labelled=False, rows=4096, classes=32768, family="softmax", dtype=torch.bfloat16):
+        return backend.faster_for(choose(), torch.device("cuda"), family, labelled, rows, classes, dtype)
 
     try:
         assert choose() == "triton"
         monkeypatch.setattr(backend, "native_may_be_faster", lambda device: True)
         assert by_shape() == by_shape(labelled=True) == "native"
-        assert by_shape(rows=4) == by_shape(classes=1000) == by_shape(family="pointwise") == "triton"
+        for other in ({"rows": 4}, {"classes": 1000}, {"family": "pointwise"}, {"dtype": torch.float32}):
+            assert by_shape(**other) == "triton"
         with fastkd.use_backend("triton"):
             assert by_shape() == "triton"
         monkeypatch.setattr(backend, "native_may_be_faster", lambda device: False)

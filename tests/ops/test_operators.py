@@ -141,7 +141,7 @@ def test_compiled_code_takes_the_faster_backend_for_its_classes(monkeypatch):
     monkeypatch.setattr(operators, "launcher_of", lambda name: chosen.append(name) or native)
     compiled = torch.compile(fastkd.kd_loss, backend="eager", fullgraph=True)
     for classes, rows, expected in ((9000, 64, "native"), (9000, 63, "native"), (100, 64, "triton")):
-        student, teacher, _ = make_logits(rows, classes)
+        student, teacher, _ = make_logits(rows, classes, torch.bfloat16)
         for run, name in ((compiled, expected), (fastkd.kd_loss, expected if rows > 63 else "triton")):
             run(student, teacher)
             assert chosen.pop() == name
