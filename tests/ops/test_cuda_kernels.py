@@ -101,10 +101,11 @@ def test_rows_longer_than_shared_memory(emulated, name, capability):
     assert_matches(BY_NAME[name], student, teacher, target, reduction="none")
 
 
-def test_a_cluster_caches_what_one_block_cannot():
-    for classes, element_bytes in ((131_072, 4), (131_072, 8), (32_768, 4)):
-        assert plan_team(4096, classes, element_bytes, (9, 0), 132).cached(classes) == 1
-        assert plan_team(4096, classes, element_bytes, (8, 0), 108).blocks_per_row == 1
+def test_a_row_is_cached_where_it_fits_and_takes_a_cluster_where_each_thread_has_many_vectors():
+    assert plan_team(4096, 18_000, 4, (9, 0), 132).cached(18_000) == 1
+    for classes, blocks in ((32_768, 1), (131_072, 4), (1_000_000, 8)):
+        assert plan_team(4096, classes, 4, (9, 0), 132).blocks_per_row == blocks
+        assert plan_team(4096, classes, 4, (8, 0), 108).blocks_per_row == 1
 
 
 @each_case

@@ -11,10 +11,7 @@ import triton.language as tl
 from triton.language.target_info import is_cuda
 
 from fastkd.ops.spec import JSDOptions, NKDOptions, SkewOptions, SoftmaxOptions, TTMOptions
-from fastkd.ops.triton.runtime import interpreting
-from fastkd.ops.triton.statistics import CROSS_ENTROPY, DISTILLS, LABELLED, LOG2E, STANDARDIZED
-
-COMPILED = tl.constexpr(not interpreting())
+from fastkd.ops.triton.statistics import COMPILED, CROSS_ENTROPY, DISTILLS, LABELLED, LOG2E, STANDARDIZED
 
 
 @triton.jit
