@@ -9,7 +9,7 @@ import fastkd
 from fastkd import explanation
 from fastkd.ops.plan import Device
 
-H100 = Device(multiprocessors=132, cache_bytes=50 << 20)
+H100 = Device(multiprocessors=132)
 
 
 @pytest.mark.parametrize("loss", explanation.LOSSES)

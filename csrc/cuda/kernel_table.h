@@ -2,6 +2,7 @@
 #pragma once
 
 #include <initializer_list>
+#include <stdexcept>
 #include <type_traits>
 
 #include "mixture_rows.h"
@@ -59,7 +60,8 @@ auto with_type(std::initializer_list<DType> dtypes, const Visit& visit) {
   switch (first) {
     case DType::kBFloat16: return visit(TypeOf<Fixed<DType::kBFloat16>>());
     case DType::kHalf: return visit(TypeOf<Fixed<DType::kHalf>>());
-    default: return visit(TypeOf<Fixed<DType::kFloat>>());
+    case DType::kFloat: return visit(TypeOf<Fixed<DType::kFloat>>());
+    default: throw std::runtime_error("fastkd_native: logits and gradients must be float32, bfloat16 or float16");
   }
 }
 

@@ -23,7 +23,6 @@ class Device(NamedTuple):
     """The properties of a GPU that the planners use."""
 
     multiprocessors: int
-    cache_bytes: int
     capability: tuple[int, int] = (9, 0)
 
 
@@ -98,10 +97,10 @@ class Plan(NamedTuple):
 @cache
 def device_of(device: torch.device) -> Device:
     if device.type != "cuda":
-        return Device(132, 50 << 20)  # Triton's interpreter: planned as for an H100
+        return Device(132)  # Triton's interpreter: planned as for an H100
     properties = torch.cuda.get_device_properties(device)
     capability = (properties.major, properties.minor)
-    return Device(properties.multi_processor_count, properties.L2_cache_size, capability)
+    return Device(properties.multi_processor_count, capability)
 
 
 def plan_rows(kind: str, rows: int, classes: int, element_bytes: int, device: Device, pairs: int = 1) -> Plan:

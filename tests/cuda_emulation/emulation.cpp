@@ -6,9 +6,9 @@ using namespace fastkd::cuda;
 
 extern "C" const char* emulated_row_loss(const Rows* pairs, int count, const LossOptions* options, const float* dynamic,
                                          int dynamic_count, const TeamPlan* plan) {
+  if (const char* reason = refusal(pairs, count, *plan)) return reason;
   const RowKernel kernel = row_kernel_for(*options, *pairs);
   if (kernel == nullptr) return "unknown loss, or no kernel compiled for its needs";
-  if (const char* reason = refusal(pairs, count, *plan)) return reason;
   const Grid grid = row_loss_grid(pairs, count, *plan);
   return emulation::launch(kernel, arguments_of(pairs, count, *options, {dynamic, dynamic_count}, *plan), grid.blocks_x,
                            grid.blocks_y, grid.threads, grid.cluster, grid.shared_bytes);

@@ -143,7 +143,7 @@ def test_more_rows_than_a_program_computes(fused, case):
 def test_rows_in_flight_are_bounded(monkeypatch, case):
     """More long rows than programs: each program computes several, one after another."""
     launch = pytest.importorskip("fastkd.ops.triton.launch")
-    monkeypatch.setattr(launch, "device_of", lambda device: Device(multiprocessors=2, cache_bytes=0))
+    monkeypatch.setattr(launch, "device_of", lambda device: Device(multiprocessors=2))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     student, teacher, target = make_logits(5, 9000, torch.float32, device)
     with fastkd.use_backend("triton"):

@@ -222,7 +222,7 @@ class OnCuda(torch.Tensor):
 
 def test_what_native_passes_to_the_operator(emulated_library, monkeypatch):
     """The arguments by their names in the schema, which the kernels' host code unpacks in this order."""
-    device = Device(multiprocessors=132, cache_bytes=50 << 20, capability=(9, 0))
+    device = Device(multiprocessors=132, capability=(9, 0))
     passed, operator = [], native._operator
     monkeypatch.setattr(native, "device_of", lambda _: device)
     monkeypatch.setattr(native, "_operator", lambda name: lambda *values: passed.append((name, values)))

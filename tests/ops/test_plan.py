@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from fastkd.ops import plan
 
-H100 = plan.Device(multiprocessors=132, cache_bytes=50 << 20)
+H100 = plan.Device(multiprocessors=132)
 
 
 @given(

@@ -11,7 +11,8 @@ import triton.language as tl
 from triton.language.target_info import is_cuda
 
 from fastkd.ops.spec import JSDOptions, NKDOptions, SkewOptions, SoftmaxOptions, TTMOptions
-from fastkd.ops.triton.statistics import COMPILED, CROSS_ENTROPY, DISTILLS, LABELLED, LOG2E, STANDARDIZED
+from fastkd.ops.triton.statistics import CROSS_ENTROPY, DISTILLS, LABELLED, LOG2E, STANDARDIZED
+from fastkd.ops.triton.tiles import COMPILED
 
 
 @triton.jit

@@ -14,12 +14,10 @@ import triton
 import triton.language as tl
 
 from fastkd.ops.spec import Needs
-from fastkd.ops.triton.runtime import interpreting
-from fastkd.ops.triton.tiles import LOWEST, MASKED, lane_columns, load_logits
+from fastkd.ops.triton.tiles import LOWEST, MASKED, lane_columns, load_logits, reduced_pair, sums_of_four
 
 STANDARDIZE_EPSILON = tl.constexpr(1e-7)
 LOG2E = tl.constexpr(1.4426950408889634)
-COMPILED = tl.constexpr(not interpreting())
 
 # Bits of NEEDS. Tested as `BIT & NEEDS`, not `NEEDS & BIT`: in the interpreter NEEDS is an int, which does
 # not support a constexpr as right operand.
@@ -268,37 +266,6 @@ def moved(total, shift, of, factor):
 
     If the factor is 0, shift * of may overflow."""
     return tl.where(factor == 0.0, 0.0, factor * (total + shift * of))
-
-
-# Sums of several columns of values [n, 1] in one exchange between threads. The interpreter adds the rows of a
-# wider tensor one by one, which loses digits: it sums each column alone.
-
-
-@triton.jit
-def reduced_pair(a, b, LARGEST: tl.constexpr):
-    """The sums, or the largest, of two columns."""
-    if COMPILED:
-        both = tl.join(a, b)
-        first, second = tl.split(tl.max(both, 0) if LARGEST else tl.sum(both, 0))
-        return first[:, None], second[:, None]
-    elif LARGEST:
-        return tl.max(a, 0, keep_dims=True), tl.max(b, 0, keep_dims=True)
-    else:
-        return tl.sum(a, 0, keep_dims=True), tl.sum(b, 0, keep_dims=True)
-
-
-@triton.jit
-def sums_of_four(a, b, c, d):
-    """The sums of four columns."""
-    if COMPILED:
-        first, second = tl.split(tl.sum(tl.join(tl.join(a, b), tl.join(c, d)), 0))
-        a, b = tl.split(first)
-        c, d = tl.split(second)
-        return a[:, None], b[:, None], c[:, None], d[:, None]
-    else:
-        a, b = reduced_pair(a, b, False)
-        c, d = reduced_pair(c, d, False)
-        return a, b, c, d
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Functions common to all row kernels: indices, loads, weights and stores of tiles of logits.
+"""Functions common to all row kernels: indices, loads, weights and stores of tiles of logits, reductions.
 
 A program works on tiles of ``[ROWS, TILE]``, or of ``[lanes, LANE]`` columns of one long row; a value per row
 is a ``[ROWS, 1]`` tensor. A long row may be split over ``parts`` programs, each with its own range of tiles.
@@ -6,6 +6,10 @@ is a ``[ROWS, 1]`` tensor. A long row may be split over ``parts`` programs, each
 
 import triton
 import triton.language as tl
+
+from fastkd.ops.triton.runtime import interpreting
+
+COMPILED = tl.constexpr(not interpreting())
 
 # Arguments of the row kernels that must not trigger a recompilation: Triton specialises on integers that are
 # 1 or multiples of 16 and on aligned pointers. The divisibility that kernels use is in VECTOR.
@@ -128,3 +132,34 @@ def weighted(value, weight, bad_label):
 def store_tile(rows, columns, classes, exists, value):
     """Store the gradient."""
     tl.store(rows + columns, value.to(rows.dtype.element_ty), mask=(columns < classes) & exists)
+
+
+# Sums of several columns of values [n, 1] in one exchange between threads. The interpreter adds the rows of a
+# wider tensor one by one, which loses digits: it sums each column alone.
+
+
+@triton.jit
+def reduced_pair(a, b, LARGEST: tl.constexpr):
+    """The sums, or the largest, of two columns."""
+    if COMPILED:
+        both = tl.join(a, b)
+        first, second = tl.split(tl.max(both, 0) if LARGEST else tl.sum(both, 0))
+        return first[:, None], second[:, None]
+    elif LARGEST:
+        return tl.max(a, 0, keep_dims=True), tl.max(b, 0, keep_dims=True)
+    else:
+        return tl.sum(a, 0, keep_dims=True), tl.sum(b, 0, keep_dims=True)
+
+
+@triton.jit
+def sums_of_four(a, b, c, d):
+    """The sums of four columns."""
+    if COMPILED:
+        first, second = tl.split(tl.sum(tl.join(tl.join(a, b), tl.join(c, d)), 0))
+        a, b = tl.split(first)
+        c, d = tl.split(second)
+        return a[:, None], b[:, None], c[:, None], d[:, None]
+    else:
+        a, b = reduced_pair(a, b, False)
+        c, d = reduced_pair(c, d, False)
+        return a, b, c, d
