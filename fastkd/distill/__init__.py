@@ -4,7 +4,8 @@ from .alignment import GradientAlignment
 from .classifier import find_classifier
 from .dhkd import DHKD
 from .given import GivenFeatures, GivenLogits, GivenTeacher, GivenTopK
-from .logits import DCKD, DKD, KD, LSKD, NKD, RKD, BinaryKL, BinaryKLNorm, CrossEntropy, FitNets, LossMethod
+from .logits import DCKD, DKD, KD, LSKD, NKD, RKD, BinaryKL, BinaryKLNorm, CrossEntropy, FitNets
+from .loss_method import LossMethod
 from .method import Method, Seen, Terms, find_method
 from .mhkd import MHKD
 from .options import Count, Epochs, File, Fraction, OptionError, Positive, Weight, check_options, options_of

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd.distill.logits import LossMethod
+from fastkd.distill.loss_method import LossMethod
 from fastkd.distill.method import Method
 from fastkd.distill.sharing import check_apart
 from fastkd.errors import NonFiniteLossError, Preempted, TrainError
