@@ -57,8 +57,9 @@ def tile_probabilities(rows, columns, classes, exists, sums, slope, EVICT: tl.co
 
 @triton.jit
 def combine_total(row_pointer, parts, PARTS: tl.constexpr):
-    part = tl.arange(0, PARTS)[None, :]
-    return tl.sum(tl.load(row_pointer + part * TOTALS, mask=part < parts, other=0.0), 1, keep_dims=True)
+    # Down a column, as statistics are: of a row Triton 3.6 gives every thread all parts, and spills them.
+    part = tl.arange(0, PARTS)[:, None]
+    return tl.sum(tl.load(row_pointer + part * TOTALS, mask=part < parts, other=0.0), 0, keep_dims=True)
 
 
 @triton.jit
