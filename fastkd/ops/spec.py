@@ -100,8 +100,8 @@ class Loss:
     cases: tuple[Case, ...]
     takes_label: bool = False
     terms: tuple[str, ...] = ()
-    # About the largest gradient of a row by its logits, of weight 1, for options and a number of classes: what
-    # float16 must hold. The options may be tensors, so it is arithmetic without a condition on them.
+    # About the largest gradient of a row by its logits, of weight 1, given options and the number of classes:
+    # what float16 must hold. The options may be tensors: arithmetic without a condition on them.
     bound: Callable[[Any, int], Any] = lambda options, classes: 1.0
     # The gradient may be written over the student's logits: each is read once, and before.
     may_alias: bool = False

@@ -151,7 +151,7 @@ def test_a_stored_student_of_a_linear_teacher(fused, dtype):
 def test_float16_neither_underflows_nor_overflows(fused, name):
     """Small row weights, as 1/N of a large batch: a row's gradient is stored without them.
 
-    One student is confident in a class, where the gradient is largest, beside a teacher that is nearly uniform.
+    One student is confident in a class, where the gradient is largest, and its teacher nearly uniform.
     """
     layers = Layers.random(rows=6, classes=1027, dtype=torch.float16, device=fused)
     layers.student[0][0] *= 8

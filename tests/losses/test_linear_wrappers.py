@@ -102,7 +102,7 @@ def stored_gradients():
 
 @pytest.mark.parametrize("work", [of_ddp, of_fsdp2], ids=["DDP", "FSDP2"])
 def test_two_processes(tmp_path, work):
-    """Plain, compiled as one graph, with activation checkpoints; DDP also with parameters without gradient."""
+    """Plain, compiled as one graph, with checkpoints; DDP also with parameters that get no gradient."""
     expected = stored_gradients()
     for found in on_two_ranks(work, tmp_path):
         for which, message in found.pop("refused", []):
