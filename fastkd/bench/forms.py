@@ -104,8 +104,14 @@ def chunked(name: str) -> LayerLoss:
     return lambda layers: loss(LinearLogits(*layers[:2]), LinearLogits(*layers[2:4]), layers[4])
 
 
-def of_stored_logits(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> LayerLoss:
-    return lambda layers: loss(F.linear(*layers[:2]), F.linear(*layers[2:4]), layers[4])
+def of_stored_logits(name: str, loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> LayerLoss:
+    def run(layers: Layers) -> Tensor:
+        student = F.linear(*layers[:2])
+        # The cross-entropy does not read the teacher, whose logits nobody would compute for it.
+        teacher = student.detach() if name == "ce" else F.linear(*layers[2:4])
+        return loss(student, teacher, layers[4])
+
+    return run
 
 
 def eager(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -197,9 +203,9 @@ def variants(name: str, chosen: set[str]) -> dict[str, LayerLoss | str]:
     """
     found: dict[str, LayerLoss | str] = {"fastkd": chunked(name)}
     makers: dict[str, Callable[[], LayerLoss | None]] = {
-        "stored": lambda: of_stored_logits(call_of(CASES[name][1])),
-        "eager": lambda: of_stored_logits(eager(name)),
-        "compiled": lambda: torch.compile(of_stored_logits(eager(name)), dynamic=False),
+        "stored": lambda: of_stored_logits(name, call_of(CASES[name][1])),
+        "eager": lambda: of_stored_logits(name, eager(name)),
+        "compiled": lambda: torch.compile(of_stored_logits(name, eager(name)), dynamic=False),
         "torch": lambda: torch_chunked(name),
         "liger": lambda: liger(name),
         "trl": lambda: trl(name),
@@ -223,7 +229,7 @@ def truth_of(case: Case, few: Layers) -> tuple[Tensor, ...]:
     with fastkd.use_backend("eager"):
         student = [tensor.detach().double().requires_grad_() for tensor in few[:2]]
         layers = (*student, *(tensor.double() for tensor in few[2:4]), few[4])
-        return gradients(of_stored_logits(call_of(CASES[case.loss][1])), layers)  # type: ignore[arg-type]
+        return gradients(of_stored_logits(case.loss, call_of(CASES[case.loss][1])), layers)  # type: ignore[arg-type]
 
 
 def measure(case: Case, clock: Clock, chosen: set[str], *, seconds: float) -> list[Record]:
