@@ -39,7 +39,7 @@ class Explanation:
     bytes: int
     bandwidth: float
     chunk_rows: int | None = None  # of LinearLogits; the following too
-    buffer_bytes: int = 0  # of a chunk's logits of both models, and their gradient
+    buffer_bytes: int = 0  # of a chunk's logits of both models, and their gradient if it has its own buffer
     held_bytes: int = 0  # of gradients in float32, from the loss until backward
 
     @property
@@ -115,7 +115,7 @@ def explain(
     return replace(
         explained,
         chunk_rows=chunk,
-        buffer_bytes=(1 + work.reads) * chunk * classes * ELEMENT_BYTES[dtype],
+        buffer_bytes=(work.reads + (not work.in_place)) * chunk * classes * ELEMENT_BYTES[dtype],
         held_bytes=4 * hidden[0] * (classes + rows),
     )
 
@@ -124,8 +124,11 @@ def _chunk_of(
     hidden: tuple[int, int], chosen: str, rows: int, classes: int, dtype: torch.dtype, kind: str
 ) -> int | None:
     """Rows per chunk; None with the eager backend, which stores the logits."""
+    expected = "expected two whole numbers, the widths of the student's and the teacher's layer"
+    if not isinstance(hidden, tuple | list) or any(type(width) is not int for width in hidden):
+        raise TypeError(f"hidden is {hidden!r}; {expected}")
     if len(hidden) != 2 or min(hidden) < 1:
-        raise ValueError(f"hidden is {hidden}; expected the widths of the student's and the teacher's layer")
+        raise ValueError(f"hidden is {hidden!r}; {expected}")
     return None if chosen == "eager" else chunk_rows_of(0, rows, classes, ELEMENT_BYTES[dtype], kind)
 
 
@@ -136,6 +139,7 @@ class _Work(NamedTuple):
     kind: str  # of ops.plan
     labelled: bool
     reads: int  # models whose logits are read
+    in_place: bool  # a linear layer's gradient replaces the logits of a chunk, if there is no softcap
 
     @property
     def standardized(self) -> bool:
@@ -149,7 +153,7 @@ def _work_of(loss: str) -> _Work:
     spec, case = CASES[name]
     needs = needs_of(spec, tuple(case.options), case.labelled)
     reads = 2 if needs & Needs.DISTILLS else 1
-    return _Work(spec.family, kind_of(spec.family, needs), case.labelled, reads)
+    return _Work(spec.family, kind_of(spec.family, needs), case.labelled, reads, spec.may_alias)
 
 
 class _Path(NamedTuple):

@@ -30,15 +30,29 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=FUSED, ids=[f"{name}-{device}" for name, device in FUSED])
-def fused(request):
-    """Run the test on a fused backend; return the device for its tensors."""
+def _used(request):
     name, device = request.param
     reason = missing(name, device)
     # A failure rather than a skip, which would hide that nothing was tested.
     assert reason is None, f"{name} cannot run on {device}: {reason}"
     with fastkd.use_backend(name):
         yield device
+
+
+def _fixture(backends):
+    return pytest.fixture(params=backends, ids=[f"{name}-{device}" for name, device in backends])
+
+
+@_fixture(FUSED)
+def fused(request):
+    """Run the test on a fused backend; return the device for its tensors."""
+    yield from _used(request)
+
+
+@_fixture([*FUSED, ("eager", FUSED[-1][1])])
+def each_backend(request):
+    """As ``fused``, and on the eager backend."""
+    yield from _used(request)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """The benchmark suite: every field of a record, its files, its report and its comparison."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -8,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastkd.bench import cases, command, measure, peers, protocol, results
+from fastkd.bench import cases, command, forms, measure, peers, protocol, results
 from fastkd.bench.compare import compare
+from fastkd.bench.protocol import relative_error
 from fastkd.bench.report import write_report
 
 FIELDS = {
@@ -266,6 +268,33 @@ def test_forms(tmp_path, capsys):
     text = write_report([path], tmp_path / "report").read_text()
     assert "| kd | 256 x (256, 512) x 4000 | float32 | fastkd |" in text
     assert "nothing could be compared" in compare(path, path)[0]
+
+
+@pytest.mark.parametrize("name", ["kd", "ce-kd", "ce", "dkd", "jsd"])
+@pytest.mark.parametrize(
+    ("package", "maker"),
+    [
+        ("liger_kernel", forms.liger),
+        ("trl", forms.trl),
+        ("orda_kernel", lambda name: forms.orda(name, backend="torch")),
+    ],
+    ids=["liger", "trl", "orda"],
+)
+def test_peers_of_linear_layers_compute_the_same_loss(package, maker, name):
+    pytest.importorskip(package)
+    case = forms.Case(name, 16, 300, 8, 12, "float32")
+    layers = forms.make_layers(case, "cpu")
+    if (loss := maker(name)) is None:
+        return
+    for found, true in zip(forms.gradients(loss, layers), forms.truth_of(case, layers), strict=True):
+        assert relative_error(found, true) < 1e-5
+
+
+def test_peers_that_run_on_gpus_only_are_named():
+    assert "GPUs only" in forms.not_measured("cpu")["orda"]
+    on_gpu = forms.not_measured("cuda")
+    assert ("orda" in on_gpu) == (importlib.util.find_spec("orda_kernel") is None)
+    assert "orda_kernel is not installed" in on_gpu.get("orda", "orda_kernel is not installed")
 
 
 @pytest.mark.parametrize(

@@ -77,8 +77,33 @@ def test_linear_layers(fused):
     assert fastkd.explain(2048, 50_304, device=fused).chunk_rows is None
     with fastkd.use_backend("eager"):
         assert fastkd.explain(8, 100, device=fused, hidden=(4, 4)).chunk_rows is None
-    with pytest.raises(ValueError, match="hidden"):
-        fastkd.explain(8, 100, device=fused, hidden=(0, 4))
+    for wrong in ((0, 4), (4,), (4, 4, 4)):
+        with pytest.raises(ValueError, match=r"hidden is .*two whole numbers"):
+            fastkd.explain(8, 100, device=fused, hidden=wrong)
+    for wrong in (4, "ab", (4.0, 4), (True, 4)):
+        with pytest.raises(TypeError, match=r"hidden is .*two whole numbers"):
+            fastkd.explain(8, 100, device=fused, hidden=wrong)
+
+
+@pytest.mark.parametrize("loss", ["kd", "ce", "binary_kl"])
+def test_buffers_of_linear_layers_are_what_a_step_takes(loss):
+    """Peak above the inputs: the buffers, and what is held; on the native backend."""
+    from fastkd.bench.protocol import make_clock
+    from fastkd.losses.cases import call_of
+    from fastkd.ops.spec import CASES
+
+    rows, classes, widths = 64, 8192, (8, 16)
+    student, teacher = (
+        fastkd.LinearLogits(torch.randn(rows, width), torch.randn(classes, width)) for width in widths
+    )
+    tensors = [tensor.requires_grad_() for tensor in student.tensors.values()]
+    call, target = call_of(CASES[loss.replace("_", "-")][1]), torch.zeros(rows, dtype=torch.int64)
+    with fastkd.use_backend("native"):
+        explained = fastkd.explain(rows, classes, loss=loss, hidden=widths)
+        peak = make_clock("cpu").extra_memory(
+            lambda: torch.autograd.grad(call(student, teacher, target), tensors)
+        )
+    assert peak == pytest.approx(explained.buffer_bytes + explained.held_bytes, rel=0.02)
 
 
 def test_importing_the_module_keeps_the_function():

@@ -125,7 +125,7 @@ def _measure(args: argparse.Namespace) -> int:
             print(f"fastkd bench: error: {option} {wrong[0]} is {other} --forms only", file=sys.stderr)
             return 2
     path = args.output or Path(f"bench-{device}-{_now()}.jsonl")
-    absent = forms.not_measured() if args.forms else peers.not_measured(device)
+    absent = forms.not_measured(device) if args.forms else peers.not_measured(device)
     for name in known:
         if args.peers is not None and name not in {*args.peers, peers.in_force(device)}:
             absent.setdefault(name, "not asked for (--peers)")

@@ -27,7 +27,7 @@ LayerLoss = Callable[[Layers], Tensor]
 LOSSES = ("kd", "ce-kd", "ce")
 # Rows, classes, hidden widths of student and teacher.
 SHAPES = ((2048, 50304, 256, 512), (1024, 131072, 512, 512))
-PEERS = ("stored", "eager", "compiled", "torch", "liger", "trl")
+PEERS = ("stored", "eager", "compiled", "torch", "liger", "trl", "orda")
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,18 @@ def suite(
                 yield Case(loss, rows, classes, student, teacher, dtype)
 
 
-def not_measured() -> dict[str, str]:
-    """Return the peers that are not installed, each with the reason."""
+def not_measured(device: str) -> dict[str, str]:
+    """Return the peers that cannot run here, each with the reason."""
     reasons = {}
     if not hasattr(F, "linear_cross_entropy"):
         reasons["torch"] = f"torch {torch.__version__} has no linear_cross_entropy"
     for name, package in (("liger", "liger_kernel"), ("trl", "trl")):
         if (reason := peers.missing_package(package)) is not None:
             reasons[name] = reason
+    if device != "cuda":
+        reasons["orda"] = "runs on GPUs only (on a CPU it stores the logits), this run is on the CPU"
+    elif (reason := peers.missing_package("orda_kernel")) is not None:
+        reasons["orda"] = reason
     return reasons
 
 
@@ -100,8 +104,14 @@ def chunked(name: str) -> LayerLoss:
     return lambda layers: loss(LinearLogits(*layers[:2]), LinearLogits(*layers[2:4]), layers[4])
 
 
-def of_stored_logits(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> LayerLoss:
-    return lambda layers: loss(F.linear(*layers[:2]), F.linear(*layers[2:4]), layers[4])
+def of_stored_logits(name: str, loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> LayerLoss:
+    def run(layers: Layers) -> Tensor:
+        student = F.linear(*layers[:2])
+        # The cross-entropy does not read the teacher, whose logits nobody would compute for it.
+        teacher = student.detach() if name == "ce" else F.linear(*layers[2:4])
+        return loss(student, teacher, layers[4])
+
+    return run
 
 
 def eager(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -153,6 +163,39 @@ def trl(name: str) -> LayerLoss | None:
     return run
 
 
+def orda(name: str, backend: str = "triton") -> LayerLoss | None:
+    """Return orda-kernel's loss with its own choice of chunks; its KL has the factor T^2."""
+    options: dict[str, dict[str, Any]] = {
+        "kd": {"student_ce_weight": 0.0, "kl_weight": 1.0, "kl_temperature": peers.T_KD},
+        "ce-kd": {"student_ce_weight": 0.1, "kl_weight": 0.9, "kl_temperature": peers.T_KD},
+        "ce": {},
+        "dkd": {
+            "student_ce_weight": 0.0,
+            "kl_weight": 1.0,
+            "kl_temperature": peers.T_KD,
+            "kl_divergence": "dkd",
+            "kl_alpha": 1.0,
+            "kl_beta": 8.0,
+        },
+    }
+    if name not in options:
+        return None
+    from orda_kernel import SeparateTeacher, distillation_loss
+
+    def run(layers: Layers) -> Tensor:
+        student, student_weight, teacher, teacher_weight, target = layers
+        return distillation_loss(
+            student,
+            student_weight,
+            target,
+            SeparateTeacher(teacher, teacher_weight),
+            backend=backend,
+            **options[name],
+        ).loss
+
+    return run
+
+
 def variants(name: str, chosen: set[str]) -> dict[str, LayerLoss | str]:
     """Return fastkd and those of ``chosen`` that have the loss.
 
@@ -160,12 +203,13 @@ def variants(name: str, chosen: set[str]) -> dict[str, LayerLoss | str]:
     """
     found: dict[str, LayerLoss | str] = {"fastkd": chunked(name)}
     makers: dict[str, Callable[[], LayerLoss | None]] = {
-        "stored": lambda: of_stored_logits(call_of(CASES[name][1])),
-        "eager": lambda: of_stored_logits(eager(name)),
-        "compiled": lambda: torch.compile(of_stored_logits(eager(name)), dynamic=False),
+        "stored": lambda: of_stored_logits(name, call_of(CASES[name][1])),
+        "eager": lambda: of_stored_logits(name, eager(name)),
+        "compiled": lambda: torch.compile(of_stored_logits(name, eager(name)), dynamic=False),
         "torch": lambda: torch_chunked(name),
         "liger": lambda: liger(name),
         "trl": lambda: trl(name),
+        "orda": lambda: orda(name),
     }
     for peer, make in makers.items():
         if peer in chosen and (loss := peers.made(make)) is not None:
@@ -185,7 +229,7 @@ def truth_of(case: Case, few: Layers) -> tuple[Tensor, ...]:
     with fastkd.use_backend("eager"):
         student = [tensor.detach().double().requires_grad_() for tensor in few[:2]]
         layers = (*student, *(tensor.double() for tensor in few[2:4]), few[4])
-        return gradients(of_stored_logits(call_of(CASES[case.loss][1])), layers)  # type: ignore[arg-type]
+        return gradients(of_stored_logits(case.loss, call_of(CASES[case.loss][1])), layers)  # type: ignore[arg-type]
 
 
 def measure(case: Case, clock: Clock, chosen: set[str], *, seconds: float) -> list[Record]:

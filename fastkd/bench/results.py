@@ -76,7 +76,7 @@ def header(device: str, not_measured: dict[str, str], **more: Any) -> Record:
         "torch": torch.__version__,
         "backend": peers.in_force(device),
     }
-    for package in ("triton", "liger-kernel", "quack-kernels"):
+    for package in ("triton", "liger-kernel", "quack-kernels", "trl", "orda-kernel"):
         try:
             about[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

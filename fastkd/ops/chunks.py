@@ -10,10 +10,9 @@ logits late. Where ``Loss.may_alias`` allows it, the gradient replaces the logit
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -229,8 +228,7 @@ def _chunk_call(call: Call, part: Part, logits: Tensor, to_layer: bool) -> tuple
     call = call._replace(target=target, row_weight=weight, indices=indices, reduced=False, with_gradient=True)
     if not to_layer or logits.dtype != torch.float16:
         return call, None
-    gain = 2.0 ** math.floor(math.log2(_LARGEST_HALF / _bound(call)))
-    gains = logits.new_full((len(logits),), gain, dtype=torch.float32)
+    gains = _gain(call, logits).repeat(len(logits))
     if call.needs & Needs.STANDARDIZED:  # whose gradient has the factor 1 / std
         gains *= logits.std(1).float().clamp(2.0**-12, 1.0)
     factors = 1.0 / (gains * call.divisor)
@@ -240,14 +238,17 @@ def _chunk_call(call: Call, part: Part, logits: Tensor, to_layer: bool) -> tuple
     return call._replace(row_weight=gains, divisor=1), factors
 
 
-def _bound(call: Call) -> float:
-    """About the largest gradient of a row's logits, without weights."""
-    values = list(call.options)
+def _gain(call: Call, logits: Tensor) -> Tensor:
+    """The power of two that brings the gradients of the rows to the range of float16, in float32.
+
+    Of numbers that are in a tensor, which is not read back, it is computed on the device.
+    """
+    values: list[Any] = list(call.options)
     if call.dynamic is not None:
-        if call.dynamic.is_cuda and torch.cuda.is_current_stream_capturing():
-            return 64.0
-        values[: call.spec.dynamic] = call.dynamic.tolist()
-    return max(call.spec.bound(call.spec.options(*values)), 2.0**-20)
+        values[: call.spec.dynamic] = call.dynamic.unbind()
+    bound = call.spec.bound(call.spec.options(*values), logits.shape[1])
+    bound = logits.new_ones(1, dtype=torch.float32) * bound
+    return (_LARGEST_HALF / bound.clamp_min(2.0**-20)).log2().floor().exp2()
 
 
 def _to_layer(

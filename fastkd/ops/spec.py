@@ -100,8 +100,9 @@ class Loss:
     cases: tuple[Case, ...]
     takes_label: bool = False
     terms: tuple[str, ...] = ()
-    # About the largest gradient of a row by its logits, of weight 1: what float16 must hold.
-    bound: Callable[[Any], float] = lambda options: 1.0
+    # About the largest gradient of a row by its logits, of weight 1, given options and the number of classes:
+    # what float16 must hold. The options may be tensors: arithmetic without a condition on them.
+    bound: Callable[[Any, int], Any] = lambda options, classes: 1.0
     # The gradient may be written over the student's logits: each is read once, and before.
     may_alias: bool = False
     # For the first options: the value that selects other code.
@@ -156,9 +157,14 @@ def _softmax_needs(options: SoftmaxOptions) -> Needs:
     return needs
 
 
-def _softmax_bound(options: SoftmaxOptions) -> float:
+def _softmax_bound(options: SoftmaxOptions, classes: int) -> float:
     distillation = abs(options.kd_weight) + abs(options.tckd_weight) + abs(options.nckd_weight)
     return abs(options.ce_weight) + options.temperature * distillation
+
+
+def _ttm_bound(options: TTMOptions, classes: int) -> float:
+    """WTTM's weight, sum_i p_i^gamma, is largest where the teacher is uniform."""
+    return 1.0 + classes ** (1.0 - options.gamma) if options.weighted else 1.0
 
 
 def _softmax_at_k(options: SoftmaxOptions) -> str | None:
@@ -245,7 +251,7 @@ def _mixture(name: str, rows: RowLoss, options: type[Any], *cases: Case) -> Loss
         options,
         lambda values: needs,
         cases,
-        bound=lambda values: 4.0 / values.temperature,
+        bound=lambda values, classes: 4.0 / values.temperature,
     )
 
 
@@ -257,7 +263,7 @@ def _pointwise(name: str, rows: RowLoss, options: type[Any], *cases: Case) -> Lo
         options,
         lambda values: Needs.DISTILLS,
         cases,
-        bound=lambda values: values.temperature,
+        bound=lambda values, classes: values.temperature,
         may_alias=True,
         undefined_at_k=lambda values: "because it compares each class by itself, and needs all of them",
     )
@@ -298,7 +304,7 @@ _ROWS = (
             ),
         ),
         takes_label=True,
-        bound=lambda options: 1.0 + options.gamma * options.temperature,
+        bound=lambda options, classes: 1.0 + options.gamma * options.temperature,
         code_values=(1.0,),
         undefined_at_k=_nkd_at_k,
     ),
@@ -312,6 +318,7 @@ _ROWS = (
             _case("ttm", "ttm_loss", TTMOptions(0.25), vanishes=False, gamma=0.25),
             _case("wttm", "ttm_loss", TTMOptions(0.25, True), vanishes=False, gamma=0.25, weighted=True),
         ),
+        bound=_ttm_bound,
         temperatures=lambda options: (1.0, 1.0 / options.gamma),
         undefined_at_k=_ttm_at_k,
     ),
@@ -322,7 +329,7 @@ _ROWS = (
         TemperatureOptions,
         lambda options: Needs.DISTILLS | Needs.LOG_RATIO,
         (_case("reverse-kl", "reverse_kl_loss", TemperatureOptions(2.0), temperature=2.0),),
-        bound=lambda options: 16.0 / options.temperature,  # grows with the logits
+        bound=lambda options, classes: 16.0 / options.temperature,  # grows with the logits
         needs_rest=True,
     ),
     _mixture(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ LINES: list[Line] = []
 _generator = torch.Generator().manual_seed(0)
 HIDDEN, WEIGHT, BIAS = (torch.randn(*size, generator=_generator) for size in ((4, 3), (6, 3), (6,)))
 TEACHER = LinearLogits(torch.randn(4, 5, generator=_generator), torch.randn(6, 5, generator=_generator))
+PADDED = LinearLogits(HIDDEN, WEIGHT, num_classes=5), replace(TEACHER, num_classes=5)
+CHUNKLESS = replace(TEACHER, chunk_rows=0)
 
 
 def kd(hidden: Any = HIDDEN, weight: Any = WEIGHT, bias: Any = None, **options: Any) -> torch.Tensor:
@@ -56,6 +59,12 @@ def _freed(tensor: torch.Tensor) -> torch.Tensor:
 
 add = group("LinearLogits", LINES)
 add("a layer", step, same_as(lambda: step(dense)))
+for number in (0.0, -2.0):
+    add(
+        f"scale: {number}",
+        lambda number=number: kd(scale=number),
+        same_as(lambda number=number: fastkd.kd_loss(number * (HIDDEN @ WEIGHT.t()), TEACHER.dense())),
+    )
 for words, call, pattern in (
     ("hidden: None", lambda: kd(None), r"^student_logits\.hidden is a NoneType"),
     ("hidden: a list", lambda: kd(HIDDEN.tolist()), r"^student_logits\.hidden is a list"),
@@ -115,7 +124,25 @@ for words, call, pattern in (
     ("num_classes of one model only", lambda: kd(num_classes=5), "5 classes and teacher_logits 6"),
     ("a chunk of no rows", lambda: kd(chunk_rows=0), r"\.chunk_rows is 0; expected 1 or more"),
     ("scale: NaN", lambda: kd(scale=float("nan")), r"^student_logits\.scale is nan"),
+    ("scale: infinite", lambda: kd(scale=float("-inf")), r"^student_logits\.scale is -inf"),
+    ("softcap: NaN", lambda: kd(softcap=float("nan")), r"^student_logits\.softcap is nan"),
+    ("softcap: infinite", lambda: kd(softcap=float("inf")), r"^student_logits\.softcap is inf"),
+    (
+        "softcap: negative",
+        lambda: kd(softcap=-30.0),
+        r"^student_logits\.softcap is -30.0; expected.* above 0",
+    ),
     ("softcap: 0", lambda: kd(softcap=0.0), r"^student_logits\.softcap is 0.0; expected a number above 0"),
+    (
+        "a label of the padding",
+        lambda: fastkd.dkd_loss(*PADDED, torch.tensor([0, 1, 5, 4])),
+        r"^target has the label 5; expected 0 to 4",
+    ),
+    (
+        "teacher: a chunk of no rows",
+        lambda: fastkd.kd_loss(TEACHER, CHUNKLESS),
+        r"^teacher_logits\.chunk_rows is 0",
+    ),
     ("weight on another device", lambda: kd(weight=WEIGHT.to("meta")), r"\.weight is on meta"),
     ("other rows", lambda: kd(HIDDEN[:3]), r"\[3, 6\] and teacher_logits \[4, 6\]"),
     (

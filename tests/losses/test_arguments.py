@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import fastkd
 from fastkd.ops import native
+from fastkd.ops.triton import runtime
 from tests.cases import make_logits
 
 S, T, Y = make_logits(4, 6)
@@ -121,6 +122,19 @@ def test_triton_on_the_cpu_without_its_interpreter_names_the_variable():
     refused = run_python(code, TRITON_INTERPRET="0", CUDA_VISIBLE_DEVICES="")
     assert "BackendUnavailable" in refused.stderr
     assert "TRITON_INTERPRET=1" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "runs"),
+    [
+        ("3.6.0", "2.3.5", True), ("3.6.0", "2.4.0", False), ("3.6.0+rocm7", "2.5.2", False),
+        ("3.7.1", "2.5.2", True), ("4.0.0", "3.0.0", True), ("3.6.0", "", True), ("", "2.5.2", True),
+    ],
+)  # fmt: skip
+def test_numpy_that_the_interpreter_of_this_triton_cannot_take(triton, numpy, runs):
+    reason = runtime.numpy_too_new(triton, numpy)
+    assert runs == (reason is None)
+    assert runs or f"Triton {triton} needs NumPy < 2.4, not {numpy}" in reason
 
 
 def test_missing_native_backend_warns_once_and_falls_back():

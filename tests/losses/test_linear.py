@@ -33,10 +33,10 @@ def no_worse(ours, stored, floor):
 @pytest.mark.parametrize(
     ("case", "numbers"), [pytest.param(*one, id=f"{one[0].name}-{one[1]}") for one in WITH_NUMBERS]
 )
-def test_matches_stored_logits(fused, case, numbers, dtype):
+def test_matches_stored_logits(each_backend, case, numbers, dtype):
     """11 rows in chunks of 4, one row ignored by its label and one by its weight."""
-    layers = Layers.random(dtype=dtype, device=fused, **NUMBERS[numbers])
-    weight = torch.rand(11, device=fused) + 0.5
+    layers = Layers.random(dtype=dtype, device=each_backend, **NUMBERS[numbers])
+    weight = torch.rand(11, device=each_backend) + 0.5
     weight[7] = 0
     layers.target[2] = -100
     if case.uses_label or not case.ignores_rows:
@@ -147,15 +147,35 @@ def test_a_stored_student_of_a_linear_teacher(fused, dtype):
     torch.testing.assert_close(by_row, gradient(student, teacher, 65536.0).double(), atol=1e-2, rtol=2e-2)
 
 
-def test_float16_underflows_no_more_than_stored_in_float32(fused):
-    """dW of a large batch: a row's gradient is stored without 1/N and the row's weight."""
-    layers = Layers.random(rows=64, classes=2053, dtype=torch.float16, device=fused)
-    weight = torch.full((64,), 1e-4, device=fused)
-    truth = layers.exact(BY_NAME["lskd"], weight=weight, grad_output=65536.0)
-    ours = errors(
-        layers.loss_and_gradients(BY_NAME["lskd"], weight=weight, grad_output=65536.0, chunk_rows=16), truth
+@pytest.mark.parametrize("name", KERNELS)
+def test_float16_neither_underflows_nor_overflows(fused, name):
+    """Small row weights, as 1/N of a large batch: a row's gradient is stored without them.
+
+    One student is confident in a class, where the gradient is largest, and its teacher nearly uniform.
+    """
+    layers = Layers.random(rows=6, classes=1027, dtype=torch.float16, device=fused)
+    layers.student[0][0] *= 8
+    layers.teacher[0][0] /= 64
+    weight = torch.full((6,), 1e-4, device=fused)
+    options = {"weight": weight, "grad_output": 65536.0, "chunk_rows": 4}
+    truth = layers.exact(BY_NAME[name], **options)
+    ours, stored = (
+        errors(layers.loss_and_gradients(BY_NAME[name], stored=stored, **options), truth)
+        for stored in (False, True)
     )
-    assert max(ours) < 2e-3
+    no_worse(ours, stored, 2e-3)
+
+
+def test_paddings_of_other_lengths(fused):
+    """A vocabulary of 33 classes, padded to 40 for the student alone."""
+    layers = Layers.random(classes=40, device=fused, num_classes=33)
+    teacher = LinearLogits(layers.teacher[0], *(tensor[:33] for tensor in layers.teacher[1:]), chunk_rows=4)
+    truth = layers.exact(BY_NAME["ce-kd"])
+    ours = layers.loss_and_gradients(
+        lambda student, _, target: BY_NAME["ce-kd"].loss(student, teacher, target)
+    )
+    assert max(errors(ours, truth)) < SINGLE
+    assert not ours[2][33:].any()
 
 
 def test_lists_of_pairs(fused):

@@ -49,37 +49,49 @@ def model_and_batches():
     return model, batches
 
 
-def gradients_of(wrapper):
+def gradients_of(wrapper, variant):
     """Of the mean of the ranks' losses, at the second step."""
     model, batches = model_and_batches()
-    if wrapper == "fsdp2":
+    if variant != "unused parameters":
         model.unused.requires_grad_(False)
+    if variant == "compiled":  # Inductor would spend its time on the layers around the loss
+        model.forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    if variant == "checkpointed":
+        forward = model.forward
+        model.forward = lambda *batch: checkpoint(forward, *batch, use_reentrant=False)
+    if wrapper == "FSDP2":
         wrapped = fully_shard(model)
     else:
-        wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+        wrapped = DistributedDataParallel(model, find_unused_parameters=variant == "unused parameters")
     for _ in range(2):
         model.zero_grad()
         wrapped(*batches[dist.get_rank()]).backward()
-    refused = ""
-    if wrapper == "fsdp2":
-        try:
-            fastkd.kd_loss(LinearLogits(torch.randn(3, 8), model.head.weight), torch.randn(3, CLASSES))
-        except TypeError as error:
-            refused = str(error)
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    whole = {
+    return {
         name: gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
         for name, gradient in gradients.items()
     }
-    return {"gradients": whole, "refused": refused}
 
 
 def of_ddp():
-    return gradients_of("ddp")
+    return {
+        variant: gradients_of("DDP", variant)
+        for variant in ("plain", "unused parameters", "compiled", "checkpointed")
+    }
 
 
 def of_fsdp2():
-    return gradients_of("fsdp2")
+    found = {variant: gradients_of("FSDP2", variant) for variant in ("plain", "compiled", "checkpointed")}
+    head = fully_shard(Student()).head
+    refused = []
+    for which, pair in (
+        ("student_logits", (LinearLogits(torch.randn(3, 8), head.weight), torch.randn(3, CLASSES))),
+        ("teacher_logits", (torch.randn(3, CLASSES), LinearLogits(torch.randn(3, 8), head.weight).detach())),
+    ):
+        with pytest.raises(TypeError) as error:
+            fastkd.kd_loss(*pair)
+        refused.append((which, str(error.value)))
+    return {**found, "refused": refused}
 
 
 def stored_gradients():
@@ -90,17 +102,19 @@ def stored_gradients():
 
 @pytest.mark.parametrize("work", [of_ddp, of_fsdp2], ids=["DDP", "FSDP2"])
 def test_two_processes(tmp_path, work):
+    """Plain, compiled as one graph, with checkpoints; DDP also with parameters that get no gradient."""
     expected = stored_gradients()
     for found in on_two_ranks(work, tmp_path):
-        assert found["gradients"].keys() == expected.keys()
-        for name, gradient in found["gradients"].items():
-            if expected[name] is None:
-                assert gradient is None
-            else:
-                torch.testing.assert_close(gradient, expected[name])
-        if work is of_fsdp2:
-            assert found["refused"].startswith("student_logits.weight is a DTensor")
-            assert "inside the forward of the wrapped module that owns the head" in found["refused"]
+        for which, message in found.pop("refused", []):
+            assert message.startswith(f"{which}.weight is a DTensor")
+            assert "inside the forward of the wrapped module that owns the head" in message
+        for gradients in found.values():
+            assert gradients.keys() == expected.keys()
+            for name, gradient in gradients.items():
+                if expected[name] is None:
+                    assert gradient is None
+                else:
+                    torch.testing.assert_close(gradient, expected[name])
 
 
 def step(loss, leaves):

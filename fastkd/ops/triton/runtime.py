@@ -2,8 +2,10 @@
 
 import importlib.util
 import os
+import re
 import sys
 from functools import cache
+from importlib import metadata
 
 import torch
 
@@ -28,7 +30,27 @@ def missing(device_type: str) -> str | None:
         os.environ["TRITON_INTERPRET"] = "1"
     if not interpreting():
         return "on CPU tensors Triton only interprets; set TRITON_INTERPRET=1 before Python starts"
-    return None
+    return numpy_too_new(_version("triton"), _version("numpy"))
+
+
+def numpy_too_new(triton: str, numpy: str) -> str | None:
+    """Until Triton 3.7 the interpreter converts arrays of one element to int, an error since NumPy 2.4."""
+    if not triton or _release(triton) >= (3, 7) or _release(numpy) < (2, 4):
+        return None
+    return f"the interpreter of Triton {triton} needs NumPy < 2.4, not {numpy} (`pip install 'numpy<2.4'`)"
+
+
+def _version(package: str) -> str:
+    """Empty if it is installed under another name, as for ROCm: then nothing is known to be wrong."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _release(version: str) -> tuple[int, ...]:
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    return tuple(map(int, numbers.groups())) if numbers else ()
 
 
 def interpreting() -> bool:
