@@ -19,25 +19,48 @@ FASTKD_INLINE Moments merged(const Moments& a, const Moments& b) {
   return {count, a.mean + step * b.count / count, a.squares + b.squares + step * step * a.count * b.count / count};
 }
 
-static Moments moments_of(const Matrix& logits, int64_t row, int64_t begin, int64_t end) {
-  float block[kBlock];
-  Moments total{};
-  for (int64_t offset = begin; offset < end; offset += kBlock) {
-    const int n = block_size(end, offset);
-    const int padded = load_block(logits, row, offset, n, block);
-    // Two steps: this sum is inexact for logits far from 0, so the deviations from it correct the mean.
-    const float near_mean = sum_of_block(block, n) / float(n);
-    vf deviations = {}, squares = {};
-    for (int i = n; i < padded; i++) block[i] = near_mean;
-    for (int i = 0; i < padded; i += kLanes) {
-      const vf deviation = load(block + i) - broadcast(near_mean);
-      deviations += deviation;
-      squares += deviation * deviation;
-    }
-    const double sum = horizontal_sum(deviations), around_mean = horizontal_sum(squares) - sum * sum / n;
-    total = merged(total, {double(n), near_mean + sum / n, around_mean < 0 ? 0 : around_mean});
+// Of n values relative to `origin`, which should be near their mean.
+template <class E>
+FASTKD_INLINE Moments moments_around(const typename E::type* from, int n, float origin) {
+  const vf bound = broadcast(kMasked), center = broadcast(origin);
+  vf deviations = {}, squares = {};
+  const auto add = [&](vf x) __attribute__((always_inline)) {
+    const vf deviation = at_least(x, bound) - center;
+    deviations += deviation;
+    squares += deviation * deviation;
+  };
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) add(E::load(from + i));
+  if (i < n) {
+    typename E::type tail[kLanes] = {};
+    std::memcpy(tail, from + i, (n - i) * sizeof(tail[0]));
+    vf x = at_least(E::load(tail), bound);
+    for (int j = n - i; j < kLanes; j++) x[j] = origin;
+    add(x);
   }
-  return total;
+  const double sum = horizontal_sum(deviations), around_mean = horizontal_sum(squares) - sum * sum / n;
+  return {double(n), origin + sum / n, around_mean < 0 ? 0 : around_mean};
+}
+
+template <class E>
+static Moments moments_of_block(const typename E::type* from, int n, float origin) {
+  const Moments moments = moments_around<E>(from, n, origin);
+  // Far from the origin, the squares cancel. The mean is close enough then to be the origin of a second attempt.
+  const double step = moments.mean - origin;
+  if (step * step * n <= 4 * moments.squares) return moments;
+  return moments_around<E>(from, n, float(moments.mean));
+}
+
+static Moments moments_of(const Matrix& logits, int64_t row, int64_t begin, int64_t end) {
+  return with_element(logits.dtype, [&](auto element) __attribute__((always_inline)) {
+    typedef decltype(element) E;
+    Moments total{0, double(first_logit(logits, row)), 0};
+    for (int64_t offset = begin; offset < end; offset += kBlock) {
+      const int n = block_size(end, offset);
+      total = merged(total, moments_of_block<E>(element_at<E>(logits, row, offset), n, float(total.mean)));
+    }
+    return total;
+  });
 }
 
 static RowScale<double> standardizing_scale(const Moments& moments, double temperature) {
