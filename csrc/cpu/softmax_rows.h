@@ -112,6 +112,16 @@ struct BlockSums {
   vf sum_s, sum_t, dot_s, dot_t, cross_t, moment_s, moment_t, t1_s, t1_t;
 };
 
+// Narrow vectors are summed by line first: a lane that added all of a block's 256 would round worse than eager torch.
+constexpr bool kSumsByLine = kLanes < 8;
+
+FASTKD_INLINE void move_sums(BlockSums& from, BlockSums& to) {
+  to.sum_s += from.sum_s, to.sum_t += from.sum_t, to.dot_s += from.dot_s, to.dot_t += from.dot_t;
+  to.cross_t += from.cross_t, to.moment_s += from.moment_s, to.moment_t += from.moment_t;
+  to.t1_s += from.t1_s, to.t1_t += from.t1_t;
+  from = BlockSums{};
+}
+
 // Pointers to the exponentials of a block.
 struct Exponentials {
   float *student, *teacher, *t1;
@@ -136,8 +146,8 @@ FASTKD_INLINE BlockSums sum_block(const RowJob& job, int64_t offset, int padded,
   const bool with_gradient = rows.gradient.data != nullptr;
   const vf base_s = exponents.base_s, base_t = exponents.base_t;
   const Exponent exponent_s = exponents.student, exponent_t = kNeeds & kOwnSlopes ? exponents.teacher : exponent_s;
-  vf sum_s = {}, sum_t = {}, dot_s = {}, dot_t = {}, cross_t = {}, moment_s = {}, moment_t = {};
-  vf t1_s = {}, t1_t = {};
+  BlockSums sums = {}, of_line = {};
+  auto& [sum_s, sum_t, dot_s, dot_t, cross_t, moment_s, moment_t, t1_s, t1_t] = kSumsByLine ? of_line : sums;
   const auto add = [&](int i) __attribute__((always_inline)) {
     vf s, t;
     logits(i, s, t);
@@ -174,8 +184,9 @@ FASTKD_INLINE BlockSums sum_block(const RowJob& job, int64_t offset, int padded,
     prefetch(next_t, line);
     if (with_gradient) prefetch_for_write(gradient, line);
     for (int i = line; i < line + kLine; i += kLanes) add(i);
+    if (kSumsByLine) move_sums(of_line, sums);
   }
-  return {sum_s, sum_t, dot_s, dot_t, cross_t, moment_s, moment_t, t1_s, t1_t};
+  return sums;
 }
 
 FASTKD_INLINE void add_block(const BlockSums& sums, SoftmaxStatistics<double>& total) {

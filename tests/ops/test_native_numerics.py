@@ -13,8 +13,9 @@ import torch
 import fastkd
 from fastkd.ops import native
 from tests.cases import BY_NAME, CASES, exact, loss_and_gradient
+from tests.conftest import LOWER_INSTRUCTION_SETS
 from tests.cuda_emulation import Emulation
-from tests.ops.test_native_build import ROOT, SUPPORTED
+from tests.ops.test_native_build import ROOT
 
 CHECKS = []
 
@@ -189,7 +190,7 @@ def test_here(kernels, function, request, monkeypatch):
             function(classes)
 
 
-@pytest.mark.parametrize("instruction_set", SUPPORTED[:-1])
+@pytest.mark.parametrize("instruction_set", LOWER_INSTRUCTION_SETS)
 def test_every_lower_instruction_set(instruction_set):
     code = """
 import torch, fastkd
