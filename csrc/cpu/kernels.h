@@ -30,6 +30,10 @@ extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
 #endif
 
+#if defined(__x86_64__)
+extern const bool converts_to_bfloat16;  // by an instruction that not every processor with AVX-512 has
+#endif
+
 // The fastest set that this processor supports, or the one named by FASTKD_ISA; throws if that is not supported.
 const Kernels& kernels();
 
