@@ -47,14 +47,18 @@ static Moments moments_of_block(const typename E::type* from, int n, float origi
   const Moments moments = moments_around<E>(from, n, origin);
   // Far from the origin, the squares cancel. The mean is close enough then to be the origin of a second attempt.
   const double step = moments.mean - origin;
-  if (step * step * n <= 4 * moments.squares) return moments;
+  if (4 * step * step * n <= moments.squares) return moments;
   return moments_around<E>(from, n, float(moments.mean));
 }
 
 static Moments moments_of(const Matrix& logits, int64_t row, int64_t begin, int64_t end) {
   return with_element(logits.dtype, [&](auto element) __attribute__((always_inline)) {
     typedef decltype(element) E;
-    Moments total{0, double(first_logit(logits, row)), 0};
+    // Of the first block the mean of a few logits is near the mean.
+    const int few = block_size(end - begin < kLine ? end : begin + kLine, begin);
+    float first[kLine];
+    load_block(logits, row, begin, few, first);
+    Moments total{0, double(sum_of_block(first, few)) / few, 0};
     for (int64_t offset = begin; offset < end; offset += kBlock) {
       const int n = block_size(end, offset);
       total = merged(total, moments_of_block<E>(element_at<E>(logits, row, offset), n, float(total.mean)));
