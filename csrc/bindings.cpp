@@ -35,8 +35,8 @@ void parallel_rows(int64_t count, int64_t classes, const Body& body) {
 
 #define FASTKD_CALL_SCHEMA \
   "Tensor target, Tensor row_weight, float scale, Tensor(a!) rows, Tensor(b!) terms, Tensor(c!) gradient, " \
-  "Tensor(d!) sums, Tensor(e!) term_sums, Tensor dynamic, int loss, int needs, float o0, float o1, float o2, float o3, float o4, float o5, " \
-  "float o6, float o7, "
+  "Tensor(d!) sums, Tensor(e!) term_sums, Tensor dynamic, int loss, int needs, float o0, float o1, float o2, " \
+  "float o3, float o4, float o5, float o6, float o7, "
 
 // Unpacking a Tensor[] takes longer than the arithmetic of a small loss, so a single pair has its own operator.
 constexpr const char* kRowLossSchema =

@@ -34,8 +34,8 @@ def pytest_report_header():
     reason = missing("native", "cpu")
     if reason is not None:
         return f"native CPU kernels: none, {reason}"
-    matrix = "".join(f"; the matrix of losses also on {name}" for name in LOWER_INSTRUCTION_SETS)
-    return f"native CPU kernels: {native.instruction_set()}{matrix}"
+    lower = ", ".join(LOWER_INSTRUCTION_SETS) or "none"
+    return f"native CPU kernels: {native.instruction_set()}; lower ones for the matrix of losses: {lower}"
 
 
 @pytest.fixture(autouse=True)

@@ -68,7 +68,7 @@ struct Element<DType::kBFloat16> {
 #endif
   }
   FASTKD_INLINE void store(uint16_t* p, vf x) {
-#if defined(FASTKD_USE_AVX512)
+#if defined(FASTKD_USE_AVX512) && defined(FASTKD_KNOWS_AVX512_BF16)
     if (converts_to_bfloat16) {  // subnormal numbers become 0
       __m256i rounded_half;
       asm("vcvtneps2bf16 %1, %0" : "=v"(rounded_half) : "v"(x));

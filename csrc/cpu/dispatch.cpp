@@ -6,7 +6,7 @@
 
 namespace fastkd {
 
-#if defined(__x86_64__)
+#if defined(FASTKD_KNOWS_AVX512_BF16)
 const bool converts_to_bfloat16 = (__builtin_cpu_init(), __builtin_cpu_supports("avx512bf16") != 0);
 #endif
 

@@ -30,8 +30,10 @@ extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
 #endif
 
-#if defined(__x86_64__)
-extern const bool converts_to_bfloat16;  // by an instruction that not every processor with AVX-512 has
+// Whether the processor converts to bfloat16 by AVX-512 BF16, which older compilers do not know.
+#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 10)
+#define FASTKD_KNOWS_AVX512_BF16
+extern const bool converts_to_bfloat16;
 #endif
 
 // The fastest set that this processor supports, or the one named by FASTKD_ISA; throws if that is not supported.
