@@ -17,10 +17,11 @@ set -u
 out=${1:?usage: benchmarks/on_gpu.sh FOLDER [SECONDS]}
 total=${2:-540}
 device=cuda
-if [ "${DRY:-}" = 1 ]; then
-  device=cpu
-  export OMP_NUM_THREADS=1 TRITON_INTERPRET=0
-fi
+case "${DRY:-0}" in
+  0) ;;
+  1) device=cpu; export OMP_NUM_THREADS=1 TRITON_INTERPRET=0 ;;
+  *) echo "the environment's DRY is '$DRY'; expected 1, 0 or nothing" >&2; exit 2 ;;
+esac
 mkdir "$out" || exit 1
 export PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}." PYTHONUNBUFFERED=1
 
