@@ -1,6 +1,7 @@
 """Measure the errors of every loss and gradient against float64, as docs/accuracy.md.
 
     python benchmarks/accuracy.py > docs/accuracy.md
+    python benchmarks/accuracy.py kd jsd                # of these cases only
 
 Run from the repository's root. For each loss, backend, dtype and regime of logits: the norm of the difference
 from the float64 reference on the same logits, relative to the reference's norm, median of three draws.
@@ -20,7 +21,7 @@ sys.path.insert(0, ".")
 
 import fastkd
 from fastkd.ops.backend import missing
-from tests.cases import CASES, Case, exact, loss_and_gradient
+from tests.cases import BY_NAME, CASES, Case, exact, loss_and_gradient
 
 ROWS, CLASSES, DRAWS = 16, 1000, 3
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -72,6 +73,9 @@ def cell(values: list[tuple[float, float]]) -> str:
 
 
 def main() -> None:
+    if unknown := set(sys.argv[1:]) - set(BY_NAME):
+        sys.exit(f"accuracy.py: error: no case {', '.join(sorted(unknown))}; expected {', '.join(BY_NAME)}")
+    cases = [BY_NAME[name] for name in sys.argv[1:]] or CASES
     warnings.simplefilter("ignore")
     gpu = torch.cuda.is_available()
     devices = {"native": "cpu", "triton": "cuda" if gpu else "cpu", "eager": "cpu"}
@@ -90,11 +94,11 @@ def main() -> None:
     for dtype in DTYPES:
         torch.manual_seed(0)
         draws = [(regimes(dtype), torch.randn(ROWS)) for _ in range(DRAWS)]
-        names = [name for name in draws[0][0] if any(defined(case, name, dtype) for case in CASES)]
+        names = [name for name in draws[0][0] if any(defined(case, name, dtype) for case in cases)]
         print(f"## {str(dtype).removeprefix('torch.')}\n")
         print("| loss | backend | " + " | ".join(names) + " |")
         print("|---" * (len(names) + 2) + "|")
-        for case in CASES:
+        for case in cases:
             for backend in backends:
                 cells = [
                     cell([errors(case, backend, devices[backend], draw[name], grad) for draw, grad in draws])

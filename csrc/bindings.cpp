@@ -35,8 +35,8 @@ void parallel_rows(int64_t count, int64_t classes, const Body& body) {
 
 #define FASTKD_CALL_SCHEMA \
   "Tensor target, Tensor row_weight, float scale, Tensor(a!) rows, Tensor(b!) terms, Tensor(c!) gradient, " \
-  "Tensor(d!) sums, Tensor dynamic, int loss, int needs, float o0, float o1, float o2, float o3, float o4, float o5, " \
-  "float o6, float o7, "
+  "Tensor(d!) sums, Tensor(e!) term_sums, Tensor dynamic, int loss, int needs, float o0, float o1, float o2, " \
+  "float o3, float o4, float o5, float o6, float o7, "
 
 // Unpacking a Tensor[] takes longer than the arithmetic of a small loss, so a single pair has its own operator.
 constexpr const char* kRowLossSchema =
@@ -45,11 +45,11 @@ constexpr const char* kRowLossOfPairsSchema =
     "row_loss_of_pairs(Tensor[] student_logits, Tensor[] teacher_logits, " FASTKD_CALL_SCHEMA FASTKD_PLAN_SCHEMA;
 constexpr const char* kTopKLossSchema =
     "top_k_loss(Tensor student_logits, Tensor teacher_logits, " FASTKD_CALL_SCHEMA
-    "Tensor indices, int needs_at_k, Tensor(e!) workspace, int threads_at_k=0, int rows_per_block_at_k=0, "
+    "Tensor indices, int needs_at_k, Tensor(f!) workspace, int threads_at_k=0, int rows_per_block_at_k=0, "
     "int blocks_at_k=0, int slots_at_k=0, " FASTKD_PLAN_SCHEMA;
 constexpr const char* kScaleRowsSchema = "scale_rows_(Tensor(a!) gradient, Tensor grad_output, " FASTKD_PLAN_SCHEMA;
 
-constexpr int kFirstOption = 12;
+constexpr int kFirstOption = 13;
 
 LossOptions loss_options(const StableIValue* stack) {
   LossOptions options;
@@ -63,19 +63,28 @@ cuda::TeamPlan team_plan(const StableIValue* stack) {
   return {int32_t(stack[0]), int32_t(stack[1]), int32_t(stack[2]), int32_t(stack[3])};
 }
 
-// Computes the rows of each pair by compute(rows, options), and their sums if they are asked for.
+float sum_of(const float* values, int64_t count) {
+  double total = 0;
+  for (int64_t i = 0; i < count; i++) total += values[i];
+  return float(total);
+}
+
+// Computes the rows of each pair by compute(rows, options), and the sums of losses and terms that are asked for.
 template <class Compute>
 void loss_on_cpu(const RowArguments& arguments, LossOptions options, const Compute& compute) {
   const int64_t dynamic = arguments.dynamic.numel();
   const float* values = arguments.dynamic.dense_floats(dynamic);
   for (int64_t i = 0; i < dynamic; i++) options.values[i] = values[i];
-  float* sums = arguments.sums.given() ? arguments.sums.dense_floats(arguments.pairs()) : nullptr;
+  const int pairs = arguments.pairs();
+  float* sums = arguments.sums.given() ? arguments.sums.dense_floats(pairs) : nullptr;
+  float* term_sums = arguments.term_sums.given() ? arguments.term_sums.dense_floats(kTerms * pairs) : nullptr;
   for (Rows& rows : arguments.rows()) {
     compute(rows, options);
-    if (sums == nullptr) continue;
-    double total = 0;
-    for (int64_t row = 0; row < rows.count; row++) total += rows.losses[row];
-    *sums++ = float(total);
+    if (sums != nullptr) *sums++ = sum_of(rows.losses, rows.count);
+    if (term_sums == nullptr || rows.terms == nullptr) continue;
+    for (int term = 0; term < kTerms; term++)
+      term_sums[term * pairs] = sum_of(rows.terms + term * rows.term_stride, rows.count);
+    term_sums++;
   }
 }
 

@@ -163,14 +163,14 @@ std::vector<Tensor> tensor_list(StableIValue value, const char* name) {
 struct RowArguments {
   std::vector<Tensor> students, teachers;
   int64_t known = -1;  // classes at which the teacher is known; -1: at all
-  Tensor target, row_weight, losses, terms, gradient, sums, dynamic;
+  Tensor target, row_weight, losses, terms, gradient, sums, term_sums, dynamic;
   float scale;
 
   RowArguments(const StableIValue* stack, std::vector<Tensor> (*logits)(StableIValue, const char*))
       : students(logits(stack[0], "student_logits")), teachers(logits(stack[1], "teacher_logits")),
         target(stack[2], "target"), row_weight(stack[3], "row_weight"), losses(stack[5], "rows"),
-        terms(stack[6], "terms"), gradient(stack[7], "gradient"), sums(stack[8], "sums"), dynamic(stack[9], "dynamic"),
-        scale(float(as_double(stack[4]))) {
+        terms(stack[6], "terms"), gradient(stack[7], "gradient"), sums(stack[8], "sums"),
+        term_sums(stack[9], "term_sums"), dynamic(stack[10], "dynamic"), scale(float(as_double(stack[4]))) {
     check(!students.empty() && students.size() == teachers.size(), "student_logits and teacher_logits must pair up");
     dynamic.require(dynamic.numel() <= kOptions, "has more values than a loss has options");
   }

@@ -23,6 +23,19 @@ FUSED = [("native", "cpu"), ("triton", "cuda" if torch.cuda.is_available() else 
 # An extension built without nvcc has no kernels for GPUs; `fastkd doctor` says so.
 if torch.cuda.is_available() and missing("native", "cuda") is None:
     FUSED.append(("native", "cuda"))
+# Those that this processor runs beside the one that the suite uses; FASTKD_ISA selects one for a process.
+LOWER_INSTRUCTION_SETS: list[str] = []
+if missing("native", "cpu") is None:
+    LEVELS = ["portable", "avx2", "avx512"]
+    LOWER_INSTRUCTION_SETS = LEVELS[: LEVELS.index(native.instruction_set())]
+
+
+def pytest_report_header():
+    reason = missing("native", "cpu")
+    if reason is not None:
+        return f"native CPU kernels: none, {reason}"
+    lower = ", ".join(LOWER_INSTRUCTION_SETS) or "none"
+    return f"native CPU kernels: {native.instruction_set()}; lower ones for the matrix of losses: {lower}"
 
 
 @pytest.fixture(autouse=True)

@@ -56,7 +56,7 @@ def test_every_field_of_a_record(run):
             assert set(record["speedup_over"]) == {"eager"}
 
 
-@pytest.mark.parametrize("loss", cases.LOSSES)
+@pytest.mark.parametrize("loss", cases.FASTKD)
 def test_peers_compute_the_same_loss(loss):
     case = cases.Case(loss, 8, 50, "float32", "forward+backward")
     inputs = cases.make_inputs(case, "cpu")
@@ -300,7 +300,6 @@ def test_peers_that_run_on_gpus_only_are_named():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--losses", "ce"], "--losses ce is with --forms only"),
         (["--peers", "trl"], "--peers trl is with --forms only"),
         (["--forms", "--peers", "native"], "--peers native is without --forms only"),
     ],

@@ -68,6 +68,14 @@ struct Element<DType::kBFloat16> {
 #endif
   }
   FASTKD_INLINE void store(uint16_t* p, vf x) {
+#if defined(FASTKD_USE_AVX512) && defined(FASTKD_KNOWS_AVX512_BF16)
+    if (converts_to_bfloat16) {  // subnormal numbers become 0
+      __m256i rounded_half;
+      asm("vcvtneps2bf16 %1, %0" : "=v"(rounded_half) : "v"(x));
+      _mm256_storeu_si256((__m256i*)p, rounded_half);
+      return;
+    }
+#endif
     const vu bits = (vu)x;
     const vu nearest_even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     const vu rounded_bits = (vu)select(x == x, (vf)nearest_even, (vf)(vu{} + 0x7fc0));
@@ -155,6 +163,12 @@ FASTKD_INLINE Prefetch prefetch_at(const Matrix& matrix, int64_t row, int64_t of
 FASTKD_INLINE Prefetch prefetch_next_block(const Matrix& matrix, const Rows& rows, int64_t row, int64_t offset) {
   if (offset + kBlock < rows.classes) return prefetch_at(matrix, row, offset + kBlock);
   return prefetch_at(matrix, row + 1 < rows.count ? row + 1 : row, 0);
+}
+
+// Whether a loop over E prefetches at its element i: once per line of the cache, which holds two of ours of a half type.
+template <class E>
+FASTKD_INLINE bool starts_cache_line(int i) {
+  return i % (64 / int(sizeof(typename E::type))) == 0;
 }
 
 FASTKD_INLINE void prefetch(const Prefetch& next, int i) { __builtin_prefetch(next.data + int64_t(i) * next.width); }

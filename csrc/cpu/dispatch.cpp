@@ -5,6 +5,11 @@
 #include "kernels.h"
 
 namespace fastkd {
+
+#if defined(FASTKD_KNOWS_AVX512_BF16)
+const bool converts_to_bfloat16 = (__builtin_cpu_init(), __builtin_cpu_supports("avx512bf16") != 0);
+#endif
+
 namespace {
 
 struct Choice {

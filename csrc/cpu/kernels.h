@@ -30,6 +30,12 @@ extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
 #endif
 
+// Whether the processor converts to bfloat16 by AVX-512 BF16, which older compilers do not know.
+#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 10)
+#define FASTKD_KNOWS_AVX512_BF16
+extern const bool converts_to_bfloat16;
+#endif
+
 // The fastest set that this processor supports, or the one named by FASTKD_ISA; throws if that is not supported.
 const Kernels& kernels();
 

@@ -49,13 +49,15 @@ static int pass_over_vectors(const RowJob& job, int64_t offset, int n, float inv
   total += sum_pointwise<Loss>(
       whole, inverse,
       [&](int i, vf& s, vf& t) __attribute__((always_inline)) {
-        prefetch(next_s, i);
-        prefetch(next_t, i);
+        if (starts_cache_line<E>(i)) {
+          prefetch(next_s, i);
+          prefetch(next_t, i);
+          if (with_gradient) prefetch_for_write(next_gradient, i);
+        }
         s = at_least(E::load(from_s + i), masked), t = at_least(E::load(from_t + i), masked);
       },
       [&](int i, vf slope) __attribute__((always_inline)) {
         if (!with_gradient) return;
-        prefetch_for_write(next_gradient, i);
         E::store(to + i, slope * slope_weight);
       });
   return whole;

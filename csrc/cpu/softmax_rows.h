@@ -19,25 +19,52 @@ FASTKD_INLINE Moments merged(const Moments& a, const Moments& b) {
   return {count, a.mean + step * b.count / count, a.squares + b.squares + step * step * a.count * b.count / count};
 }
 
-static Moments moments_of(const Matrix& logits, int64_t row, int64_t begin, int64_t end) {
-  float block[kBlock];
-  Moments total{};
-  for (int64_t offset = begin; offset < end; offset += kBlock) {
-    const int n = block_size(end, offset);
-    const int padded = load_block(logits, row, offset, n, block);
-    // Two steps: this sum is inexact for logits far from 0, so the deviations from it correct the mean.
-    const float near_mean = sum_of_block(block, n) / float(n);
-    vf deviations = {}, squares = {};
-    for (int i = n; i < padded; i++) block[i] = near_mean;
-    for (int i = 0; i < padded; i += kLanes) {
-      const vf deviation = load(block + i) - broadcast(near_mean);
-      deviations += deviation;
-      squares += deviation * deviation;
-    }
-    const double sum = horizontal_sum(deviations), around_mean = horizontal_sum(squares) - sum * sum / n;
-    total = merged(total, {double(n), near_mean + sum / n, around_mean < 0 ? 0 : around_mean});
+// Of n values relative to `origin`, which should be near their mean.
+template <class E>
+FASTKD_INLINE Moments moments_around(const typename E::type* from, int n, float origin) {
+  const vf bound = broadcast(kMasked), center = broadcast(origin);
+  vf deviations = {}, squares = {};
+  const auto add = [&](vf x) __attribute__((always_inline)) {
+    const vf deviation = at_least(x, bound) - center;
+    deviations += deviation;
+    squares += deviation * deviation;
+  };
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) add(E::load(from + i));
+  if (i < n) {
+    typename E::type tail[kLanes] = {};
+    std::memcpy(tail, from + i, (n - i) * sizeof(tail[0]));
+    vf x = at_least(E::load(tail), bound);
+    for (int j = n - i; j < kLanes; j++) x[j] = origin;
+    add(x);
   }
-  return total;
+  const double sum = horizontal_sum(deviations), around_mean = horizontal_sum(squares) - sum * sum / n;
+  return {double(n), origin + sum / n, around_mean < 0 ? 0 : around_mean};
+}
+
+template <class E>
+static Moments moments_of_block(const typename E::type* from, int n, float origin) {
+  const Moments moments = moments_around<E>(from, n, origin);
+  // Far from the origin, the squares cancel. The mean is close enough then to be the origin of a second attempt.
+  const double step = moments.mean - origin;
+  if (4 * step * step * n <= moments.squares) return moments;
+  return moments_around<E>(from, n, float(moments.mean));
+}
+
+static Moments moments_of(const Matrix& logits, int64_t row, int64_t begin, int64_t end) {
+  return with_element(logits.dtype, [&](auto element) __attribute__((always_inline)) {
+    typedef decltype(element) E;
+    // Of the first block the mean of a few logits is near the mean.
+    const int few = block_size(end - begin < kLine ? end : begin + kLine, begin);
+    float first[kLine];
+    load_block(logits, row, begin, few, first);
+    Moments total{0, double(sum_of_block(first, few)) / few, 0};
+    for (int64_t offset = begin; offset < end; offset += kBlock) {
+      const int n = block_size(end, offset);
+      total = merged(total, moments_of_block<E>(element_at<E>(logits, row, offset), n, float(total.mean)));
+    }
+    return total;
+  });
 }
 
 static RowScale<double> standardizing_scale(const Moments& moments, double temperature) {
@@ -89,6 +116,16 @@ struct BlockSums {
   vf sum_s, sum_t, dot_s, dot_t, cross_t, moment_s, moment_t, t1_s, t1_t;
 };
 
+// Narrow vectors are summed by line first: a lane that added all of a block's 256 would round worse than eager torch.
+constexpr bool kSumsByLine = kLanes < 8;
+
+FASTKD_INLINE void move_sums(BlockSums& from, BlockSums& to) {
+  to.sum_s += from.sum_s, to.sum_t += from.sum_t, to.dot_s += from.dot_s, to.dot_t += from.dot_t;
+  to.cross_t += from.cross_t, to.moment_s += from.moment_s, to.moment_t += from.moment_t;
+  to.t1_s += from.t1_s, to.t1_t += from.t1_t;
+  from = BlockSums{};
+}
+
 // Pointers to the exponentials of a block.
 struct Exponentials {
   float *student, *teacher, *t1;
@@ -113,8 +150,8 @@ FASTKD_INLINE BlockSums sum_block(const RowJob& job, int64_t offset, int padded,
   const bool with_gradient = rows.gradient.data != nullptr;
   const vf base_s = exponents.base_s, base_t = exponents.base_t;
   const Exponent exponent_s = exponents.student, exponent_t = kNeeds & kOwnSlopes ? exponents.teacher : exponent_s;
-  vf sum_s = {}, sum_t = {}, dot_s = {}, dot_t = {}, cross_t = {}, moment_s = {}, moment_t = {};
-  vf t1_s = {}, t1_t = {};
+  BlockSums sums = {}, of_line = {};
+  auto& [sum_s, sum_t, dot_s, dot_t, cross_t, moment_s, moment_t, t1_s, t1_t] = kSumsByLine ? of_line : sums;
   const auto add = [&](int i) __attribute__((always_inline)) {
     vf s, t;
     logits(i, s, t);
@@ -151,8 +188,9 @@ FASTKD_INLINE BlockSums sum_block(const RowJob& job, int64_t offset, int padded,
     prefetch(next_t, line);
     if (with_gradient) prefetch_for_write(gradient, line);
     for (int i = line; i < line + kLine; i += kLanes) add(i);
+    if (kSumsByLine) move_sums(of_line, sums);
   }
-  return {sum_s, sum_t, dot_s, dot_t, cross_t, moment_s, moment_t, t1_s, t1_t};
+  return sums;
 }
 
 FASTKD_INLINE void add_block(const BlockSums& sums, SoftmaxStatistics<double>& total) {

@@ -17,11 +17,11 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 # In the order of tables and pictures; cases that are not named here follow in the order of ops/spec.py.
 _FIRST = ("kd", "dkd", "binary-kl-norm", "ce-kd", "lskd", "jsd")
-_BENCHMARKED = [case for _, case in CASES.values() if case.benchmarked]
-_BENCHMARKED.sort(key=lambda case: _FIRST.index(case.name) if case.name in _FIRST else len(_FIRST))
+_CASES = [case for _, case in CASES.values()]
+_CASES.sort(key=lambda case: _FIRST.index(case.name) if case.name in _FIRST else len(_FIRST))
 # As published: DKD with alpha 1 and beta 8, CE + KD with 0.1 and 0.9, logit standardisation at T 2.
-FASTKD: dict[str, Callable[..., Tensor]] = {case.name: call_of(case) for case in _BENCHMARKED}
-LOSSES = tuple(FASTKD)
+FASTKD: dict[str, Callable[..., Tensor]] = {case.name: call_of(case) for case in _CASES}
+LOSSES = tuple(case.name for case in _CASES if case.benchmarked)  # unless others are asked for
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Memory accesses per element that every implementation needs: read two tensors, write one.
 FLOOR_ACCESSES = {"forward": 2, "forward+backward": 3}

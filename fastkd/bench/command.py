@@ -16,7 +16,6 @@ from fastkd.command import positive, run_command
 
 PEERS = tuple(name for name in peers.VARIANTS if name != "fastkd")
 ANY_PEER = tuple(dict.fromkeys((*PEERS, *forms.PEERS)))
-ANY_LOSS = tuple(dict.fromkeys((*cases.LOSSES, *forms.LOSSES)))
 DESCRIPTION = """\
 Time the losses beside their peers in one run and write JSON lines; or report on such files, or compare two.
 benchmarks/README.md describes the protocol."""
@@ -51,7 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the new result file, or with --report the new folder (default: a name with the time in it)",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
-    parser.add_argument("--losses", nargs="+", choices=ANY_LOSS, metavar="LOSS", help=_list(ANY_LOSS))
+    parser.add_argument(
+        "--losses",
+        nargs="+",
+        choices=list(cases.FASTKD),
+        metavar="LOSS",
+        help=f"{_list(cases.FASTKD)} (default: {' '.join(cases.LOSSES)})",
+    )
     parser.add_argument("--shapes", nargs="+", type=_shape, metavar="NxC", help="such as 256x1000 4x131072")
     parser.add_argument(
         "--dtypes",
@@ -116,14 +121,10 @@ def _measure(args: argparse.Namespace) -> int:
         print("fastkd bench: error: --device cuda, but torch finds no GPU here", file=sys.stderr)
         return 2
     known = forms.PEERS if args.forms else PEERS
-    for option, names, valid in (
-        ("--losses", args.losses, ANY_LOSS if args.forms else cases.LOSSES),
-        ("--peers", args.peers, known),
-    ):
-        if wrong := [name for name in names or () if name not in valid]:
-            other = "without" if args.forms else "with"
-            print(f"fastkd bench: error: {option} {wrong[0]} is {other} --forms only", file=sys.stderr)
-            return 2
+    if wrong := [name for name in args.peers or () if name not in known]:
+        other = "without" if args.forms else "with"
+        print(f"fastkd bench: error: --peers {wrong[0]} is {other} --forms only", file=sys.stderr)
+        return 2
     path = args.output or Path(f"bench-{device}-{_now()}.jsonl")
     absent = forms.not_measured(device) if args.forms else peers.not_measured(device)
     for name in known:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastkd.bench.cases import DTYPES, LOSSES
+from fastkd.bench.cases import DTYPES, FASTKD
 from fastkd.bench.peers import VARIANTS
 from fastkd.bench.results import Record
 from fastkd.ops.plan import ELEMENT_BYTES
@@ -23,7 +23,7 @@ COLOURS = {
     "quack": "#CC79A7",
 }
 PART_COLOURS = ("#F0E442", "#E69F00", "#56B4E9", "#D55E00", "#009E73", "#999999")
-MARKERS = dict(zip(LOSSES, itertools.cycle("os^DvPX*<>hp"), strict=False))
+MARKERS = dict(zip(FASTKD, itertools.cycle("os^DvPX*<>hp"), strict=False))
 WORDS = {"forward": "loss alone", "forward+backward": "loss and gradient"}
 
 

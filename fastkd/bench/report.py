@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastkd.bench import forms, peers
+from fastkd.bench import forms, paths, peers
 from fastkd.bench.results import Record, ResultFileError, read
 
 # A loss with less than this share of a step cannot matter much.
@@ -49,6 +49,7 @@ def _run_section(name: str, header: dict[str, Any], records: list[Record], folde
                 if rows:
                     parts += [f"### {dtype}, {mode}\n", loss_table(rows)]
         parts.append(peer_wins(measured))
+        parts += filter(None, [paths.section(measured)])
     if steps:
         parts += ["### Training steps\n", step_table(steps), step_words(steps)]
     if layers:

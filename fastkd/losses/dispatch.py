@@ -53,7 +53,8 @@ def reduced_loss(
     none_ignored = True
     if target is not None:
         arguments.check_target(target, student)
-        target = as_ordinary("target", target).reshape(-1)
+        target = as_ordinary("target", target)
+        target = target if target.dim() == 1 else target.reshape(-1)
         none_ignored = is_readable(target) and arguments.check_labels(target, student.shape[-1], ignore_index)
 
     marks = None if none_ignored else target
@@ -67,7 +68,8 @@ def reduced_loss(
         values = values.view(shape)
     if not with_terms or terms is None:
         return values, ()
-    return values, terms.detach().view(terms.shape[0], *shape)
+    terms = terms.detach()
+    return values, (terms if terms.shape[1:] == shape else terms.view(terms.shape[0], *shape)).unbind()
 
 
 def _dense_rows(

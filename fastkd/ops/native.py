@@ -209,13 +209,16 @@ def with_sums(outputs: Outputs, pairs: int, call: Call) -> Outputs:
     if not outputs.rows.is_cpu:
         return outputs
     # The overhead of torch's sum equals the time of a small loss.
-    return outputs._replace(sums=outputs.rows.new_empty(() if pairs == 1 else pairs))
+    rows, terms, gradient = outputs[:3]
+    shape = () if pairs == 1 else (pairs,)
+    term_sums = None if terms is None else rows.new_empty(terms.shape[0], *shape)
+    return Outputs(rows, terms, gradient, rows.new_empty(shape), term_sums)
 
 
 def row_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call, outputs: Outputs) -> None:
     """Fill ``outputs``. Logits are [N, C] or [M, K, C] with dense classes; see ``layout.as_rows``."""
     student, teacher, pairs = students[0], teachers[0], len(students)
-    rows, terms, gradient, sums = outputs[:4]
+    rows, terms, gradient, sums, term_sums = outputs[:5]
     rereads = gradient is not None and call.spec.family != "pointwise"
     single = pairs == 1
     name: str = "row_loss" if single else "row_loss_of_pairs"
@@ -234,6 +237,7 @@ def row_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call,
         _ABSENT if terms is None else terms,
         _ABSENT if gradient is None else gradient,
         _ABSENT if sums is None else sums,
+        _ABSENT if term_sums is None else term_sums,
         _ABSENT if call.dynamic is None else call.dynamic,
         _LOSS_INDEX[call.loss],
         call.needs,

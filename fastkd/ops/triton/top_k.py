@@ -11,7 +11,7 @@ from fastkd.ops.call import Call, Outputs
 from fastkd.ops.plan import MAX_PARTS, Plan, device_of, plan_known
 from fastkd.ops.spec import Needs
 from fastkd.ops.triton import top_k_rows
-from fastkd.ops.triton.launch_options import common_vector, compile_options, on_device, row_strides
+from fastkd.ops.triton.launch_options import common_vector, compile_options, launch, on_device, row_strides
 
 # Of ``Needs``, those that the student's kernels test.
 OF_STUDENT = Needs.CROSS_ENTROPY | Needs.STUDENT_AT_T1 | Needs.LABEL_SMOOTHING
@@ -67,17 +67,22 @@ def row_loss(
         "V": 16 // student.element_size() if vector > 1 else 8,
         "VECTOR": vector,
     }
+    # Arguments that the kernels share.
+    pointers = (student, indices, target, weight)
+    shape = (inner_rows, plan.parts, classes, known, *strides, target_stride)
+    grid = (count, plan.parts, 1)
     with on_device(student):
-        top_k_rows.rest_sums[count, plan.parts](
-            student, indices, target, weight, partials, values, inner_rows, plan.parts, classes, known,
-            *strides, target_stride, numbers, **fixed, **tiles, **compile_options(plan),
+        launch(
+            top_k_rows.rest_sums, grid, (*pointers, partials, values, *shape, numbers),
+            fixed | tiles | compile_options(plan),
         )  # fmt: skip
         of_known = Plan(1, per_step, True, max(1, per_step // 64), None, 1, count)
-        top_k_rows.known_logits[count,](
-            student, indices, target, weight, partials, values, results, of_student, logits,
-            indices if position is None else position, inner_rows, plan.parts, classes, known,
-            *strides, target_stride, 1.0 / call.divisor, numbers, **fixed, POSITION=position is not None,
-            KNOWN=per_step, PARTS=MAX_PARTS, **compile_options(of_known),
+        of_position = {"POSITION": position is not None, "KNOWN": per_step, "PARTS": MAX_PARTS}
+        launch(
+            top_k_rows.known_logits, (count, 1, 1),
+            (*pointers, partials, values, results, of_student, logits,
+             indices if position is None else position, *shape, 1.0 / call.divisor, numbers),
+            fixed | of_position | compile_options(of_known),
         )  # fmt: skip
         # Dynamic options of the student's own terms stay: without their needs, they multiply a loss of 0.
         small = small._replace(target=position, with_gradient=gradient is not None)
@@ -88,8 +93,9 @@ def row_loss(
             if terms is not None:
                 terms[spec.terms.index("ce")] = of_student[1]
         if gradient is not None:
-            top_k_rows.expand[count, plan.parts](
-                student, indices, target, weight, results, values, of_logits, gradient, inner_rows,
-                plan.parts, classes, known, *strides, target_stride, gradient.stride(0), numbers, **fixed,
-                **tiles, KNOWN=min(per_step, 64 * plan.warps), **compile_options(plan),
+            of_step = {"KNOWN": min(per_step, 64 * plan.warps)}
+            launch(
+                top_k_rows.expand, grid,
+                (*pointers, results, values, of_logits, gradient, *shape, gradient.stride(0), numbers),
+                fixed | tiles | of_step | compile_options(plan),
             )  # fmt: skip
