@@ -18,6 +18,7 @@ __all__ = [
     "Loaded",
     "NKDLoss",
     "ReverseKLLoss",
+    "ShardedLogits",
     "SkewKLLoss",
     "TTMLoss",
     "TVDLoss",

@@ -17,6 +17,8 @@ Common to all of them:
 - ``TopKLogits(log_probs, indices, …)``, which ``top_k`` makes, stands for a teacher known at K classes. All
   others are one class: the loss is that over K + 1 classes. It is at one temperature, and undefined for the
   Bernoulli losses, for standardised logits, and for whatever reads the teacher at two temperatures.
+- ``ShardedLogits(local, group, …)`` stands for a rank's classes of logits that are spread over a process
+  group. The loss, in plain torch, has the same bits on every rank, and backward exchanges nothing.
 - T^2 is included, so that a weight means the same at every temperature; not in the
   divergences of ``losses/divergences.py``, as is the custom for language models, and ``ttm_loss`` has no T.
 - ``reduction``: ``"batchmean"`` (sum over the non-ignored rows, divided by their number), ``"sum"``, or
@@ -46,7 +48,7 @@ from .divergences import (
     skew_kl_loss,
     tvd_loss,
 )
-from .forms import LinearLogits, TopKLogits
+from .forms import LinearLogits, ShardedLogits, TopKLogits
 from .head import LinearDistillLoss
 from .known import check_top_k, top_k
 from .nkd import NKDLoss, nkd_loss
@@ -65,6 +67,7 @@ __all__ = [
     "LinearLogits",
     "NKDLoss",
     "ReverseKLLoss",
+    "ShardedLogits",
     "SkewKLLoss",
     "TTMLoss",
     "TVDLoss",

@@ -10,10 +10,10 @@ from torch import Tensor
 from fastkd.ops import native
 from fastkd.ops.tensors import check_ordinary
 
-from .forms import LinearLogits, TopKLogits, autocast_dtype
+from .forms import LinearLogits, ShardedLogits, TopKLogits, autocast_dtype
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-ONE = (Tensor, LinearLogits, TopKLogits)  # the logits of one model
+ONE = (Tensor, LinearLogits, TopKLogits, ShardedLogits)  # the logits of one model
 REDUCTIONS = ("batchmean", "sum", "none")
 LARGEST = torch.finfo(torch.float32).max
 # What float32 can hold: the largest unmasked logits divided by T, and T^2 times a loss.
@@ -22,8 +22,11 @@ TEMPERATURES = (1e-6, 1e6)
 SUM_TOLERANCE = 0.02
 
 
-def check_linear(name: str, form: LinearLogits) -> None:
-    """Raise TypeError or ValueError that names the field, its value and what is expected."""
+def check_linear(name: str, form: LinearLogits, least: int = 2) -> None:
+    """Raise TypeError or ValueError that names the field, its value and what is expected.
+
+    ``least``: of classes.
+    """
     for field, tensor in form.tensors.items():
         _check_part(f"{name}.{field}", tensor, f"{name}.hidden", form.hidden)
     hidden, weight = form.hidden, form.weight
@@ -35,8 +38,8 @@ def check_linear(name: str, form: LinearLogits) -> None:
             f"{list(hidden.shape)}"
         )
     outputs = weight.shape[0]
-    if outputs < 2:
-        raise ValueError(f"{name}.weight has shape {list(weight.shape)}; expected at least 2 classes")
+    if outputs < least:
+        raise ValueError(f"{name}.weight has shape {list(weight.shape)}; expected at least {least} classes")
     if form.bias is not None and form.bias.shape != (outputs,):
         raise ValueError(
             f"{name}.bias has shape {list(form.bias.shape)}; expected [{outputs}], one number for each row "
@@ -46,7 +49,7 @@ def check_linear(name: str, form: LinearLogits) -> None:
         found = ", ".join(f"{field} {tensor.dtype}" for field, tensor in form.tensors.items())
         raise TypeError(f"{name} has {found}; expected one dtype, or torch.autocast")
     if form.num_classes is not None:
-        check_size(f"{name}.num_classes", form.num_classes, 2, outputs, "the rows of weight")
+        check_size(f"{name}.num_classes", form.num_classes, least, outputs, "the rows of weight")
     if form.chunk_rows is not None:
         check_size(f"{name}.chunk_rows", form.chunk_rows, 1)
     check_number(f"{name}.scale", form.scale)
@@ -111,20 +114,41 @@ def check_top_k_form(name: str, form: TopKLogits) -> None:
         )
 
 
+def check_sharded(name: str, form: ShardedLogits) -> None:
+    """Raise TypeError or ValueError for what one rank can tell; ``sharded.agree`` compares the ranks."""
+    check_size(f"{name}.num_classes", form.num_classes, 2)
+    check_size(f"{name}.first_class", form.first_class, 0)
+    if isinstance(form.local, LinearLogits):
+        return check_linear(f"{name}.local", form.local, least=0)
+    if not isinstance(form.local, Tensor):
+        raise TypeError(
+            f"{name}.local is a {type(form.local).__name__}; expected a tensor of shape [..., C_local], or "
+            "LinearLogits"
+        )
+    return check_stored(f"{name}.local", form.local, least=0)
+
+
 def check_one(name: str, logits: Any) -> None:
     """Check the logits of one model."""
     if isinstance(logits, LinearLogits):
         return check_linear(name, logits)
+    if isinstance(logits, ShardedLogits):
+        return check_sharded(name, logits)
     if isinstance(logits, TopKLogits):
         return check_top_k_form(name, logits)
     if not isinstance(logits, Tensor):
         raise TypeError(f"{name} is a {type(logits).__name__}; expected a tensor of shape [..., C]")
+    return check_stored(name, logits)
+
+
+def check_stored(name: str, logits: Tensor, least: int = 2) -> None:
+    """Check logits in memory, of at least so many classes."""
     check_ordinary(name, logits)
     if logits.dtype not in LOGIT_DTYPES:
         raise TypeError(f"{name} has dtype {logits.dtype}; expected float32, bfloat16, float16 or float64")
-    if logits.dim() < 1 or logits.shape[-1] < 2:
-        raise ValueError(f"{name} has shape {list(logits.shape)}; expected [..., C] with at least 2 classes")
-    return None
+    if logits.dim() < 1 or logits.shape[-1] < least:
+        expected = f"[..., C] with at least {least} classes" if least else "[..., C_local]"
+        raise ValueError(f"{name} has shape {list(logits.shape)}; expected {expected}")
 
 
 def check_logits(student_logits: Any, teacher_logits: Any, which: str = "") -> None:
@@ -136,6 +160,8 @@ def check_logits(student_logits: Any, teacher_logits: Any, which: str = "") -> N
         )
     check_one(student_name, student_logits)
     check_one(teacher_name, teacher_logits)
+    if isinstance(student_logits, ShardedLogits) or isinstance(teacher_logits, ShardedLogits):
+        check_spread_alike(student_name, student_logits, teacher_name, teacher_logits)
     if student_logits.shape[-1] != teacher_logits.shape[-1]:
         raise ValueError(
             f"{student_name} has {student_logits.shape[-1]} classes and {teacher_name} "
@@ -156,6 +182,28 @@ def check_logits(student_logits: Any, teacher_logits: Any, which: str = "") -> N
             f"{teacher_name} requires grad, but the teacher is a constant of every fastkd loss; compute it "
             "under torch.no_grad() or pass teacher_logits.detach()"
         )
+
+
+def check_spread_alike(student_name: str, student: Any, teacher_name: str, teacher: Any) -> None:
+    """Check that both models of a pair have the same classes on this rank."""
+    for name, form, other_name, other in (
+        (student_name, student, teacher_name, teacher),
+        (teacher_name, teacher, student_name, student),
+    ):
+        if not isinstance(form, ShardedLogits):
+            raise TypeError(
+                f"{name} is a {type(form).__name__} and {other_name} a ShardedLogits; expected ShardedLogits "
+                f"for both, of the same classes: here {_range(other)}"
+            )
+    if _range(student) != _range(teacher):
+        raise ValueError(
+            f"{student_name} has {_range(student)} on this rank and {teacher_name} {_range(teacher)}; "
+            "expected the same classes of both models"
+        )
+
+
+def _range(form: ShardedLogits) -> str:
+    return f"classes {form.first_class} to {form.first_class + form.local.shape[-1]} of {form.num_classes}"
 
 
 def check_pairs(student_logits: Any, teacher_logits: Any) -> tuple[Sequence[Any], Sequence[Any]]:

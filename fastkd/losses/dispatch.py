@@ -14,7 +14,7 @@ from fastkd.ops.spec import LOSSES
 from fastkd.ops.tensors import as_ordinary, is_readable
 from fastkd.reference import centered
 
-from . import arguments
+from . import arguments, sharded
 from .form_rows import form_rows
 from .forms import Form
 from .rows import Rows, backend_for, eager_rows, numbers_of, rows_of
@@ -41,21 +41,27 @@ def reduced_loss(
     ``options`` is the loss's NamedTuple. Its numbers may be symbolic while torch.compile traces. Without
     ``uses_label`` the target only marks the rows to ignore. ``center_teacher``: see ``reference.centered``.
     """
-    arguments.check_reduction(reduction)
-    arguments.check_ignore_index(ignore_index)
-    students, teachers = arguments.check_pairs(student_logits, teacher_logits)
-    student = students[0]
-    if target is None and uses_label:
-        raise TypeError("target is None; expected an int64 tensor of labels")
-    if weight is not None:
-        arguments.check_row_weight(weight, student)
-        weight = as_ordinary("weight", weight)
-    none_ignored = True
-    if target is not None:
-        arguments.check_target(target, student)
-        target = as_ordinary("target", target)
-        target = target if target.dim() == 1 else target.reshape(-1)
-        none_ignored = is_readable(target) and arguments.check_labels(target, student.shape[-1], ignore_index)
+    try:
+        arguments.check_reduction(reduction)
+        arguments.check_ignore_index(ignore_index)
+        students, teachers = arguments.check_pairs(student_logits, teacher_logits)
+        student = students[0]
+        if target is None and uses_label:
+            raise TypeError("target is None; expected an int64 tensor of labels")
+        if weight is not None:
+            arguments.check_row_weight(weight, student)
+            weight = as_ordinary("weight", weight)
+        none_ignored = True
+        if target is not None:
+            arguments.check_target(target, student)
+            target = as_ordinary("target", target)
+            target = target if target.dim() == 1 else target.reshape(-1)
+            none_ignored = is_readable(target) and arguments.check_labels(
+                target, student.shape[-1], ignore_index
+            )
+    except (TypeError, ValueError) as error:
+        sharded.tell_error(error, student_logits, teacher_logits)
+        raise
 
     marks = None if none_ignored else target
     rows = rows_of(student, target if uses_label else None, weight, reduction, marks, ignore_index)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -15,9 +17,10 @@ from fastkd.ops.spec import LOSSES, Needs
 from fastkd.ops.tensors import as_ordinary
 from fastkd.reference import centered
 
-from .forms import Form, LinearLogits, TopKLogits
+from .forms import Form, LinearLogits, ShardedLogits, TopKLogits
 from .known import check_defined, known_of
 from .rows import Rows, backend_for, eager_rows, numbers_of
+from .sharded import agree, check_runs
 
 
 def form_rows(
@@ -53,6 +56,15 @@ def _pair(
     center_teacher: bool,
     with_terms: bool,
 ) -> tuple[Tensor, Tensor | None]:
+    if isinstance(student, ShardedLogits):
+        assert isinstance(teacher, ShardedLogits)  # checked
+        arguments = loss, options, student, teacher, rows, center_teacher, with_terms
+        if not torch.compiler.is_compiling():
+            return _sharded_pair(*arguments)
+        from .uncompiled import uncompiled
+
+        found: tuple[Tensor, Tensor | None] = uncompiled(_sharded_pair, *arguments)
+        return found
     student = _ready("student_logits", student)
     ours = _tensors(student)
     teacher, indices = _known(loss, options, student, _ready("teacher_logits", teacher), rows, ours[0].dtype)
@@ -70,16 +82,7 @@ def _pair(
     layers = LinearLogits in (type(student), type(teacher))
     if not layers:
         return row_loss(ours, theirs, call)
-    if (
-        isinstance(student, LinearLogits)
-        and not rows.reduced
-        and torch.is_grad_enabled()
-        and student.requires_grad
-    ):
-        raise ValueError(
-            "reduction='none' has no gradient with LinearLogits, whose gradient is computed with the "
-            "loss, summed over the rows; give each row's factor as weight=, with 'sum' or 'batchmean'"
-        )
+    _check_reduced(student, rows)
     return linear_loss(
         ours,
         theirs,
@@ -92,6 +95,50 @@ def _pair(
             _numbers(teacher),
         ),
     )
+
+
+def _sharded_pair(
+    loss: str,
+    options: tuple[float, ...],
+    student: ShardedLogits,
+    teacher: ShardedLogits,
+    rows: Rows,
+    center_teacher: bool,
+    with_terms: bool,
+) -> tuple[Tensor, Tensor | None]:
+    student = replace(student, local=_ready("student_logits.local", student.local))
+    teacher = replace(teacher, local=_ready("teacher_logits.local", teacher.local))
+    if isinstance(student.local, Tensor) and student.dtype == torch.float16:
+        # So that backward scales a float32 gradient; float16 ones are computed in backward, with collectives.
+        student = replace(student, local=student.local.float())
+    ours, theirs = _tensors(student.local), _tensors(teacher.local)
+    _check_reduced(student.local, rows)
+    check_runs((*ours, *theirs), rows)
+    chunk_rows = _chunk_rows(student.local, teacher.local)
+    shard = agree(loss, options, student, teacher, rows, chunk_rows, center_teacher, with_terms)
+    numbers = tuple(map(float, options))
+    call = Call(
+        rows.label, rows.weight, rows.divisor, loss, numbers, None, "eager", rows.reduced, with_terms
+    )  # fmt: skip
+    options_of_layers = _numbers(student.local), _numbers(teacher.local)
+    return linear_loss(
+        ours,
+        theirs,
+        LinearCall(call, student.local.shape[-1], chunk_rows, center_teacher, *options_of_layers, shard),
+    )
+
+
+def _check_reduced(student: Form, rows: Rows) -> None:
+    if (
+        isinstance(student, LinearLogits)
+        and not rows.reduced
+        and torch.is_grad_enabled()
+        and student.requires_grad
+    ):
+        raise ValueError(
+            "reduction='none' has no gradient with LinearLogits, whose gradient is computed with the "
+            "loss, summed over the rows; give each row's factor as weight=, with 'sum' or 'batchmean'"
+        )
 
 
 def _known(
@@ -108,11 +155,20 @@ def _known(
     return known_of(teacher, label, rows.weight, dtype)
 
 
+@overload
+def _ready(name: str, form: Tensor | LinearLogits) -> Tensor | LinearLogits: ...
+
+
+@overload
+def _ready(name: str, form: Form) -> Form: ...
+
+
 def _ready(name: str, form: Form) -> Form:
     if isinstance(form, Tensor):
         return as_ordinary(name, form)
     if isinstance(form, LinearLogits):
         form = form.under_autocast()
+    assert not isinstance(form, ShardedLogits)  # its ``local`` is made ready
     return form.of([as_ordinary(f"{name}.{field}", tensor) for field, tensor in form.tensors.items()])
 
 
@@ -120,6 +176,7 @@ def _tensors(form: Form) -> list[Tensor]:
     """Of ``ops.linear.linear_loss``."""
     if isinstance(form, Tensor):
         return [form]
+    assert not isinstance(form, ShardedLogits)
     hidden, *layer = form.tensors.values()
     return [hidden.reshape(-1, hidden.shape[-1]), *layer]
 

@@ -1,15 +1,18 @@
-"""Forms of logits other than a tensor, which losses take: ``LinearLogits`` and ``TopKLogits``."""
+"""Forms of logits other than a tensor: ``LinearLogits``, ``TopKLogits`` and ``ShardedLogits``."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import Any, Literal, TypeAlias, final
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, final
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils import _pytree
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @final
@@ -148,7 +151,57 @@ class TopKLogits:
         return replace(self, log_probs=log_probs, indices=indices, log_rest=log_rest[0] if log_rest else None)
 
 
-Form: TypeAlias = Tensor | LinearLogits | TopKLogits  # the logits of one model
+@final
+@dataclass(frozen=True, eq=False)
+class ShardedLogits:
+    """A rank's part of logits whose classes are spread over the ranks of a process group.
+
+    Every rank calls the loss with the same rows, target, weight and options, and its own classes. The loss
+    is that of all classes, with the same bits on every rank, and the gradient that of the rank's classes. It
+    is computed with the loss, so that backward has no collectives. Student and teacher are spread alike.
+
+    The loss is computed in plain torch, in chunks of rows, and what is exchanged is a few numbers per row,
+    never logits. In the first call of its kind the ranks compare what they were given, and all raise
+    ``ValueError`` if it does not fit together. What cannot be used with it is in docs/large-classes.md.
+
+    Args:
+        local: the logits of this rank's classes: [..., C_local], or ``LinearLogits`` with this rank's rows of
+            the head's weight. ``hidden`` is the same on every rank, and so is its gradient, which is summed
+            over the ranks before the loss returns.
+        group: the process group whose ranks have the other classes; None: the default group.
+        first_class: the class of ``local[..., 0]``. The ranks' ranges tile 0 to C, in any order; they may
+            differ in size, and be empty.
+        num_classes: C, of all ranks together. Labels are from 0 to C - 1, on every rank.
+    """
+
+    local: Tensor | LinearLogits
+    group: ProcessGroup | None = None
+    _: KW_ONLY
+    first_class: int
+    num_classes: int
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the logits of all ranks: [..., C]."""
+        return torch.Size((*self.local.shape[:-1], self.num_classes))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.local.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.local.device
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.local.requires_grad
+
+    def detach(self) -> ShardedLogits:
+        return replace(self, local=self.local.detach())
+
+
+Form: TypeAlias = Tensor | LinearLogits | TopKLogits | ShardedLogits  # the logits of one model
 
 
 # Asked here, because torch.compile of torch 2.10 and 2.11 cannot trace the question.
@@ -164,11 +217,12 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if enabled and tensor.dtype != torch.float64 else tensor.dtype
 
 
-def _register(kind: type[LinearLogits] | type[TopKLogits], *constant: str) -> None:
-    """As a pytree whose leaves are ``tensors``; the constants are part of its structure."""
+def _register(kind: type[LinearLogits] | type[TopKLogits] | type[ShardedLogits], *constant: str) -> None:
+    """As a pytree of ``tensors``, or of ``local``; the constants are part of its structure."""
 
     def flatten(form: Any) -> tuple[list[Any], tuple[Any, ...]]:
-        return list(form.tensors.values()), tuple(getattr(form, name) for name in constant)
+        parts = [form.local] if kind is ShardedLogits else list(form.tensors.values())
+        return parts, tuple(getattr(form, name) for name in constant)
 
     def unflatten(tensors: Iterable[Any], values: tuple[Any, ...]) -> Any:
         return kind(*tensors, **dict(zip(constant, values, strict=True)))
@@ -180,3 +234,4 @@ def _register(kind: type[LinearLogits] | type[TopKLogits], *constant: str) -> No
 
 _register(LinearLogits, "scale", "softcap", "num_classes", "chunk_rows")
 _register(TopKLogits, "num_classes", "temperature", "rest")
+_register(ShardedLogits, "group", "first_class", "num_classes")

@@ -14,7 +14,7 @@ from fastkd.ops.tensors import is_readable
 from fastkd.reference import at_least_float32
 
 from . import arguments
-from .forms import LinearLogits, TopKLogits
+from .forms import LinearLogits, ShardedLogits, TopKLogits
 
 # Elements that ``top_k`` raises to float32 at a time.
 _BLOCK = 1 << 25
@@ -37,8 +37,8 @@ def top_k(
     The result has float32 (of float64 logits float64) ``log_probs`` and ``log_rest``, the latter summed over
     the other classes, so that nothing cancels; ``indices`` are in ascending order. No gradient.
     """
-    if isinstance(teacher_logits, TopKLogits):
-        raise TypeError("teacher_logits is a TopKLogits; expected all logits")
+    if isinstance(teacher_logits, TopKLogits | ShardedLogits):
+        raise TypeError(f"teacher_logits is a {type(teacher_logits).__name__}; expected all logits")
     arguments.check_one("teacher_logits", teacher_logits)
     arguments.check_temperature(temperature)
     classes = teacher_logits.shape[-1]

@@ -34,9 +34,9 @@ def check_soft(options: SoftmaxOptions, target: Tensor, student: Any, ignore_ind
         )
     if not isinstance(student, Tensor):
         raise TypeError(
-            "target holds probabilities [..., C], as many numbers as LinearLogits, student_logits, never "
-            "stores; expected int64 class indices: the cross-entropy with a mixture of two labels is the "
-            "same mixture of two losses"
+            f"target holds probabilities [..., C], as many numbers as {type(student).__name__}, "
+            "student_logits, never stores; expected int64 class indices: the cross-entropy with a mixture of "
+            "two labels is the same mixture of two losses"
         )
     check_ordinary("target", target)
     if target.shape != student.shape:

@@ -43,6 +43,7 @@ def linear_loss(
     differentiates = any(wanted)
     if len(student) == 1 and student[0].dtype == torch.float16:
         wanted = [False]  # backward computes it
+    assert options.shard is None or not is_traced((*student, *teacher))
     if is_traced((*student, *teacher)):
         rows, terms, *_ = torch.ops.fastkd.linear_loss(student, teacher, wanted, *_flat(options))
     elif differentiates:
@@ -53,7 +54,7 @@ def linear_loss(
 
 
 def _flat(options: LinearCall) -> tuple[Any, ...]:
-    call, classes, chunk_rows, center_teacher, student, teacher = options
+    call, classes, chunk_rows, center_teacher, student, teacher, _ = options  # a shard is never traced
     return *call, classes, chunk_rows, center_teacher, list(student), list(teacher)
 
 

@@ -89,8 +89,12 @@ def kill_after(steps: int, run: Path, processes: list[Any]) -> None:
 
 def on_two_ranks(work: Callable[..., Any], folder: Path) -> list[Any]:
     """Run ``work()`` on two ranks; returns the result of each, tensors and plain values."""
-    assert finish(start(WORLD, _in_group, work, str(folder))) == [0] * WORLD
-    return [torch.load(folder / f"rank-{rank}.pt") for rank in range(WORLD)]
+    return on_ranks(WORLD, work, folder)
+
+
+def on_ranks(ranks: int, work: Callable[..., Any], folder: Path) -> list[Any]:
+    assert finish(start(ranks, _in_group, work, str(folder))) == [0] * ranks
+    return [torch.load(folder / f"rank-{rank}.pt") for rank in range(ranks)]
 
 
 def _enter(environment: dict[str, str], work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
