@@ -19,6 +19,7 @@ ACCURACY = r"accuracy \d+\.\d %"
 COMMANDS = {
     "plain_loop.py --samples 500 --epochs 3": (None, ACCURACY),
     "language_model.py --steps 3": (None, "ms per step"),
+    "class_parallel.py --steps 3": (None, r"step 3: ce \d+\.\d+, kd \d+\.\d+"),
     "fabric_loop.py --epochs 1": ("lightning_fabric", ACCURACY),
     "accelerate_loop.py --epochs 1": ("accelerate", ACCURACY),
     "timm_train.py --epochs 1": ("timm", "training " + ACCURACY),
