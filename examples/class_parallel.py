@@ -2,7 +2,7 @@
 
 Each process runs the backbone on its own images (DDP). The features of all are gathered, and each process
 computes the logits of its own identities for all of them, in chunks that are never stored. Needs only fastkd.
-Under a minute on a CPU: python examples/class_parallel.py
+About a minute on a CPU: python examples/class_parallel.py
 or: torchrun --nproc-per-node 4 examples/class_parallel.py
 """
 
@@ -24,7 +24,7 @@ IDENTITIES, PIXELS, BATCH, SCALE = 10_001, 64, 64, 24.0  # images per process; o
 
 
 class Gather(torch.autograd.Function):
-    """The rows of all processes. Each has the whole gradient of them, and DDP takes the mean of processes."""
+    """The rows of all processes. Backward: own rows of the gradient, times W, for DDP takes the mean."""
 
     @staticmethod
     def forward(ctx, rows: Tensor) -> Tensor:
