@@ -130,7 +130,7 @@ class Emulation:
         )  # fmt: skip
 
     def row_loss(self, students, teachers, call, outputs):
-        rows, terms, gradient, sums = outputs[:4]
+        rows, terms, gradient, sums, term_sums = outputs[:5]
         row_weight = call.row_weight
         count, classes = len(rows) // len(students), students[0].shape[-1]
         terms = rows.new_empty(0, len(rows)) if terms is None else terms
@@ -149,6 +149,8 @@ class Emulation:
             self.launch_top_k(pairs[0], call, plan, self.plan(count, call.indices.shape[1] + 1, 8))
         if sums is not None:
             sums.copy_(rows.view(len(pairs), count).sum(-1).view_as(sums))
+        if term_sums is not None:
+            term_sums.copy_(terms.view(-1, len(pairs), count).sum(-1).view_as(term_sums))
 
     def scale_rows_(self, gradient, factors):
         plan = self.plan(*gradient.shape, 2 * gradient.element_size())
