@@ -44,7 +44,7 @@ class Explanation:
 
     @property
     def seconds(self) -> float:
-        """The time that the bytes take at the bandwidth of a copy measured here: a lower bound."""
+        """The time of the bytes at the bandwidth of a copy measured now, which other programs lower."""
         return self.bytes / self.bandwidth
 
     def __str__(self) -> str:
@@ -55,7 +55,7 @@ class Explanation:
             f"  path: {self.path}\n"
             f"  tile: {self.tile} classes{warps}\n"
             f"  memory: {self.accesses:.3g} accesses per element, {self.bytes / 1e6:.1f} MB; at the "
-            f"{self.bandwidth / 1e9:.0f} GB/s of a copy measured here at least {self.seconds * 1e3:.3f} ms"
+            f"{self.bandwidth / 1e9:.0f} GB/s of a copy measured now about {self.seconds * 1e3:.3f} ms"
         )
         if self.chunk_rows is None:
             return text

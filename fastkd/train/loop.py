@@ -17,6 +17,7 @@ from fastkd.errors import NonFiniteLossError, Preempted, TrainError
 
 from . import distributed
 from .batches import Batch, Batches
+from .crowding import Crowding
 from .ema import make_ema
 from .epoch import Epoch
 from .evaluation import best_of, evaluate, try_validation, validate
@@ -203,6 +204,7 @@ def fit_method(
 
     options = StepOptions(numerics, accumulate, clip_norm, skip_nonfinite=nonfinite == "skip")
     sizes = Sizes(method, precision, accumulate, watcher.note)
+    crowding = Crowding(device)
     with watcher:
         for number in range(len(training.history), epochs):
             train.set_epoch(number)
@@ -211,7 +213,7 @@ def fit_method(
             epoch = Epoch(number, device, log_every, training.position)
             training.position = None
             control = Control(checkpoint_every, stop, epoch.meter.interval)
-            _train_epoch(training, options, epoch, train, sizes, control, watcher)
+            _train_epoch(training, options, epoch, train, sizes, control, watcher, crowding)
             if train.left_out and not training.history:
                 watcher.note(
                     f"left out in each epoch: {train.left_out} batches of under two images per process"
@@ -237,11 +239,13 @@ def _train_epoch(
     sizes: Sizes,
     control: Control,
     watcher: Watcher,
+    crowding: Crowding,
 ) -> None:
     """Train on the remaining batches of ``epoch``. Raises what ``train_step`` raises, and ``Preempted``."""
     method, meter, watch = training.method, epoch.meter, epoch.watch
     batches = epoch.batches(train)
     method.train()
+    crowding.start()
     with PassTimer(method.student, method.teacher, watch) as passes, _reporting(watcher, train):
         for batch in batches:
             watch.lap("data")
@@ -256,6 +260,8 @@ def _train_epoch(
             watch.lap("student")
             meter.waited = train.waited
             watcher.batch_done(meter)
+            if (hint := crowding.hint(meter.waited)) is not None:
+                watcher.note(hint)
             save, ask_to_stop = control.after_step(meter.steps)
             if save:
                 watcher.checkpoint(epoch.number, meter.steps, save_state(training, epoch.position()))
