@@ -53,14 +53,11 @@ def plot_curves(
             accuracy.plot(epochs, values, marker=marker, markersize=4, label=label, **style)
     best = best_of(history)
     if best is not None:
-        accuracy.annotate(
-            f"best {best['val_accuracy']:.2%}",
-            (best["epoch"], best["val_accuracy"]),
-            xytext=(-6, 7),
-            textcoords="offset points",
-            ha="right",
-            color=COLOURS[0],
-        )
+        # In the legend: text beside the point could lie across a line.
+        accuracy.plot(
+            [best["epoch"]], [best["val_accuracy"]], marker="o", markersize=10, fillstyle="none",
+            linestyle="", color=COLOURS[0], label=f"best epoch {best['val_accuracy']:.2%}",
+        )  # fmt: skip
     if teacher_accuracy is not None:
         accuracy.axhline(teacher_accuracy, color="0.45", linewidth=1, label=f"teacher {teacher_accuracy:.2%}")
     accuracy.set(title="accuracy", ylim=(0, 1), xlabel="epoch")
