@@ -49,7 +49,8 @@ def _run_section(name: str, header: dict[str, Any], records: list[Record], folde
                 if rows:
                     parts += [f"### {dtype}, {mode}\n", loss_table(rows)]
         parts.append(peer_wins(measured))
-        parts += filter(None, [paths.section(measured)])
+        if of_paths := paths.section(measured):
+            parts.append(of_paths)
     if steps:
         parts += ["### Training steps\n", step_table(steps), step_words(steps)]
     if layers:

@@ -78,3 +78,10 @@ class Outputs(NamedTuple):
     sums: Tensor | None = None
     term_sums: Tensor | None = None
     counters: Tensor | None = None  # int32, of Triton's programs
+
+    def summed(self, pairs: int) -> "Outputs":
+        """With memory for the sums."""
+        rows, terms, gradient = self[:3]
+        shape = () if pairs == 1 else (pairs,)
+        term_sums = None if terms is None else rows.new_empty(terms.shape[0], *shape)
+        return Outputs(rows, terms, gradient, rows.new_empty(shape), term_sums)

@@ -209,10 +209,7 @@ def with_sums(outputs: Outputs, pairs: int, call: Call) -> Outputs:
     if not outputs.rows.is_cpu:
         return outputs
     # The overhead of torch's sum equals the time of a small loss.
-    rows, terms, gradient = outputs[:3]
-    shape = () if pairs == 1 else (pairs,)
-    term_sums = None if terms is None else rows.new_empty(terms.shape[0], *shape)
-    return Outputs(rows, terms, gradient, rows.new_empty(shape), term_sums)
+    return outputs.summed(pairs)
 
 
 def row_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call, outputs: Outputs) -> None:

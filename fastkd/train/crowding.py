@@ -33,8 +33,10 @@ class Crowding:
         if seconds < _SECONDS:
             return None
         share = (time.process_time() - self._began[1]) / (seconds * self._threads)
+        if share > _LITTLE:
+            return None
         load, cores = _load(), os.cpu_count() or 1
-        if share > _LITTLE or load < 1.5 * cores:
+        if load < 1.5 * cores:
             return None
         threads, self._threads = self._threads, 1
         return (

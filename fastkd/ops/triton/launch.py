@@ -19,16 +19,14 @@ SCALE_PROGRAMS, SCALE_WARPS = 8, 64
 
 def with_sums(outputs: Outputs, pairs: int, call: Call) -> Outputs:
     """With memory for what ``row_loss`` can sum over rows."""
-    rows, terms = outputs[:2]
+    rows = outputs.rows
     if call.indices is not None or rows.shape[0] > pairs * row_sums.MOST_ROWS:
         return outputs
     with on_device(rows):
         counters = row_sums.counters_of(rows, pairs)
     if counters is None:
         return outputs
-    shape = () if pairs == 1 else (pairs,)
-    term_sums = None if terms is None else rows.new_empty(terms.shape[0], *shape)
-    return outputs._replace(sums=rows.new_empty(shape), term_sums=term_sums, counters=counters)
+    return outputs.summed(pairs)._replace(counters=counters)
 
 
 def row_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call, outputs: Outputs) -> None:
