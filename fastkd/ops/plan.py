@@ -7,8 +7,6 @@ import torch
 
 from fastkd.ops.spec import Family, Needs
 
-# Rows shorter than this share a program of up to four warps.
-ELEMENTS_PER_PROGRAM = 512
 # What a load of a thread takes.
 LANE_BYTES = 16
 # Eight logits per thread: those of a wide load of half precision.
@@ -49,7 +47,7 @@ KINDS = {
     "labelled": Kind(8192, True, 1024, 8, 2, 80, 3),
     "cross-entropy": Kind(8192, True, 512, 8, 1, 80, 3),
     "standardized": Kind(4096, True, 512, 8, 2, 128, 2),
-    "mixture": Kind(4096, False, 256, 16, 1, 128, 1),
+    "mixture": Kind(4096, True, 256, 16, 1, 128, 1),
     "pointwise": Kind(4096, False, 512, 4, 2, None, 5),
     "scale": Kind(4096, False, 512, 4, 2, None, 5),
 }
@@ -111,13 +109,14 @@ def plan_rows(kind: str, rows: int, classes: int, element_bytes: int, device: De
     of = KINDS[kind]
     if of.resident and device.capability >= (10, 0):
         # ptxas needs more registers there (tools/compile_kernels.py).
-        of = of._replace(loads=1, registers=max(96, of.registers or 0), programs=2)
+        of = of._replace(loads=1, registers=max(96, of.registers or 0), programs=min(2, of.programs))
     if classes <= of.longest:
         tile = max(16, 1 << (classes - 1).bit_length())
-        rows_per_program = 1 if kind == "scale" else max(1, ELEMENTS_PER_PROGRAM // tile)
         # ptxas would spill a few of these in float32.
         per_warp = of.per_warp // 2 if kind == "labelled" and element_bytes > 2 else of.per_warp
-        warps = min(4, rows_per_program) if rows_per_program > 1 else max(1, tile // per_warp)
+        # A warp that shares its threads between rows has more numbers per row, so half the logits.
+        rows_per_program = 1 if kind == "scale" else max(1, per_warp // 2 // tile)
+        warps = max(1, tile // per_warp)
         return Plan(rows_per_program, tile, of.resident, warps, None, 1, rows)
     # As many rows at a time on each multiprocessor. More than stay in the L2 cache between two passes cost
     # less than multiprocessors that wait.
@@ -125,7 +124,7 @@ def plan_rows(kind: str, rows: int, classes: int, element_bytes: int, device: De
     tile = of.loads * (LANE_BYTES // element_bytes) * 32 * of.warps
     parts = 1
     # Parts of a loss with statistics take a launch more: there only if multiprocessors would have no row.
-    if rows < (device.multiprocessors if of.resident or kind == "mixture" else programs):
+    if rows < (device.multiprocessors if of.resident else programs):
         tiles = -(-classes // tile)
         parts = min(tiles, MAX_PARTS, max(1, programs // max(rows, 1)))
         parts = -(-tiles // -(-tiles // parts))  # of equal length

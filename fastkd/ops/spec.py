@@ -139,9 +139,18 @@ class Loss:
         return sum(kind is float for kind in self.options.__annotations__.values())
 
 
+def _distills(options: SoftmaxOptions) -> bool:
+    return options.kd_weight != 0 or options.tckd_weight != 0 or options.nckd_weight != 0
+
+
+def without_unread_temperature(options: SoftmaxOptions) -> SoftmaxOptions:
+    """The same loss; a cross-entropy alone at T = 1, where it needs one exponential per class and not two."""
+    return options if _distills(options) else options._replace(temperature=1.0)
+
+
 def _softmax_needs(options: SoftmaxOptions) -> Needs:
     needs = Needs(0)
-    distills = options.kd_weight != 0 or options.tckd_weight != 0 or options.nckd_weight != 0
+    distills = _distills(options)
     standardizes = bool(options.standardize) and distills
     if distills:
         needs |= Needs.DISTILLS
@@ -207,7 +216,7 @@ def _case(
 
 def _distill(name: str, *, benchmarked: bool = False, **arguments: Any) -> Case:
     """A case with a cross-entropy, whose minimum is not at the teacher's logits."""
-    options = SoftmaxOptions(**{"temperature": 4.0, **arguments})
+    options = without_unread_temperature(SoftmaxOptions(**{"temperature": 4.0, **arguments}))
     return Case(name, "distill_loss", arguments, options, True, False, benchmarked)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastkd.ops.call import Call, Outputs
 from fastkd.ops.plan import LANE_BYTES, MAX_PARTS, Plan, device_of, kind_of, plan_rows
-from fastkd.ops.triton import formulas, mixture_rows, row_sums, softmax_rows, statistics, top_k
+from fastkd.ops.triton import formulas, mixture_rows, moments, row_sums, softmax_rows, statistics, top_k
 from fastkd.ops.triton.launch_options import common_vector, compile_options, launch, on_device, row_strides
 from fastkd.ops.triton.pointwise_rows import pointwise_rows, scale_rows
 
@@ -88,17 +88,17 @@ def row_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call,
                 *logits, weight, rows, to_gradient, totals, parts_sums, reduction, values,
                 count, inner_rows, blocks, plan.parts, classes, *strides, *common,
             )  # fmt: skip
-            fixed |= {"PARTS": MAX_PARTS, **compile_options(plan)}
+            fixed |= {"ONE_TILE": plan.one_tile, "PARTS": MAX_PARTS, **compile_options(plan)}
             phases = mixture_phases(plan)
             for phase in phases:
                 fixed |= {"PHASE": phase, "SUMMED": counters is not None and phase == phases[-1]}
                 launch(mixture_rows.mixture_rows, grid, arguments, fixed)
             return
         label = call.target if needs & statistics.LABELLED.value else None
-        moments = partials(rows, plan, 2 * statistics.MOMENTS_WIDTH.value)
+        parts_moments = partials(rows, plan, 2 * moments.MOMENTS_WIDTH.value)
         arguments = (
             *logits, student if label is None else label, weight, rows, rows if terms is None else terms,
-            to_gradient, moments, parts_sums, reduction, values,
+            to_gradient, parts_moments, parts_sums, reduction, values,
             count, inner_rows, blocks, plan.parts, classes, *strides,
             0 if label is None else label.stride(0), *common,
         )  # fmt: skip

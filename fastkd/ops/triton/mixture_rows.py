@@ -1,8 +1,11 @@
 """The row skeleton of the mixture family: sums over classes of a function of q and p.
 
-q and p need the normalising sums, so there are three passes: softmax sums, loss, gradient. The second and
-third read short rows from cache.
+q and p need the normalising sums, and the gradient the mean of a function under q. A row that is one tile is
+read once: what the gradient needs of each class stays in registers. Longer rows take three passes: softmax
+sums, loss, gradient.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -31,6 +34,7 @@ from fastkd.ops.triton.tiles import (
     row_starts,
     rows_of_block,
     store_tile,
+    sums_of_four,
     tiles_of_part,
     weight_of_rows,
     weighted,
@@ -39,20 +43,54 @@ from fastkd.ops.triton.tiles import (
 # The phase between STATISTICS and GRADIENT.
 MIXTURE = tl.constexpr(4)
 NEEDS = tl.constexpr(DISTILLS.value | SUMS_ONLY.value)
-# Size of the partial results of that phase.
-TOTALS = tl.constexpr(4)
 
 
 @triton.jit
-def tile_probabilities(rows, columns, classes, exists, sums, slope, EVICT: tl.constexpr):
+def load_tile(rows, columns, classes, exists, EVICT: tl.constexpr):
+    student = load_logits(rows.student, columns, classes, exists, EVICT)
+    return Pair(student, load_logits(rows.teacher, columns, classes, exists, EVICT))
+
+
+@triton.jit
+def probabilities(tile, sums, slope):
     """q, p and their differences of a tile."""
-    a = load_logits(rows.student, columns, classes, exists, EVICT) - sums.max_s
-    b = load_logits(rows.teacher, columns, classes, exists, EVICT) - sums.max_t
+    a = tile.student - sums.max_s
+    b = tile.teacher - sums.max_t
     q = exponential(a, slope) * (1.0 / sums.sum_s)
     p = exponential(b, slope) * (1.0 / sums.sum_t)
     d = scaled(b - a, slope) - log_ratio(sums.sum_t, sums.sum_s)
     difference = tl.where(d > 0, -p, q) * expm1_of_negative(-tl.abs(d))
     return Probabilities(q, p, difference, d)
+
+
+class Totals(NamedTuple):
+    """Sums over a row, or a lane or a part of it."""
+
+    loss: Any
+    slope: Any  # of the classes' weighted slopes
+    q_first: Any  # of q, of the classes at the first origin
+    q_second: Any
+
+
+# Size of the partial results of a part of a row.
+TOTALS = tl.constexpr(len(Totals._fields))
+
+
+@triton.jit
+def totals_of_tile(value, weighted_slope, shifted, q):
+    """Along the second axis of a tile."""
+    return Totals(
+        tl.sum(value, 1, keep_dims=True),
+        tl.sum(weighted_slope, 1, keep_dims=True),
+        tl.sum(tl.where(shifted, 0.0, q), 1, keep_dims=True),
+        tl.sum(tl.where(shifted, q, 0.0), 1, keep_dims=True),
+    )
+
+
+@triton.jit
+def gradient_of_classes(q, weighted_slope, shifted, step, totals, factor):
+    mean = tl.where(shifted, totals.slope - step * totals.q_first, totals.slope + step * totals.q_second)
+    return factor * (weighted_slope * (totals.q_first + totals.q_second) - q * mean)
 
 
 @triton.jit
@@ -79,6 +117,7 @@ def mixture_block(
     PHASE: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
+    ONE_TILE: tl.constexpr,
     PARTS: tl.constexpr,
     LANE: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -102,11 +141,16 @@ def mixture_block(
     slope = tl.div_rn(1.0, numbers[0])
     slopes = Pair(slope, slope)
 
+    first, columns = lane_columns(ROWS, TILE, LANE, VECTOR)
+    only = Pair(0.0, 0.0)
+    if ONE_TILE:
+        only = load_tile(rows, columns, classes, read, "evict_first")
+
     if PHASE == WHOLE or PHASE == STATISTICS:  # noqa: SIM109
         no_label = tl.full((ROWS, 1), -1, tl.int32)
         sums = statistics_of(
-            rows, 0.0, 0.0, no_label, 0.0, classes, read, slopes, (0.0, 0.0), first_tile, end_tile, NEEDS,
-            ROWS, TILE, False, LANE, VECTOR,
+            rows, only.student, only.teacher, no_label, 0.0, classes, read, slopes, (0.0, 0.0),
+            first_tile, end_tile, NEEDS, ROWS, TILE, ONE_TILE, LANE, VECTOR,
         )  # fmt: skip
     else:
         sums = load_statistics(sums_pointer + result * parts * WIDTH, parts, slopes, NEEDS, PARTS)
@@ -114,50 +158,59 @@ def mixture_block(
     if PHASE == STATISTICS:
         store_partial(sums_pointer + partial * WIDTH, sums, exists)
     else:
-        first, columns = lane_columns(ROWS, TILE, LANE, VECTOR)
         if PHASE == GRADIENT:
             row_totals = totals_pointer + result * parts * TOTALS
-            loss = combine_total(row_totals, parts, PARTS)
-            slope_sum = combine_total(row_totals + 1, parts, PARTS)
-            q_first = combine_total(row_totals + 2, parts, PARTS)
-            q_second = combine_total(row_totals + 3, parts, PARTS)
+            totals = Totals(
+                combine_total(row_totals, parts, PARTS), combine_total(row_totals + 1, parts, PARTS),
+                combine_total(row_totals + 2, parts, PARTS), combine_total(row_totals + 3, parts, PARTS),
+            )  # fmt: skip
         else:
-            loss = tl.zeros_like(first).to(tl.float32)
-            slope_sum = loss
-            q_first = loss  # of the classes at the first origin
-            q_second = loss
-            for tile in range(first_tile, end_tile):
-                tile_columns = tile * TILE + columns
-                probs = tile_probabilities(rows, tile_columns, classes, read, sums, slope, "evict_last")
-                value, weighted_slope, shifted, _ = FORMULA(probs, numbers)
-                loss += tl.sum(value, 1, keep_dims=True)
-                slope_sum += tl.sum(weighted_slope, 1, keep_dims=True)
-                q_first += tl.sum(tl.where(shifted, 0.0, probs.q), 1, keep_dims=True)
-                q_second += tl.sum(tl.where(shifted, probs.q, 0.0), 1, keep_dims=True)
+            if ONE_TILE:
+                probs = probabilities(only, sums, slope)
+                value, weighted_slope, shifted, step = FORMULA(probs, numbers)
+                totals = totals_of_tile(value, weighted_slope, shifted, probs.q)
+            else:
+                zero = tl.zeros_like(first).to(tl.float32)
+                totals = Totals(zero, zero, zero, zero)
+                for number in range(first_tile, end_tile):
+                    tile = load_tile(rows, number * TILE + columns, classes, read, "evict_last")
+                    probs = probabilities(tile, sums, slope)
+                    value, weighted_slope, shifted, _ = FORMULA(probs, numbers)
+                    of_tile = totals_of_tile(value, weighted_slope, shifted, probs.q)
+                    totals = Totals(
+                        totals.loss + of_tile.loss, totals.slope + of_tile.slope,
+                        totals.q_first + of_tile.q_first, totals.q_second + of_tile.q_second,
+                    )  # fmt: skip
             if ROWS == 1:
-                loss = tl.sum(loss, 0, keep_dims=True)
-                slope_sum = tl.sum(slope_sum, 0, keep_dims=True)
-                q_first = tl.sum(q_first, 0, keep_dims=True)
-                q_second = tl.sum(q_second, 0, keep_dims=True)
+                loss, slope_sum, q_first, q_second = sums_of_four(
+                    totals.loss, totals.slope, totals.q_first, totals.q_second
+                )
+                totals = Totals(loss, slope_sum, q_first, q_second)
 
         if PHASE == MIXTURE:
-            store_partial(totals_pointer + partial * TOTALS, (loss, slope_sum, q_first, q_second), exists)
+            store_partial(totals_pointer + partial * TOTALS, totals, exists)
         else:
             if part == 0:
-                tl.store(loss_pointer + result, weighted(loss, weight, False), mask=exists)
+                tl.store(loss_pointer + result, weighted(totals.loss, weight, False), mask=exists)
             if WITH_GRADIENT:
                 # The mean of h relative to an origin is a sum divided by the sum of these q rather than by 1:
                 # their common rounding error cancels in h - mean. A NaN loss propagates to the gradient.
-                q_sum = q_first + q_second
-                factor = weighted(slope / tl.where(loss == loss, q_sum, loss), weight, False)
+                q_sum = totals.q_first + totals.q_second
+                factor = weighted(
+                    slope / tl.where(totals.loss == totals.loss, q_sum, totals.loss), weight, False
+                )
                 gradient_rows = gradient_pointer + multiple(result * gradient_stride, VECTOR)
-                for tile in range(first_tile, end_tile):
-                    tile_columns = tile * TILE + columns
-                    probs = tile_probabilities(rows, tile_columns, classes, read, sums, slope, "evict_first")
-                    _, weighted_slope, shifted, step = FORMULA(probs, numbers)
-                    mean = tl.where(shifted, slope_sum - step * q_first, slope_sum + step * q_second)
-                    value = factor * (weighted_slope * q_sum - probs.q * mean)
-                    store_tile(gradient_rows, tile_columns, classes, exists, value)
+                if ONE_TILE:
+                    gradient = gradient_of_classes(probs.q, weighted_slope, shifted, step, totals, factor)
+                    store_tile(gradient_rows, columns, classes, exists, gradient)
+                else:
+                    for number in range(first_tile, end_tile):
+                        tile_columns = number * TILE + columns
+                        tile = load_tile(rows, tile_columns, classes, read, "evict_first")
+                        probs = probabilities(tile, sums, slope)
+                        _, weighted_slope, shifted, step = FORMULA(probs, numbers)
+                        gradient = gradient_of_classes(probs.q, weighted_slope, shifted, step, totals, factor)
+                        store_tile(gradient_rows, tile_columns, classes, exists, gradient)
 
 
 @triton.jit(do_not_specialize=[*NOT_SPECIALIZED, "totals_pointer", "sums_pointer", "blocks"])
@@ -192,6 +245,7 @@ def mixture_rows(
     SUMMED: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
+    ONE_TILE: tl.constexpr,
     PARTS: tl.constexpr,
     LANE: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -211,12 +265,12 @@ def mixture_rows(
         for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
             mixture_block(
                 block, logits, weight_pointer, outputs, partials, sizes, strides, scale, values, FORMULA,
-                WEIGHTED, WITH_GRADIENT, PHASE, ROWS, TILE, PARTS, LANE, VECTOR,
+                WEIGHTED, WITH_GRADIENT, PHASE, ROWS, TILE, ONE_TILE, PARTS, LANE, VECTOR,
             )  # fmt: skip
     else:
         mixture_block(
             tl.program_id(0), logits, weight_pointer, outputs, partials, sizes, strides, scale, values,
-            FORMULA, WEIGHTED, WITH_GRADIENT, PHASE, ROWS, TILE, PARTS, LANE, VECTOR,
+            FORMULA, WEIGHTED, WITH_GRADIENT, PHASE, ROWS, TILE, ONE_TILE, PARTS, LANE, VECTOR,
         )  # fmt: skip
     if SUMMED:
         sum_rows(reduction, loss_pointer, loss_pointer, count, count, False)

@@ -8,6 +8,14 @@ import triton
 import triton.language as tl
 
 from fastkd.ops.triton.formulas import Gradient, Row
+from fastkd.ops.triton.moments import (
+    MOMENTS_WIDTH,
+    base_of_rows,
+    load_moments,
+    moments_of_both,
+    moments_of_tile,
+    slope_of_moments,
+)
 from fastkd.ops.triton.row_sums import sum_rows
 from fastkd.ops.triton.statistics import (
     DISTILLS,
@@ -15,7 +23,6 @@ from fastkd.ops.triton.statistics import (
     LABELLED,
     LOG_RATIO,
     MASKED,
-    MOMENTS_WIDTH,
     OWN_SLOPES,
     STANDARDIZED,
     STUDENT_AT_T1,
@@ -23,14 +30,10 @@ from fastkd.ops.triton.statistics import (
     WIDTH,
     Pair,
     Statistics,
-    base_of_rows,
     exponential,
     in_units,
-    load_moments,
     load_statistics,
     log_ratios,
-    moments_of_both,
-    slope_of_moments,
     statistics_of,
     store_partial,
 )
@@ -139,22 +142,19 @@ def softmax_block(
         logits.teacher + row_starts(index, inner_rows, teacher_strides, VECTOR),
     )
     partial = result * parts + part
+    _, columns = lane_columns(ROWS, TILE, LANE, VECTOR)
     if ONE_TILE:
-        columns = tl.arange(0, TILE)[None, :]
         student = load_logits(rows.student, columns, classes, read, "evict_first")
         teacher = student
         if DISTILLS & NEEDS:
             teacher = load_logits(rows.teacher, columns, classes, read, "evict_first")
     else:
-        _, columns = lane_columns(ROWS, TILE, LANE, VECTOR)
         student = tl.zeros((ROWS, 1), tl.float32)
         teacher = student
 
     if PHASE == MOMENTS:
         pointer = moments_pointer + partial * (2 * MOMENTS_WIDTH)
-        moments = moments_of_both(
-            rows, student, teacher, classes, read, first_tile, end_tile, ROWS, TILE, ONE_TILE, LANE, VECTOR
-        )
+        moments = moments_of_both(rows, classes, read, first_tile, end_tile, ROWS, TILE, LANE, VECTOR)
         store_partial(pointer, moments.student, exists)
         store_partial(pointer + MOMENTS_WIDTH, moments.teacher, exists)
     else:
@@ -174,11 +174,10 @@ def softmax_block(
         deviation = 0.0
         label_above_mean = 0.0
         if STANDARDIZED & NEEDS:
-            if PHASE == WHOLE:
-                moments = moments_of_both(
-                    rows, student, teacher, classes, read, first_tile, end_tile, ROWS, TILE, ONE_TILE, LANE,
-                    VECTOR,
-                )  # fmt: skip
+            if ONE_TILE:
+                moments = moments_of_tile(rows, student, teacher, columns, classes, read, ROWS)
+            elif PHASE == WHOLE:
+                moments = moments_of_both(rows, classes, read, first_tile, end_tile, ROWS, TILE, LANE, VECTOR)
             else:
                 row_moments = moments_pointer + result * parts * (2 * MOMENTS_WIDTH)
                 of_student = load_moments(row_moments, parts, PARTS)

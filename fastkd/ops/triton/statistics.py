@@ -14,9 +14,15 @@ import triton
 import triton.language as tl
 
 from fastkd.ops.spec import Needs
-from fastkd.ops.triton.tiles import LOWEST, MASKED, lane_columns, load_logits, reduced_pair, sums_of_four
+from fastkd.ops.triton.tiles import (
+    LOWEST,
+    MASKED,
+    lane_columns,
+    load_logits,
+    reduced_pair,
+    sums_of_four,
+)
 
-STANDARDIZE_EPSILON = tl.constexpr(1e-7)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 # Bits of NEEDS. Tested as `BIT & NEEDS`, not `NEEDS & BIT`: in the interpreter NEEDS is an int, which does
@@ -41,14 +47,6 @@ class Pair(NamedTuple):
     teacher: Any
 
 
-class Moments(NamedTuple):
-    """Mean, sum of squared deviations and count of logits relative to a base."""
-
-    mean: Any
-    squares: Any
-    count: Any
-
-
 class Statistics(NamedTuple):
     """Sums over a row, or a lane or a part of it; x is the standardised z_s / T. All but the last exclude the
     label."""
@@ -67,7 +65,6 @@ class Statistics(NamedTuple):
 
 # Size of the partial results of a part of a row.
 WIDTH = tl.constexpr(len(Statistics._fields))
-MOMENTS_WIDTH = tl.constexpr(len(Moments._fields))
 
 
 @triton.jit
@@ -98,101 +95,15 @@ def in_units(dot, slopes, NEEDS: tl.constexpr):
     return dot if OWN_SLOPES & NEEDS else dot * slopes.student
 
 
-# ---- mean and deviation, for standardised logits --------------------------------------------------------
-
-
-@triton.jit
-def base_of_rows(rows, classes, exists, ROWS: tl.constexpr):
-    """The first logit of each row. Moments are relative to it: for a mean far above the spread, the rounding
-    of the mean would be as large as the deviations."""
-    return load_logits(rows, tl.zeros((ROWS, 1), tl.int32), classes, exists, "")
-
-
-@triton.jit
-def moments_of(rows, logits, classes, exists, first_tile, end_tile, ROWS: tl.constexpr, TILE: tl.constexpr,
-               ONE_TILE: tl.constexpr, LANE: tl.constexpr, VECTOR: tl.constexpr):  # fmt: skip
-    """Moments of tiles ``first_tile`` to ``end_tile``, or of the rows' only tile, ``logits``."""
-    base = base_of_rows(rows, classes, exists, ROWS)
-    if ONE_TILE:
-        inside = tl.arange(0, TILE)[None, :] < classes
-        count = classes.to(tl.float32)
-        above = tl.where(inside, logits - base, 0.0)
-        mean = tl.sum(above, 1, keep_dims=True) / count
-        centred = tl.where(inside, above - mean, 0.0)
-        return Moments(mean, tl.sum(centred * centred, 1, keep_dims=True), count + tl.zeros_like(mean))
-    else:
-        # Each lane's deviations are from its own first logit, which has the row's mean within a few
-        # deviations: the difference of the squares loses little.
-        first, columns = lane_columns(ROWS, TILE, LANE, VECTOR)
-        own = load_logits(rows, first_tile * TILE + first, classes, exists, "evict_last")
-        total = tl.zeros_like(own)
-        squares = tl.zeros_like(own)
-        count = tl.zeros_like(own)
-        for tile in range(first_tile, end_tile):
-            tile_columns = tile * TILE + columns
-            inside = tile_columns < classes
-            above = load_logits(rows, tile_columns, classes, exists, "evict_last") - own
-            above = tl.where(inside, above, 0.0)
-            total += tl.sum(above, 1, keep_dims=True)
-            squares += tl.sum(above * above, 1, keep_dims=True)
-            count += tl.sum(inside.to(tl.float32), 1, keep_dims=True)
-        some = tl.maximum(count, 1.0)
-        mean = tl.where(count > 0, (own - base) + total / some, 0.0)
-        return combine_moments(Moments(mean, squares - total * (total / some), count))
-
-
-@triton.jit
-def moments_of_both(
-    rows, student, teacher, classes, exists, first_tile, end_tile,
-    ROWS: tl.constexpr, TILE: tl.constexpr, ONE_TILE: tl.constexpr, LANE: tl.constexpr, VECTOR: tl.constexpr,
-):  # fmt: skip
-    of_student = moments_of(
-        rows.student, student, classes, exists, first_tile, end_tile, ROWS, TILE, ONE_TILE, LANE, VECTOR
-    )
-    of_teacher = moments_of(
-        rows.teacher, teacher, classes, exists, first_tile, end_tile, ROWS, TILE, ONE_TILE, LANE, VECTOR
-    )
-    return Pair(of_student, of_teacher)
-
-
-@triton.jit
-def combine_moments(parts):
-    """Moments of a whole, from those of its parts along the first axis (Chan et al.)."""
-    total = tl.sum(parts.count, 0, keep_dims=True)
-    mean = tl.sum(parts.mean * parts.count, 0, keep_dims=True) / total
-    deviation = parts.mean - mean
-    return Moments(
-        mean, tl.sum(parts.squares + parts.count * deviation * deviation, 0, keep_dims=True), total
-    )
-
-
-@triton.jit
-def load_moments(row_pointer, parts, PARTS: tl.constexpr):
-    """Moments of the whole row, from those of its parts in memory."""
-    part = tl.arange(0, PARTS)[:, None]
-    written = part < parts
-    pointer = row_pointer + part * (2 * MOMENTS_WIDTH)
-    mean = tl.load(pointer, mask=written, other=0.0)
-    squares = tl.load(pointer + 1, mask=written, other=0.0)
-    return combine_moments(Moments(mean, squares, tl.load(pointer + 2, mask=written, other=0.0)))
-
-
-@triton.jit
-def slope_of_moments(moments, temperature):
-    """1 / ((std + epsilon) T), and std."""
-    deviation = tl.sqrt(moments.squares / (moments.count - 1))
-    return 1.0 / ((deviation + STANDARDIZE_EPSILON) * temperature), deviation
-
-
-# ---- the sums of the softmax family ------------------------------------------------------------------
-
-
 @triton.jit
 def statistics_of_tile(
     student, teacher, columns, max_s, max_t, label, label_logit, classes, slopes, centre, NEEDS: tl.constexpr
 ):
     """Statistics of a tile relative to these maxima, along its second axis. The label's logits are masked."""
-    zero = tl.zeros_like(max_s)
+    a = student - max_s
+    exp_a = exponential(a, slopes.student)
+    sum_s = tl.sum(exp_a, 1, keep_dims=True)
+    zero = tl.zeros_like(sum_s)
     t1_s = zero
     sum_t = zero
     t1_t = zero
@@ -203,8 +114,6 @@ def statistics_of_tile(
     if LABEL_SMOOTHING & NEEDS:
         counted = (columns < classes) & (columns != label)
         above_label = tl.sum(tl.where(counted, student - label_logit, 0.0), 1, keep_dims=True)
-    a = student - max_s
-    exp_a = exponential(a, slopes.student)
     if STUDENT_AT_T1 & NEEDS:
         t1_s = tl.sum(exponential(a, 1.0), 1, keep_dims=True)
     if DISTILLS & NEEDS:
@@ -224,7 +133,6 @@ def statistics_of_tile(
             moment_s = tl.sum(exp_a * x, 1, keep_dims=True)
             moment_t = tl.sum(exp_b * x, 1, keep_dims=True)
         sum_t = tl.sum(exp_b, 1, keep_dims=True)
-    sum_s = tl.sum(exp_a, 1, keep_dims=True)
     return Statistics(max_s, sum_s, t1_s, max_t, sum_t, t1_t, dot, moment_s, moment_t, above_label)
 
 
@@ -269,14 +177,26 @@ def moved(total, shift, of, factor):
 
 
 @triton.jit
+def largest_of_both(max_s, max_t, NEEDS: tl.constexpr):
+    """The largest along the first axis."""
+    if DISTILLS & NEEDS:
+        max_s, max_t = reduced_pair(max_s, max_t, True)
+    else:
+        max_s = tl.max(max_s, 0, keep_dims=True)
+        max_t = max_s
+    return max_s, max_t
+
+
+@triton.jit
 def combine_statistics(parts, slopes, NEEDS: tl.constexpr):
     """Statistics of a whole, from those of its parts along the first axis."""
-    if DISTILLS & NEEDS:
-        max_s, max_t = reduced_pair(parts.max_s, parts.max_t, True)
-    else:
-        max_s = tl.max(parts.max_s, 0, keep_dims=True)
-        max_t = max_s
-    parts = rebased(parts, max_s, max_t, slopes, NEEDS)
+    max_s, max_t = largest_of_both(parts.max_s, parts.max_t, NEEDS)
+    return summed(rebased(parts, max_s, max_t, slopes, NEEDS), max_s, max_t, NEEDS)
+
+
+@triton.jit
+def summed(parts, max_s, max_t, NEEDS: tl.constexpr):
+    """The sums along the first axis of parts that are relative to the same maxima."""
     zero = tl.zeros_like(max_s)
     sum_t = zero
     dot = zero
@@ -319,12 +239,20 @@ def statistics_of(
     """Statistics of tiles ``first_tile`` to ``end_tile`` of ``rows``, or of the only tile, ``student`` and
     ``teacher`` with masked labels."""
     if ONE_TILE:
+        _, columns = lane_columns(ROWS, TILE, LANE, VECTOR)
         max_s = tl.max(student, 1, keep_dims=True)
         max_t = tl.max(teacher, 1, keep_dims=True) if DISTILLS & NEEDS else max_s
-        columns = tl.arange(0, TILE)[None, :]
-        return statistics_of_tile(
-            student, teacher, columns, max_s, max_t, label, label_logit, classes, slopes, centre, NEEDS
-        )
+        if ROWS > 1:
+            return statistics_of_tile(
+                student, teacher, columns, max_s, max_t, label, label_logit, classes, slopes, centre, NEEDS
+            )
+        else:
+            max_s, max_t = largest_of_both(max_s, max_t, NEEDS)
+            of_lanes = statistics_of_tile(
+                student, teacher, columns, max_s, max_t, label, label_logit, classes, slopes,
+                centre, NEEDS,
+            )  # fmt: skip
+            return summed(of_lanes, max_s, max_t, NEEDS)
     else:
         first, columns = lane_columns(ROWS, TILE, LANE, VECTOR)
         zero = tl.zeros_like(first).to(tl.float32)

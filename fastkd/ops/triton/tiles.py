@@ -152,6 +152,16 @@ def reduced_pair(a, b, LARGEST: tl.constexpr):
 
 
 @triton.jit
+def sums_of_tiles(a, b, ROWS: tl.constexpr):
+    """The sums of two tiles over their columns."""
+    a = tl.sum(a, 1, keep_dims=True)
+    b = tl.sum(b, 1, keep_dims=True)
+    if ROWS == 1:
+        a, b = reduced_pair(a, b, False)
+    return a, b
+
+
+@triton.jit
 def sums_of_four(a, b, c, d):
     """The sums of four columns."""
     if COMPILED:
