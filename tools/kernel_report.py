@@ -122,8 +122,9 @@ a GPU.**
 An element is one class of one row.
 
 - *Instructions per pass* are those of each loop over tiles, divided by the elements that it reads; rows of
-  1,000 classes have no loop, and the whole kernel counts (JSD, TVD, skew KL and the binary losses have loops
-  there too). *Before*: with statistics per row instead of per thread, Triton 3.8, 2026-11-26.
+  1,000 classes have no loop, and the whole kernel counts (of the binary losses, which have one, the loop).
+  *Before*: with statistics per row instead of per thread, Triton 3.8, 2026-11-26; JSD, TVD and skew KL of
+  1,000 classes had three loops then, and only these were counted.
 - *Warps*: resident on a multiprocessor, of 64.
 - *Special*: exponentials, logarithms, reciprocals and square roots.
 - *Load*: the narrowest that a tile needs. *Exchanges*: barriers and shuffles in loops.

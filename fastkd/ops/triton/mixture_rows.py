@@ -261,7 +261,7 @@ def mixture_rows(
     teacher_strides = (teacher_outer_stride, teacher_inner_stride)
     strides = (student_strides, teacher_strides, weight_stride, gradient_stride)
     values = numbers_of(numbers, dynamic_pointer, DYNAMIC)
-    if PHASE == WHOLE:
+    if PHASE == WHOLE and not ONE_TILE:
         for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
             mixture_block(
                 block, logits, weight_pointer, outputs, partials, sizes, strides, scale, values, FORMULA,
