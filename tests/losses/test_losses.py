@@ -5,6 +5,7 @@ grad_output is random: a backward that ignores it, or scales all rows alike, fai
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastkd
 from fastkd.bench.cases import memory_bound
@@ -378,6 +379,24 @@ def test_distill_terms(fused, reduction):
     )
     _, few = fastkd.distill_loss(student, teacher, target, ce_weight=1.0, kd_weight=1.0)
     assert list(few) == ["ce", "kd"]
+
+
+def test_a_cross_entropy_alone_is_computed_at_temperature_1():
+    """At another one the kernels would compute two exponentials of each class."""
+
+    class Options(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            if operator is torch.ops.fastkd.row_loss.default:
+                names = [argument.name for argument in operator._schema.arguments]
+                given.append(args[names.index("options")][0])
+            return operator(*args, **(kwargs or {}))
+
+    given = []
+    student, teacher, target = make_logits(5, 60)
+    with Options():
+        for weights in ({}, {"kd_weight": 0.5}):
+            fastkd.distill_loss(student, teacher, target, ce_weight=0.7, temperature=4.0, **weights)
+    assert given == [1.0, 4.0]
 
 
 def test_binary_kl_norm_where_the_released_formula_overflows(fused):

@@ -46,6 +46,14 @@ def test_rows_are_split_bounded_or_grouped_by_shape():
     assert short.one_tile
 
 
+@given(st.sampled_from(list(plan.KINDS)), st.integers(2, 512), st.sampled_from([2, 4]))
+def test_rows_that_share_a_program_share_one_warp(kind, classes, element_bytes):
+    planned = plan.plan_rows(kind, 1000, classes, element_bytes, H100)
+    if planned.rows > 1:
+        assert planned.warps == 1
+        assert planned.rows * planned.tile <= 16 * 32  # a thread has 16 logits at most
+
+
 @given(st.integers(1, 100_000), st.integers(1, 3_000_000))
 def test_plans_for_known_classes_cover_the_rows(rows, classes):
     planned = plan.plan_known(rows, classes, H100)
