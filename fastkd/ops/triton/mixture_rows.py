@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fastkd.ops.triton.formulas import Probabilities, expm1_of_negative, log_ratio
+from fastkd.ops.triton.formulas import Probabilities
 from fastkd.ops.triton.row_sums import sum_rows
+from fastkd.ops.triton.scalar_math import expm1_of_negative, log_ratio
 from fastkd.ops.triton.softmax_rows import GRADIENT, STATISTICS, WHOLE
 from fastkd.ops.triton.statistics import (
     DISTILLS,
