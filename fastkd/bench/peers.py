@@ -71,6 +71,17 @@ def eager_jsd(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
     return (0.5 * teacher + 0.5 * student).sum() / s.shape[0]
 
 
+def eager_tvd(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    return (F.softmax(t, -1) - F.softmax(s, -1)).abs().sum(-1).mean() / 2
+
+
+def eager_skew_kl(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    """KL(p || 0.1 p + 0.9 q) from log-probabilities."""
+    log_q, log_p = F.log_softmax(s, -1), F.log_softmax(t, -1)
+    log_m = torch.logaddexp(log_p + math.log(0.1), log_q + math.log(0.9))
+    return (log_p.exp() * (log_p - log_m)).sum(-1).mean()
+
+
 def _reference(name: str) -> Loss:
     """Return the specification of a case, in plain torch: for losses without a usual form above."""
     loss, case = CASES[name]
@@ -84,6 +95,8 @@ _USUAL: dict[str, Loss] = {
     "ce-kd": eager_ce_kd,
     "lskd": eager_lskd,
     "jsd": eager_jsd,
+    "tvd": eager_tvd,
+    "skew-kl": eager_skew_kl,
 }
 EAGER: dict[str, Loss] = {name: _USUAL.get(name) or _reference(name) for name in FASTKD}
 
