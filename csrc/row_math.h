@@ -135,14 +135,16 @@ FASTKD_ROW_FUNCTION void add_sums(SoftmaxStatistics<Real>& row, const SoftmaxSta
   row.logit_sum += part.logit_sum;
 }
 
-// log(1 + x) for -1/2 <= x <= 1. The float version is 2 atanh(x / (2 + x)), a minimax fit with a relative error of 4e-9:
-// a third of log1pf's instructions.
-FASTKD_ROW_FUNCTION double log1p_near_zero(double x) { return std::log1p(x); }
-FASTKD_ROW_FUNCTION float log1p_near_zero(float x) {
-  const float w = x / (2 + x), s = w * w;
+// 2 atanh(w) = log((1 + w) / (1 - w)) for |w| <= 1/3, relative error 4e-9.
+FASTKD_ROW_FUNCTION float twice_atanh(float w) {
+  const float s = w * w;
   const float tail = std::fma(s, std::fma(s, std::fma(s, 0.281950615f, 0.279569799f), 0.400251554f), 0.666663094f);
   return w * std::fma(s, tail, 2.0f);
 }
+
+// log(1 + x) for -1/2 <= x <= 1; the float version has a third of log1pf's instructions.
+FASTKD_ROW_FUNCTION double log1p_near_zero(double x) { return std::log1p(x); }
+FASTKD_ROW_FUNCTION float log1p_near_zero(float x) { return twice_atanh(x / (2 + x)); }
 
 // sigmoid(x), sigmoid(-x), softplus(x) = -log sigmoid(-x) and softplus(-x) of log odds x, from one exponential.
 template <class Real>

@@ -1,6 +1,7 @@
 // Logarithms and exponentials without cancellation for close arguments.
 #pragma once
 
+#include "../row_math.h"
 #include "device.h"
 
 namespace fastkd {
@@ -9,13 +10,6 @@ namespace cuda {
 constexpr float kLog2E = 1.44269504f;
 // Added to a number below 2^22 it rounds it to an integer, which is then in the lowest bits.
 constexpr float kRounder = 12582912.0f;
-
-// 2 atanh(w) = log((1 + w) / (1 - w)) for |w| <= 1/3, relative error 4e-9.
-FASTKD_DEVICE float twice_atanh(float w) {
-  const float s = w * w;
-  const float tail = fused(s, fused(s, fused(s, 0.281950615f, 0.279569799f), 0.400251554f), 0.666663094f);
-  return w * fused(s, tail, 2.0f);
-}
 
 // 2^y - 1 for y <= 0, without cancellation near 0.
 FASTKD_DEVICE float exp2_minus_one(float y) {
@@ -57,7 +51,7 @@ struct ScalarMath {
   }
   static FASTKD_DEVICE float exp(float x) { return power_of_two(x * kLog2E); }
   static FASTKD_DEVICE float exp2_minus_one(float y) { return cuda::exp2_minus_one(y); }
-  static FASTKD_DEVICE float twice_atanh(float w) { return cuda::twice_atanh(w); }
+  static FASTKD_DEVICE float twice_atanh(float w) { return fastkd::twice_atanh(w); }
   static FASTKD_DEVICE float times_log_ratio(float x, float m, float above) {
     return cuda::times_log_ratio(x, m, above);
   }
