@@ -5,7 +5,8 @@
     python benchmarks/studies/compare_methods.py glyphs --table FILE.jsonl
 
 The rows of each problem are in ``comparison_rows.py``: recipes with overrides. key=value words apply to every
-row; {seed} in one is replaced. FILE gets one line per run as it ends, with the commit that it was made at.
+row; {seed} in one is replaced. With ``--cache FOLDER``, of `fastkd cache-teacher`, rows that read nothing of
+the teacher but its logits train from these ({seed} is replaced here too). FILE gets one line per run as it ends, with the commit that it was made at.
 Runs already in it are not repeated, so several processes with different ``--rows`` can share it; a row whose
 recipe equals another row's takes its result, and a row whose recipe has changed is trained again.
 """
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="all of the problem's if not given")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED")
     parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="FOLDER")
+    parser.add_argument("--cache", metavar="FOLDER", help="the teacher's logits, stored")
     files = parser.add_mutually_exclusive_group(required=True)
     files.add_argument("--output", type=Path, metavar="FILE.jsonl")
     files.add_argument("--table", type=Path, metavar="FILE.jsonl", help="print it")
@@ -55,17 +57,19 @@ def main() -> None:
         return
     for seed in args.seeds:
         for label in args.rows or rows:
-            train(args.problem, label, rows[label], seed, args.overrides, args.output, args.runs)
+            train(label, rows[label], seed, args)
 
 
-def train(
-    problem: str, label: str, words: list[str], seed: int, overrides: list[str], output: Path, runs: Path
-) -> None:
-    """One run, unless ``output`` has it."""
-    given = [word.replace("{seed}", str(seed)) for word in overrides]
+def train(label: str, words: list[str], seed: int, args: argparse.Namespace) -> None:
+    """One run, unless ``args.output`` has it."""
+    problem, output = args.problem, args.output
+    cached = [f"teacher.cache={args.cache}"] if args.cache else []
+    given = [word.replace("{seed}", str(seed)) for word in [*args.overrides, *cached]]
     name, recipe = load_recipe(words[0], [*words[1:], *given, f"train.seed={seed}"])
-    key = {"problem": problem, "row": label, "seed": seed, "overrides": overrides}
-    key["recipe"] = short_digest_of({**recipe.flat(), "description": ""})
+    key = {"problem": problem, "row": label, "seed": seed, "overrides": args.overrides}
+    # Where the teacher's logits come from is not part of what is compared.
+    compared = {option: value for option, value in recipe.flat().items() if option != "teacher.cache"}
+    key["recipe"] = short_digest_of({**compared, "description": ""})
     equal = [line for line in read(output) if line["recipe"] == key["recipe"]]
     if equal:
         if not any(line["row"] == label for line in equal):
@@ -73,12 +77,12 @@ def train(
         return
     console = make_console()
     console.print(f"{problem}, {label}, seed {seed}", markup=False)
-    summary = run_recipe(name, recipe, runs=runs, console=console)
+    summary = run_recipe(name, recipe, runs=args.runs, console=console)
     teacher = summary["teacher"] or {}
     line = {**key, "words": words}
     line |= {which: summary[which] for which in ("best", "last", "made_with")}
     line |= {"teacher": teacher.get("val_accuracy"), "seconds": round(sum(summary["seconds"].values()), 1)}
-    append(output, {**line, "commit": commit()})
+    append(output, {**line, "cache": bool(cached), "commit": commit()})
 
 
 def commit() -> str:
