@@ -38,6 +38,18 @@ def pytest_report_header():
     return f"native CPU kernels: {native.instruction_set()}; lower ones for the matrix of losses: {lower}"
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _interpreter():
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    from tests import triton_interpreter
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        triton_interpreter.speed_up(monkeypatch)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
