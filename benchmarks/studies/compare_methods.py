@@ -6,9 +6,10 @@
 
 The rows of each problem are in ``comparison_rows.py``: recipes with overrides. key=value words apply to every
 row; {seed} in one is replaced. With ``--cache FOLDER``, of `fastkd cache-teacher`, rows that read nothing of
-the teacher but its logits train from these ({seed} is replaced here too). FILE gets one line per run as it ends, with the commit that it was made at.
-Runs already in it are not repeated, so several processes with different ``--rows`` can share it; a row whose
-recipe equals another row's takes its result, and a row whose recipe has changed is trained again.
+the teacher but its logits train from these; {seed} is replaced here too. FILE gets one line per run as it
+ends, with the commit that it was made at. Runs already in it are not repeated, so several processes with
+different ``--rows`` can share it; a row whose recipe equals another row's takes its result, and a row whose
+recipe has changed is trained again.
 """
 
 from __future__ import annotations
