@@ -39,7 +39,7 @@ class Source(Protocol):
     def name(self, index: int) -> str: ...
 
     def digest(self) -> str:
-        """Identifies the content by names, sizes and labels; pixels are not read."""
+        """Identifies the content by names and labels, in shards also by sizes; pixels are not read."""
 
 
 class FolderSource:

@@ -47,12 +47,20 @@ def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> tuple[str, 
     return name_of(found.name, changed), recipe
 
 
+# Terms that any method may have beside its own, and that read the teacher.
+_TERMS = ("method.hint_weight", "method.distance_weight", "method.angle_weight")
+
+
 def _overridden(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """``values`` overridden by ``given``; options of a replaced method, network or source are dropped."""
+    """``values`` overridden by ``given``; what was for a replaced method, network or source is dropped."""
     kept = dict(values)
-    if "method" in given:  # the options in the recipe are for its own method
-        kept = {key: value for key, value in kept.items() if not key.startswith("method.")}
-    if "teacher.checkpoint" in given:
+    if given.get("method", values.get("method")) != values.get("method"):
+        # The options in the recipe are for its own method, and cross-entropy alone does not read its teacher.
+        read = any(given.get(key) for key in _TERMS) or any(key.startswith("teacher.") for key in given)
+        alone = given["method"] == "cross_entropy" and not read
+        dropped = ("method.", "teacher.") if alone else ("method.",)
+        kept = {key: value for key, value in kept.items() if not key.startswith(dropped)}
+    if given.get("teacher.checkpoint") is not None:
         kept.pop("teacher.weights", None)
     for section in ("student", "teacher"):
         if f"{section}.name" in given and given[f"{section}.name"] != values.get(f"{section}.name"):
@@ -63,7 +71,7 @@ def _overridden(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str
 def without_effect(recipe: Recipe, overrides: Iterable[str]) -> list[str]:
     """Notes on overrides of the teacher's training when the teacher is not trained."""
     teacher = recipe.teacher
-    made = ("cache", "checkpoint", "weights")
+    made = ("checkpoint", "weights")  # a cache must be of a teacher that was trained as the recipe says
     source = next((key for key in made if teacher is not None and getattr(teacher, key) is not None), None)
     keys = [override.partition("=")[0] for override in overrides]
     # batch_size is used to validate it.

@@ -16,6 +16,7 @@ import torch
 from fastkd.cli import main
 from fastkd.data.glyphs.loader import load_glyph_data
 from fastkd.errors import RecipeError
+from fastkd.recipe.files import dump_flat_yaml
 from fastkd.recipe.schema import load_recipe, without_effect
 from fastkd.recipe.sections import GlyphsData
 from fastkd.train.commands.plot import read_shown
@@ -62,6 +63,8 @@ def test_another_method_is_another_name(tiny: list[str], capsys: pytest.CaptureF
         (["teacher.name=small_cnn", "teacher.width=3"], "glyphs/kd teacher.name=small_cnn",
          "… at temperature 4; with teacher.name=small_cnn, teacher.width=3"),
         (["method=nkd", "description=mine"], "glyphs/kd method=nkd", "mine"),
+        (["train.epochs=3", "data.fonts=/mine", "teacher.checkpoint=/mine/t.pt"], "glyphs/kd",
+         "… at temperature 4; with train.epochs=3"),
     ],
 )  # fmt: skip
 def test_names_and_descriptions(overrides: list[str], name: str, description: str) -> None:
@@ -79,6 +82,40 @@ def test_overrides_of_overrides() -> None:
     write_recipe(Path("run"), "glyphs/kd method=dkd", recipe)
     assert load_recipe("run/recipe.yaml") == ("glyphs/kd method=dkd", recipe)
     assert load_recipe("run/recipe.yaml", ["method=nkd"])[0] == "glyphs/kd method=nkd"
+
+
+@pytest.mark.parametrize("first", [["train.epochs=2"], ["train.epochs=2", "method=dkd"]])
+def test_a_description_says_each_override_once(first: list[str]) -> None:
+    Path("recipe.yaml").write_text(dump_flat_yaml(load_recipe("glyphs/kd", first)[1].flat()))
+    text = load_recipe("recipe.yaml")[1].description
+    assert text.count("train.epochs=2") == 1
+    more = load_recipe("recipe.yaml", ["train.epochs=3", "train.lr=0.5"])[1].description
+    assert more == text.replace("train.epochs=2", "train.epochs=3") + ", train.lr=0.5"
+
+
+def test_paths_are_not_described() -> None:
+    words = ["data.root=tree", "data.train=/home/me/train", "teacher.checkpoint=t.pt", "data.size=32"]
+    description = load_recipe("imagenet/r18-kd", words)[1].description
+    assert description.endswith("; with data.size=32")
+    words = ["method.teacher_heads=heads.pt", "method.alpha=2.0"]
+    assert load_recipe("glyphs/mhkd", words)[1].description.endswith("; with method.alpha=2.0")
+
+
+def test_the_recipes_own_method_keeps_its_options() -> None:
+    plain, named = load_recipe("glyphs/dkd"), load_recipe("glyphs/dkd", ["method=dkd"])
+    assert named == plain
+
+
+def test_a_student_alone_has_no_teacher() -> None:
+    for name in ("glyphs/kd", "imagenet/r18-kd"):
+        assert load_recipe(name, ["method=cross_entropy"])[1].teacher is None
+    hinted = ["method=cross_entropy", "method.hint_weight=1.0", "method.hint_layer=stages.2"]
+    assert load_recipe("glyphs/kd", hinted)[1].teacher is not None
+
+
+def test_no_checkpoint_is_no_reason_to_drop_the_weights() -> None:
+    teacher = load_recipe("imagenet/r18-kd", ["teacher.checkpoint=null"])[1].teacher
+    assert teacher == load_recipe("imagenet/r18-kd")[1].teacher
 
 
 def test_a_method_keeps_the_options_given_with_it() -> None:
@@ -117,6 +154,8 @@ def test_settings_of_a_training_that_does_not_happen() -> None:
     ]
     assert without_effect(load_recipe("glyphs/kd", words)[1], words) == []
     assert without_effect(load_recipe("glyphs/student")[1], words) == []
+    # A cache is refused if its teacher was trained in another way.
+    assert without_effect(load_recipe("glyphs/kd", [*words, "teacher.cache=c"])[1], words) == []
 
 
 def hint(out: str) -> list[str]:

@@ -26,6 +26,7 @@ from fastkd.train.run.fitting import read_state
 from fastkd.train.run.folder import next_run_folder
 from fastkd.train.run.resume import check_recipe, identity
 from fastkd.train.run.run import Prepared, prepare
+from fastkd.train.run.seeds import check_cache_of_seeds
 from fastkd.train.run.teachers import described, folder_of, teacher_hash
 from fastkd.train.trial import try_step
 
@@ -39,6 +40,7 @@ def dry_run(
     """
     if distributed.world() > 1:
         raise RecipeError("--dry-run needs a single process: start it without torchrun")
+    check_cache_of_seeds(recipe, seeds)
     ready = prepare(name, recipe, console)
     done = 0 if folder is None else _epochs_done(ready, recipe, folder, console)
     randoms = get_random_state()

@@ -16,9 +16,8 @@ from fastkd.train import distributed
 from fastkd.train.evaluation import evaluate_rows
 from fastkd.train.run.build import build_network, resolve_device, tried
 from fastkd.train.run.checkpoint import load_checkpoint
-from fastkd.train.run.folder import averaged_weights
 from fastkd.train.run.teachers import load_given_teacher
-from fastkd.train.run.weights import load_weights, state_dict_in
+from fastkd.train.run.weights import averaged_weights, load_weights, state_dict_in
 from fastkd.train.state_dicts import fill
 
 

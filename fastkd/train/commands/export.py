@@ -54,6 +54,12 @@ def run(args: argparse.Namespace) -> int:
     beside = path.with_suffix(".json")
     if path == beside:
         raise ExportError(f"--to {path}: that is the name of the description; expected another suffix")
+    other = {suffix: form for form, suffix in SUFFIXES.items()}.get(path.suffix, args.format)
+    if other != args.format:
+        raise ExportError(
+            f"--to {path}: {path.suffix} is the suffix of --format {other}; expected "
+            f"{SUFFIXES[args.format]} for --format {args.format}"
+        )
     if path.exists():
         raise ExportError(f"{path} already exists and is not overwritten; choose another file with --to")
     model, about = read_student(args.folder, args.weights)

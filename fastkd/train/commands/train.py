@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,8 +108,6 @@ def _run_launched(args: argparse.Namespace) -> int:
     runs: Path = args.runs
     folder: Path | None = Path(args.resume) if args.resume else None
     count: int | None = args.seeds
-    if count and distributed.world() > 1:
-        raise RecipeError("--seeds needs a single process; start each seed on its own: train.seed=…")
     if folder is not None:
         if count or any("=" not in word for word in args.words):
             raise RecipeError(
@@ -123,10 +122,9 @@ def _run_launched(args: argparse.Namespace) -> int:
         name, recipe = load_recipe(str(folder / "recipe.yaml"), args.words)
         check_command(args, recipe)
         # Teachers are stored beside the runs that use them.
-        runs = folder.parent
-        count = seed_count(folder) if is_seed_group(folder) else None
+        runs = _above(folder)
         if is_seed_group(runs):
-            runs = runs.parent
+            runs = _above(runs)
     else:
         name, recipe = load_recipe(_recipe_of(args.words), args.words[1:])
         check_command(args, recipe)
@@ -137,10 +135,23 @@ def _run_launched(args: argparse.Namespace) -> int:
                 raise RecipeError("--resume with --seeds needs the run folder")
             folder = distributed.from_first(find_run(runs, name, recipe) if distributed.is_first() else None)
             console.print(f"resuming {folder}" if folder else "no run of this recipe yet", markup=False)
+    if folder is not None and is_seed_group(folder):
+        if args.eval_only:
+            raise RecipeError(
+                f"--eval-only: {folder} is a group of seeds; name one of its runs: --resume {folder}/seed-…"
+            )
+        count = seed_count(folder)
+    if count and distributed.world() > 1:
+        raise RecipeError("--seeds needs a single process; start each seed on its own: train.seed=…")
     summary = _summary_of(args, name, recipe, count, runs, folder, console)
     if args.json and distributed.is_first():
         print_json(summary)
     return 0
+
+
+def _above(folder: Path) -> Path:
+    """The folder that ``folder`` is in, also of ``.`` and ``..``, whose ``parent`` is ``.``."""
+    return folder.parent if folder.name not in ("", "..") else Path(os.path.abspath(folder)).parent
 
 
 def _summary_of(

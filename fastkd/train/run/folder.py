@@ -21,12 +21,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from torch import Tensor
-
-from fastkd.errors import CheckpointError, NonFiniteLossError, StorageError
+from fastkd.errors import CheckpointError, NonFiniteLossError, RecipeError, StorageError
 from fastkd.files.atomic import write_atomically
 from fastkd.files.regular import read_regular
-from fastkd.recipe.files import dump_flat_yaml
+from fastkd.recipe.files import dump_flat_yaml, parse_flat_yaml
 from fastkd.recipe.sections import Recipe
 from fastkd.train.batches import Batch
 from fastkd.train.display.curves import plot_curves
@@ -34,6 +32,7 @@ from fastkd.train.evaluation import ACCURACIES, best_of
 from fastkd.train.watcher import ForwardingWatcher, Record, Watcher
 
 from .checkpoint import load_checkpoint, save_checkpoint
+from .weights import averaged_weights
 
 _PREVIOUS = "previous.pt"
 
@@ -61,14 +60,17 @@ def next_run_folder(runs: Path, name: str) -> Path:
 
 def find_run(runs: Path, name: str, recipe: Recipe) -> Path | None:
     """The newest run folder with exactly this recipe, finished or not; None if there is none."""
-    text = dump_flat_yaml(recipe.flat())
+    wanted = _apart_from_description(dump_flat_yaml(recipe.flat()))
     for _, folder in sorted(_folders_of(runs, name).items(), reverse=True):
-        try:
-            if read_regular(folder / "recipe.yaml") == text.encode():
+        with contextlib.suppress(OSError, UnicodeDecodeError, RecipeError):
+            if _apart_from_description(read_regular(folder / "recipe.yaml").decode()) == wanted:
                 return folder
-        except OSError:
-            continue
     return None
+
+
+def _apart_from_description(text: str) -> dict[str, Any]:
+    """The values of a recipe. A run that was extended describes the same recipe in other words."""
+    return {key: value for key, value in parse_flat_yaml(text, "a run").items() if key != "description"}
 
 
 def _stem(name: str) -> str:
@@ -230,8 +232,3 @@ class RunRecorder(ForwardingWatcher):
 
     def _save(self, state: dict[str, Any]) -> None:
         save_checkpoint(self._folder / "last.pt", state, keep_as=self._folder / _PREVIOUS)
-
-
-def averaged_weights(ema: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The student's state dict, from that of its average."""
-    return {key.removeprefix("module."): value for key, value in ema.items() if key.startswith("module.")}

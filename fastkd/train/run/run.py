@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +84,17 @@ def prepare(name: str, recipe: Recipe, console: Console) -> Prepared:
 
 
 def run_recipe(
-    name: str, recipe: Recipe, *, runs: Path, console: Console, folder: Path | None = None
+    name: str,
+    recipe: Recipe,
+    *,
+    runs: Path,
+    console: Console,
+    folder: Path | None = None,
+    create: Callable[[], Path] | None = None,
 ) -> dict[str, Any]:
     """Train the teacher if it has no checkpoint yet, then the student; returns the summary.
 
-    Creates a run folder in ``runs``, unless ``folder`` names one to resume.
+    Creates a run folder, in ``runs`` or by ``create``, unless ``folder`` names one to resume.
 
     Raises ``TrainError`` for what a user can fix, and ``Stopped`` at Ctrl-C.
     """
@@ -97,7 +105,8 @@ def run_recipe(
         known_as = identity(recipe, short_digest_of(data.fingerprint), made_by)
         check_content(data, made_by)
         if folder is None:
-            folder = distributed.from_first(create_run_folder(runs, name) if distributed.is_first() else None)
+            create = create or partial(create_run_folder, runs, name)
+            folder = distributed.from_first(create() if distributed.is_first() else None)
         check_folder(folder)
         with StopSignals(), owned(folder):
             resume = read_state(folder, "student", console)
@@ -120,7 +129,7 @@ def run_recipe(
     except Preempted as error:
         raise Preempted(f"{error}; to resume: fastkd train --resume {folder}") from None
     except (NonFiniteLossError, DataError) as error:
-        if folder is None:
+        if folder is None or not (folder / "last.pt").exists():
             raise
         raise type(error)(f"{error}; the run folder {folder} keeps the earlier epochs") from None
     except StorageError as error:

@@ -13,6 +13,7 @@ from fastkd.recipe.sections import Recipe
 
 from .folder import create_run_folder, is_summary, read_json, write_json, write_recipe
 from .run import Stopped, run_recipe
+from .teacher_cache import CacheError, TeacherCache
 
 _GROUP = "seeds.json"
 
@@ -27,25 +28,47 @@ def run_seeds(
     """Run the seeds ``train.seed`` … ``train.seed + count - 1``, except those that ``folder`` has finished.
 
     Returns the group's folder and the summaries. Raises what ``run_recipe`` raises; ``Stopped`` names the
-    group.
+    group. A new group has no folder until its first seed is known to be usable.
     """
-    if folder is None:
-        folder = create_run_folder(runs, name)
-        write_recipe(folder, name, recipe)
-        write_json(folder / _GROUP, {"count": count})
-    summaries = []
+    check_cache_of_seeds(recipe, count)
+    summaries: list[dict[str, Any]] = []
     for seed in range(recipe.train.seed, recipe.train.seed + count):
-        run = folder / f"seed-{seed}"
-        make_folder(run)
-        summary = read_json(run / "summary.json")
+
+        def create(seed: int = seed) -> Path:
+            nonlocal folder
+            if folder is None:
+                folder = create_run_folder(runs, name)
+                write_recipe(folder, name, recipe)
+                write_json(folder / _GROUP, {"count": count})
+            run = folder / f"seed-{seed}"
+            make_folder(run)
+            return run
+
+        run = None if folder is None else create()
+        summary: dict[str, Any] = {} if run is None else read_json(run / "summary.json")
         if not is_summary(summary):
             seeded = recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": seed})})
             try:
-                summary = run_recipe(name, seeded, runs=runs, console=console, folder=run)
+                summary = run_recipe(name, seeded, runs=runs, console=console, folder=run, create=create)
             except KeyboardInterrupt:
+                if folder is None:
+                    raise
                 raise Stopped(folder) from None
         summaries.append(summary)
+    assert folder is not None
     return folder, summaries
+
+
+def check_cache_of_seeds(recipe: Recipe, count: int) -> None:
+    """Raise ``CacheError`` if the recipe's cache has images that were drawn with one seed."""
+    if count > 1 and recipe.teacher is not None and recipe.teacher.cache is not None:
+        cache = TeacherCache(Path(recipe.teacher.cache))
+        seed = cache.facts.get("seed")
+        if seed is not None:
+            raise CacheError(
+                f"--seeds {count}: teacher.cache = {cache.folder} has the images of train.seed={seed} alone; "
+                "create a cache for each seed and start each on its own with train.seed=…"
+            )
 
 
 def seed_count(folder: Path) -> int:

@@ -21,8 +21,8 @@ from fastkd.version import __version__
 
 from .about import About, Network, make_about, without_paths
 from .checkpoint import load_checkpoint
-from .folder import averaged_weights, read_json
-from .weights import state_dict_in
+from .folder import read_json
+from .weights import averaged_weights, state_dict_in
 
 
 def read_student(

@@ -235,6 +235,11 @@ class CacheWriter:
                 raise CacheError(
                     f"{self.partial} was started for another recipe or store; choose another folder"
                 )
+        elif any(self.partial.iterdir()):
+            raise CacheError(
+                f"{self.partial} exists and is not a cache that was begun (it has no {_FACTS}); choose "
+                "another folder"
+            )
         else:
             sealed = {**self._facts, "sha256": digest_of(self._facts)}
             text = json.dumps(sealed, indent=2) + "\n"

@@ -33,6 +33,8 @@ def load_weights(model: nn.Module, path: Path, *, num_classes: int, remedy: str)
     """
     content = load_checkpoint(path, remedy=remedy)
     facts = content if "format" in content else {}
+    if facts.get("ema"):  # the state of a run, whose average was validated
+        content = {**content, _WRAPPERS[0]: averaged_weights(facts["ema"])}
     trained_classes = facts.get("num_classes", num_classes)
     if trained_classes != num_classes:
         raise CheckpointError(
@@ -51,6 +53,11 @@ def load_weights(model: nn.Module, path: Path, *, num_classes: int, remedy: str)
         )
     fill(model, weights, f"checkpoint {path}", remedy)
     return {key: value for key, value in facts.items() if key not in _WRAPPERS}
+
+
+def averaged_weights(ema: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The student's state dict, from that of its average."""
+    return {key.removeprefix("module."): value for key, value in ema.items() if key.startswith("module.")}
 
 
 def state_dict_in(content: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor] | None:

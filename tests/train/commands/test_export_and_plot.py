@@ -98,7 +98,7 @@ def _has_onnx() -> bool:
 
 
 def test_refused_exports(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run, path = runs / "fashion-mnist-dhkd-001", tmp_path / "s.pt"
+    run, path = runs / "fashion-mnist-dhkd-001", tmp_path / "s.safetensors"
 
     def refused(*words: str) -> str:
         capsys.readouterr()
@@ -112,10 +112,17 @@ def test_refused_exports(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     other.mkdir()
     (other / "s.json").write_text("mine")
     assert "other/s.json already exists, is not the description" in refused(
-        str(run), "--to", str(other / "s.pt")
+        str(run), "--to", str(other / "s.safetensors")
     )
     assert [path.name for path in other.iterdir()] == ["s.json"]
     assert "expected another suffix" in refused(str(run), "--to", str(tmp_path / "new.json"))
+    for form, name, expected in (
+        ("state_dict", "new.safetensors", ".pt"),
+        ("safetensors", "new.pt", ".safetensors"),
+    ):
+        words = refused(str(run), "--format", form, "--to", str(tmp_path / name))
+        assert f"expected {expected} for --format {form}" in words
+        assert not (tmp_path / name).exists()
     assert "is a group of seeds" in refused(str(runs / "fashion-mnist-student-001"))
     assert "is not a run folder" in refused(str(tmp_path))
 

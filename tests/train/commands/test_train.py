@@ -144,6 +144,53 @@ def test_seeds(workplace: Path, fonts: Path, capsys: pytest.CaptureFixture[str])
     assert f"{statistics.mean(last):.2f} ± {statistics.stdev(last):.2f}" in capsys.readouterr().out
     assert (group / "seed-5" / "last.pt").stat().st_mtime_ns == untouched
 
+    # The recipe finds the group, as it finds a run.
+    (group / "seed-6" / "summary.json").unlink()
+    before = {path.name for path in group.iterdir()}
+    assert main(["train", "glyphs/student", *arguments, "--resume"]) == 0
+    assert "resuming runs/glyphs-student-001" in capsys.readouterr().out
+    assert (group / "seed-6" / "summary.json").exists()
+    assert {path.name for path in group.iterdir()} == before
+    assert [path.name for path in (workplace / "runs").iterdir()] == ["glyphs-student-001"]
+    assert main(["train", "--resume", str(group), "--eval-only"]) == 2
+    assert "is a group of seeds; name one of its runs" in capsys.readouterr().err
+
+
+def test_seeds_of_unusable_data_leave_nothing(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "fashion-mnist/kd", "--seeds", "2"]) == 2
+    err = capsys.readouterr().err
+    assert "data.folder is missing" in err
+    assert "earlier epochs" not in err
+    assert not (workplace / "runs").exists()
+
+
+def test_resuming_from_within_a_run_folder(
+    tiny: list[str], workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = ["train.epochs=1", "teacher.epochs=1", "train.schedule=constant"]
+    assert main(["train", "glyphs/kd", *tiny, *short, "--seeds", "1"]) == 0
+    group = workplace / "runs" / "glyphs-kd-001"
+    for place, folder, epochs in ((group / "seed-0", ".", 2), (group, "seed-0", 3), (group, ".", None)):
+        monkeypatch.chdir(place)
+        words = [] if epochs is None else [f"train.epochs={epochs}"]
+        capsys.readouterr()
+        assert main(["train", "--resume", folder, *words]) == 0
+        assert "teacher epoch" not in capsys.readouterr().out
+        assert [path.name for path in workplace.rglob("teachers")] == ["teachers"]
+    assert len(metrics(group / "seed-0")) == 3
+
+
+def test_an_extended_run_is_found_by_its_recipe(
+    workplace: Path, fonts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["glyphs/student", *tiny_student(fonts), "train.schedule=constant"]
+    assert main(["train", *arguments, "train.epochs=1"]) == 0
+    for epochs in (2, 3):
+        assert main(["train", "--resume", "runs/glyphs-student-001", f"train.epochs={epochs}"]) == 0
+    capsys.readouterr()
+    assert main(["train", *arguments, "train.epochs=3", "--resume"]) == 0
+    assert "resuming runs/glyphs-student-001" in capsys.readouterr().out
+
 
 @pytest.mark.parametrize("during", ["teacher", "student"])
 def test_ctrl_c_and_going_on(tiny: list[str], workplace: Path, during: str) -> None:

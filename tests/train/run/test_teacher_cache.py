@@ -64,6 +64,15 @@ def test_a_cache_is_complete_resumed_and_never_overwritten(tmp_path: Path) -> No
         )
 
 
+def test_a_folder_of_the_users_own_is_left_alone(tmp_path: Path) -> None:
+    mine = tmp_path / "cache.partial" / "mine.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    with pytest.raises(CacheError, match="not a cache that was begun"):
+        CacheWriter(tmp_path / "cache", FACTS, STORE)
+    assert [path.name for path in mine.parent.iterdir()] == ["mine.txt"]
+
+
 def test_a_full_disk_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -152,6 +152,17 @@ def test_an_interrupted_cache_is_resumed(recipe: list[str], capsys: pytest.Captu
     assert TeacherCache(Path("cache")).facts["store"] == "features"
 
 
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_seeds_with_the_images_of_one(
+    made: Path, more: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(made)
+    words = ["imagenet/r18-dkd", "data.root=tree", *TINY, "teacher.cache=cache", "--seeds", "2", *more]
+    assert main(["train", *words]) == 2
+    assert "has the images of train.seed=0 alone" in capsys.readouterr().err
+    assert len(list(Path("runs").iterdir())) == 1  # the teacher alone
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

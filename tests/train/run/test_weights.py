@@ -18,6 +18,7 @@ from fastkd.distill import MHKD
 from fastkd.errors import CheckpointError
 from fastkd.files.plain import load_plain
 from fastkd.models import build_model
+from fastkd.train.run.checkpoint import save_checkpoint
 from fastkd.train.run.weights import load_weights
 
 
@@ -43,6 +44,17 @@ def test_state_dicts_as_people_keep_them(tmp_path: Path, prefix: str, wrapper: s
     load_weights(model, tmp_path / "w.pt", num_classes=4, remedy="")
     for key, value in network().state_dict().items():
         assert torch.equal(model.state_dict()[key], value), key
+
+
+def test_the_average_of_a_state_is_what_was_validated(tmp_path: Path) -> None:
+    student, average = network(0).state_dict(), network(1).state_dict()
+    ema = {**prefixed("module.", average), "n_averaged": torch.tensor(7)}
+    for state, expected in (({"ema": ema}, average), ({"ema": None}, student)):
+        save_checkpoint(tmp_path / "last.pt", {"student": student, **state})
+        model = network(2)
+        load_weights(model, tmp_path / "last.pt", num_classes=4, remedy="")
+        for key, value in expected.items():
+            assert torch.equal(model.state_dict()[key], value), key
 
 
 def test_everything_that_does_not_fit_is_listed(tmp_path: Path) -> None:
