@@ -72,6 +72,17 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
+def number_from_0(text: str) -> float:
+    """Parse a finite number from 0, for argparse."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a number from 0")
+    return number
+
+
 def positive(text: str) -> int:
     """Parse a whole number from 1, for argparse."""
     if not text.isdigit() or int(text) < 1:

@@ -88,7 +88,7 @@ def explain(
         raise ValueError(f"rows is {rows} and classes {classes}; expected at least 1 row and 2 classes")
     work = _work_of(loss)
     if dtype not in ELEMENT_BYTES:
-        raise TypeError(f"dtype is {dtype}; expected float32, bfloat16, float16 or float64")
+        raise TypeError(f"dtype is {dtype!r}; expected torch.float32, bfloat16, float16 or float64")
     kind = backend.checked_device(device, "device").type
     chosen = backend.resolve(backend.get_backend(), kind, dtype)
     if hidden is None and known is None:
@@ -257,7 +257,7 @@ def _warps_of(team: TeamPlan) -> int:
 @cache
 def copy_bandwidth(device: str) -> float:
     """Bytes read and written per second by a copy of 64 MiB on this device, the median of nine."""
-    source = torch.ones(1 << 24, device=device)
+    source = torch.ones(1 << 24, device=device, dtype=torch.float32)
     target = torch.empty_like(source)
     times = []
     for _ in range(11):

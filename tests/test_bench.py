@@ -12,7 +12,7 @@ import torch
 from fastkd.bench import cases, command, forms, measure, peers, protocol, results
 from fastkd.bench.compare import compare
 from fastkd.bench.protocol import relative_error
-from fastkd.bench.report import write_report
+from fastkd.bench.report import peer_wins, write_report
 
 FIELDS = {
     "kind", "loss", "rows", "classes", "dtype", "pass", "variant", "ms", "p20", "p80", "turns", "bytes",
@@ -148,6 +148,12 @@ def inexact(record):
         record["gradient_error"] *= 10
 
 
+def not_a_number(record):
+    quiet(record)
+    if record["variant"] == "fastkd" and record["gradient_error"] and record["loss"] == "jsd":
+        record["gradient_error"] = float("nan")
+
+
 @pytest.mark.parametrize(
     ("change", "regressions", "said"),
     [
@@ -158,6 +164,7 @@ def inexact(record):
         (slower(2.0, "fastkd", "eager"), 0, "0 regressions, 0 faster"),  # the case, not the kernel
         (slower(1.05, "fastkd"), 0, "0 regressions, 0 faster"),
         (inexact, 4, "less exact jsd"),
+        (not_a_number, 4, "less exact jsd"),
     ],
 )
 def test_comparison(run, tmp_path, change, regressions, said):
@@ -352,3 +359,39 @@ def test_bad_shapes(shape, capsys):
     with pytest.raises(SystemExit):
         command.main(["--shapes", shape])
     assert "is no shape" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--step", "--losses", "kd"], "--losses has no effect with --step"),
+        (["--step", "--time-limit", "3"], "--time-limit has no effect with --step"),
+        (["--quick", "--shapes", "4x10"], "--shapes has no effect with --quick"),
+        (["--forms", "--passes", "forward"], "--passes has no effect with --forms"),
+        (["--batch", "4"], "--batch has no effect without --step"),
+    ],
+)
+def test_options_without_effect(words, said, tmp_path, capsys):
+    assert command.main([*words, "--device", "cpu", "--output", str(tmp_path / "new.jsonl")]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "new.jsonl").exists()
+
+
+@pytest.mark.parametrize("option", ["--seconds", "--memory"])
+@pytest.mark.parametrize("text", ["nan", "-1", "inf", "x"])
+def test_numbers_that_are_none(option, text, capsys):
+    with pytest.raises(SystemExit):
+        command.main([option, text])
+    assert "expected a number from 0" in capsys.readouterr().err
+
+
+def test_no_case_of_fastkds_is_no_praise():
+    eager = {
+        "loss": "kd",
+        "rows": 4,
+        "classes": 10,
+        "dtype": "float32",
+        "pass": "forward",
+        "variant": "eager",
+    }
+    assert peer_wins([eager]) == "**fastkd has no time in any of these cases.**\n"

@@ -12,7 +12,7 @@ from pathlib import Path
 from fastkd.bench import cases, forms, peers
 from fastkd.bench.results import ResultFileError, Writer, header
 from fastkd.bench.step import STEPS, describe, run_steps
-from fastkd.command import positive, run_command
+from fastkd.command import number_from_0, positive, run_command
 
 PEERS = tuple(name for name in peers.VARIANTS if name != "fastkd")
 ANY_PEER = tuple(dict.fromkeys((*PEERS, *forms.PEERS)))
@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=positive, metavar="N", help="with --step: the batch size")
     parser.add_argument(
         "--seconds",
-        type=float,
+        type=number_from_0,
         default=1.0,
         metavar="S",
         help="time for one case, without compilation (default: 1)",
@@ -86,10 +86,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--memory",
-        type=float,
+        type=number_from_0,
         metavar="GIB",
         help="skip cases that may need more (default: from the free memory)",
     )
+
+
+# Options that would be ignored, by what is measured.
+_NOT_READ = {
+    "step": ("losses", "shapes", "dtypes", "passes", "memory", "time_limit"),
+    "forms": ("passes", "steps", "batch"),
+    "quick": ("losses", "shapes", "dtypes", "passes", "steps", "batch"),
+    "": ("steps", "batch"),
+}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -124,6 +133,11 @@ def _measure(args: argparse.Namespace) -> int:
     if wrong := [name for name in args.peers or () if name not in known]:
         other = "without" if args.forms else "with"
         print(f"fastkd bench: error: --peers {wrong[0]} is {other} --forms only", file=sys.stderr)
+        return 2
+    mode = next((name for name in _NOT_READ if name and getattr(args, name)), "")
+    if unread := [name for name in _NOT_READ[mode] if getattr(args, name)]:
+        when = f"with --{mode}" if mode else "without --step"
+        print(f"fastkd bench: error: --{unread[0].replace('_', '-')} has no effect {when}", file=sys.stderr)
         return 2
     path = args.output or Path(f"bench-{device}-{_now()}.jsonl")
     absent = forms.not_measured(device) if args.forms else peers.not_measured(device)

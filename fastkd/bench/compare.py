@@ -76,7 +76,12 @@ def _verdict(old: dict[str, Record], new: dict[str, Record]) -> tuple[str, str] 
     if same_direction and ratio > threshold:
         return "slower", text
     old_error, new_error = a.get("gradient_error"), b.get("gradient_error")
-    if old_error and new_error and new_error > LEAST_ERROR_CHANGE * max(old_error, 1e-7):
+    if (
+        old_error is not None
+        and new_error is not None
+        and math.isfinite(old_error)
+        and not new_error <= LEAST_ERROR_CHANGE * max(old_error, 1e-7)  # "greater" is false of a NaN
+    ):
         return "less exact", f"gradient error {old_error:.1e} before, {new_error:.1e} now"
     if same_direction and ratio < 1 / threshold:
         return "faster", text

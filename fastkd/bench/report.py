@@ -117,6 +117,8 @@ def peer_wins(rows: Sequence[Record]) -> str:
         for name, ratio in (ours or {}).get("speedup_over", {}).items():
             if ratio < 1 and ours is not None and name != "quack":
                 lost.append((ratio, f"- {_case(ours)}: {name} takes {ratio:.2f} of fastkd's time"))
+    if not any("fastkd" in case for case in _cases(rows)):
+        return "**fastkd has no time in any of these cases.**\n"
     if not lost:
         return "**No peer is faster than fastkd in any of these cases.**\n"
     return "**Where a peer is faster than fastkd:**\n\n" + "\n".join(text for _, text in sorted(lost)) + "\n"

@@ -35,7 +35,7 @@ class GradientAlignment:
 
     def add(self, first: Tensor, rest: Sequence[Tensor], scaler: GradScaler | None = None) -> None:
         """Accumulate g0, before the backward pass of the sum. ``first`` and the stored g0 are unscaled."""
-        if not self._parameters:
+        if self._first is None:  # each step anew: a layer may have been frozen, unfrozen or replaced
             reached = parameters_of([first])
             wanted = set(parameters_of(rest)) if self.scope == "shared" else set(reached)
             self._parameters = [parameter for parameter in reached if parameter in wanted]
@@ -64,6 +64,8 @@ class GradientAlignment:
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(first)
             first /= dist.get_world_size()
+        # It can overflow in float16 where the sum of both does not, which is all that a GradScaler looks at.
+        first = torch.where(first.isfinite().all(), first, 0.0)
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self._parameters]
         both = torch.cat([at_least_float32(gradient.flatten()) for gradient in gradients])
         square = first.dot(first)

@@ -70,7 +70,7 @@ class GivenTopK(GivenTeacher):
         places = torch.arange(self.k, device=target.device)
         classes = (first[:, None] + places).remainder(self.num_classes)
         even = torch.full(classes.shape, -math.log(self.num_classes), device=target.device)
-        rest = math.log(1 - self.k / self.num_classes)
+        rest = math.log(1 - self.k / self.num_classes) if self.k < self.num_classes else -math.inf
         return even, classes.sort(1).values, torch.full_like(even[:, 0], rest)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastkd.losses import DistillLoss
 from fastkd.losses.module import LossModule
 
-from .method import TOTAL, Method, Seen, Terms
+from .method import TOTAL, Method, Seen, TermError, Terms
 
 
 class LossMethod(Method, abstract=True):
@@ -34,8 +34,18 @@ class LossMethod(Method, abstract=True):
         if teacher_logits is None:
             teacher_logits = _without_teacher(self.callable, seen.student_logits)
         result = self.callable(seen.student_logits, teacher_logits, seen.target)
-        value, terms = result if isinstance(result, tuple) else (result, {})
-        return {TOTAL: value, **{name: torch.as_tensor(term).detach() for name, term in terms.items()}}
+        value, terms = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
+        if isinstance(value, tuple) or not isinstance(terms, Mapping):
+            raise TermError(
+                f"the loss returned {_described(result)}; expected a scalar, or a tuple of it and a dict of "
+                "terms"
+            )
+        # The loss last: a term of its name is a copy to log.
+        return {**{name: torch.as_tensor(term).detach() for name, term in terms.items()}, TOTAL: value}
+
+
+def _described(result: tuple[Any, ...]) -> str:
+    return f"a tuple of {', '.join(type(one).__name__ for one in result) or 'nothing'}"
 
 
 def _check_loss(loss: Any) -> None:

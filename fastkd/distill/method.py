@@ -27,7 +27,7 @@ from .classifier import find_classifier
 from .features import Hint, angle_loss, distance_loss, over_all_ranks
 from .given import GivenTeacher
 from .options import GIVEN, Weight, check_options
-from .precision import dtype_of_parts
+from .precision import dtype_of_parts, in_dtype_of_parts
 from .sharing import check_apart
 from .taps import INPUT, Taps, eval_mode, logits_of, unwrapped
 
@@ -221,6 +221,8 @@ class Method(nn.Module):
                 teacher_logits = logits_of(self.teacher, inputs, "teacher")
         with self.student_taps.reading() as student_features:
             student_logits = logits_of(self.student, inputs, "student")
+        student_features = in_dtype_of_parts(student_features)
+        teacher_features = in_dtype_of_parts(teacher_features)
         seen = Seen(student_logits, teacher_logits, target, student_features, teacher_features)
         if self.training and not self._started and not torch.compiler.is_compiling():
             self._started = True
@@ -291,8 +293,12 @@ class Method(nn.Module):
 
     def _given_logits(self, given: Sequence[Tensor]) -> Form:
         if not isinstance(self.teacher, GivenTeacher):
-            (logits,) = given
-            return logits
+            if len(given) != 1:
+                raise ValueError(
+                    f"the batch has {2 + len(given)} entries; expected (inputs, target), or also the "
+                    "teacher's logits; more are for a GivenTeacher"
+                )
+            return given[0]
         form = self.teacher.logits(*given)
         if isinstance(form, TopKLogits) and not self.takes_forms:
             raise ValueError(f"{self.name} needs all of the teacher's logits, but got those of K classes")

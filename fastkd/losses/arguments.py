@@ -262,12 +262,20 @@ def check_target(target: Tensor, logits: Any, of: str = "student_logits") -> Non
     check_one_per_row("target", target, "label", logits, of)
 
 
-def check_labels(target: Tensor, classes: int, ignore_index: int = -100) -> bool:
+def check_labels(
+    target: Tensor, classes: int, ignore_index: int = -100, *, weight: Tensor | None = None
+) -> bool:
     """Raise if a label is neither in 0..classes-1 nor ``ignore_index``; return whether none is ignored.
+
+    Rows whose ``weight`` is 0 may have any label.
 
     The losses call it themselves on the CPU. On a GPU the check would wait for the device, so the losses give
     a row with such a label a NaN loss instead; call this function if you want the error.
     """
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target is a {type(target).__name__}; expected an int64 tensor of labels")
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        raise TypeError(f"target has dtype {target.dtype}; expected int64 class indices")
     # Torch's operators below take longer to launch than a small loss takes.
     if target.numel() == 0 or (target.is_cpu and native.labels_all_valid(target, classes, ignore_index)):
         return True
@@ -275,6 +283,8 @@ def check_labels(target: Tensor, classes: int, ignore_index: int = -100) -> bool
     if lowest >= 0 and highest < classes and not lowest <= ignore_index <= highest:
         return True
     wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    if weight is not None:
+        wrong &= weight.reshape(wrong.shape) != 0
     if wrong.any():
         value = int(target[wrong][0])
         raise ValueError(
@@ -306,14 +316,19 @@ def check_number(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, float | int | Real):
         raise TypeError(f"{name} is {value!r}; expected a number")
     # Comparisons can be traced, math.isfinite cannot; a NaN fails them.
-    if not -LARGEST <= value <= LARGEST:
+    if not -LARGEST <= plain(value) <= LARGEST:
         raise ValueError(f"{name} is {value!r}; expected a finite number, at most {LARGEST:.1e} in size")
+
+
+def plain(value: float) -> float:
+    """A number of another type, such as NumPy's, as a float: an int8 or a float16 would round its square."""
+    return value if isinstance(value, float | int) else float(value)
 
 
 def check_temperature(temperature: float, name: str = "temperature") -> None:
     check_number(name, temperature)
     low, high = TEMPERATURES
-    if not low <= temperature <= high:
+    if not low <= plain(temperature) <= high:
         raise ValueError(
             f"{name} is {temperature!r}; expected a number above 0, from {low:g} to {high:g}: beyond that, "
             "float32 does not hold the logits divided by it, or its square"

@@ -1,7 +1,7 @@
 """From logits to a loss: check, choose a backend, run it over the rows, reduce. All losses take this path."""
 
 from collections.abc import Iterable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -56,13 +56,17 @@ def reduced_loss(
             arguments.check_target(target, student)
             target = as_ordinary("target", target)
             target = target if target.dim() == 1 else target.reshape(-1)
-            none_ignored = is_readable(target) and arguments.check_labels(
-                target, student.shape[-1], ignore_index
+            readable = is_readable(target) and (weight is None or is_readable(weight))
+            none_ignored = readable and arguments.check_labels(
+                target, student.shape[-1], ignore_index, weight=weight
             )
     except (TypeError, ValueError) as error:
         sharded.tell_error(error, student_logits, teacher_logits)
         raise
 
+    if not all([isinstance(value, float | int) for value in options]):  # noqa: C419  # traced
+        make: Any = type(options)
+        options = make(*[arguments.plain(value) for value in options])
     marks = None if none_ignored else target
     rows = rows_of(student, target if uses_label else None, weight, reduction, marks, ignore_index)
     dense = all(isinstance(logits, Tensor) for logits in (*students, *teachers))

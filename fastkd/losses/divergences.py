@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastkd.ops.spec import JSDOptions, SkewOptions, SoftmaxOptions, TemperatureOptions
 
-from .arguments import check_flag, check_fraction, check_temperature
+from .arguments import check_flag, check_fraction, check_temperature, plain
 from .dispatch import Logits, reduced_loss
 from .module import UnlabelledLoss
 
@@ -54,7 +54,7 @@ def jsd_loss(
     check_temperature(temperature)
     loss: tuple[str, tuple[float, ...]] = "jsd", JSDOptions(temperature, beta)
     if beta == 0.0:
-        loss = "softmax", SoftmaxOptions(temperature, kd_weight=1.0 / temperature**2)
+        loss = "softmax", SoftmaxOptions(temperature, kd_weight=1.0 / plain(temperature) ** 2)
     elif beta == 1.0:
         loss = "reverse_kl", TemperatureOptions(temperature)
     return reduced_loss(*loss, student_logits, teacher_logits, weight=weight, reduction=reduction)[0]
@@ -125,7 +125,7 @@ def skew_kl_loss(
     if skew == 0.0 and reverse:
         loss = "reverse_kl", TemperatureOptions(temperature)
     elif skew == 0.0:
-        loss = "softmax", SoftmaxOptions(temperature, kd_weight=1.0 / temperature**2)
+        loss = "softmax", SoftmaxOptions(temperature, kd_weight=1.0 / plain(temperature) ** 2)
     return reduced_loss(*loss, student_logits, teacher_logits, weight=weight, reduction=reduction)[0]
 
 

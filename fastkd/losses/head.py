@@ -24,9 +24,14 @@ class LinearDistillLoss(nn.Module):
     Args:
         head: the student's last layer, [H] to [C].
         loss: a loss module of fastkd, such as ``KDLoss()``.
-        teacher_head: the teacher's last layer, frozen; it is a submodule, so wrappers gather it too. With it,
-            the forward's second argument is the teacher's hidden state, else its logits in any form.
+        teacher_head: the teacher's last layer, which gets ``requires_grad_(False)``; it is a submodule, so
+            wrappers gather it too. With it, the forward's second argument is the teacher's hidden state, else
+            its logits in any form.
         form: ``scale``, ``softcap``, ``num_classes`` and ``chunk_rows`` of the student's ``LinearLogits``.
+
+    Raises ``TypeError`` for a layer whose output is not that of its weight and bias: one with a forward of
+    its own (LoRA, a cosine) or with hooks (``torch.nn.utils.weight_norm``; its successor in
+    ``torch.nn.utils.parametrizations`` is fine).
     """
 
     def __init__(
@@ -36,17 +41,37 @@ class LinearDistillLoss(nn.Module):
         for name, layer in (("head", head), ("teacher_head", teacher_head)):
             if not isinstance(layer, nn.Linear) and (layer is not None or name == "head"):
                 raise TypeError(f"{name} is a {type(layer).__name__}; expected an nn.Linear")
+            if layer is not None:
+                _check_plain(name, layer)
         if not isinstance(loss, LossModule):
             raise TypeError(f"loss is a {type(loss).__name__}; expected a loss module such as KDLoss()")
         self.head, self.loss, self.teacher_head, self.form = head, loss, teacher_head, form
+        if teacher_head is not None:
+            of_student = set(head.parameters())
+            for parameter in teacher_head.parameters():
+                # A layer of both models still learns as the student's.
+                parameter.requires_grad_(parameter.requires_grad and parameter in of_student)
         # Unknown options and wrong values are errors here rather than at the first step.
         example = head.weight.new_empty(1, head.in_features)
         check_linear("LinearDistillLoss", LinearLogits(example, head.weight, head.bias, **form))
 
-    def forward(self, hidden: Tensor, teacher: Any, *labels: Tensor, weight: Tensor | None = None) -> Any:
+    def forward(
+        self, hidden: Tensor, teacher: Any, target: Tensor | None = None, *, weight: Tensor | None = None
+    ) -> Any:
         """What ``loss`` returns for hidden states [..., H], the teacher, and the target if it takes one."""
         student = LinearLogits(hidden, self.head.weight, self.head.bias, **self.form)
         if self.teacher_head is not None:
             layer = self.teacher_head
             teacher = LinearLogits(teacher, layer.weight, layer.bias).detach()
+        labels = () if target is None else (target,)
         return self.loss(student, teacher, *labels, weight=weight)
+
+
+def _check_plain(name: str, layer: nn.Linear) -> None:
+    if type(layer).forward is not nn.Linear.forward:
+        what = f"{name} is a {type(layer).__name__}, which has a forward of its own"
+    elif layer._forward_hooks or layer._forward_pre_hooks:
+        what = f"{name} has hooks on its forward"
+    else:
+        return
+    raise TypeError(f"{what}, but only its weight and bias would be used; expected a plain nn.Linear")

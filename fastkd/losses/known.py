@@ -124,13 +124,14 @@ def known_of(form: TopKLogits, label: Tensor | None, row_weight: Tensor | None, 
     """
     log_probs, indices = _by_row(form)
     log_probs = log_probs.double() if dtype == torch.float64 else log_probs.float()
-    readable = is_readable(indices) and is_readable(log_probs)
+    tensors = (indices, log_probs, form.log_rest, row_weight)
+    readable = all([one is None or is_readable(one) for one in tensors])  # noqa: C419  # traced
     # The operators of the checks below take longer to launch than a small loss takes.
     ready = readable and native.top_k_ready(
         indices, log_probs, label, form.num_classes, 1 + arguments.SUM_TOLERANCE
     )
     if ready and form.log_rest is not None:
-        ready = not bool((form.log_rest > 0).any())
+        ready = not bool(_wrong_rest(form, log_probs).any())
     if not ready:
         indices, order = indices.sort(-1)
         log_probs = log_probs.gather(1, order)
@@ -171,8 +172,18 @@ def _wrong(form: TopKLogits, log_probs: Tensor, indices: Tensor) -> Tensor:
     wrong = wrong | (indices[:, 1:] == indices[:, :-1]).any(-1)
     wrong = wrong | (log_probs > 0).any(-1) | (log_probs.exp().sum(-1) > 1 + arguments.SUM_TOLERANCE)
     if form.log_rest is not None:
-        wrong = wrong | (form.log_rest.reshape(-1) > 0)
+        wrong = wrong | _wrong_rest(form, log_probs)
     return wrong
+
+
+def _wrong_rest(form: TopKLogits, log_probs: Tensor) -> Tensor:
+    """Which rows [N] have a log_rest of another distribution."""
+    assert form.log_rest is not None
+    log_rest = form.log_rest.reshape(-1)
+    if form.rest == "renormalize" or log_probs.shape[1] == form.num_classes:  # it is not read
+        return log_rest > 0
+    apart = log_probs.exp().sum(-1) + log_rest.exp() - 1
+    return (log_rest > 0) | (apart.abs() > arguments.SUM_TOLERANCE)
 
 
 def _raise_for(
@@ -196,6 +207,12 @@ def _raise_for(
     if form.log_rest is not None and bool(form.log_rest.reshape(-1)[row] > 0):
         value = float(form.log_rest.reshape(-1)[row])
         raise ValueError(f"{where} has the log_rest {value:g}; expected at most 0")
+    if form.log_rest is not None and bool(_wrong_rest(form, log_probs)[row]):
+        rest = float(form.log_rest.reshape(-1)[row].exp())
+        raise ValueError(
+            f"{where} has probabilities that sum to {total:.4g} and exp(log_rest) {rest:.4g}; expected 1 "
+            "together: are both at one temperature?"
+        )
     assert label is not None
     raise ValueError(
         f"{where} lacks its label {int(label[row])}, whose probability this loss reads; "

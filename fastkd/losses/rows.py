@@ -145,6 +145,13 @@ def _in_one_launch(marks: Tensor, weight: Tensor | None, dtype: torch.dtype) -> 
     return takes(marks, weight)
 
 
+def _savable(tensor: Tensor | None) -> Tensor | None:
+    """A copy of what was made in inference mode, which autograd does not save; the kernels save nothing."""
+    if tensor is None or torch.compiler.is_compiling() or not tensor.is_inference():
+        return tensor
+    return tensor.clone()
+
+
 def eager_rows(
     loss: str,
     options: tuple[float, ...],
@@ -157,7 +164,7 @@ def eager_rows(
     students, teachers = (
         [one.reshape(-1, one.shape[-1]) for one in logits] for logits in (students, teachers)
     )
-    label, row_weight = rows.label, rows.weight
+    label, row_weight, indices = (_savable(one) for one in (rows.label, rows.weight, indices))
     if row_weight is not None:
         # A row of weight 0 may hold anything, including values for which 0 * gradient is NaN.
         unread = row_weight == 0

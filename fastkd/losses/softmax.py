@@ -215,7 +215,8 @@ def _with_probabilities(
 ) -> tuple[Tensor, Iterable[Tensor]]:
     check_reduction(reduction)
     students, _ = check_pairs(student_logits, teacher_logits)
-    check_soft(options, target, students[0], ignore_index)
+    for student in students:
+        check_soft(options, target, student, ignore_index)
     loss, terms = reduced_loss(
         "softmax", options._replace(ce_weight=0.0, label_smoothing=0.0), student_logits, teacher_logits,
         weight=weight, reduction=reduction, with_terms=True,

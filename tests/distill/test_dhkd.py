@@ -360,3 +360,38 @@ def test_dhkd_that_has_stopped_says_nothing_of_its_teacher() -> None:
     method = DHKD(*pair(), stop_epoch=0)
     method(batch())
     assert method.take_notes() == []
+
+
+def test_alignment_follows_what_is_frozen() -> None:
+    method = DHKD(*pair(), example=batch(2)[0], hidden=16).train()
+    body = method.student.features
+
+    def aligned() -> int:
+        method.zero_grad()
+        method.backward(method(batch()))
+        count = len(method.alignment._parameters)
+        method.finish_gradients()
+        return count
+
+    everything = aligned()
+    body[0].requires_grad_(False)
+    assert aligned() == everything - len(list(body[0].parameters()))
+    body[0].requires_grad_(True)
+    assert aligned() == everything
+
+
+def test_a_first_gradient_that_overflows_corrects_nothing() -> None:
+    """In float16 the scaled gradient of the first loss is infinite, that of the sum is not."""
+    weight = nn.Parameter(torch.ones(4))
+    optimizer, scaler = torch.optim.SGD([weight], 0.1), torch.amp.GradScaler("cpu")
+    alignment = GradientAlignment()
+    outputs = (weight.half() * 8).float()
+    first, rest = outputs.sum() * 0.25, -outputs.sum() * 0.2
+    alignment.add(first, [rest], scaler)
+    assert not any(bool(g.isfinite().all()) for g in alignment._first)
+    scaler.scale(first + rest).backward()
+    scaler.unscale_(optimizer)
+    expected = weight.grad.clone()
+    alignment.apply()
+    assert torch.equal(weight.grad, expected)
+    assert expected.isfinite().all()

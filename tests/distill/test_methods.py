@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastkd
 from fastkd import reference
-from fastkd.distill import DCKD, DHKD, DKD, KD, Method, OptionError, find_method, options_of
-from fastkd.distill.method import Seen, total_of
+from fastkd.distill import DCKD, DHKD, DKD, KD, LossMethod, Method, OptionError, find_method, options_of
+from fastkd.distill.method import Seen, TermError, total_of
 
 from .models import CLASSES, METHODS, Net, batch, pair
 
@@ -331,3 +333,35 @@ def test_two_readings_of_dckd() -> None:
     assert terms("dckd", right, fix_acquired=False) == terms("dkd", right)
     with pytest.raises(OptionError, match="fix_acquired = 'label'"):
         terms("dckd", right, fix_acquired="label")
+
+
+def test_a_loss_of_ones_own_and_what_it_may_return() -> None:
+    def trained(loss: Callable[..., Any]) -> Tensor:
+        method = LossMethod(*pair(), loss)
+        return method.backward(method(batch()))
+
+    kd = trained(lambda s, t, y: fastkd.kd_loss(s, t))
+    for name in ("loss", "kd"):  # a term named as the loss does not take its place
+        assert torch.equal(trained(lambda s, t, y, n=name: (v := fastkd.kd_loss(s, t), {n: v.detach()})), kd)
+    for wrong in (lambda v: (v, v), lambda v: (v, {}, {}), lambda v: ()):
+        with pytest.raises(TermError, match=r"a tuple of .*; expected a scalar, or a tuple of it and a dict"):
+            trained(lambda s, t, y, wrong=wrong: wrong(fastkd.kd_loss(s, t)))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_models_in_bfloat16(name: str) -> None:
+    student, teacher = (model.bfloat16() for model in pair())
+    images, target = batch()
+    images = images.bfloat16()
+    method = find_method(name)(student, teacher, example=images[:2], **METHODS[name]).train()
+    method.backward(method((images, target)))
+    method.finish_gradients()
+    assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in method.parameters())
+    assert next(student.parameters()).grad is not None
+
+
+def test_a_batch_of_too_many_entries() -> None:
+    images, target = batch()
+    logits = torch.randn(len(target), CLASSES)
+    with pytest.raises(ValueError, match="the batch has 4 entries; expected"):
+        build("kd")((images, target, logits, logits))

@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 import fastkd
 from fastkd.ops import native
+from fastkd.ops.backend import get_backend
 from fastkd.ops.triton import runtime
 from tests.cases import make_logits
 
@@ -209,3 +212,69 @@ def test_label_check_of_another_dtype():
     assert fastkd.check_labels(labels, 6)
     with pytest.raises(ValueError, match="target has the label 5"):
         fastkd.check_labels(labels, 5)
+
+
+@pytest.mark.parametrize("target", [[0, 1], torch.rand(3), torch.rand(3, 6), torch.ones(3, dtype=torch.bool)])
+def test_label_check_of_what_are_no_labels(target):
+    with pytest.raises(TypeError, match=r"expected (an )?int64"):
+        fastkd.check_labels(target, 6)
+
+
+def test_rows_of_weight_0_may_have_any_label(each_backend):
+    torch.manual_seed(0)
+    student, teacher = torch.randn(4, 6, device=each_backend), torch.randn(4, 6, device=each_backend)
+    target = torch.tensor([0, 1, 2, 3], device=each_backend)
+    weight = torch.tensor([1.0, 2.0, 1.0, 0.0], device=each_backend)
+    expected = fastkd.dkd_loss(student, teacher, target, weight=weight)
+    for label in (99, -1, 2**40):
+        target[3] = label
+        assert torch.equal(fastkd.dkd_loss(student, teacher, target, weight=weight), expected)
+        assert fastkd.check_labels(target, 6, weight=weight)
+        with pytest.raises(ValueError, match=f"target has the label {label}"):
+            fastkd.check_labels(target, 6)
+
+
+@pytest.mark.parametrize("number", [np.int8(20), np.float16(300), np.uint8(16), Fraction(3, 2)], ids=repr)
+def test_numbers_of_other_types(each_backend, number):
+    """Their squares do not fit into their own types."""
+    torch.manual_seed(0)
+    student, teacher = torch.randn(4, 6, device=each_backend), torch.randn(4, 6, device=each_backend)
+    target = torch.tensor([0, 1, 2, 3], device=each_backend)
+    for call in (
+        lambda t: fastkd.kd_loss(student, teacher, temperature=t),
+        lambda t: fastkd.jsd_loss(student, teacher, beta=0.0, temperature=t),
+        lambda t: fastkd.skew_kl_loss(student, teacher, skew=0.0, temperature=t),
+        lambda t: fastkd.dkd_loss(student, teacher, target, alpha=t, beta=t, temperature=4.0),
+    ):
+        assert torch.equal(call(number), call(float(number)))
+
+
+def test_constants_made_in_inference_mode(each_backend):
+    torch.manual_seed(0)
+    student = torch.randn(4, 6, device=each_backend, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(4, 6, device=each_backend)
+
+    def losses(constants):
+        soft, target, weight, known = constants
+        for logits in (student, student.float()) if get_backend() == "eager" else (student.float(),):
+            yield fastkd.distill_loss(logits, teacher, soft, ce_weight=0.1, kd_weight=0.9, weight=weight)[0]
+            yield fastkd.dkd_loss(logits, teacher.to(logits.dtype), target, weight=weight)
+            yield fastkd.kd_loss(logits, known, temperature=4.0)
+
+    def constants():
+        soft, weight = teacher.softmax(-1), torch.ones(4, device=each_backend)
+        return soft, teacher.argmax(-1), weight, fastkd.top_k(teacher, 3, temperature=4.0)
+
+    with torch.inference_mode():
+        inferred = constants()
+    for loss, expected in zip(losses(inferred), losses(constants()), strict=True):
+        assert torch.equal(loss, expected)
+        (gradient,) = torch.autograd.grad(loss, student)
+        assert torch.equal(gradient, torch.autograd.grad(expected, student)[0])
+
+
+def test_probabilities_and_a_list_of_mixed_forms():
+    layer = fastkd.LinearLogits(torch.randn(4, 3), torch.randn(6, 3))
+    teacher = torch.randn(4, 6)
+    with pytest.raises(TypeError, match="as many numbers as LinearLogits"):
+        fastkd.distill_loss([teacher, layer], [teacher, teacher], teacher.softmax(-1), ce_weight=0.1)

@@ -234,3 +234,32 @@ def test_operator_check(fused):
     torch.library.opcheck(
         torch.ops.fastkd.linear_loss.default, (student, layers.teacher, [True] * 3, *arguments)
     )
+
+
+class Lora(nn.Linear):
+    def forward(self, hidden):
+        return super().forward(hidden) + hidden.sum()
+
+
+def test_a_layer_that_does_more_than_its_weight_and_bias():
+    plain, hooked = nn.Linear(3, 5), nn.Linear(3, 5)
+    hooked.register_forward_hook(lambda *_: None)
+    normalised = torch.nn.utils.parametrizations.weight_norm(nn.Linear(3, 5))
+    for layer, words in ((Lora(3, 5), "a Lora, which has a forward of its own"), (hooked, "has hooks")):
+        with pytest.raises(TypeError, match=f"^head (is )?{words}"):
+            fastkd.LinearDistillLoss(layer, fastkd.KDLoss())
+        with pytest.raises(TypeError, match=f"^teacher_head (is )?{words}"):
+            fastkd.LinearDistillLoss(plain, fastkd.KDLoss(), teacher_head=layer)
+    hidden, teacher = torch.randn(2, 3), torch.randn(2, 5)
+    loss = fastkd.LinearDistillLoss(normalised, fastkd.KDLoss())(hidden, teacher)
+    torch.testing.assert_close(loss, fastkd.kd_loss(normalised(hidden), teacher))
+
+
+def test_the_teachers_head_is_frozen_and_the_target_has_a_name():
+    head, teacher = nn.Linear(3, 5), nn.Linear(4, 5)
+    loss = fastkd.LinearDistillLoss(head, fastkd.DKDLoss(), teacher_head=teacher)
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    batch = torch.randn(2, 3), torch.randn(2, 4), torch.tensor([0, 1])
+    assert torch.equal(loss(*batch), loss(*batch[:2], target=batch[2]))
+    fastkd.LinearDistillLoss(head, fastkd.KDLoss(), teacher_head=head)
+    assert all(parameter.requires_grad for parameter in head.parameters())

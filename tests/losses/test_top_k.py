@@ -306,3 +306,35 @@ def test_another_temperature_is_refused():
     with pytest.raises(ValueError, match="at 4"):
         fastkd.ttm_loss(student, form, gamma=0.25)
     fastkd.ttm_loss(student, form, gamma=0.5)
+
+
+def test_a_rest_that_is_not_the_rest(each_backend):
+    log_probs = torch.full((4, 2), 0.45, device=each_backend).log()
+    indices = torch.tensor([[0, 1]] * 4, device=each_backend)
+    student = torch.randn(4, 6, device=each_backend)
+    for rest in (0.9, 0.01):
+        log_rest = torch.full((4,), rest, device=each_backend).log()
+        form = fastkd.TopKLogits(log_probs, indices, log_rest, num_classes=6, temperature=1.0)
+        with pytest.raises(ValueError, match=r"sum to 0.9 and exp\(log_rest\) .*; expected 1 together"):
+            fastkd.check_top_k(form)
+        if student.is_cpu:
+            with pytest.raises(ValueError, match="expected 1 together"):
+                fastkd.kd_loss(student, form, temperature=1.0)
+        else:
+            assert fastkd.kd_loss(student, form, temperature=1.0).isnan()
+    log_rest = torch.full((4,), 0.1, device=each_backend).log()
+    form = fastkd.TopKLogits(log_probs, indices, log_rest, num_classes=6, temperature=1.0)
+    fastkd.check_top_k(form)
+
+
+def test_vmap_over_weights_of_unsorted_classes():
+    known = fastkd.top_k(torch.randn(4, 6), 3, temperature=1.0)
+    form = fastkd.TopKLogits(
+        known.log_probs.flip(-1), known.indices.flip(-1), known.log_rest, num_classes=6, temperature=1.0
+    )
+    student, weights = torch.randn(4, 6), torch.rand(3, 4)
+
+    def loss(weight):
+        return fastkd.kd_loss(student, form, temperature=1.0, weight=weight)
+
+    torch.testing.assert_close(torch.func.vmap(loss)(weights), torch.stack([loss(w) for w in weights]))
