@@ -57,6 +57,11 @@ def _freed(tensor: torch.Tensor) -> torch.Tensor:
     return freed
 
 
+class _Lora(nn.Linear):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden) + hidden.mean()
+
+
 add = group("LinearLogits", LINES)
 add("a layer", step, same_as(lambda: step(dense)))
 for number in (0.0, -2.0):
@@ -194,4 +199,10 @@ add(
     "a negated view",
     lambda: kd(torch._neg_view(HIDDEN), torch._neg_view(WEIGHT)),
     same_as(lambda: kd(-HIDDEN, -WEIGHT)),
+)
+add(
+    "LinearDistillLoss of a layer with a forward of its own",
+    lambda: fastkd.LinearDistillLoss(_Lora(3, 6), fastkd.KDLoss()),
+    Refused(TypeError, "^head is a _Lora, which has a forward of its own"),
+    ("eager",),
 )

@@ -140,6 +140,12 @@ for words, call, error, pattern in (
         ValueError,
         "row 0 .* sum to 3; expected at most 1",
     ),
+    (
+        "a rest of another distribution",
+        lambda: kd(LOG_PROBS, INDICES, LOG_REST - 1),
+        ValueError,
+        r"row 0 .* and exp\(log_rest\) .*; expected 1 together",
+    ),
     ("a rest of more than 1", lambda: kd(LOG_PROBS, INDICES, LOG_REST + 9), ValueError, "log_rest"),
     (
         "without the label",

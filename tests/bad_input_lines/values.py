@@ -49,6 +49,11 @@ add(
     lambda: step(temperature=np.float32(2)),
     same_as(lambda: step(temperature=2.0)),
 )
+add(
+    "temperature=np.int8(20), whose square is -112",
+    lambda: step(temperature=np.int8(20)),
+    same_as(lambda: step(temperature=20.0)),
+)
 for value in (1e6, 1e-6):
     add(f"temperature={value!r}", lambda v=value: step(temperature=v), FINITE)
 for name, value in (("alpha", NAN), ("alpha", INF), ("beta", 1e39), ("alpha", -1e300)):
@@ -145,6 +150,11 @@ add("NaN in one row", lambda: step(weight=torch.tensor([1.0, NAN, 1.0, 1.0]), re
 add("inf in one row", lambda: step(weight=torch.tensor([1.0, INF, 1.0, 1.0]), reduction="none")[0], spoils(1))
 add("negative", lambda: step(weight=-W), same_as(lambda: step(weight=-W)))
 add("all 0", lambda: step(weight=torch.zeros(4)), NOTHING)
+add(
+    "0 in a row with the label 99",
+    lambda: dkd(target=Y.where(ZERO_AT_1 != 0, 99), weight=ZERO_AT_1),
+    same_as(lambda: dkd(weight=ZERO_AT_1)),
+)
 add(
     "0 for a row of NaN",
     lambda: step(student=HOLED, weight=ZERO_AT_1),
