@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fastkd.cli import main
+
 STUDIES = Path(__file__).resolve().parents[1] / "benchmarks" / "studies"
 
 
@@ -81,6 +83,20 @@ def test_a_table_of_methods(study: Any, tiny: list[str], capsys: pytest.CaptureF
     assert "| labels alone | 2 |" in out
     assert f"| DHKD - labels alone | {sum(apart) / 2:+.2f} ± " in out
     assert f"{apart[0]:+.2f}, {apart[1]:+.2f}" in out
+
+
+def test_rows_from_a_stored_teacher(study: Any, tiny: list[str]) -> None:
+    words = [*tiny, *TEACHER]
+    for seed in (0, 1):
+        place = ["--store", "logits", "--to", f"cache-{seed}", "--runs", "runs"]
+        assert main(["cache-teacher", "emoji/kd", *words, f"train.seed={seed}", *place]) == 0
+    command = ("compare_methods", "emoji", *words, "--rows", "KD", "--seeds", 0, 1, "--output", "t.jsonl")
+    study(*command, "--cache", "cache-{seed}")
+    study(*command)  # the same rows: trains nothing
+    lines = lines_of("t.jsonl")
+    assert [(line["seed"], line["cache"]) for line in lines] == [(0, True), (1, True)]
+    assert lines[0]["overrides"] == words
+    assert lines[0]["teacher"] is not None
 
 
 def test_the_conflict_of_gradients(study: Any, tiny: list[str]) -> None:
