@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fastkd.train.commands.export import SUFFIXES
+
 from .common import RUN, TRAIN, NotTriedError, Row, in_subprocess, refused, succeeds
 
 
@@ -70,9 +72,8 @@ def full_for(form: str) -> Callable[[], str]:
         succeeds("train", *TRAIN)
         with small_disk("full", 16):
             fill_up("full")
-            told = refused(
-                ["export", RUN, "--format", form, "--to", "full/s.pt"], "full/s.pt", "No space left"
-            )
+            file = f"full/s{SUFFIXES[form]}"
+            told = refused(["export", RUN, "--format", form, "--to", file], file, "No space left")
             assert [path.name for path in Path("full").iterdir()] == ["filler"]
         return told
 
