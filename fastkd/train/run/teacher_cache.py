@@ -235,7 +235,9 @@ class CacheWriter:
                 raise CacheError(
                     f"{self.partial} was started for another recipe or store; choose another folder"
                 )
-        elif any(self.partial.iterdir()):
+        elif any(
+            not path.name.startswith(".") for path in self.partial.iterdir()
+        ):  # a lock, a temporary file
             raise CacheError(
                 f"{self.partial} exists and is not a cache that was begun (it has no {_FACTS}); choose "
                 "another folder"
