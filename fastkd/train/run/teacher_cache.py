@@ -235,9 +235,7 @@ class CacheWriter:
                 raise CacheError(
                     f"{self.partial} was started for another recipe or store; choose another folder"
                 )
-        elif any(
-            not path.name.startswith(".") for path in self.partial.iterdir()
-        ):  # a lock, a temporary file
+        elif not all(path.name.startswith(".") for path in self.partial.iterdir()):  # lock, temporary files
             raise CacheError(
                 f"{self.partial} exists and is not a cache that was begun (it has no {_FACTS}); choose "
                 "another folder"
