@@ -111,13 +111,13 @@ def loss_table(rows: Sequence[Record]) -> str:
 
 def peer_wins(rows: Sequence[Record]) -> str:
     """List the cases in which a peer is faster."""
-    lost = []
-    for case in _cases(rows):
+    lost, cases = [], _cases(rows)
+    for case in cases:
         ours = case.get("fastkd")
         for name, ratio in (ours or {}).get("speedup_over", {}).items():
             if ratio < 1 and ours is not None and name != "quack":
                 lost.append((ratio, f"- {_case(ours)}: {name} takes {ratio:.2f} of fastkd's time"))
-    if not any("fastkd" in case for case in _cases(rows)):
+    if not any("fastkd" in case for case in cases):
         return "**fastkd has no time in any of these cases.**\n"
     if not lost:
         return "**No peer is faster than fastkd in any of these cases.**\n"

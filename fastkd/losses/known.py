@@ -131,7 +131,7 @@ def known_of(form: TopKLogits, label: Tensor | None, row_weight: Tensor | None, 
         indices, log_probs, label, form.num_classes, 1 + arguments.SUM_TOLERANCE
     )
     if ready and form.log_rest is not None:
-        ready = not bool(_wrong_rest(form, log_probs).any())
+        ready = not bool(_wrong_rest(form, log_probs.exp().sum(-1)).any())
     if not ready:
         indices, order = indices.sort(-1)
         log_probs = log_probs.gather(1, order)
@@ -170,19 +170,20 @@ def _wrong(form: TopKLogits, log_probs: Tensor, indices: Tensor) -> Tensor:
     """Which rows [N] hold what no teacher has; ``indices`` are sorted. NaN passes, and reaches the loss."""
     wrong = (indices[:, 0] < 0) | (indices[:, -1] >= form.num_classes)
     wrong = wrong | (indices[:, 1:] == indices[:, :-1]).any(-1)
-    wrong = wrong | (log_probs > 0).any(-1) | (log_probs.exp().sum(-1) > 1 + arguments.SUM_TOLERANCE)
+    total = log_probs.exp().sum(-1)
+    wrong = wrong | (log_probs > 0).any(-1) | (total > 1 + arguments.SUM_TOLERANCE)
     if form.log_rest is not None:
-        wrong = wrong | _wrong_rest(form, log_probs)
+        wrong = wrong | _wrong_rest(form, total)
     return wrong
 
 
-def _wrong_rest(form: TopKLogits, log_probs: Tensor) -> Tensor:
-    """Which rows [N] have a log_rest of another distribution."""
+def _wrong_rest(form: TopKLogits, total: Tensor) -> Tensor:
+    """Which rows [N] have a log_rest that is not the rest of ``total``, the sum of their probabilities."""
     assert form.log_rest is not None
     log_rest = form.log_rest.reshape(-1)
-    if form.rest == "renormalize" or log_probs.shape[1] == form.num_classes:  # it is not read
+    if form.rest == "renormalize" or form.indices.shape[-1] == form.num_classes:  # it is not read
         return log_rest > 0
-    apart = log_probs.exp().sum(-1) + log_rest.exp() - 1
+    apart = total + log_rest.exp() - 1
     return (log_rest > 0) | (apart.abs() > arguments.SUM_TOLERANCE)
 
 
@@ -207,7 +208,7 @@ def _raise_for(
     if form.log_rest is not None and bool(form.log_rest.reshape(-1)[row] > 0):
         value = float(form.log_rest.reshape(-1)[row])
         raise ValueError(f"{where} has the log_rest {value:g}; expected at most 0")
-    if form.log_rest is not None and bool(_wrong_rest(form, log_probs)[row]):
+    if form.log_rest is not None and bool(_wrong_rest(form, log_probs.exp().sum(-1))[row]):
         rest = float(form.log_rest.reshape(-1)[row].exp())
         raise ValueError(
             f"{where} has probabilities that sum to {total:.4g} and exp(log_rest) {rest:.4g}; expected 1 "

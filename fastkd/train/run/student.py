@@ -22,7 +22,7 @@ from fastkd.version import __version__
 from .about import About, Network, make_about, without_paths
 from .checkpoint import load_checkpoint
 from .folder import read_json
-from .weights import averaged_weights, state_dict_in
+from .weights import as_validated, state_dict_in
 
 
 def read_student(
@@ -56,9 +56,7 @@ def read_student(
         },
     )
     model = rebuilt(about.network, folder, network)
-    # Of a state, the average is what was validated.
-    averaged = content.get("ema") if which == "last" else None
-    weights = state_dict_in({"model": averaged_weights(averaged)} if averaged else content, model)
+    weights = state_dict_in(as_validated(content), model)
     if weights is None:
         raise CheckpointError(f"{folder / which}.pt holds no state dict of tensors")
     fill(model, weights, f"{folder / which}.pt", "the recipe and the weights of a run must match")

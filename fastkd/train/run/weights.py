@@ -33,8 +33,8 @@ def load_weights(model: nn.Module, path: Path, *, num_classes: int, remedy: str)
     """
     content = load_checkpoint(path, remedy=remedy)
     facts = content if "format" in content else {}
-    if facts.get("ema"):  # the state of a run, whose average was validated
-        content = {**content, _WRAPPERS[0]: averaged_weights(facts["ema"])}
+    if facts:
+        content = as_validated(content)
     trained_classes = facts.get("num_classes", num_classes)
     if trained_classes != num_classes:
         raise CheckpointError(
@@ -58,6 +58,12 @@ def load_weights(model: nn.Module, path: Path, *, num_classes: int, remedy: str)
 def averaged_weights(ema: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The student's state dict, from that of its average."""
     return {key.removeprefix("module."): value for key, value in ema.items() if key.startswith("module.")}
+
+
+def as_validated(content: dict[str, Any]) -> dict[str, Any]:
+    """The content of one of fastkd's files; of a state with an average, this is its model."""
+    ema = content.get("ema")
+    return {**content, _WRAPPERS[0]: averaged_weights(ema)} if ema else content
 
 
 def state_dict_in(content: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor] | None:
