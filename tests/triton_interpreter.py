@@ -2,12 +2,14 @@
 
 While it runs a kernel it replaces the functions of `triton.language` by its own. It does so anew for every
 call of a function inside the kernel, which is most of its time; here it does so once per launch. It also
-makes its table of dtypes anew for every look into it; here each dtype is looked up once.
+makes its table of dtypes anew for every look into it, and the shape and the type of a tile anew for every
+result; here each is made once. What is computed is the same.
 """
 
 import functools
 
 from triton import language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 
@@ -19,6 +21,8 @@ def _languages_of(fn):
 def speed_up(monkeypatch):
     _patch_once_per_launch(monkeypatch)
     _look_dtypes_up_once(monkeypatch)
+    _make_types_once(monkeypatch)
+    _make_shapes_once(monkeypatch)
 
 
 def _patch_once_per_launch(monkeypatch):
@@ -50,3 +54,38 @@ def _look_dtypes_up_once(monkeypatch):
     monkeypatch.setattr(
         interpreter, "_get_np_dtype", lambda kind: (known if type(kind) is tl.dtype else look_up)(kind)
     )
+
+
+def _make_types_once(monkeypatch):
+    make, known = tl.block_type.__init__, {}
+
+    def init(self, element_ty, shape):
+        if type(element_ty) is not tl.dtype:
+            make(self, element_ty, shape)
+            return
+        key = element_ty, *(getattr(size, "value", size) for size in shape)
+        if key not in known:
+            make(self, element_ty, shape)
+            known[key] = dict(self.__dict__)
+        self.__dict__.update(known[key])
+
+    monkeypatch.setattr(tl.block_type, "__init__", init)
+
+
+def _make_shapes_once(monkeypatch):
+    make, known = tl.tensor.__init__, {}
+
+    def init(self, handle, type):
+        key = (*type.shape,) if type.is_block() else ()
+        if key not in known:
+            make(self, handle, type)
+            known[key] = {"shape": self.shape, "numel": self.numel}
+        self.__dict__.update(known[key], handle=handle, type=type, dtype=type.scalar)
+
+    broadcast = TritonSemantic.broadcast_impl_value
+
+    def broadcast_impl_value(self, lhs, rhs):
+        return (lhs, rhs) if lhs.shape is rhs.shape else broadcast(self, lhs, rhs)
+
+    monkeypatch.setattr(tl.tensor, "__init__", init)
+    monkeypatch.setattr(TritonSemantic, "broadcast_impl_value", broadcast_impl_value)
