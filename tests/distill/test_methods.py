@@ -67,6 +67,21 @@ def test_the_terms_add_up_to_the_loss(name: str, graph: bool) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_a_row_labelled_as_ignored(name: str) -> None:
+    """Which methods still distil it; docs/methods.md says the same."""
+    layers = {"hint_weight": 0.0, "distance_weight": 0.0, "angle_weight": 0.0} if name == "dckd" else {}
+    method = build(name, **layers).eval()
+    images, target = batch()
+    target[3] = -100
+    other = images.clone()
+    other[3] = -images[3]
+    one, two = (total_of(method((seen, target))) for seen in (images, other))
+    distilled = name in {"binary_kl", "binary_kl_norm", "dhkd", "mhkd", "fitnets", "rkd"}
+    assert one.isfinite()
+    assert torch.equal(one, two) != distilled
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_the_sum_carries_the_gradient(name: str) -> None:
     options = {"align": "none", "dropout": 0.0} if name == "dhkd" else {}
     gradients = []
