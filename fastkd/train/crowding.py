@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import time
 
 import torch
 
-# Seconds of an epoch before it is judged, and the share of the threads' time that is little.
-_SECONDS, _LITTLE = 20.0, 0.5
+# Seconds of an epoch before it is judged, and the share of the threads' time that is little. On two
+# processors two threads beside another program's one got 52 %, and the epoch took eight times as long.
+_SECONDS, _LITTLE = 20.0, 0.7
 
 
 class Crowding:
@@ -36,7 +38,8 @@ class Crowding:
         if share > _LITTLE:
             return None
         load, cores = _load(), os.cpu_count() or 1
-        if load < 1.5 * cores:
+        own = self._threads + len(multiprocessing.active_children())  # the loader's workers
+        if load < max(cores, own) + 0.5:
             return None
         threads, self._threads = self._threads, 1
         return (

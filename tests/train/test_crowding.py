@@ -51,14 +51,23 @@ def test_said_once_with_what_to_do(busy: None) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("getloadavg", lambda: (2.9, 9.0, 9.0)), ("cpu_count", lambda: 16)],
-    ids=["an idle machine", "many cores"],
+    [
+        ("os.getloadavg", lambda: (2.4, 9.0, 9.0)),
+        ("os.cpu_count", lambda: 16),
+        ("multiprocessing.active_children", lambda: [None] * 8),
+    ],
+    ids=["an idle machine", "many cores", "own workers"],
 )
 def test_not_said_without_a_crowd(
     busy: None, monkeypatch: pytest.MonkeyPatch, name: str, value: object
 ) -> None:
-    monkeypatch.setattr(crowding.os, name, value)
+    monkeypatch.setattr(f"{crowding.__name__}.{name}", value)
     assert not hints()
+
+
+def test_said_beside_one_program_on_two_cores(busy: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crowding.os, "getloadavg", lambda: (2.9, 2.0, 1.0))
+    assert hints()
 
 
 def test_not_said_of_threads_that_compute(busy: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,11 +76,11 @@ def test_not_said_of_threads_that_compute(busy: None, monkeypatch: pytest.Monkey
     for name in times:
         monkeypatch.setattr(crowding.time, name, lambda name=name: times[name])
     monkeypatch.setattr(crowding, "_SECONDS", 20.0)
-    monkeypatch.setattr(crowding, "_LITTLE", 0.5)
+    monkeypatch.setattr(crowding, "_LITTLE", 0.7)
     found = crowding.Crowding(CPU)
     times.update({"monotonic": 100.0, "process_time": 190.0})
     assert found.hint(0.0) is None
-    times["process_time"] = 60.0
+    times["process_time"] = 80.0
     assert found.hint(50.0) is None
     assert found.hint(81.0) is None
     times["process_time"] = 30.0
