@@ -103,8 +103,8 @@ def _convert_operands_once(monkeypatch):
         if not isinstance(tile, tl.tensor) or tile.dtype not in (tl.float32, tl.int32, tl.int64, tl.int1):
             return convert(self, lhs, rhs, *flags, **named)
         if isinstance(number, tl.tensor):
-            if number.dtype is tile.dtype and number.shape is tile.shape:
-                return lhs, rhs
+            if number.dtype is tile.dtype:
+                return self.broadcast_impl_value(lhs, rhs)
             return convert(self, lhs, rhs, *flags, **named)
         key = number, type(number), tile is lhs, tile.dtype, id(tile.shape), flags, *named.items()
         constant = known.get(key)
