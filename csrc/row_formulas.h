@@ -86,15 +86,15 @@ struct Softmax {
     if (needs & kDistills) {
       const Real nckd = forward_kl(row);
       // Without a label no class is excluded: KD is NCKD over all classes.
-      Real q = 0, p = 0, q_rest = 1, p_rest = 1, tckd = 0, gate = 1;
+      Real q_minus_p = 0, q_rest = 1, p_rest = 1, tckd = 0, gate = 1;
       if (row.label.present) {
         const Real u = rounded(above_base<Real>(row.label.z_s, sums.max_s) * row.student.slope);
         const Real v = rounded(above_base<Real>(row.label.z_t, sums.max_t) * row.teacher.slope);
         const Real difference = (v - u) - log_ratio(sums.sum_t, sums.sum_s);
         const Odds<Real> student_odds = from_log_odds(u - std::log(sums.sum_s));
         const Odds<Real> teacher_odds = from_log_odds(v - std::log(sums.sum_t));
-        q = student_odds.yes, q_rest = student_odds.no;
-        p = teacher_odds.yes, p_rest = teacher_odds.no;
+        q_rest = student_odds.no, p_rest = teacher_odds.no;
+        q_minus_p = difference_of(student_odds, teacher_odds, difference);
         tckd = binary_divergence(teacher_odds, student_odds, difference);
         gate = options.fix_acquired != 0 && !(difference > 0) ? 0 : 1;
       }
@@ -104,9 +104,9 @@ struct Softmax {
       result.terms[2] = options.tckd_weight != 0 ? square * gate * tckd : 0;
       result.terms[3] = w_n != 0 ? square * nckd : 0;
 
-      gradient.student = temperature / sums.sum_s * (rounded(w_kd * q_rest) + w_t * (p - q) + w_n);
+      gradient.student = temperature / sums.sum_s * (rounded(w_kd * q_rest) - w_t * q_minus_p + w_n);
       gradient.teacher = temperature / sums.sum_t * (rounded(w_kd * p_rest) + w_n);
-      gradient.label = temperature * (w_kd + w_t) * (q - p);
+      gradient.label = temperature * (w_kd + w_t) * q_minus_p;
       if (needs & kStandardized) {
         // G = sum g_i x_i over the standardised logits x.
         const Real inverse = row.student.slope * temperature;

@@ -23,6 +23,9 @@ namespace fastkd {
 
 // Below this a logit is a masked class; see MASKED in fastkd/reference.py.
 constexpr float kMasked = -0x1p100f;
+// Times the value of a masked class: what is in no sum, past the end of a row or the label. It counts 0 even where all
+// that count are masked.
+constexpr float kExcluded = 2;
 constexpr float kStandardizeEpsilon = 1e-7f;
 
 // What a call needs of the row kernels; each need costs work per class. fastkd/ops/spec.py documents and computes them,
@@ -166,18 +169,24 @@ FASTKD_ROW_FUNCTION float log_ratio(float a, float b) {
 }
 
 // KL((p, 1 - p) || (q, 1 - q)); `difference` is log odds p - log odds q.
-FASTKD_ROW_FUNCTION double binary_divergence(const Odds<double>& p, const Odds<double>& q, double difference) {
-  return p.yes * difference + (q.softplus - p.softplus);
-}
-FASTKD_ROW_FUNCTION float binary_divergence(const Odds<float>& p, const Odds<float>& q, float difference) {
-  // Of the two outcomes the one that p gives the smaller probability, and whose terms are the smaller.
+template <class Real>
+FASTKD_ROW_FUNCTION Real binary_divergence(const Odds<Real>& p, const Odds<Real>& q, Real difference) {
+  // Of the two outcomes the one that p gives the smaller probability, and whose terms are the smaller: the log odds of a
+  // certain one are too large to be added to anything.
   const bool swaps = p.yes > p.no;
-  const float smaller = swaps ? p.no : p.yes, above = swaps ? -difference : difference;
-  const float softplus_q = swaps ? q.softplus_no : q.softplus, softplus_p = swaps ? p.softplus_no : p.softplus;
-  // The difference of the softpluses cancels where the two are close.
-  const float rest =
-      std::fabs(above) < 1 ? log1p_near_zero(smaller * std::expm1(-above)) : softplus_q - softplus_p;
+  const Real smaller = swaps ? p.no : p.yes, above = swaps ? -difference : difference;
+  const Real softplus_q = swaps ? q.softplus_no : q.softplus, softplus_p = swaps ? p.softplus_no : p.softplus;
+  // In float the difference of the softpluses cancels where the two are close.
+  const bool cancels = sizeof(Real) == sizeof(float) && std::fabs(above) < 1;
+  const Real rest = cancels ? log1p_near_zero(smaller * std::expm1(-above)) : softplus_q - softplus_p;
   return smaller * above + rest;
+}
+
+// q - p of odds; `difference` is log odds p - log odds q. The float version does not cancel.
+FASTKD_ROW_FUNCTION double difference_of(const Odds<double>& q, const Odds<double>& p, double) { return q.yes - p.yes; }
+FASTKD_ROW_FUNCTION float difference_of(const Odds<float>& q, const Odds<float>& p, float difference) {
+  const float fraction = std::expm1(-std::fabs(difference));
+  return difference > 0 ? p.yes * q.no * fraction : -q.yes * p.no * fraction;
 }
 
 }  // namespace fastkd

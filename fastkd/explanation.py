@@ -13,7 +13,7 @@ import torch
 from fastkd.losses.arguments import check_size
 from fastkd.ops import backend
 from fastkd.ops.chunks import chunk_rows_of
-from fastkd.ops.plan import ELEMENT_BYTES, Device, device_of, kind_of, plan_rows
+from fastkd.ops.plan import ELEMENT_BYTES, Device, device_of, kind_of, plan_known, plan_rows
 from fastkd.ops.spec import CASES, Family, Needs, needs_of
 from fastkd.ops.team_plan import WARP, TeamPlan, plan_team
 
@@ -41,6 +41,7 @@ class Explanation:
     chunk_rows: int | None = None  # of LinearLogits; the following too
     buffer_bytes: int = 0  # of a chunk's logits of both models, and their gradient if it has its own buffer
     held_bytes: int = 0  # of gradients in float32, from the loss until backward
+    choice: str = ""  # why auto took this backend, where it has a choice
 
     @property
     def seconds(self) -> float:
@@ -51,7 +52,7 @@ class Explanation:
         warps = "" if self.warps is None else f", {self.warps} warps"
         text = (
             f"{self.loss} of {self.rows} x {self.classes} {str(self.dtype).removeprefix('torch.')} on "
-            f"{self.device}, loss and gradient: backend {self.backend}\n"
+            f"{self.device}, loss and gradient: backend {self.backend}{self.choice and f' ({self.choice})'}\n"
             f"  path: {self.path}\n"
             f"  tile: {self.tile} classes{warps}\n"
             f"  memory: {self.accesses:.3g} accesses per element, {self.bytes / 1e6:.1f} MB; at the "
@@ -110,6 +111,9 @@ def explain(
         )
     moved = round(path.accesses * rows * classes * ELEMENT_BYTES[dtype])
     explained = Explanation(loss, rows, classes, dtype, device, chosen, *path, moved, copy_bandwidth(device))
+    if kind == "cuda" and backend.get_backend() == "auto" and hidden is None and known is None:
+        choice = "measured to be" if chosen == "native" else "native is not measured to be"
+        explained = replace(explained, choice=f"auto: {choice} faster for such rows")
     if hidden is None or chunk is None:
         return explained
     return replace(
@@ -187,7 +191,8 @@ def _top_k_path(
     if chosen == "eager":
         return _Path(f"plain torch: {words}", classes, None, 13)
     if chosen == "triton":
-        return _Path(f"two passes over the student's logits: {words}", 1024, None, 3)
+        plan = plan_known(rows, classes, device_of(device))
+        return _Path(f"two passes over the student's logits: {words}", plan.tile, plan.warps, 3)
     if device.type == "cuda":
         on = device_of(device)
         team = plan_team(rows, classes, ELEMENT_BYTES[dtype], on.capability, on.multiprocessors, False)

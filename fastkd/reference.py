@@ -16,6 +16,8 @@ from torch import Tensor
 # Below this a logit is a masked class. It is finite so that the difference of two masked logits is 0
 # rather than NaN, and far enough from float32's range that differences and T^2 do not overflow.
 MASKED = -(2.0**100)
+# Of a class that is left out of a softmax: below a masked one at any temperature from 1e-6 on.
+EXCLUDED = -(2.0**120)
 STANDARDIZE_EPSILON = 1e-7
 
 
@@ -60,20 +62,24 @@ def kl_from_logits(u: Tensor, v: Tensor) -> Tensor:
 def target_kl(u: Tensor, v: Tensor, target: Tensor) -> Tensor:
     """TCKD: KL of (p_y, 1 - p_y) from (q_y, 1 - q_y), through the log odds of the label."""
     m_s, m_t = label_log_odds(u, target), label_log_odds(v, target)
+    # In terms of the outcome that the teacher gives the smaller probability: the log odds of a certain one
+    # are too large to be added to anything.
+    sign = 1 - 2 * (m_t > 0).to(m_t)
+    m_s, m_t = sign * m_s, sign * m_t
     return m_t.sigmoid() * (m_t - m_s) + softplus(m_s) - softplus(m_t)
 
 
 def label_log_odds(logits: Tensor, target: Tensor) -> Tensor:
     """log(p_y / (1 - p_y)), with the label excluded from the sum so that nothing cancels."""
     label = target[:, None]
-    others = logits.scatter(1, label, MASKED).logsumexp(-1)
+    others = logits.scatter(1, label, EXCLUDED).logsumexp(-1)
     return logits.gather(1, label)[:, 0] - others
 
 
 def nontarget_kl(u: Tensor, v: Tensor, target: Tensor) -> Tensor:
     """NCKD: KL between the distributions over the classes that are not the label."""
     label = target[:, None]
-    return kl_from_logits(u.scatter(1, label, MASKED), v.scatter(1, label, MASKED))
+    return kl_from_logits(u.scatter(1, label, EXCLUDED), v.scatter(1, label, EXCLUDED))
 
 
 def softmax_rows(
@@ -135,8 +141,8 @@ def nkd_rows(
     z_s, z_t = as_float(student_logits), as_float(teacher_logits)
     label = target[:, None]
     p_y = label_log_odds(z_t, target).sigmoid()
-    log_p_hat = (z_t / temperature).scatter(1, label, MASKED).log_softmax(-1)
-    log_q_hat = (z_s / temperature).scatter(1, label, MASKED).log_softmax(-1)
+    log_p_hat = (z_t / temperature).scatter(1, label, EXCLUDED).log_softmax(-1)
+    log_q_hat = (z_s / temperature).scatter(1, label, EXCLUDED).log_softmax(-1)
     nontarget = -(log_p_hat.exp() * log_q_hat).scatter(1, label, 0.0).sum(-1)
     row = p_y * softplus(-label_log_odds(z_s, target)) + gamma * temperature * temperature * nontarget
     return row, no_terms(row)

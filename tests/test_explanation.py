@@ -30,6 +30,8 @@ def test_the_path_follows_the_length_of_the_row():
         assert fastkd.explain(8, 1000, device=device).accesses == 3
         assert fastkd.explain(8, 100_000, device=device).accesses == 5
         assert fastkd.explain(8, 100_000, device=device, loss="jsd").accesses == 7
+        explained = fastkd.explain(8, 100_000, device=device, known=64)
+        assert (explained.tile, explained.warps) == (2048, 8)
 
 
 def test_native_cuda_paths_report_what_they_cache():

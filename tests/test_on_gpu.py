@@ -68,10 +68,10 @@ def test_the_choice_of_auto_from_measured_times(tmp_path):
     _, records = read(MEASURED)
     measured = paths.ratios(records)
     assert paths.fewest_classes(measured["softmax", False]) == 8193  # KD at 8192 is slower
-    mixed = {(64, 100): {"a": 1.2}, (64, 1000): {"a": 0.9, "b": 1.1}, (64, 5000): {"a": 0.9}}
+    mixed = {(128, 100): {"a": 1.2}, (128, 1000): {"a": 0.9, "b": 1.1}, (128, 5000): {"a": 0.9}}
     assert paths.fewest_classes(mixed) == 1001
     assert paths.fewest_classes(mixed | {(4, 9000): {"a": 2.0}}) == 1001
-    assert paths.fewest_classes({(64, 100): {"a": 0.8}}) == 100
-    assert paths.fewest_classes({(64, 100): {"a": 0.8}, (64, 200): {"a": 1.0}}) is None
+    assert paths.fewest_classes({(128, 100): {"a": 0.8}}) == 100
+    assert paths.fewest_classes({(128, 100): {"a": 0.8}, (128, 200): {"a": 1.0}}) is None
     assert paths.fewest_classes({(63, 100): {"a": 0.8}}) is None
     assert paths.section([record for record in records if record["variant"] != "native"]) == ""

@@ -135,7 +135,7 @@ FASTKD_INLINE typename E::type* element_at(const Matrix& matrix, int64_t row, in
 // ---- blocks: the only code that handles ragged row ends ----------------------------------------------------
 
 // Logits are processed in blocks that fit into the L1 cache, converted to float and padded to whole cache lines.
-// Padding is masked classes, which add nothing to any sum.
+// Padding is below masked classes and adds nothing to any sum.
 constexpr int kBlock = 1024;
 constexpr int kLine = 16;  // floats per cache line; loops prefetch once per line
 static_assert(kLine % kLanes == 0 && kBlock % kLine == 0, "a line is whole vectors");
@@ -192,12 +192,12 @@ FASTKD_INLINE int load_block_as(const typename E::type* from, int n, float* to, 
     typename E::type tail[kLanes] = {};
     std::memcpy(tail, from + i, (n - i) * sizeof(tail[0]));
     store(to + i, at_least(E::load(tail), bound));
-    for (int j = n - i; j < kLanes; j++) to[i + j] = lowest;
+    for (int j = n - i; j < kLanes; j++) to[i + j] = kExcluded * lowest;
     top = at_least(load(to + i), top);
     i += kLanes;
   }
   largest = top;
-  for (; i < padded_to_line(n); i += kLanes) store(to + i, bound);
+  for (; i < padded_to_line(n); i += kLanes) store(to + i, broadcast(kExcluded * lowest));
   return i;
 }
 

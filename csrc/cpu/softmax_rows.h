@@ -26,11 +26,11 @@ FASTKD_INLINE Exponents exponents_of(const Row<double>& row, float max_s, float 
 FASTKD_INLINE vf student_exponential(const Exponents& e, vf s) { return exp_or_zero(s - e.base_s, e.student); }
 FASTKD_INLINE vf teacher_exponential(const Exponents& e, vf t) { return exp_or_zero(t - e.base_t, e.teacher); }
 
-// Excludes the label from a block by masking it; `top` becomes the maximum of the other classes.
-FASTKD_INLINE void exclude_label(float* z_s, float* z_t, int64_t at, int padded, float masked, RowLabel& label,
+// Excludes the label from a block; `top` becomes the maximum of the other classes.
+FASTKD_INLINE void exclude_label(float* z_s, float* z_t, int64_t at, int padded, float excluded, RowLabel& label,
                                  vf& top_s, vf& top_t) {
   label = {true, z_s[at], z_t[at]};
-  z_s[at] = z_t[at] = masked;
+  z_s[at] = z_t[at] = excluded;
   for (int i = 0; i < padded; i += kLanes) {
     top_s = at_least(load(z_s + i), top_s);
     top_t = at_least(load(z_t + i), top_t);
@@ -152,6 +152,8 @@ static __attribute__((noinline)) SinglePass sum_single_pass(const RowJob& job, i
     const float first_t = horizontal_max(at_least(E::load(from_t), broadcast(kMasked)));
     if (!(first_s > kMasked && first_t > kMasked)) return SinglePass::kAboveBase;  // all masked, or a NaN
     total.max_s = first_s, total.max_t = first_t;
+  } else if (!(total.max_s > kMasked && total.max_t > kMasked)) {
+    return SinglePass::kAboveBase;  // -inf, which is not clamped here, would not equal the base
   }
   const Exponents exponents = exponents_of(row, total.max_s, total.max_t);
   vf top_s = exponents.base_s, top_t = exponents.base_t;
@@ -207,7 +209,7 @@ static void statistics_pass(const RowJob& job, int64_t begin, int64_t end, RowPa
       if (label_smoothing) total.logit_sum += sum_of_block(z_s, n, row.origin);
       if (has_label) {
         top_s = top_before_s, top_t = top_before_t;
-        exclude_label(z_s, z_t, label_at, padded, masked, part.label, top_s, top_t);
+        exclude_label(z_s, z_t, label_at, padded, kExcluded * masked, part.label, top_s, top_t);
       }
       rebase<kNeeds>(total, horizontal_max(top_s), horizontal_max(top_t), row.student.slope, row.teacher.slope);
       const Exponents exponents = exponents_of(row, total.max_s, total.max_t);

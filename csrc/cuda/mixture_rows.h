@@ -30,7 +30,8 @@ mixture_rows(FASTKD_PARAMETER RowLossArguments arguments) {
   const auto q_of = [&](float s) { return power_of_two((s - max_s) * power) * scale_s; };
   const auto p_of = [&](float t) { return power_of_two((t - max_t) * power) * scale_t; };
   float totals[] = {0.0f, 0.0f, 0.0f, 0.0f};  // of the loss, q h, and the q at the first and at the second origin
-  share.next_pass([&](int, const Vector<Type>& s, const Vector<Type>& t) {
+  share.next_pass([&](int column, Vector<Type>& s, Vector<Type>& t) {
+    exclude_outside(column, classes, kMasked, s, t);
     float value = 0, slope = 0, first = 0, second = 0;  // per vector: fewer roundings of the signed terms
     for (int i = 0; i < kVector; i++) {
       const float q = q_of(s.z[i]), p = p_of(t.z[i]);

@@ -216,7 +216,9 @@ def row_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call,
     """Fill ``outputs``. Logits are [N, C] or [M, K, C] with dense classes; see ``layout.as_rows``."""
     student, teacher, pairs = students[0], teachers[0], len(students)
     rows, terms, gradient, sums, term_sums = outputs[:5]
-    rereads = gradient is not None and call.spec.family != "pointwise"
+    # Mixtures and moments read a row again for the loss alone too.
+    rereads = call.spec.family == "mixture" or bool(call.needs & Needs.STANDARDIZED)
+    rereads = rereads or (gradient is not None and call.spec.family != "pointwise")
     single = pairs == 1
     name: str = "row_loss" if single else "row_loss_of_pairs"
     last: Sequence[Any] = ()

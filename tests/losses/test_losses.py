@@ -249,32 +249,6 @@ def test_confident_logits(fused, case):
     assert_matches(case, student, teacher, target, reduction="none")
 
 
-@pytest.mark.parametrize(
-    "case",
-    # Standardised rows and label smoothing average over all classes: undefined with masked ones.
-    [case for case in CASES if not case.averages_classes],
-    ids=lambda case: case.name,
-)
-@pytest.mark.parametrize(("classes", "unmasked"), [(40, 30), (4500, 3000)])
-def test_classes_masked_in_both_models_add_nothing(fused, case, classes, unmasked):
-    student, teacher, target = make_logits(4, classes, torch.float32, fused)
-    target %= unmasked
-    masked_student, masked_teacher = student.clone(), teacher.clone()
-    masked_student[:, unmasked:] = masked_teacher[:, unmasked:] = -torch.inf
-    loss, gradient = loss_and_gradient(case, masked_student, masked_teacher, target, reduction="none")
-    fewer = (student[:, :unmasked], teacher[:, :unmasked], target)
-    true_loss, true_gradient = exact(case, *fewer, reduction="none")
-    assert error(loss, true_loss) < 1e-5
-    assert error(gradient[:, :unmasked], true_gradient) < 1e-5
-    assert gradient[:, unmasked:].count_nonzero() == 0
-
-    first = [logits.flip(-1) for logits in (masked_student, masked_teacher)]  # masked from the row's first on
-    loss, gradient = loss_and_gradient(case, *first, classes - 1 - target, reduction="none")
-    assert error(loss, true_loss) < 1e-5
-    assert error(gradient.flip(-1)[:, :unmasked], true_gradient) < 1e-5
-    assert gradient[:, : classes - unmasked].count_nonzero() == 0
-
-
 @each_kernel
 @pytest.mark.parametrize(("classes", "at"), [(20, 7), (3000, 2500), (3000, 2)])
 def test_nonfinite_logits_are_not_hidden(fused, case, classes, at):

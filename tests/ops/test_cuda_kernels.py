@@ -424,7 +424,7 @@ def test_the_automatic_choice_on_a_gpu(monkeypatch):
         assert choose() == "triton"
         monkeypatch.setattr(backend, "native_may_be_faster", lambda device: True)
         assert by_shape() == by_shape(labelled=True) == "native"
-        for other in ({"rows": 4}, {"classes": 1000}, {"family": "pointwise"}, {"dtype": torch.float32}):
+        for other in ({"rows": 100}, {"classes": 1000}, {"family": "pointwise"}, {"dtype": torch.float32}):
             assert by_shape(**other) == "triton"
         with fastkd.use_backend("triton"):
             assert by_shape() == "triton"

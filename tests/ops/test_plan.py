@@ -1,8 +1,10 @@
 """The planner of the Triton kernels."""
 
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fastkd
 from fastkd.ops import plan
 
 H100 = plan.Device(multiprocessors=132)
@@ -61,3 +63,18 @@ def test_plans_for_known_classes_cover_the_rows(rows, classes):
     assert 1 <= planned.warps <= 8
     assert 1 <= planned.parts <= min(plan.MAX_PARTS, -(-classes // planned.tile))
     assert planned[:4] == plan.plan_known(rows + 1, classes, H100)[:4]
+
+
+def test_models_of_two_dtypes_stay_with_triton(monkeypatch):
+    """Native was measured with both in bfloat16; the choice is asked for these alone."""
+    from fastkd.losses import dispatch
+
+    asked = []
+    monkeypatch.setattr(dispatch, "faster_for", lambda chosen, *of: asked.append(of[-1]) or chosen)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    student, teacher = torch.randn(2, 3, 5, device=device).bfloat16()
+    with fastkd.use_backend("triton"):
+        fastkd.kd_loss(student, teacher.float())
+        assert not asked
+        fastkd.kd_loss(student, teacher)
+    assert asked == [torch.bfloat16]

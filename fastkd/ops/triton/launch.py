@@ -66,7 +66,7 @@ def row_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call,
         "ROWS": plan.rows,
         "TILE": plan.tile,
         "LANE": min(plan.tile, LANE_BYTES // element_bytes),
-        "VECTOR": common_vector(classes, *strides, gradient_stride),
+        "VECTOR": common_vector((*students, *teachers, to_gradient), classes, *strides, gradient_stride),
     }
     arguments: tuple[Any, ...]
     with on_device(student):
@@ -136,7 +136,7 @@ def scale_rows_(gradient: Tensor, factors: Tensor) -> None:
     (pairs, count), classes = factors.shape, gradient.shape[1]
     device = device_of(gradient.device)
     plan = plan_rows("scale", pairs * count, classes, gradient.element_size(), device)
-    vector = common_vector(classes, gradient.stride(0))
+    vector = common_vector((gradient,), classes, gradient.stride(0))
     resident = device.multiprocessors * min(SCALE_PROGRAMS, SCALE_WARPS // plan.warps)
     programs = min(count, -(-resident // (plan.parts * pairs)))
     with on_device(gradient):

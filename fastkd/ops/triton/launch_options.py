@@ -82,10 +82,11 @@ def row_strides(logits: Tensor) -> tuple[int, int]:
     return (logits.stride(0), 0 if logits.dim() == 2 else logits.stride(1))
 
 
-def common_vector(*numbers: int) -> int:
-    """8 if it divides all numbers, else 1: enables 16-byte loads and stores.
+def common_vector(tensors: Iterable[Tensor], *numbers: int) -> int:
+    """8 if it divides all numbers and the tensors are aligned, else 1: enables 16-byte loads and stores.
 
     A single compile-time constant: Triton's own specialisation distinguishes 1 and multiples of 16 for each
     number, and would recompile for other strides.
     """
-    return 8 if all(number % 8 == 0 for number in numbers) else 1
+    divides = all(number % 8 == 0 for number in numbers)
+    return 8 if divides and all(tensor.data_ptr() % 16 == 0 for tensor in tensors) else 1

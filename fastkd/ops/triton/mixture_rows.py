@@ -47,9 +47,9 @@ NEEDS = tl.constexpr(DISTILLS.value | SUMS_ONLY.value)
 
 
 @triton.jit
-def load_tile(rows, columns, classes, exists, EVICT: tl.constexpr):
-    student = load_logits(rows.student, columns, classes, exists, EVICT)
-    return Pair(student, load_logits(rows.teacher, columns, classes, exists, EVICT))
+def load_tile(rows, columns, classes, exists, EVICT: tl.constexpr, SUMMED: tl.constexpr):
+    student = load_logits(rows.student, columns, classes, exists, EVICT, SUMMED)
+    return Pair(student, load_logits(rows.teacher, columns, classes, exists, EVICT, SUMMED))
 
 
 @triton.jit
@@ -145,7 +145,7 @@ def mixture_block(
     first, columns = lane_columns(ROWS, TILE, LANE, VECTOR)
     only = Pair(0.0, 0.0)
     if ONE_TILE:
-        only = load_tile(rows, columns, classes, read, "evict_first")
+        only = load_tile(rows, columns, classes, read, "evict_first", True)
 
     if PHASE == WHOLE or PHASE == STATISTICS:  # noqa: SIM109
         no_label = tl.full((ROWS, 1), -1, tl.int32)
@@ -174,7 +174,7 @@ def mixture_block(
                 zero = tl.zeros_like(first).to(tl.float32)
                 totals = Totals(zero, zero, zero, zero)
                 for number in range(first_tile, end_tile):
-                    tile = load_tile(rows, number * TILE + columns, classes, read, "evict_last")
+                    tile = load_tile(rows, number * TILE + columns, classes, read, "evict_last", True)
                     probs = probabilities(tile, sums, slope)
                     value, weighted_slope, shifted, _ = FORMULA(probs, numbers)
                     of_tile = totals_of_tile(value, weighted_slope, shifted, probs.q)
@@ -207,7 +207,7 @@ def mixture_block(
                 else:
                     for number in range(first_tile, end_tile):
                         tile_columns = number * TILE + columns
-                        tile = load_tile(rows, tile_columns, classes, read, "evict_first")
+                        tile = load_tile(rows, tile_columns, classes, read, "evict_first", False)
                         probs = probabilities(tile, sums, slope)
                         _, weighted_slope, shifted, step = FORMULA(probs, numbers)
                         gradient = gradient_of_classes(probs.q, weighted_slope, shifted, step, totals, factor)

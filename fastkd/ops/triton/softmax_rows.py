@@ -22,7 +22,6 @@ from fastkd.ops.triton.statistics import (
     LABEL_SMOOTHING,
     LABELLED,
     LOG_RATIO,
-    MASKED,
     OWN_SLOPES,
     STANDARDIZED,
     STUDENT_AT_T1,
@@ -38,6 +37,7 @@ from fastkd.ops.triton.statistics import (
     store_partial,
 )
 from fastkd.ops.triton.tiles import (
+    EXCLUDED,
     NOT_SPECIALIZED,
     lane_columns,
     load_label_logit,
@@ -144,10 +144,10 @@ def softmax_block(
     partial = result * parts + part
     _, columns = lane_columns(ROWS, TILE, LANE, VECTOR)
     if ONE_TILE:
-        student = load_logits(rows.student, columns, classes, read, "evict_first")
+        student = load_logits(rows.student, columns, classes, read, "evict_first", True)
         teacher = student
         if DISTILLS & NEEDS:
-            teacher = load_logits(rows.teacher, columns, classes, read, "evict_first")
+            teacher = load_logits(rows.teacher, columns, classes, read, "evict_first", True)
     else:
         student = tl.zeros((ROWS, 1), tl.float32)
         teacher = student
@@ -191,8 +191,8 @@ def softmax_block(
 
         if LABELLED & NEEDS and ONE_TILE:
             at_label = columns == label
-            student = tl.where(at_label, MASKED, student)
-            teacher = tl.where(at_label, MASKED, teacher)
+            student = tl.where(at_label, EXCLUDED, student)
+            teacher = tl.where(at_label, EXCLUDED, teacher)
         if PHASE == GRADIENT:
             sums = load_statistics(sums_pointer + result * parts * WIDTH, parts, slopes, NEEDS, PARTS)
         else:

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from fastkd.ops.spec import Needs
 from fastkd.ops.triton.tiles import (
+    EXCLUDED,
     LOWEST,
     MASKED,
     lane_columns,
@@ -99,7 +100,7 @@ def in_units(dot, slopes, NEEDS: tl.constexpr):
 def statistics_of_tile(
     student, teacher, columns, max_s, max_t, label, label_logit, classes, slopes, centre, NEEDS: tl.constexpr
 ):
-    """Statistics of a tile relative to these maxima, along its second axis. The label's logits are masked."""
+    """Statistics of a tile relative to these maxima, along its second axis, without the label's logits."""
     a = student - max_s
     exp_a = exponential(a, slopes.student)
     sum_s = tl.sum(exp_a, 1, keep_dims=True)
@@ -237,7 +238,7 @@ def statistics_of(
     VECTOR: tl.constexpr,
 ):
     """Statistics of tiles ``first_tile`` to ``end_tile`` of ``rows``, or of the only tile, ``student`` and
-    ``teacher`` with masked labels."""
+    ``teacher`` without the labels."""
     if ONE_TILE:
         _, columns = lane_columns(ROWS, TILE, LANE, VECTOR)
         max_s = tl.max(student, 1, keep_dims=True)
@@ -260,14 +261,14 @@ def statistics_of(
         sums = Statistics(lowest, zero, zero, lowest, zero, zero, zero, zero, zero, zero)
         for tile in range(first_tile, end_tile):
             tile_columns = tile * TILE + columns
-            logits = load_logits(rows.student, tile_columns, classes, exists, "evict_last")
+            logits = load_logits(rows.student, tile_columns, classes, exists, "evict_last", True)
             others = logits
             if DISTILLS & NEEDS:
-                others = load_logits(rows.teacher, tile_columns, classes, exists, "evict_last")
+                others = load_logits(rows.teacher, tile_columns, classes, exists, "evict_last", True)
             if LABELLED & NEEDS:
                 at_label = tile_columns == label
-                logits = tl.where(at_label, MASKED, logits)
-                others = tl.where(at_label, MASKED, others)
+                logits = tl.where(at_label, EXCLUDED, logits)
+                others = tl.where(at_label, EXCLUDED, others)
             max_s = tl.maximum(sums.max_s, tl.max(logits, 1, keep_dims=True))
             max_t = max_s
             if DISTILLS & NEEDS:

@@ -20,6 +20,8 @@ NOT_SPECIALIZED = [
 ]  # fmt: skip
 # Below this a logit is a masked class; see MASKED in fastkd/reference.py.
 MASKED = tl.constexpr(-(2.0**100))
+# What is in no sum, past the end of a row or the label: it counts 0 even where all that count are masked.
+EXCLUDED = tl.constexpr(-(2.0**101))
 # Lower bound of relative logits, in units of the temperature: finite, so that the difference of two masked
 # classes is 0, and 0 times a relative logit is 0, whatever the slope.
 LOWEST = tl.constexpr(-1e37)
@@ -99,11 +101,13 @@ def numbers_of(numbers, dynamic_pointer, DYNAMIC: tl.constexpr):
 
 
 @triton.jit
-def load_logits(rows, columns, classes, exists, EVICT: tl.constexpr):
-    """A tile of logits in float32; masked classes past the end of the row and below MASKED (-inf)."""
-    inside = (columns < classes) & exists
-    logits = tl.load(rows + columns, mask=inside, other=float("-inf"), eviction_policy=EVICT)
-    return tl.maximum(logits.to(tl.float32), MASKED, propagate_nan=tl.PropagateNan.ALL)
+def load_logits(rows, columns, classes, exists, EVICT: tl.constexpr, SUMMED: tl.constexpr = False):
+    """A tile of logits in float32; those below MASKED (-inf) are MASKED, and those past the end of the row,
+    or EXCLUDED if exponentials are summed."""
+    inside = columns < classes
+    logits = tl.load(rows + columns, mask=inside & exists, other=float("-inf"), eviction_policy=EVICT)
+    lowest = tl.where(inside, MASKED, EXCLUDED) if SUMMED else MASKED
+    return tl.maximum(logits.to(tl.float32), lowest, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

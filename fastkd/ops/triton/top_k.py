@@ -43,7 +43,8 @@ def row_loss(
     from_memory = spec.dynamic if cross_entropy else int(math.isnan(temperature))
 
     plan = plan_known(count, classes, device_of(student.device))
-    vector = common_vector(classes, *row_strides(student), 0 if gradient is None else gradient.stride(0))
+    written = student if gradient is None else gradient
+    vector = common_vector((student, written), classes, *row_strides(student), written.stride(0))
     strides = (*row_strides(student), indices.stride(0))
     inner_rows = 1 if student.dim() == 2 else student.shape[1]
     # Unused pointers must be valid arguments too: `rows` and `indices` are placeholders.
