@@ -39,7 +39,7 @@ from fastkd.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Normalize
 from fastkd.distill import DKD
 from fastkd.models import build_model
 from fastkd.train import Watcher, fit_method
-from fastkd.train.precision import autocast, compile_networks
+from fastkd.train.precision import autocast, compiled_networks
 
 BETA, TEMPERATURE = 0.5, 1.0  # and alpha 1
 
@@ -104,8 +104,6 @@ class Comparison:
         if self.channels_last:
             self.method.to(memory_format=torch.channels_last)
             teacher.to(memory_format=torch.channels_last)
-        if args.compile:
-            compile_networks(self.method, "inductor")
         self.student, self.teacher = student, teacher
         self.begin, self.end = args.warm_up, args.warm_up + args.steps
         shape = (args.batch, 3, args.size, args.size)
@@ -184,13 +182,13 @@ def main() -> None:
     if args.device == "cpu" and args.precision == "float16":
         raise SystemExit("--precision float16 is for GPUs: these loops have no loss scale")
     settings = {key: value for key, value in vars(args).items() if key not in ("output", "device")}
+    comparison = Comparison(args)
     try:
         writer = Writer(args.output)
     except ResultFileError as error:
         raise SystemExit(str(error)) from None
-    with writer as output:
+    with writer as output, compiled_networks(comparison.method, "inductor" if args.compile else None):
         output.write([header(args.device, {}, command=" ".join(sys.argv), settings=settings)])
-        comparison = Comparison(args)
         seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
         splits: list[dict[str, float]] = []
         for turn in range(args.turns):

@@ -109,6 +109,9 @@ def _flat(feature: Tensor) -> Tensor:
 
 
 def _distances(points: Tensor) -> Tensor:
+    # |a|^2 + |b|^2 - 2ab cancels where points are much nearer to each other than to the origin. Distances do
+    # not depend on the origin, so it is moved to the mean of the points, which needs no gradient.
+    points = points - points.detach().mean(0)
     squares = points.pow(2).sum(1)
     squared = (squares[:, None] + squares[None, :] - 2 * points @ points.T).clamp_min(1e-12)
     off_diagonal = ~torch.eye(len(points), dtype=torch.bool, device=points.device)
@@ -118,5 +121,9 @@ def _distances(points: Tensor) -> Tensor:
 
 def _angles(points: Tensor) -> Tensor:
     # Entry [i, j, k] is the cosine at point i between the directions to j and to k.
-    directions = F.normalize(points[None, :, :] - points[:, None, :], dim=2)
+    differences = points[None, :, :] - points[:, None, :]
+    lengths = torch.linalg.vector_norm(differences, dim=2, keepdim=True)
+    # Equal points have no direction. Zeros have no gradient, but that of F.normalize at 0 is 1e12.
+    apart = lengths != 0  # true for NaN, which must stay
+    directions = torch.where(apart, differences / torch.where(apart, lengths, 1.0), 0.0)
     return directions @ directions.transpose(1, 2)

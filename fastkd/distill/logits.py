@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastkd import losses
+from fastkd.losses.arguments import check_target
 from fastkd.ops.spec import NKDOptions, SoftmaxOptions, TemperatureOptions
 from fastkd.reference import at_least_float32
 
@@ -18,9 +19,21 @@ from .given import temperature_at_k
 from .method import Method, Seen, Terms
 from .options import Epochs, Fraction, Positive, Weight
 
+IGNORED = -100  # the label of a row without one, as in torch and in the fused losses
+
 
 def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    return F.cross_entropy(at_least_float32(logits), target, label_smoothing=label_smoothing)
+    """Mean over the rows of logits ``[N, C]`` that have a label; 0 if none has, in a batch or on a rank.
+
+    ``target`` is int64 labels ``[N]`` or probabilities ``[N, C]``. Raises ``TypeError`` and ``ValueError``.
+    """
+    logits = at_least_float32(logits)
+    if target.is_floating_point():
+        return F.cross_entropy(logits, target, label_smoothing=label_smoothing)
+    check_target(target, logits)
+    total = F.cross_entropy(logits, target, label_smoothing=label_smoothing, reduction="sum")
+    # torch's own mean is 0 / 0 without a label.
+    return total / (target != IGNORED).sum().clamp_min(1)
 
 
 class CrossEntropy(Method, name="cross_entropy"):

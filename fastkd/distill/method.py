@@ -126,7 +126,7 @@ class Method(nn.Module):
         # In a tuple, so that it does not become a submodule.
         self._teacher = (None if teacher is None else teacher.eval(),)
         self.student_taps = Taps(student, "student")
-        self.teacher_taps = Taps(teacher or nn.Identity(), "teacher")
+        self.teacher_taps = Taps(nn.Identity() if teacher is None else teacher, "teacher")
         self._hint_weight = hint_weight
         self._distance_weight, self._angle_weight = distance_weight, angle_weight
         self.hint: Hint | None = None
@@ -138,6 +138,8 @@ class Method(nn.Module):
             layers = self._hint_layers
             hint = Hint(of_student[layers[0]], of_teacher[layers[1]], layers)
             self.hint = hint.to(self.example.device, dtype_of_parts(student))
+        else:
+            self._find_both(hint_layer, hint_teacher_layer)
         if distance_weight or angle_weight:
             if relation_layer is None:
                 assert teacher is not None
@@ -146,6 +148,8 @@ class Method(nn.Module):
                     relation_teacher_layer or find_classifier(teacher, "teacher")[0] + INPUT
                 )
             self._relation_layers = self.tap_both(relation_layer, relation_teacher_layer)
+        else:
+            self._find_both(relation_layer, relation_teacher_layer)
 
     @property
     def teacher(self) -> nn.Module | None:
@@ -224,11 +228,12 @@ class Method(nn.Module):
         student_features = in_dtype_of_parts(student_features)
         teacher_features = in_dtype_of_parts(teacher_features)
         seen = Seen(student_logits, teacher_logits, target, student_features, teacher_features)
+        terms = self.terms(seen)
+        total_of(terms)  # raises for invalid terms
+        # After the terms, which refuse what they are not defined for.
         if self.training and not self._started and not torch.compiler.is_compiling():
             self._started = True
             self._notes += self.describe_start(seen)
-        terms = self.terms(seen)
-        total_of(terms)  # raises for invalid terms
         extra_terms: Terms = {}
         if self.hint is not None:
             student, teacher = self._hint_layers
@@ -258,7 +263,10 @@ class Method(nn.Module):
         return total.detach()
 
     def finish_gradients(self) -> None:
-        """Call once per step after the last ``backward`` and unscaling, before clipping; aligns gradients."""
+        """Call once per step after the last ``backward`` and unscaling, before clipping; aligns gradients.
+
+        Also for a step that is dropped: it resets what is accumulated for the alignment.
+        """
 
     def take_notes(self) -> list[str]:
         """Notes that have come up since the last call, for the user to see."""
@@ -307,6 +315,15 @@ class Method(nn.Module):
         if isinstance(form, LinearLogits) and (in_its_format or not self.takes_forms):
             return form.dense()
         return form
+
+    def _find_both(self, student_path: str | None, teacher_path: str | None) -> None:
+        """Raise ``FeatureError`` for layers that a weight of 0 leaves unread, if they do not exist."""
+        if student_path is not None:
+            self.student_taps.find(student_path)
+        of_teacher = teacher_path or student_path
+        # A teacher whose outputs are given has no layers.
+        if of_teacher is not None and not isinstance(self.teacher, GivenTeacher | None):
+            self.teacher_taps.find(of_teacher)
 
     def _teacher_format(self, inputs: Any) -> contextlib.AbstractContextManager[Any]:
         if self.teacher_dtype is None or not isinstance(inputs, Tensor):

@@ -83,7 +83,10 @@ def check_options(
     try:
         checked = _model_of(cls, partial)(**{_PREFIX + name: value for name, value in values.items()})
     except ValidationError as error:
-        raise OptionError("; ".join(_explain(item, prefix) for item in error.errors())) from None
+        of_values: dict[tuple[str, str], list[Any]] = {}  # several of a value: one for each type of a union
+        for item in error.errors():
+            of_values.setdefault((str(item["loc"][0]), repr(item["input"])), []).append(item)
+        raise OptionError("; ".join(_explain(items, prefix) for items in of_values.values())) from None
     return {name: getattr(checked, _PREFIX + name) for name in options}
 
 
@@ -136,9 +139,11 @@ def is_file(annotation: Any) -> bool:
     return "file" in getattr(annotation, "__metadata__", ()) or any(map(is_file, get_args(annotation)))
 
 
-def _explain(item: Any, prefix: str) -> str:
-    name = prefix + str(item["loc"][0]).removeprefix(_PREFIX)
-    if item["type"] == "missing":
+def _explain(items: list[Any], prefix: str) -> str:
+    name = prefix + str(items[0]["loc"][0]).removeprefix(_PREFIX)
+    value = items[0]["input"]
+    if items[0]["type"] == "missing":
         return f"{name} is missing"
-    message = item["msg"]
-    return f"{name} = {item['input']!r} ({type(item['input']).__name__}): {message[0].lower()}{message[1:]}"
+    first, *more = dict.fromkeys(item["msg"] for item in items)
+    message = ", or ".join([first, *(one.removeprefix("Input should be ") for one in more)])
+    return f"{name} = {value!r} ({type(value).__name__}): {message[0].lower()}{message[1:]}"

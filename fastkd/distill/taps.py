@@ -36,12 +36,16 @@ class Taps:
 
     def add(self, path: str) -> str:
         """Read ``path`` from now on; returns it. Raises ``FeatureError`` if there is no such layer."""
+        self._layers[path] = (self.find(path), path.endswith(INPUT))
+        return path
+
+    def find(self, path: str) -> nn.Module:
+        """The layer of ``path``. Raises ``FeatureError`` with similar names if there is none."""
         name = path.removesuffix(INPUT)
-        layers = dict(self._plain.named_modules())
+        layers: dict[str, nn.Module] = dict(self._plain.named_modules())
         if not name or name not in layers:
             raise FeatureError(f"the {self._role} has no layer {name!r}; {_near(name, layers)}")
-        self._layers[path] = (layers[name], path.endswith(INPUT))
-        return path
+        return layers[name]
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[dict[str, Tensor]]:

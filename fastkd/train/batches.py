@@ -131,7 +131,8 @@ class Batches:
 def micro_batches(batch: Batch, count: int) -> list[tuple[Batch, float]]:
     """``count`` parts of a batch (fewer if they had less than two rows), and the divisor of each part's loss.
 
-    Losses are means over rows, so a part with r of n rows has the divisor n / r.
+    Losses are means over rows, so a part with r of n rows has the divisor n / r. Rows labelled -100 are
+    counted too, which is exact only where the parts have equal shares of them: docs/methods.md.
     """
     rows = len(batch[0])
     # Parts of nearly equal size: `split` could leave a last part with one row, too few for BatchNorm.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
+from fastkd.distill.logits import IGNORED
 from fastkd.distill.taps import eval_mode, logits_of
 from fastkd.errors import TrainError
 from fastkd.reference import at_least_float32
@@ -29,7 +30,7 @@ ACCURACIES = ("val_accuracy", "val_top5_accuracy")
 
 @dataclass(frozen=True)
 class Validated:
-    """Means over ``rows`` images. ``top5`` is None with ``TOP5_ABOVE`` classes or fewer."""
+    """Means over the ``rows`` images with a label. ``top5`` is None with ``TOP5_ABOVE`` classes or fewer."""
 
     accuracy: float
     top5: float | None
@@ -42,6 +43,10 @@ class Validated:
         return {"val_accuracy": self.accuracy, **top5, "val_loss": self.loss, "val_rows": self.rows}
 
 
+class _Unlabelled(TrainError):
+    """No row had a label."""
+
+
 def evaluate(
     model: nn.Module,
     loader: Any,
@@ -52,6 +57,7 @@ def evaluate(
 ) -> tuple[float, float]:
     """Accuracy (a fraction) and mean cross-entropy of ``model`` on ``loader``; train/eval mode is restored.
 
+    Rows labelled -100 are left out.
     In a process group each rank computes its share of every batch, and all return the overall result.
     """
     result = evaluate_rows(model, loader, device=device, precision=precision, channels_last=channels_last)
@@ -67,12 +73,11 @@ def evaluate_rows(
     precision: str = "float32",
     channels_last: bool = False,
 ) -> Validated:
-    """Like ``evaluate``, with top-5 and the number of images. Raises ``TrainError`` if there are none."""
+    """Like ``evaluate``, with top-5 and the number of labelled images. Raises ``TrainError`` without one."""
     device = torch.device(device)
-    correct, among_five = torch.zeros(2, dtype=torch.int64, device=device)
-    has_top5 = 0
+    correct, among_five, rows = torch.zeros(3, dtype=torch.int64, device=device)
+    batches = has_top5 = 0
     total = torch.zeros((), dtype=torch.float64, device="cpu" if device.type == "mps" else device)
-    rows = 0
     with eval_mode(model):
         for images, target, *_ in Batches(
             loader, device, even=False, channels_last=channels_last, name="val_loader"
@@ -81,17 +86,22 @@ def evaluate_rows(
                 continue
             with autocast(device, precision):
                 logits = logits_of(model, images, "network")
+            labelled = target != IGNORED
             correct += (logits.argmax(-1) == target).sum()
             if logits.shape[-1] > TOP5_ABOVE:
                 has_top5 = 1
-                among_five += (ranks(logits, target) < 5).sum()
+                before = ranks(logits, target.masked_fill(~labelled, 0))
+                among_five += (labelled & (before < 5)).sum()
             total += F.cross_entropy(at_least_float32(logits), target, reduction="sum").to(total)
-            rows += len(target)
-    known = (torch.full_like(total, value) for value in (has_top5, rows))
-    counts = torch.stack([correct.to(total), among_five.to(total), total, *known])
-    top1, top5, loss, has_top5, all_rows = distributed.sum_over_ranks(counts).tolist()
-    if all_rows == 0:
+            rows += labelled.sum()
+            batches += 1
+    known = (torch.full_like(total, value) for value in (has_top5, batches))
+    counts = torch.stack([*(count.to(total) for count in (correct, among_five, rows)), total, *known])
+    top1, top5, all_rows, loss, has_top5, batches = distributed.sum_over_ranks(counts).tolist()
+    if not batches:
         raise TrainError("the validation loader yielded no batch")
+    if not all_rows:
+        raise _Unlabelled(f"no image of the validation loader has a label: all are {IGNORED}")
     return Validated(top1 / all_rows, top5 / all_rows if has_top5 else None, loss / all_rows, int(all_rows))
 
 
@@ -123,6 +133,8 @@ def try_validation(student: nn.Module, loader: Any, numerics: Numerics) -> None:
         return
     try:
         evaluate_rows(student, [batch], **vars(numerics))
+    except _Unlabelled:  # later batches may have labels
+        return
     except TrainError:
         raise
     except Exception as error:

@@ -22,7 +22,7 @@ from .ema import make_ema
 from .epoch import Epoch
 from .evaluation import best_of, evaluate, try_validation, validate
 from .meters import LossMeter, PassTimer
-from .precision import Numerics, compile_networks, make_scaler, place
+from .precision import Numerics, compiled_networks, make_scaler, place
 from .preflight import check_loaders, check_optimizer, check_options, check_scheduler
 from .signals import Control
 from .state import Training, load_state, save_state
@@ -149,7 +149,7 @@ def fit_method(
             float16 with loss scaling.
         teacher_precision: the teacher's precision, if it differs.
         channels_last: keep images and convolutions in that memory format.
-        compile: ``torch.compile`` both networks; a string names the backend.
+        compile: ``torch.compile`` both networks while they are trained; a string names the backend.
         log_every: steps between fetching losses from the device; by default 1 on a CPU, else 20.
         checkpoint_every: steps between calls of ``watcher.checkpoint``, or a time such as ``"15min"``.
         stop: called after each step; if it returns true, training stops after ``watcher.checkpoint``.
@@ -184,8 +184,6 @@ def fit_method(
         batches=train.length,
     )
     watcher = _default_watcher(progress) if watcher is None else watcher
-    for note in compile_networks(method, "inductor" if compile is True else compile) if compile else ():
-        watcher.note(note)
     if resume is not None:
         load_state(training, resume, epochs)
     training.runner = distributed.wrap(method)
@@ -205,7 +203,10 @@ def fit_method(
     options = StepOptions(numerics, accumulate, clip_norm, skip_nonfinite=nonfinite == "skip")
     sizes = Sizes(method, precision, accumulate, watcher.note)
     crowding = Crowding(device)
-    with watcher:
+    backend = "inductor" if compile is True else compile or None
+    with compiled_networks(method, backend) as notes, watcher:
+        for note in notes:
+            watcher.note(note)
         for number in range(len(training.history), epochs):
             train.set_epoch(number)
             method.set_epoch(number)

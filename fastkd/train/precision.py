@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,27 +57,35 @@ def make_scaler(device: torch.device, precision: str) -> GradScaler | None:
     return GradScaler(device.type) if precision == "float16" else None
 
 
-def compile_networks(method: Method, backend: str) -> list[str]:
-    """Compile student and teacher in place; returns notes on those that stay eager.
+@contextlib.contextmanager
+def compiled_networks(method: Method, backend: str | None) -> Iterator[list[str]]:
+    """Student and teacher are compiled in place within the block, which gets notes on those that stay eager.
 
     Only ``forward`` is compiled, so that state dicts, hooks on the network and the exported student do not
     change. Methods read inner layers by hooks that exist for one pass, which would recompile at each step.
+    The network's own ``forward`` is put back afterwards: a copy of the network would compute with the
+    weights of the original, and ``torch.save`` of it fails. ``backend`` None: nothing is compiled.
     """
     notes = []
-    for role, network, taps in (
-        ("student", method.student, method.student_taps),
-        ("teacher", method.teacher, method.teacher_taps),
-    ):
-        if network is None:
-            continue
-        if taps.paths:
-            notes.append(
-                f"train.compile: the {role} stays eager, {method.name} reads {', '.join(taps.paths)}"
-            )
-        elif not hasattr(network.forward, "get_compiler_config"):
-            _compile(network, backend)
-    return notes
+    with contextlib.ExitStack() as undo:
+        for role, network, taps in (
+            ("student", method.student, method.student_taps),
+            ("teacher", method.teacher, method.teacher_taps),
+        ):
+            if network is None or backend is None:
+                continue
+            if taps.paths:
+                notes.append(
+                    f"train.compile: the {role} stays eager, {method.name} reads {', '.join(taps.paths)}"
+                )
+            elif not hasattr(network.forward, "get_compiler_config"):
+                undo.callback(_put_back, network, vars(network).get("forward"))
+                network.forward = torch.compile(network.forward, backend=backend)
+        yield notes
 
 
-def _compile(network: nn.Module, backend: str) -> None:
-    network.forward = torch.compile(network.forward, backend=backend)
+def _put_back(network: nn.Module, forward: Any) -> None:
+    """``forward``: what the owner had set on the instance; None: the class's."""
+    del network.forward
+    if forward is not None:
+        network.forward = forward

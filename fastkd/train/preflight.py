@@ -54,7 +54,9 @@ def check_optimizer(method: Method, optimizer: Any) -> None:
         raise ValueError("nothing to train: no parameter of the student or the method has requires_grad=True")
     held = dict.fromkeys(parameter for group in optimizer.param_groups for parameter in group["params"])
     known = dict.fromkeys(method.parameters(), "")
-    of_teacher = {p: name for name, p in method.teacher.named_parameters()} if method.teacher else {}
+    # Not by the teacher's truth value: a compiled module has a length only if the module in it has one.
+    named = () if method.teacher is None else method.teacher.named_parameters()
+    of_teacher = {p: name for name, p in named}
     strangers = [
         f"teacher.{of_teacher[p]}" if p in of_teacher else f"a parameter of shape {list(p.shape)}"
         for p in held

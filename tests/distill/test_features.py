@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastkd.distill import DHKD, DKD, KD, RKD, FeatureError, FitNets, Taps, find_classifier
+from fastkd.distill import DHKD, DKD, KD, RKD, CrossEntropy, FeatureError, FitNets, Taps, find_classifier
 from fastkd.distill.features import Hint, angle_loss, distance_loss
+from fastkd.distill.given import GivenTopK
 from fastkd.models import GlyphCNN
 
-from .models import batch, pair
+from .models import CLASSES, batch, pair
 
 
 class Odd(nn.Module):
@@ -146,6 +149,29 @@ def test_a_hint() -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"hint_layer": "feature.1"}, "the student has no layer 'feature.1'; the nearest are features.1"),
+        ({"hint_teacher_layer": "feature.1"}, "the teacher has no layer 'feature.1'; the nearest are"),
+        ({"relation_layer": "ffc:input"}, "the student has no layer 'ffc'; the nearest are fc"),
+        ({"relation_layer": "fc", "relation_teacher_layer": "ffc"}, "the teacher has no layer 'ffc'"),
+    ],
+)
+def test_layers_that_a_weight_of_zero_leaves_unread_must_exist(options: dict[str, str], words: str) -> None:
+    student, teacher = pair()
+    with pytest.raises(FeatureError, match=words):
+        KD(student, teacher, **options)
+    right = {"hint_layer": "features.1", "relation_layer": "fc:input", "relation_teacher_layer": "fc"}
+    method = KD(student, teacher, hint_weight=0.0, distance_weight=0.0, angle_weight=0.0, **right)
+    assert set(method(batch())) == {"ce", "kd"}
+    assert not method.teacher_taps.paths  # so that a cache can replace it
+    images, target = batch()
+    cached = KD(student, GivenTopK(CLASSES, 3, 4.0), hint_weight=0.0, **right)
+    assert set(cached((images, target, *cached.teacher.example(target)))) == {"ce", "kd"}
+    CrossEntropy(student, hint_layer="features.1")
+
+
+@pytest.mark.parametrize(
     ("of_student", "of_teacher", "compared"),
     [
         ((8, 8), (4, 4), (4, 4)),
@@ -241,6 +267,48 @@ def test_relations() -> None:
         assert not single.grad.any()
         maps = s[:, :, None, None].expand(6, 3, 2, 2)
         torch.testing.assert_close(loss(maps, t), loss(s, t))
+
+
+def relation_gradient(loss: Callable[[Tensor, Tensor], Tensor], s: Tensor, t: Tensor) -> Tensor:
+    points = s.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(points, t), points)
+    return gradient.double()
+
+
+def by_differences(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """RKD's formulas with each difference taken by itself; equal points have distance and cosine 0."""
+
+    def relation(points: Tensor) -> Tensor:
+        differences = points[None] - points[:, None]
+        apart = (differences != 0).any(2, keepdim=True)
+        differences = differences.where(apart, 1.0)
+        lengths = differences.norm(dim=2, keepdim=True)
+        if loss is distance_loss:
+            distances = lengths.where(apart, 0.0).squeeze(2)
+            return distances * len(points) * (len(points) - 1) / distances.sum()
+        directions = (differences / lengths).where(apart, 0.0)
+        return directions @ directions.transpose(1, 2)
+
+    return lambda s, t: F.smooth_l1_loss(relation(s), relation(t))
+
+
+@pytest.mark.parametrize("loss", [distance_loss, angle_loss])
+@pytest.mark.parametrize("case", ["around 10", "near a point", "two equal", "equal in pairs"])
+def test_relations_of_near_and_equal_points(loss: Callable[[Tensor, Tensor], Tensor], case: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    plain, t = (torch.randn(32, 16, generator=generator) for _ in range(2))
+    points = {
+        "around 10": 10 + 0.01 * plain,
+        "near a point": plain[0] + 1e-3 * plain,
+        "two equal": torch.cat([plain[:1], plain[:31]]),
+        "equal in pairs": plain[:16].repeat(2, 1),
+    }[case]
+    expected = relation_gradient(by_differences(loss), points.double(), t.double())
+    # Rounding may give equal points a small distance instead of 0.
+    error = (relation_gradient(loss, points, t) - expected).norm() / expected.norm()
+    assert error < (1e-3 if case == "equal in pairs" else 1e-5)
+    points[0, 0] = torch.nan
+    assert loss(points, t).isnan()
 
 
 def test_relations_are_of_the_pooled_features_by_default() -> None:

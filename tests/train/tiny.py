@@ -91,11 +91,22 @@ VARIANTS = {
 }
 
 
-def make_method(variant: str, prepare: Callable[[nn.Module], nn.Module] = lambda m: m, **net: Any) -> Method:
-    """``prepare`` is applied to the student before the method gets it, and to the method's own parts."""
+def make_method(
+    variant: str,
+    prepare: Callable[[nn.Module], nn.Module] = lambda m: m,
+    *,
+    compile_teacher: str | None = None,
+    **net: Any,
+) -> Method:
+    """``prepare`` is applied to the student before the method gets it, and to the method's own parts.
+
+    ``compile_teacher``: the backend.
+    """
     name, options = VARIANTS[variant]
     torch.manual_seed(0)
     teacher, student = Net(6), prepare(Net(4, **net))
+    if compile_teacher is not None:
+        teacher = torch.compile(teacher, backend=compile_teacher)
     method = find_method(name)(student, teacher, example=torch.zeros(2, 3, 8, 8), **options)
     for part, module in method.named_children():
         if part != "student":

@@ -16,12 +16,14 @@ from rich.console import Console
 
 import fastkd
 from fastkd.cli import main
+from fastkd.errors import TrainError
 from fastkd.train.commands import plot as plot_command
 from fastkd.train.display import console as console_module
 from fastkd.train.display.console import ConsoleProgress
 from fastkd.train.display.loggers import CSVFile
-from fastkd.train.evaluation import evaluate_rows, ranks
+from fastkd.train.evaluation import evaluate_rows, ranks, try_validation
 from fastkd.train.meters import LossMeter
+from fastkd.train.precision import Numerics
 from tests.train.ranks import on_two_ranks
 from tests.train.tiny import Loader, Net
 
@@ -86,6 +88,21 @@ def test_top5_is_exact() -> None:
     broken[0, 3] = torch.nan
     assert ranks(broken, torch.tensor([3])).item() >= 11
     assert ranks(broken, torch.tensor([0])).item() == 1
+
+
+@pytest.mark.parametrize("classes", [10, 30])
+def test_images_without_a_label_do_not_count(classes: int) -> None:
+    torch.manual_seed(0)
+    logits, target = torch.randn(60, classes), torch.randint(0, classes, (60,))
+    some = target.masked_fill(torch.arange(60) < 30, -100)  # all of the first batch
+    batches = list(zip(logits.split(20), some.split(20), strict=True))
+    found = evaluate_rows(torch.nn.Identity(), batches, device=CPU)
+    assert found.rows == 30
+    expected = evaluate_rows(torch.nn.Identity(), [(logits[30:], target[30:])], device=CPU)
+    assert found.record() == pytest.approx(expected.record())
+    try_validation(torch.nn.Identity(), batches, Numerics(CPU))
+    with pytest.raises(TrainError, match="no image of the validation loader has a label: all are -100"):
+        evaluate_rows(torch.nn.Identity(), batches[:1], device=CPU)
 
 
 def _two_shares() -> dict[str, Any]:
