@@ -45,7 +45,8 @@ def _rows(problem: str, layers: list[str], hint: str, relations: list[str]) -> d
     }
 
 
-# The hint's layer and weight, and RKD's weights: chosen for glyphs and Fashion-MNIST, published for emoji.
+# The hint's layer and weight, and RKD's weights: chosen for glyphs and Fashion-MNIST. For emoji RKD's are
+# published and the hint's is not chosen yet: with the published 100 the student ends at chance.
 # Angles cost N^3 D operations, too many for a glyph's 1,536 features, and three times the rest of a run on
 # Fashion-MNIST.
 _DISTANCES = ["method.distance_weight=5.0", "method.angle_weight=0.0"]
@@ -53,7 +54,7 @@ _RELATIONS = ["method.distance_weight=25.0", "method.angle_weight=50.0"]
 _FEATURE_TERMS = {
     "glyphs": (["stages.0", "stages.1", "stages.2"], "1.0", _DISTANCES),
     "fashion-mnist": (["stages.0", "stages.1", "stages.2"], "0.01", _DISTANCES),
-    "emoji": (["layer1", "layer2", "layer3"], "100.0", _RELATIONS),
+    "emoji": (["layer1", "layer2", "layer3"], "1.0", _RELATIONS),
 }
 PROBLEMS = tuple(_FEATURE_TERMS)
 

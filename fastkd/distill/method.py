@@ -61,7 +61,8 @@ class Method(nn.Module):
         example: a batch of inputs on the student's device, for methods that need the shapes of features.
         hint_weight: weight of FitNets' hint, the mean squared error between the teacher's feature and a
             projection of the student's. Published: 100 (CRD's benchmark, whose projection also has BatchNorm
-            and ReLU). The larger of two feature maps is average-pooled.
+            and ReLU; without them it can be far too large, and 1 is a better start). The larger of two
+            feature maps is average-pooled.
         hint_layer, hint_teacher_layer: paths of the two layers; the teacher's is by default the student's.
         distance_weight, angle_weight: weights of RKD's relations. Published: 25 and 50.
         relation_layer, relation_teacher_layer: paths of the features for relations; by default the pooled
