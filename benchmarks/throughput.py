@@ -182,11 +182,11 @@ def main() -> None:
     if args.device == "cpu" and args.precision == "float16":
         raise SystemExit("--precision float16 is for GPUs: these loops have no loss scale")
     settings = {key: value for key, value in vars(args).items() if key not in ("output", "device")}
-    comparison = Comparison(args)
     try:
         writer = Writer(args.output)
     except ResultFileError as error:
         raise SystemExit(str(error)) from None
+    comparison = Comparison(args)
     with writer as output, compiled_networks(comparison.method, "inductor" if args.compile else None):
         output.write([header(args.device, {}, command=" ".join(sys.argv), settings=settings)])
         seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}

@@ -110,10 +110,12 @@ def explain(
             accesses=path.accesses + again,
         )
     moved = round(path.accesses * rows * classes * ELEMENT_BYTES[dtype])
-    explained = Explanation(loss, rows, classes, dtype, device, chosen, *path, moved, copy_bandwidth(device))
+    choice = ""
     if kind == "cuda" and backend.get_backend() == "auto" and hidden is None and known is None:
-        choice = "measured to be" if chosen == "native" else "native is not measured to be"
-        explained = replace(explained, choice=f"auto: {choice} faster for such rows")
+        measured = "measured to be" if chosen == "native" else "native is not measured to be"
+        choice = f"auto: {measured} faster for such rows"
+    of_call = (loss, rows, classes, dtype, device, chosen)
+    explained = Explanation(*of_call, *path, moved, copy_bandwidth(device), choice=choice)
     if hidden is None or chunk is None:
         return explained
     return replace(

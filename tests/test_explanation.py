@@ -125,3 +125,20 @@ def test_a_teacher_known_at_some_classes(fused):
         fastkd.explain(4, 5000, device=fused, loss="binary_kl", known=64)
     with pytest.raises(ValueError, match="known is 0; expected 1 to 5000"):
         fastkd.explain(4, 5000, device=fused, known=0)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "reason"),
+    [
+        ("native", "auto: measured to be faster for such rows"),
+        ("triton", "auto: native is not measured to be faster for such rows"),
+    ],
+)
+def test_the_choice_of_auto_on_a_gpu_has_its_reason(monkeypatch, chosen, reason):
+    monkeypatch.setattr(explanation, "device_of", lambda device: H100)
+    monkeypatch.setattr(explanation, "copy_bandwidth", lambda device: 1e12)
+    monkeypatch.setattr(explanation.backend, "checked_device", lambda device, name: torch.device(device))
+    monkeypatch.setattr(explanation.backend, "resolve", lambda *_: "triton")
+    monkeypatch.setattr(explanation.backend, "faster_for", lambda *_: chosen)
+    explained = fastkd.explain(4096, 131_072, torch.bfloat16, "cuda")
+    assert f"backend {chosen} ({reason})\n" in str(explained)

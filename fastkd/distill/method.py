@@ -131,6 +131,9 @@ class Method(nn.Module):
         self._hint_weight = hint_weight
         self._distance_weight, self._angle_weight = distance_weight, angle_weight
         self.hint: Hint | None = None
+        # Also those that a weight of 0 leaves unread.
+        self._find_both(hint_layer, hint_teacher_layer)
+        self._find_both(relation_layer, relation_teacher_layer)
         if hint_weight:
             if hint_layer is None:
                 raise ValueError("hint_layer is missing: the path of the student's layer that gets the hint")
@@ -139,8 +142,6 @@ class Method(nn.Module):
             layers = self._hint_layers
             hint = Hint(of_student[layers[0]], of_teacher[layers[1]], layers)
             self.hint = hint.to(self.example.device, dtype_of_parts(student))
-        else:
-            self._find_both(hint_layer, hint_teacher_layer)
         if distance_weight or angle_weight:
             if relation_layer is None:
                 assert teacher is not None
@@ -149,8 +150,6 @@ class Method(nn.Module):
                     relation_teacher_layer or find_classifier(teacher, "teacher")[0] + INPUT
                 )
             self._relation_layers = self.tap_both(relation_layer, relation_teacher_layer)
-        else:
-            self._find_both(relation_layer, relation_teacher_layer)
 
     @property
     def teacher(self) -> nn.Module | None:
@@ -318,7 +317,7 @@ class Method(nn.Module):
         return form
 
     def _find_both(self, student_path: str | None, teacher_path: str | None) -> None:
-        """Raise ``FeatureError`` for layers that a weight of 0 leaves unread, if they do not exist."""
+        """Raise ``FeatureError`` for layers that do not exist."""
         if student_path is not None:
             self.student_taps.find(student_path)
         of_teacher = teacher_path or student_path

@@ -94,8 +94,7 @@ def _dense_rows(
     """Of logits in memory: [H N], or their sums, and terms."""
     student = students[0]
     chosen = backend_for((*students, *teachers, rows.weight, rows.label), student, teachers[0])
-    one_dtype = all(logits.dtype == student.dtype for logits in (*students, *teachers))
-    if chosen == "triton" and one_dtype:
+    if chosen == "triton" and all(logits.dtype == student.dtype for logits in (*students, *teachers)):
         classes = student.shape[-1]
         # While torch.compile traces, a condition on the rows would compile again for other batch sizes.
         count = NATIVE_ROWS if torch.compiler.is_compiling() else len(students) * rows.leading.numel()

@@ -216,9 +216,11 @@ def row_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call,
     """Fill ``outputs``. Logits are [N, C] or [M, K, C] with dense classes; see ``layout.as_rows``."""
     student, teacher, pairs = students[0], teachers[0], len(students)
     rows, terms, gradient, sums, term_sums = outputs[:5]
+    family = call.spec.family
     # Mixtures and moments read a row again for the loss alone too.
-    rereads = call.spec.family == "mixture" or bool(call.needs & Needs.STANDARDIZED)
-    rereads = rereads or (gradient is not None and call.spec.family != "pointwise")
+    rereads = family == "mixture" or bool(call.needs & Needs.STANDARDIZED)
+    if gradient is not None:
+        rereads = family != "pointwise"
     single = pairs == 1
     name: str = "row_loss" if single else "row_loss_of_pairs"
     last: Sequence[Any] = ()
