@@ -23,10 +23,11 @@ namespace fastkd {
 
 // Below this a logit is a masked class; see MASKED in fastkd/reference.py.
 constexpr float kMasked = -0x1p100f;
-// Times the value of a masked class: what is in no sum, past the end of a row or the label. It counts 0 even where all
-// that count are masked.
-constexpr float kExcluded = 2;
 constexpr float kStandardizeEpsilon = 1e-7f;
+
+// The value of what is in no sum, past the end of a row or the label, if that of masked classes is `masked`: it counts
+// 0 even where all that count are masked.
+FASTKD_ROW_FUNCTION float excluded_below(float masked) { return 2 * masked; }
 
 // What a call needs of the row kernels; each need costs work per class. fastkd/ops/spec.py documents and computes them,
 // and is compared with this list when the library is loaded.
@@ -171,8 +172,8 @@ FASTKD_ROW_FUNCTION float log_ratio(float a, float b) {
 // KL((p, 1 - p) || (q, 1 - q)); `difference` is log odds p - log odds q.
 template <class Real>
 FASTKD_ROW_FUNCTION Real binary_divergence(const Odds<Real>& p, const Odds<Real>& q, Real difference) {
-  // Of the two outcomes the one that p gives the smaller probability, and whose terms are the smaller: the log odds of a
-  // certain one are too large to be added to anything.
+  // Of the two outcomes the one that p gives the smaller probability, and whose terms are the smaller: the log odds of
+  // a certain one are too large to be added to anything.
   const bool swaps = p.yes > p.no;
   const Real smaller = swaps ? p.no : p.yes, above = swaps ? -difference : difference;
   const Real softplus_q = swaps ? q.softplus_no : q.softplus, softplus_p = swaps ? p.softplus_no : p.softplus;

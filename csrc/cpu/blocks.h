@@ -192,12 +192,12 @@ FASTKD_INLINE int load_block_as(const typename E::type* from, int n, float* to, 
     typename E::type tail[kLanes] = {};
     std::memcpy(tail, from + i, (n - i) * sizeof(tail[0]));
     store(to + i, at_least(E::load(tail), bound));
-    for (int j = n - i; j < kLanes; j++) to[i + j] = kExcluded * lowest;
+    for (int j = n - i; j < kLanes; j++) to[i + j] = excluded_below(lowest);
     top = at_least(load(to + i), top);
     i += kLanes;
   }
   largest = top;
-  for (; i < padded_to_line(n); i += kLanes) store(to + i, broadcast(kExcluded * lowest));
+  for (; i < padded_to_line(n); i += kLanes) store(to + i, broadcast(excluded_below(lowest)));
   return i;
 }
 

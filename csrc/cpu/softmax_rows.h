@@ -209,7 +209,7 @@ static void statistics_pass(const RowJob& job, int64_t begin, int64_t end, RowPa
       if (label_smoothing) total.logit_sum += sum_of_block(z_s, n, row.origin);
       if (has_label) {
         top_s = top_before_s, top_t = top_before_t;
-        exclude_label(z_s, z_t, label_at, padded, kExcluded * masked, part.label, top_s, top_t);
+        exclude_label(z_s, z_t, label_at, padded, excluded_below(masked), part.label, top_s, top_t);
       }
       rebase<kNeeds>(total, horizontal_max(top_s), horizontal_max(top_t), row.student.slope, row.teacher.slope);
       const Exponents exponents = exponents_of(row, total.max_s, total.max_t);

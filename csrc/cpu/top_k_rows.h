@@ -94,7 +94,7 @@ static void sum_others(TopKRow& row) {
     row.sum_t1 += horizontal_sum(sum_t1);
     if (row.bases != nullptr) row.bases[offset / kBlock] = row.base;
   }
-  if (row.base <= kMasked && row.sum == row.sum)  // all are masked, and the padding with them
+  if (row.base <= kMasked && row.sum == row.sum)  // all are masked, and those left out with them
     row.sum = row.sum_t1 = double(rows.classes);
   if (!row.at_t1) row.sum_t1 = row.sum;
 }

@@ -73,10 +73,12 @@ FASTKD_DEVICE RowPointer<Type> row_of(const Matrix& matrix, int64_t index, int p
 
 FASTKD_DEVICE bool is_inside(int column, int classes) { return unsigned(column) < unsigned(classes); }
 
+FASTKD_DEVICE bool is_vector_inside(int column, int classes) { return column >= 0 && column + kVector <= classes; }
+
 // visit(i) for each column + i of a vector that is inside the row.
 template <class Visit>
 FASTKD_DEVICE void each_inside(int column, int classes, const Visit& visit) {
-  if (column >= 0 && column + kVector <= classes) {
+  if (is_vector_inside(column, classes)) {
 #pragma unroll
     for (int i = 0; i < kVector; i++) visit(i);
   } else {
@@ -208,6 +210,16 @@ struct Vector {
   static constexpr bool kClampsPairs = kClamps && Type::kBFloat16Pairs;
   Chunk first_;  // of 16-bit logits, all
 };
+
+// Columns outside the row count 0 in sums of exponentials.
+template <class Type>
+FASTKD_DEVICE void exclude_outside(int column, int classes, float masked, Vector<Type>& student,
+                                   Vector<Type>& teacher) {
+  if (is_vector_inside(column, classes)) return;
+#pragma unroll
+  for (int i = 0; i < kVector; i++)
+    if (!is_inside(column + i, classes)) student.z[i] = teacher.z[i] = excluded_below(masked);
+}
 
 // Of a row in which the vector is whole.
 template <class Type>

@@ -89,15 +89,6 @@ struct Bases {
   uint32_t bound_s, bound_t;
 };
 
-// Columns outside the row count 0 in sums of exponentials.
-template <class Vector>
-FASTKD_DEVICE void exclude_outside(int column, int classes, float masked, Vector& student, Vector& teacher) {
-  if (column >= 0 && column + kVector <= classes) return;
-#pragma unroll
-  for (int i = 0; i < kVector; i++)
-    if (!is_inside(column + i, classes)) student.z[i] = teacher.z[i] = kExcluded * masked;
-}
-
 // A member's sums over its share, which `pass` visits. The label, -1 for none, is excluded.
 template <unsigned kNeeds, class Type, class Pass>
 FASTKD_DEVICE void sum_share(const Pass& pass, int label, bool with_logit_sum, Row<float>& row,
@@ -128,7 +119,7 @@ FASTKD_DEVICE void sum_share(const Pass& pass, int label, bool with_logit_sum, R
     if (has_label | lacks_origin | student_vector.exceeds(bases.bound_s) | exceeds_t) {
 #pragma unroll
       for (int i = 0; i < kVector; i++)
-        if (column + i == label) s[i] = t[i] = kExcluded * masked;
+        if (column + i == label) s[i] = t[i] = excluded_below(masked);
       const float top_s = largest_of(s, sums.max_s), top_t = largest_of(t, sums.max_t);
       if (kNeeds & kLogRatio) {
         float origin_t = difference.origin_t;
