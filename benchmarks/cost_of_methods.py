@@ -54,7 +54,7 @@ PAIRS = {
     ),
     "resnet32x4-resnet8x4": Pair("resnet32x4", "resnet8x4", 100, 32, {"cpu": 16, "cuda": 64}),
 }
-_HINT = {"hint_layer": "layer3", "hint_weight": 100.0}
+_HINT = {"hint_layer": "layer3", "hint_weight": 1.0, "hint_projection": "linear"}
 _RELATIONS = {"distance_weight": 25.0, "angle_weight": 50.0}
 # Label, method, options; both pairs have layers of these names.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {

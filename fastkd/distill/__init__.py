@@ -6,10 +6,11 @@ from .dhkd import DHKD
 from .given import GivenFeatures, GivenLogits, GivenTeacher, GivenTopK
 from .logits import DCKD, DKD, KD, LSKD, NKD, RKD, BinaryKL, BinaryKLNorm, CrossEntropy, FitNets
 from .loss_method import LossMethod
-from .method import Method, Seen, Terms, find_method
+from .method import Method, Seen, find_method
 from .mhkd import MHKD
 from .options import Count, Epochs, File, Fraction, OptionError, Positive, Weight, check_options, options_of
 from .taps import FeatureError, Taps
+from .terms import Terms
 
 __all__ = [
     "DCKD",

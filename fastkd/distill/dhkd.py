@@ -17,10 +17,11 @@ from .classifier import find_classifier
 from .given import temperature_at_k
 from .heads import pooled_head
 from .logits import cross_entropy
-from .method import TOTAL, Method, Seen, Terms
+from .method import Method, Seen
 from .options import Count, Epochs, Fraction, Positive, Weight
 from .precision import dtype_of_parts
 from .taps import INPUT, pooled, width_of
+from .terms import TOTAL, Terms
 
 
 class DHKD(Method):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -9,29 +11,56 @@ from torch.nn import functional as F
 
 from fastkd.reference import at_least_float32
 
+from .heads import RowBatchNorm
 from .taps import FeatureError, pooled, width_of
+
+Projection = Literal["bn_relu", "linear"]
 
 
 class Hint(nn.Module):
     """Mean squared error between a projected student feature and the teacher's (Romero et al. 2015).
 
-    The projection is a 1x1 convolution for feature maps ``[N, D, H, W]``, and a linear layer for ``[N, D]``
-    and ``[N, L, D]``. Maps of different sizes are compared at the smaller height and the smaller width of the
-    two, to which ``adaptive_avg_pool2d`` reduces each map that is larger. Raises ``FeatureError`` for
-    different numbers of tokens, which are not a grid, or a map beside a vector.
+    The projection "linear" is a 1x1 convolution for feature maps ``[N, D, H, W]``, and a linear layer for
+    ``[N, D]`` and ``[N, L, D]``; "bn_relu" adds BatchNorm and ReLU, as CRD's benchmark does. Maps of
+    different sizes are compared at the smaller height and the smaller width of the two, to which
+    ``adaptive_avg_pool2d`` reduces each map that is larger. Raises ``FeatureError`` for different numbers of
+    tokens, which are not a grid, or a map beside a vector.
     """
 
-    def __init__(self, student: torch.Size, teacher: torch.Size, layers: tuple[str, str]) -> None:
+    def __init__(
+        self, student: torch.Size, teacher: torch.Size, layers: tuple[str, str], projection: Projection
+    ) -> None:
         super().__init__()
         _check_comparable(student, teacher, layers)
+        self.teacher_layer = layers[1]
         widths = width_of(student), width_of(teacher)
-        self.projection = nn.Conv2d(*widths, 1) if len(student) == 4 else nn.Linear(*widths)
+        linear: nn.Module = nn.Conv2d(*widths, 1) if len(student) == 4 else nn.Linear(*widths)
+        if projection == "linear":
+            self.projection = linear
+            return
+        norm = nn.BatchNorm2d(widths[1]) if len(student) == 4 else RowBatchNorm(widths[1])
+        self.projection = nn.Sequential(linear, norm, nn.ReLU())
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         if student.dim() == 4:
             student, teacher = _at_one_size(student, teacher)
+        elif student.dim() == 3:  # each token is a row, of which BatchNorm takes the statistics
+            student, teacher = student.flatten(0, 1), teacher.flatten(0, 1)
         projected = at_least_float32(self.projection(student))
         return F.mse_loss(projected, teacher.to(projected.dtype))
+
+    def describe(self, teacher: Tensor) -> list[str]:
+        """A warning if the projection ends in a ReLU but many of the teacher's values are negative."""
+        if not isinstance(self.projection, nn.Sequential):
+            return []
+        negative = (teacher < 0).double().mean().item()
+        if negative < 0.01:
+            return []
+        return [
+            f"{negative:.0%} of the teacher's values at {self.teacher_layer!r} are negative, which the "
+            "projection of the hint cannot reach, since it ends in a ReLU: name a layer after an activation, "
+            "or take hint_projection: linear with a far smaller hint_weight"
+        ]
 
 
 def _check_comparable(student: torch.Size, teacher: torch.Size, layers: tuple[str, str]) -> None:

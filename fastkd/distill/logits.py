@@ -14,10 +14,10 @@ from fastkd.ops.spec import NKDOptions, SoftmaxOptions, TemperatureOptions
 from fastkd.reference import at_least_float32
 
 from .centering import describe_offset
-from .fused_terms import fused_terms
 from .given import temperature_at_k
-from .method import Method, Seen, Terms
+from .method import Method, Seen
 from .options import Epochs, Fraction, Positive, Weight
+from .terms import Terms, fused_terms
 
 IGNORED = -100  # the label of a row without one, as in torch and in the fused losses
 
@@ -66,7 +66,8 @@ class CrossEntropy(Method, name="cross_entropy"):
 class FitNets(CrossEntropy):
     """CE + hint_weight MSE(projection of the student's feature, the teacher's) (Romero et al. 2015).
 
-    The hint is trained together with the labels, as in CRD's benchmark, not in a separate stage.
+    The hint is trained together with the labels, as in CRD's benchmark, not in a separate stage; its weight
+    and its projection (``hint_projection``) are that benchmark's too.
     """
 
     def __init__(

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from fastkd.losses import DistillLoss
 from fastkd.losses.module import LossModule
 
-from .method import TOTAL, Method, Seen, TermError, Terms
+from .method import Method, Seen
+from .terms import TOTAL, TermError, Terms
 
 
 class LossMethod(Method, abstract=True):

@@ -24,16 +24,15 @@ from fastkd.losses.forms import Form, LinearLogits, TopKLogits
 from fastkd.messages import nearest
 
 from .classifier import find_classifier
-from .features import Hint, angle_loss, distance_loss, over_all_ranks
+from .features import Hint, Projection, angle_loss, distance_loss, over_all_ranks
 from .given import GivenTeacher
 from .options import GIVEN, Weight, check_options
 from .precision import dtype_of_parts, in_dtype_of_parts
 from .sharing import check_apart
 from .taps import INPUT, Taps, eval_mode, logits_of, unwrapped
+from .terms import Terms, total_of
 
-Terms = dict[str, Tensor]
 Batch = tuple[Tensor, ...]  # inputs, target; optionally the teacher's logits, or outputs of a GivenTeacher
-TOTAL = "loss"  # name of a term that is the whole loss; other terms beside it are only logged
 
 
 @dataclass(frozen=True)
@@ -60,10 +59,12 @@ class Method(nn.Module):
             gradient and is not a submodule: not in ``parameters()`` or ``state_dict()``, not wrapped by DDP.
         example: a batch of inputs on the student's device, for methods that need the shapes of features.
         hint_weight: weight of FitNets' hint, the mean squared error between the teacher's feature and a
-            projection of the student's. Published: 100 (CRD's benchmark, whose projection also has BatchNorm
-            and ReLU; without them it can be far too large, and 1 is a better start). The larger of two
-            feature maps is average-pooled.
+            projection of the student's. Published: 100 (CRD's benchmark, with its projection). The larger of
+            two feature maps is average-pooled.
         hint_layer, hint_teacher_layer: paths of the two layers; the teacher's is by default the student's.
+        hint_projection: a 1x1 convolution (a linear layer for vectors and tokens), BatchNorm and ReLU, as in
+            CRD's benchmark, for features of the teacher that follow a ReLU; "linear": without the last two,
+            for any features, with a far smaller weight: begin at 1.
         distance_weight, angle_weight: weights of RKD's relations. Published: 25 and 50.
         relation_layer, relation_teacher_layer: paths of the features for relations; by default the pooled
             features, which are the inputs of the classifiers.
@@ -108,6 +109,7 @@ class Method(nn.Module):
         hint_weight: Weight = 0.0,
         hint_layer: str | None = None,
         hint_teacher_layer: str | None = None,
+        hint_projection: Projection = "bn_relu",
         distance_weight: Weight = 0.0,
         angle_weight: Weight = 0.0,
         relation_layer: str | None = None,
@@ -140,7 +142,7 @@ class Method(nn.Module):
             self._hint_layers = self.tap_both(hint_layer, hint_teacher_layer)
             (of_student, _), (of_teacher, _) = self.all_shapes()
             layers = self._hint_layers
-            hint = Hint(of_student[layers[0]], of_teacher[layers[1]], layers)
+            hint = Hint(of_student[layers[0]], of_teacher[layers[1]], layers, hint_projection)
             self.hint = hint.to(self.example.device, dtype_of_parts(student))
         if distance_weight or angle_weight:
             if relation_layer is None:
@@ -234,21 +236,9 @@ class Method(nn.Module):
         if self.training and not self._started and not torch.compiler.is_compiling():
             self._started = True
             self._notes += self.describe_start(seen)
-        extra_terms: Terms = {}
-        if self.hint is not None:
-            student, teacher = self._hint_layers
-            extra_terms["hint"] = self._hint_weight * self.hint(
-                student_features[student], teacher_features[teacher]
-            )
-        if self._distance_weight or self._angle_weight:
-            student, teacher = self._relation_layers
-            # Pairs and triples of the whole batch, over all ranks.
-            pair = over_all_ranks(student_features[student], teacher_features[teacher])
-            if self._distance_weight:
-                extra_terms["distance"] = self._distance_weight * distance_loss(*pair)
-            if self._angle_weight:
-                extra_terms["angle"] = self._angle_weight * angle_loss(*pair)
-        return {**terms, **extra_terms}
+            if self.hint is not None:
+                self._notes += self.hint.describe(seen.teacher[self._hint_layers[1]])
+        return {**terms, **self._feature_terms(seen)}
 
     def backward(self, terms: Terms, *, scaler: GradScaler | None = None, micro_batches: float = 1) -> Tensor:
         """Add the gradient of the terms to ``.grad``; returns the detached loss.
@@ -298,6 +288,22 @@ class Method(nn.Module):
         """Run a step in eval mode without gradient or side effects; raises if something does not fit."""
         with eval_mode(self, self.teacher):
             self.loss(batch)
+
+    def _feature_terms(self, seen: Seen) -> Terms:
+        """Hint and relations, which any method may have."""
+        terms: Terms = {}
+        if self.hint is not None:
+            student, teacher = self._hint_layers
+            terms["hint"] = self._hint_weight * self.hint(seen.student[student], seen.teacher[teacher])
+        if self._distance_weight or self._angle_weight:
+            student, teacher = self._relation_layers
+            # Pairs and triples of the whole batch, over all ranks.
+            pair = over_all_ranks(seen.student[student], seen.teacher[teacher])
+            if self._distance_weight:
+                terms["distance"] = self._distance_weight * distance_loss(*pair)
+            if self._angle_weight:
+                terms["angle"] = self._angle_weight * angle_loss(*pair)
+        return terms
 
     def _given_logits(self, given: Sequence[Tensor]) -> Form:
         if not isinstance(self.teacher, GivenTeacher):
@@ -363,29 +369,6 @@ class Method(nn.Module):
         if self.teacher is not None:
             self.teacher._apply(fn)  # .to(device) moves the teacher along
         return self
-
-
-class TermError(ValueError):
-    """``terms`` returned something other than a dict of scalars."""
-
-
-def total_of(terms: Terms) -> Tensor:
-    """The sum of the terms that require grad; of all if none does. Raises ``TermError``.
-
-    Beside a term "loss" the others are only logged, so they must be detached.
-    """
-    if not isinstance(terms, dict):
-        raise TermError(f"terms returned a {type(terms).__name__}; expected a dict of named scalars")
-    if not terms:
-        raise TermError("terms is empty; expected at least one named scalar")
-    for name, value in terms.items():
-        if not isinstance(value, Tensor) or value.ndim != 0:
-            raise TermError(
-                f"the term {name!r} is {getattr(value, 'shape', value)!r}; expected a scalar tensor"
-            )
-    trained = [value for value in terms.values() if value.requires_grad]
-    first, *rest = trained or ([terms[TOTAL]] if TOTAL in terms else list(terms.values()))
-    return sum(rest, first)
 
 
 def scaled(value: Tensor, scaler: GradScaler | None) -> Tensor:

@@ -18,9 +18,10 @@ from fastkd.files.sealed import Damage, check_sealed
 
 from .heads import MapHead
 from .logits import cross_entropy
-from .method import Method, Seen, Terms
+from .method import Method, Seen
 from .options import Count, File, Fraction, Positive, Weight
 from .precision import dtype_of_parts
+from .terms import Terms
 
 
 class MHKD(Method):

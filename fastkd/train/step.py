@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastkd.distill.method import TOTAL, TermError, Terms, total_of
+from fastkd.distill.terms import TOTAL, TermError, Terms, total_of
 from fastkd.errors import TrainError
 
 from . import distributed

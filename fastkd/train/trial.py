@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd.distill.method import Method, total_of
+from fastkd.distill.method import Method
+from fastkd.distill.terms import total_of
 from fastkd.messages import kind_and_text
 
 from . import distributed

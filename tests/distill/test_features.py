@@ -125,17 +125,20 @@ def test_our_own_and_a_strangers_classifier() -> None:
         DHKD(torchvision.models.squeezenet1_1(num_classes=7), pair()[1])
 
 
-def test_a_hint() -> None:
+@pytest.mark.parametrize("projection", ["bn_relu", "linear"])
+def test_a_hint(projection: str) -> None:
     student, teacher = pair()
     images, target = batch()
-    method = FitNets(student, teacher, hint_layer="features.1", hint_weight=3.0, example=images[:2]).eval()
+    options = {"hint_layer": "features.1", "hint_weight": 3.0, "example": images[:2]}
+    method = FitNets(student, teacher, hint_projection=projection, **options).eval()
     terms = method((images, target))
-    projection = method.hint.projection
-    assert (projection.in_channels, projection.out_channels, projection.kernel_size) == (8, 12, (1, 1))
-    expected = 3 * F.mse_loss(projection(student.features(images)), teacher.features(images))
+    projected = method.hint.projection
+    convolution = projected if projection == "linear" else projected[0]
+    assert (convolution.in_channels, convolution.out_channels, convolution.kernel_size) == (8, 12, (1, 1))
+    expected = 3 * F.mse_loss(projected(student.features(images)), teacher.features(images))
     torch.testing.assert_close(terms["hint"], expected)
-    pooled = FitNets(student, teacher, hint_layer="fc:input", example=images[:2])
-    assert isinstance(pooled.hint.projection, nn.Linear)
+    pooled = FitNets(student, teacher, hint_projection=projection, hint_layer="fc:input", example=images[:2])
+    assert any(isinstance(layer, nn.Linear) for layer in pooled.hint.projection.modules())
 
     with pytest.raises(ValueError, match="hint_layer is missing"):
         FitNets(student, teacher)
@@ -187,7 +190,7 @@ def test_a_hint_between_maps_of_different_sizes(
     torch.manual_seed(0)
     s = torch.randn(2, 3, *of_student, dtype=torch.float64, requires_grad=True)
     t = torch.randn(2, 5, *of_teacher, dtype=torch.float64)
-    hint = Hint(s.shape, t.shape, ("a", "b")).double()
+    hint = Hint(s.shape, t.shape, ("a", "b"), "linear").double()
 
     def plain(s: Tensor) -> Tensor:
         """The mean of each cell, which reaches from floor(i in / out) to ceil((i + 1) in / out)."""
@@ -217,6 +220,7 @@ def test_a_hint_of_another_size_trains_any_method() -> None:
     student, teacher = pair()
     images, target = batch()
     options = {"hint_layer": "features.1", "hint_teacher_layer": "features.0", "hint_weight": 2.0}
+    options["hint_projection"] = "linear"
     method = KD(student, teacher, example=images[:2], **options).eval()
     terms = method((images, target))
     s, t = method.hint.projection(student.features(images)), teacher.features[0](images)
@@ -227,14 +231,85 @@ def test_a_hint_of_another_size_trains_any_method() -> None:
 
 def test_hints_of_tokens() -> None:
     tokens = torch.Size([2, 5, 8])
-    assert Hint(tokens, torch.Size([2, 5, 12]), ("a", "b")).projection.out_features == 12
+    assert Hint(tokens, torch.Size([2, 5, 12]), ("a", "b"), "linear").projection.out_features == 12
     for other, words in (
         ([2, 7, 8], r"as many tokens L .*'a' gives \[N, 5, 8\] and .*'b' \[N, 7, 8\]"),
         ([2, 8], r"two sequences of tokens .*'b' \[N, 8\]"),
         ([2, 8, 4, 4], r"two feature maps .*'b' \[N, 8, 4, 4\]"),
     ):
         with pytest.raises(FeatureError, match=words):
-            Hint(tokens, torch.Size(other), ("a", "b"))
+            Hint(tokens, torch.Size(other), ("a", "b"), "bn_relu")
+
+
+@pytest.mark.parametrize("shape", [(6, 3, 4, 5), (6, 4, 3), (6, 3), (1, 3)])
+def test_the_published_projection(shape: tuple[int, ...]) -> None:
+    """Each channel of the projected feature is normalised over everything else, then cut off at zero."""
+    torch.manual_seed(0)
+    width = 1 if len(shape) != 3 else -1
+    s = torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+    t = torch.randn(*shape, dtype=torch.float64).relu().movedim(width, 0)[:2].movedim(0, width)
+    hint = Hint(s.shape, t.shape, ("a", "b"), "bn_relu").double()
+    linear, norm, _ = hint.projection
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([0.5, 2.0]))
+        norm.bias.copy_(torch.tensor([0.3, -0.2]))
+
+    def plain() -> Tensor:
+        rows, targets = (x.movedim(width, -1).flatten(0, -2) for x in (s, t))
+        projected = rows @ linear.weight.flatten(1).T + linear.bias
+        if shape != (1, 3):  # a single row has no variance, so the running statistics are used
+            mean, variance = projected.mean(0), projected.var(0, correction=0)
+            projected = (projected - mean) / (variance + 1e-5).sqrt()
+        else:
+            projected = projected / (1 + 1e-5) ** 0.5
+        return ((projected * norm.weight + norm.bias).relu() - targets).square().mean()
+
+    value, expected = hint(s, t), plain()
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=0.0)
+    wanted = [s, *hint.parameters()]
+    for found, gradient in zip(
+        torch.autograd.grad(value, wanted), torch.autograd.grad(expected, wanted), strict=True
+    ):
+        torch.testing.assert_close(found, gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_the_published_weight_needs_the_published_projection() -> None:
+    """A step on a linear projection of features with a mean diverges at 100; normalised, it does not."""
+
+    def last(projection: str) -> float:
+        torch.manual_seed(0)
+        s, t = torch.rand(16, 64, 4, 4) + 1, torch.rand(16, 64, 4, 4)
+        hint = Hint(s.shape, t.shape, ("a", "b"), projection)
+        optimizer = torch.optim.SGD(hint.parameters(), lr=0.05, momentum=0.9)
+        for _ in range(30):
+            optimizer.zero_grad()
+            loss = 100 * hint(s, t)
+            loss.backward()
+            optimizer.step()
+        return loss.item() / 100
+
+    assert last("bn_relu") < 0.5
+    assert not last("linear") < 1e6
+
+
+def test_a_projection_that_cannot_reach_the_teachers_feature_is_said() -> None:
+    student, teacher = pair()
+    images, target = batch()
+    options = {"hint_layer": "features.1", "hint_weight": 1.0, "example": images[:2]}
+    for layer, projection, said in (
+        ("features.1.0", "bn_relu", True),
+        ("features.1.0", "linear", False),
+        ("features.1", "bn_relu", False),
+    ):
+        method = KD(student, teacher, hint_teacher_layer=layer, hint_projection=projection, **options)
+        method((images, target))
+        notes = method.take_notes()
+        assert bool(notes) == said
+        if said:
+            assert "% of the teacher's values at 'features.1.0' are negative" in notes[0]
+            assert "hint_projection: linear" in notes[0]
+        method((images, target))
+        assert not method.take_notes()
 
 
 def test_relations() -> None:

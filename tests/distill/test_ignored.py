@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from fastkd.distill.logits import cross_entropy
-from fastkd.distill.method import total_of
+from fastkd.distill.terms import total_of
 
 from .models import CLASSES, METHODS, batch
 from .test_methods import build

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 import fastkd
 from fastkd import reference
 from fastkd.distill import DCKD, DHKD, DKD, KD, MHKD, LossMethod, Method, OptionError, find_method, options_of
-from fastkd.distill.method import Seen, TermError, total_of
+from fastkd.distill.method import Seen
 from fastkd.distill.options import check_options
+from fastkd.distill.terms import TermError, total_of
 
 from .models import CLASSES, METHODS, Net, batch, pair
 

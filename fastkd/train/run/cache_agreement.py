@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from fastkd.data.data import Data
 from fastkd.distill import Method
-from fastkd.distill.method import total_of
 from fastkd.distill.taps import eval_mode, named_logits
+from fastkd.distill.terms import total_of
 from fastkd.recipe.sections import Recipe
 from fastkd.train.precision import Numerics, autocast, place
 from fastkd.train.trial import unchanged

@@ -1,4 +1,4 @@
-"""Named terms of one fused loss, for methods to return."""
+"""The named scalar terms of a batch: what they are, their sum, and those of one fused loss."""
 
 from __future__ import annotations
 
@@ -6,6 +6,32 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+Terms = dict[str, Tensor]
+TOTAL = "loss"  # name of a term that is the whole loss; other terms beside it are only logged
+
+
+class TermError(ValueError):
+    """``terms`` returned something other than a dict of scalars."""
+
+
+def total_of(terms: Terms) -> Tensor:
+    """The sum of the terms that require grad; of all if none does. Raises ``TermError``.
+
+    Beside a term "loss" the others are only logged, so they must be detached.
+    """
+    if not isinstance(terms, dict):
+        raise TermError(f"terms returned a {type(terms).__name__}; expected a dict of named scalars")
+    if not terms:
+        raise TermError("terms is empty; expected at least one named scalar")
+    for name, value in terms.items():
+        if not isinstance(value, Tensor) or value.ndim != 0:
+            raise TermError(
+                f"the term {name!r} is {getattr(value, 'shape', value)!r}; expected a scalar tensor"
+            )
+    trained = [value for value in terms.values() if value.requires_grad]
+    first, *rest = trained or ([terms[TOTAL]] if TOTAL in terms else list(terms.values()))
+    return sum(rest, first)
 
 
 class _FusedTerms(torch.autograd.Function):
