@@ -18,15 +18,19 @@ FASTKD_INLINE MixtureSums mix_block(const typename Loss::Options& options, const
                                     double factor_s, double factor_t, int padded, float* to_q, float* to_slope) {
   const vf a = broadcast(float(factor_s)), b = broadcast(float(factor_t));
   vf value = {}, slope = {}, first = {}, second = {};
-  for (int i = 0; i < padded; i += kLanes) {
-    const vf q = a * load(exp_u + i), p = b * load(exp_v + i);
-    const MixtureTerm<vf> term = Loss::template formula<VectorMath>(options, q, p, rounded(p) - rounded(q));
-    value += term.value;
-    slope += term.weighted_slope;
-    first += Loss::kTwoOrigins ? q - term.shifted : q;
-    if (Loss::kTwoOrigins) second += term.shifted;
-    store(to_q + i, Loss::kTwoOrigins ? q - 2.0f * term.shifted : q);
-    store(to_slope + i, term.weighted_slope);
+  for (int part = 0; part < padded; part += kPart) {
+    vf part_value = {}, part_slope = {}, part_first = {}, part_second = {};
+    for (int i = part; i < end_of_part(part, padded); i += kLanes) {
+      const vf q = a * load(exp_u + i), p = b * load(exp_v + i);
+      const MixtureTerm<vf> term = Loss::template formula<VectorMath>(options, q, p, rounded(p) - rounded(q));
+      part_value += term.value;
+      part_slope += term.weighted_slope;
+      part_first += Loss::kTwoOrigins ? q - term.shifted : q;
+      if (Loss::kTwoOrigins) part_second += term.shifted;
+      store(to_q + i, Loss::kTwoOrigins ? q - 2.0f * term.shifted : q);
+      store(to_slope + i, term.weighted_slope);
+    }
+    value += part_value, slope += part_slope, first += part_first, second += part_second;
   }
   return {horizontal_sum(value), horizontal_sum(slope), horizontal_sum(first), horizontal_sum(second)};
 }

@@ -18,14 +18,18 @@ FASTKD_INLINE Moments merged(const Moments& a, const Moments& b) {
 template <class E>
 FASTKD_INLINE Moments moments_around(const typename E::type* from, int n, float origin) {
   const vf bound = broadcast(kMasked), center = broadcast(origin);
-  vf deviations = {}, squares = {};
+  vf deviations = {}, squares = {}, part_deviations = {}, part_squares = {};
   const auto add = [&](vf x) __attribute__((always_inline)) {
     const vf deviation = at_least(x, bound) - center;
-    deviations += deviation;
-    squares += deviation * deviation;
+    part_deviations += deviation;
+    part_squares += deviation * deviation;
   };
   int i = 0;
-  for (; i + kLanes <= n; i += kLanes) add(E::load(from + i));
+  while (i + kLanes <= n) {
+    for (const int end = end_of_part(i, n - n % kLanes); i < end; i += kLanes) add(E::load(from + i));
+    deviations += part_deviations, squares += part_squares;
+    part_deviations = part_squares = vf{};
+  }
   if (i < n) {
     typename E::type tail[kLanes] = {};
     std::memcpy(tail, from + i, (n - i) * sizeof(tail[0]));
@@ -33,7 +37,8 @@ FASTKD_INLINE Moments moments_around(const typename E::type* from, int n, float 
     for (int j = n - i; j < kLanes; j++) x[j] = origin;
     add(x);
   }
-  const double sum = horizontal_sum(deviations), around_mean = horizontal_sum(squares) - sum * sum / n;
+  const double sum = horizontal_sum(deviations + part_deviations);
+  const double around_mean = horizontal_sum(squares + part_squares) - sum * sum / n;
   return {double(n), origin + sum / n, around_mean < 0 ? 0 : around_mean};
 }
 

@@ -42,9 +42,6 @@ struct BlockSums {
   vf sum_s, sum_t, dot_s, dot_t, cross_t, moment_s, moment_t, t1_s, t1_t;
 };
 
-// Narrow vectors are summed by line first: a lane that added all of a block's 256 would round worse than eager torch.
-constexpr bool kSumsByLine = kLanes < 8;
-
 FASTKD_INLINE void move_sums(BlockSums& from, BlockSums& to) {
   to.sum_s += from.sum_s, to.sum_t += from.sum_t, to.dot_s += from.dot_s, to.dot_t += from.dot_t;
   to.cross_t += from.cross_t, to.moment_s += from.moment_s, to.moment_t += from.moment_t;
@@ -76,8 +73,8 @@ FASTKD_INLINE BlockSums sum_block(const RowJob& job, int64_t offset, int padded,
   const bool with_gradient = rows.gradient.data != nullptr;
   const vf base_s = exponents.base_s, base_t = exponents.base_t;
   const Exponent exponent_s = exponents.student, exponent_t = kNeeds & kOwnSlopes ? exponents.teacher : exponent_s;
-  BlockSums sums = {}, of_line = {};
-  auto& [sum_s, sum_t, dot_s, dot_t, cross_t, moment_s, moment_t, t1_s, t1_t] = kSumsByLine ? of_line : sums;
+  BlockSums sums = {}, of_part = {};
+  auto& [sum_s, sum_t, dot_s, dot_t, cross_t, moment_s, moment_t, t1_s, t1_t] = of_part;
   const auto add = [&](int i) __attribute__((always_inline)) {
     vf s, t;
     logits(i, s, t);
@@ -109,12 +106,14 @@ FASTKD_INLINE BlockSums sum_block(const RowJob& job, int64_t offset, int padded,
       store(to.t1 + i, exp_z);
     }
   };
-  for (int line = 0; line < padded; line += kLine) {
-    prefetch(next_s, line);
-    prefetch(next_t, line);
-    if (with_gradient) prefetch_for_write(gradient, line);
-    for (int i = line; i < line + kLine; i += kLanes) add(i);
-    if (kSumsByLine) move_sums(of_line, sums);
+  for (int part = 0; part < padded; part += kPart) {
+    for (int line = part; line < end_of_part(part, padded); line += kLine) {
+      prefetch(next_s, line);
+      prefetch(next_t, line);
+      if (with_gradient) prefetch_for_write(gradient, line);
+      for (int i = line; i < line + kLine; i += kLanes) add(i);
+    }
+    move_sums(of_part, sums);
   }
   return sums;
 }

@@ -77,18 +77,22 @@ static void sum_others(TopKRow& row) {
     float *const to_u = caches ? row.exp_u + offset : uncached_u, *const to_z = caches ? row.exp_z + offset : uncached_z;
     const vf from = broadcast(row.base);
     vf sum = {}, sum_t1 = {};
-    for (int i = 0; i < padded; i += kLanes) {
-      if (i % kLine == 0) {
-        prefetch(following, i);
-        if (writes) prefetch_for_write(written, i);
+    for (int part = 0; part < padded; part += kPart) {
+      vf part_sum = {}, part_sum_t1 = {};
+      for (int i = part; i < end_of_part(part, padded); i += kLanes) {
+        if (i % kLine == 0) {
+          prefetch(following, i);
+          if (writes) prefetch_for_write(written, i);
+        }
+        const vf x = load(z + i) - from, exp_u = exp_or_zero(x, row.exponent);
+        store(to_u + i, exp_u);
+        part_sum += exp_u;
+        if (!row.at_t1) continue;
+        const vf exp_z = exp_or_zero(x);
+        store(to_z + i, exp_z);
+        part_sum_t1 += exp_z;
       }
-      const vf x = load(z + i) - from, exp_u = exp_or_zero(x, row.exponent);
-      store(to_u + i, exp_u);
-      sum += exp_u;
-      if (!row.at_t1) continue;
-      const vf exp_z = exp_or_zero(x);
-      store(to_z + i, exp_z);
-      sum_t1 += exp_z;
+      sum += part_sum, sum_t1 += part_sum_t1;
     }
     row.sum += horizontal_sum(sum);
     row.sum_t1 += horizontal_sum(sum_t1);

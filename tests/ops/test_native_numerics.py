@@ -97,6 +97,14 @@ def losses_are_no_worse_than_eager(classes):
 
 
 @check
+def sums_of_equal_addends_do_not_round_one_way(classes):
+    """Logits of two values: each addition of the same number to a sum rounds in the same direction."""
+    for case in CASES:
+        student, teacher = (1e4 * torch.randn(8, classes).sign() for _ in range(2))
+        assert_no_worse_than_eager(case, student, teacher, torch.randint(0, classes, (8,)))
+
+
+@check
 def a_constant_row_is_uniform_when_standardised(classes):
     """The rounding error of the mean exceeds 1e-7, the divisor of a constant row."""
     for name in ("lskd", "ls-dkd", "ce-lskd"):
