@@ -53,6 +53,7 @@ KINDS = {
 }
 
 
+@cache
 def kind_of(family: Family, needs: int) -> str:
     """The kind of a loss's kernel, one of ``KINDS``."""
     if family != "softmax":

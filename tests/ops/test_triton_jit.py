@@ -12,12 +12,15 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+
+from fastkd.ops.triton import launch_options
+
 ROOT = Path(__file__).parents[2]
 
 
-def jit_launches(*arguments: str) -> str:
+def run_tool(name: str, *arguments: str) -> str:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(ROOT / "tools/jit_launches.py"), *arguments]
+    command = [sys.executable, str(ROOT / "tools" / name), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return done.stdout
@@ -25,12 +28,22 @@ def jit_launches(*arguments: str) -> str:
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_every_launch_is_bound_and_specialised(target):
-    jit_launches("--bind", "--target", target)
+    run_tool("jit_launches.py", "--bind", "--target", target)
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_launches_with_every_value_of_every_argument_are_compiled(target):
     """And for NVIDIA launched into a stub of libcuda. `FULL=1 .ci/run` covers all pairs of values."""
-    output = jit_launches("--compile", "1", "--target", target)
+    output = run_tool("jit_launches.py", "--compile", "1", "--target", target)
     if target == "sm_90":
         assert " 0 launched" not in output
+
+
+def test_a_compiled_kernel_is_launched_without_the_jit():
+    """Which takes a quarter of the host's time, for each kernel that is launched directly."""
+    if not launch_options._KNOWN:
+        pytest.skip("by Triton's JIT with this release, or on this GPU")
+    *_, row = run_tool("host_time.py", "--losses", "kd").splitlines()
+    name, launch, jit, *_ = row.strip("| ").split(" | ")
+    assert name == "kd"
+    assert float(launch) < 0.6 * float(jit)
