@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from fastkd.distill.logits import IGNORED
 from fastkd.distill.taps import named_logits
 from fastkd.errors import NonFiniteLossError
 
@@ -21,6 +22,8 @@ PARTS = ("data", "teacher", "student", "loss", "other", "validation")
 
 class LossMeter:
     """Running means of loss, terms and accuracy over an epoch and over all ranks, weighted by rows.
+
+    Accuracy is that of the rows with a label, as in validation.
 
     Values stay on the device and are fetched in one copy every ``interval`` steps: by default every step on a
     CPU and every 20 steps on a GPU, where fetching synchronises. A loss that is not finite is found when it
@@ -40,16 +43,18 @@ class LossMeter:
         self._pending: list[Tensor] = []
         self._sums: list[float] = []
         self._correct = 0.0
+        self._labelled = 0.0
 
     def add(self, loss: Tensor, terms: dict[str, Tensor], logits: Tensor, target: Tensor) -> None:
         """Add a micro-batch: scalar loss and terms, logits [N, C], target [N] (or [N, C] if mixed)."""
         self._names = tuple(terms)
         labels = target.argmax(-1) if target.dim() == 2 else target
         correct = (logits.argmax(-1) == labels).sum()
+        labelled = (labels != IGNORED).sum()
         # Not in the logits' dtype: bfloat16 counts only to 256.
         means = torch.stack([value.detach().float() for value in (loss, *terms.values())])
         rows = torch.full_like(correct, len(target))
-        values = torch.cat([means * len(target), torch.stack([correct, rows]).float()])
+        values = torch.cat([means * len(target), torch.stack([correct, labelled, rows]).float()])
         self._step = values if self._step is None else self._step + values
 
     def end_step(self) -> None:
@@ -80,22 +85,24 @@ class LossMeter:
         fetched = distributed.sum_over_ranks(torch.stack(self._pending).cpu().double()).tolist()
         first = self.steps - len(fetched) + 1
         self._pending.clear()
-        for step, (*losses, correct, rows) in enumerate(fetched, start=first):
+        for step, (*losses, correct, labelled, rows) in enumerate(fetched, start=first):
             if not all(math.isfinite(value) for value in losses):
                 terms = dict(zip(("loss", *self._names), (value / rows for value in losses), strict=True))
                 raise NonFiniteLossError.at(self.epoch, step, terms)
             self._sums = self._sums or [0.0] * len(losses)
             self._sums = [total + value for total, value in zip(self._sums, losses, strict=True)]
             self._correct += correct
+            self._labelled += labelled
             self.rows += int(rows)
 
     def state(self) -> dict[str, Any]:
         """The state as plain values, for ``load_state``; fetches the pending values."""
         self.drain()
-        names = ("steps", "skipped", "rows", "_names", "_sums", "_correct")
+        names = ("steps", "skipped", "rows", "_names", "_sums", "_correct", "_labelled")
         return {name: getattr(self, name) for name in names}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        self._labelled = state["rows"]  # of a state that does not count them
         for name, value in state.items():
             setattr(self, name, value)
         self._names, self._sums = tuple(self._names), list(self._sums)
@@ -118,7 +125,7 @@ class LossMeter:
 
     @property
     def accuracy(self) -> float:
-        return self._correct / self.rows if self.rows else math.nan
+        return self._correct / self._labelled if self._labelled else math.nan
 
 
 class Stopwatch:

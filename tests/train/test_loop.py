@@ -247,6 +247,21 @@ def test_the_meter_weights_by_rows() -> None:
     assert meter.accuracy == pytest.approx(3 / 4)
 
 
+def test_the_training_accuracy_is_of_rows_with_a_label() -> None:
+    meter = LossMeter(CPU)
+    for target in ([0, -100, 2, 0], [-100, -100, -100, -100]):
+        meter.add(torch.tensor(1.0), {}, torch.eye(4), torch.tensor(target))
+        meter.end_step()
+    assert (meter.rows, meter.accuracy) == (8, pytest.approx(2 / 3))
+    resumed = LossMeter(CPU)
+    resumed.load_state(meter.state())
+    assert resumed.accuracy == meter.accuracy
+    # The state of a run that was stopped before labelled rows were counted.
+    earlier = {name: value for name, value in meter.state().items() if name != "_labelled"}
+    resumed.load_state(earlier)
+    assert resumed.accuracy == pytest.approx(2 / 8)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_last_batch_may_be_of_one_row(variant: str) -> None:
     method = make_method(variant)
