@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in a limited time: the tests with every kernel compiled, `fastkd check`, the
-# accuracy table, the benchmark suite, native beside Triton by shape, training steps, the trainer's throughput,
-# the cost of each method, the losses of linear layers, the report.
+# accuracy table, the benchmark suite, native beside Triton by shape, losses in compiled code, training steps, the
+# trainer's throughput, the cost of each method, the losses of linear layers, the report.
 #
 #     benchmarks/on_gpu.sh FOLDER [SECONDS]           # 540 seconds unless said otherwise; 240 are enough for a look
 #
@@ -90,6 +90,9 @@ dry --shapes 16x100 --losses kd jsd --seconds 0.01
 bench paths 70 --dtypes bfloat16 --passes forward+backward --peers native triton \
   --losses kd dkd ce-kd binary-kl-norm lskd jsd --seconds 0.1 \
   --shapes 8192x32768 4096x131072 256x1000000 4x1000000 2048x21841 128x21841 64x131072 2048x8192 2048x4096 1024x100
+dry --shapes 16x100 --losses kd --seconds 0.01
+bench compiled 73 --dtypes bfloat16 --passes forward+backward --peers fastkd-compiled fastkd-in-place \
+  --losses kd dkd --shapes 8192x32768 8192x1000 --seconds 0.2
 dry --steps glyph-2263 --batch 2 --peers eager
 run steps "$(until_share 76)" python3 -m fastkd.bench --device $device --step --seconds 0.2 \
   --output "$out/steps.jsonl" "${extra[@]}"
@@ -108,7 +111,7 @@ dry --shapes 16x100 --losses kd
 bench all 97 --peers native triton eager liger quack --seconds 0.1
 
 files=()
-for name in suite paths all steps forms; do
+for name in suite paths compiled all steps forms; do
   [ -s "$out/$name.jsonl" ] && files+=("$out/$name.jsonl")
 done
 run report 60 python3 -m fastkd.bench --report "${files[@]}" --output "$out/report"

@@ -18,6 +18,7 @@ __all__ = [
     "Loaded",
     "NKDLoss",
     "ReverseKLLoss",
+    "ScaleInPlace",
     "ShardedLogits",
     "SkewKLLoss",
     "TTMLoss",
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from fastkd.losses import *  # noqa: F403
     from fastkd.losses.arguments import check_labels
     from fastkd.ops.backend import BackendUnavailable, get_backend, set_backend, use_backend
+    from fastkd.ops.inductor import ScaleInPlace
     from fastkd.train import fit
     from fastkd.train.loading import Loaded, load
 else:
@@ -66,6 +68,7 @@ else:
         "get_backend": "ops.backend",
         "set_backend": "ops.backend",
         "use_backend": "ops.backend",
+        "ScaleInPlace": "ops.inductor",
         "fit": "train",
         "Loaded": "train.loading",
         "load": "train.loading",

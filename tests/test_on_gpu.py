@@ -14,7 +14,7 @@ from fastkd.ops.plan import NATIVE_CLASSES
 
 ROOT = Path(__file__).parents[1]
 MEASURED = ROOT / "benchmarks/results/gpu-h200-paths-2026-11-26.jsonl"
-BENCHMARKS = ["suite", "paths", "steps", "throughput", "methods", "forms", "all"]
+BENCHMARKS = ["suite", "paths", "compiled", "steps", "throughput", "methods", "forms", "all"]
 STEPS = ["doctor", "check", "accuracy", "tests", *BENCHMARKS, "report"]
 # Prints what it was called with; the check fails, the accuracy table never ends, a benchmark writes its file.
 PYTHON = """#!/bin/bash
@@ -50,7 +50,7 @@ def test_the_script_survives_a_step_that_fails_and_one_that_does_not_end(tmp_pat
     assert all(calls.values())
     assert all(f"--device {'cpu' if dry else 'cuda'}" in calls[name] for name in BENCHMARKS)
     files = re.search(r"--report (.*) --output", calls["report"])[1].split()
-    assert [Path(file).stem for file in files] == ["suite", "paths", "all", "steps", "forms"]
+    assert [Path(file).stem for file in files] == ["suite", "paths", "compiled", "all", "steps", "forms"]
     assert done.stdout.rstrip().endswith("the tables")
 
     again = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=60)

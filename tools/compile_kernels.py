@@ -30,9 +30,15 @@ REGISTER_HEAVY += [
     jit_launches.Call("ce-kd-smoothed", path, weights="rows", terms=True, known=known)
     for path, known in itertools.product(("C 8192", "C 20902"), jit_launches.KNOWN)
 ]
-# Triton releases with which none of REGISTER_HEAVY spills. Spills of other kernels, or with another release,
-# are reported but are not failures.
-WITHOUT_SPILLS = ("3.6", "3.8", "3.9")
+# Known spills among REGISTER_HEAVY, by Triton release: loss, path and known classes. Spills of other kernels,
+# or with a release that is not listed, are reported but are not failures.
+MAY_SPILL: dict[str, tuple[tuple[str, str, int], ...]] = {
+    # 8 bytes in `expand` on sm_80, where ptxas stops at 32 registers. With 40 it would not, at the price of a
+    # quarter of the warps.
+    "3.6": (("ce-kd-smoothed", "C 20902", max(jit_launches.KNOWN)),),
+    "3.8": (),
+    "3.9": (),
+}
 
 
 def inspect(call: jit_launches.Call, target: str) -> list[tuple[bool, bool, str]]:
@@ -72,7 +78,7 @@ def main() -> int:
         arguments.report.write_text(kernel_report.report())
         return 0
     release = ".".join(triton.__version__.split(".")[:2])
-    known = release in WITHOUT_SPILLS
+    known = release in MAY_SPILL
     print(f"triton {triton.__version__}; registers per thread; stack and local memory are spills")
     calls = list(REGISTER_HEAVY)
     if not arguments.quick:
@@ -84,7 +90,8 @@ def main() -> int:
             failures += sum(failed for failed, _, _ in found)
             spilled = sum(spilled for _, spilled, _ in found)
             spills += spilled
-            gated += spilled if known and call in REGISTER_HEAVY else 0
+            may_spill = not known or (call.loss, call.path, call.known) in MAY_SPILL[release]
+            gated += spilled if call in REGISTER_HEAVY and not may_spill else 0
             compiled += sum(not failed for failed, _, _ in found)
             print(f"{call!s:70s} " + "  ".join(text for _, _, text in found), flush=True)
     compiled_cuda, failures_cuda = compile_cuda.check()

@@ -144,6 +144,8 @@ def _measure(args: argparse.Namespace) -> int:
     for name in known:
         if args.peers is not None and name not in {*args.peers, peers.in_force(device)}:
             absent.setdefault(name, "not asked for (--peers)")
+        elif args.peers is None and name in peers.IN_COMPILED_CODE:
+            absent.setdefault(name, "only where --peers names it")
     about = header(device, absent, command=" ".join(sys.argv[1:]))
     hidden = ("kind", "command", "not_measured")
     print(

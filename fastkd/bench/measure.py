@@ -126,7 +126,7 @@ def run_suite(
             records = measure(case, clock, chosen, seconds=seconds)
         except torch.OutOfMemoryError as error:  # of the inputs, or of all variants together
             records = [{"kind": "skipped", **case.about, "reason": str(error).splitlines()[0]}]
-        if "compiled" in chosen:
+        if chosen & {"compiled", *peers.IN_COMPILED_CODE}:
             torch._dynamo.reset()
         if clock.device == "cuda":
             torch.cuda.empty_cache()

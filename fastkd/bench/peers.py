@@ -12,14 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import fastkd
 from fastkd.bench.cases import FASTKD, Loss
 from fastkd.ops import backend
 from fastkd.ops.spec import CASES
 
 # In the order of tables and pictures.
-VARIANTS = ("fastkd", "native", "triton", "eager", "compiled", "liger", "quack")
+VARIANTS = (
+    "fastkd", "native", "triton", "fastkd-compiled", "fastkd-in-place", "eager", "compiled", "liger", "quack",
+)  # fmt: skip
 # fastkd on its other fused backend.
 BACKENDS = ("native", "triton")
+# fastkd in compiled code, without and with its pass for Inductor; measured where they are asked for.
+IN_COMPILED_CODE = ("fastkd-compiled", "fastkd-in-place")
 T_KD, T_BINARY, T_STANDARDIZED = 4.0, 2.0, 2.0
 
 
@@ -169,6 +174,11 @@ def variants(loss: str, peers: set[str], device: str) -> dict[str, Any]:
         # On a GPU fastkd takes one or the other by shape: both are measured beside it.
         if name in peers and (device == "cuda" or name != in_force(device)):
             chosen[name] = _on_backend(name, FASTKD[loss])
+    if "fastkd-compiled" in peers:
+        chosen["fastkd-compiled"] = torch.compile(FASTKD[loss], dynamic=False)
+    if "fastkd-in-place" in peers:
+        in_place: dict[str, Any] = {"post_grad_custom_post_pass": fastkd.ScaleInPlace()}
+        chosen["fastkd-in-place"] = torch.compile(FASTKD[loss], dynamic=False, options=in_place)
     if "eager" in peers:
         chosen["eager"] = EAGER[loss]
     if "compiled" in peers:

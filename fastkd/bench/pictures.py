@@ -17,6 +17,8 @@ COLOURS = {
     "fastkd": "#0072B2",
     "native": "#56B4E9",
     "triton": "#56B4E9",
+    "fastkd-compiled": "#F0E442",
+    "fastkd-in-place": "#D55E00",
     "eager": "#999999",
     "compiled": "#E69F00",
     "liger": "#009E73",

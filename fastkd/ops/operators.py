@@ -7,6 +7,7 @@ the gradient underflows unless it is multiplied by the loss scale, which arrives
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, cast
@@ -17,7 +18,7 @@ from torch import Tensor
 from fastkd.ops.backward import check_grad_output, is_one, must_copy, save_inputs, saved_inputs
 from fastkd.ops.call import CALL_TENSORS, Call, Outputs
 from fastkd.ops.layout import as_rows
-from fastkd.ops.tensors import is_traced
+from fastkd.ops.tensors import is_traced, is_transformed
 
 _library = torch.library.Library("fastkd", "DEF")
 _library.define(
@@ -26,6 +27,7 @@ _library.define(
     "bool with_gradient, Tensor? indices) "
     "-> (Tensor rows, Tensor terms, Tensor gradient)"
 )
+_library.define("scale_rows_(Tensor(a!) gradient, Tensor factors, str backend) -> ()")
 
 
 def row_loss(
@@ -181,10 +183,29 @@ def _scaled(gradient: Tensor, grad_output: Tensor, pairs: int, backend: str, tra
     if not rows_per_pair:
         return gradient
     factors = _per_row(grad_output, pairs, rows_per_pair)
+    if traced and _scales_in_place(grad_output):
+        torch.ops.fastkd.scale_rows_(gradient, factors, backend)
+        return gradient
     if copies:
         return (gradient * factors.reshape(-1, 1)).to(gradient.dtype)
     launcher_of(backend).scale_rows_(gradient, factors)
     return gradient
+
+
+def _scales_in_place(grad_output: Tensor) -> bool:
+    """Whether Inductor compiles with the pass for it, which a program that uses it has imported."""
+    module = sys.modules.get("fastkd.ops.inductor")
+    return module is not None and module.is_used() and not is_transformed(grad_output)
+
+
+@torch.library.impl("fastkd::scale_rows_", ("cpu", "cuda"), lib=_library)
+def _scale_rows(gradient: Tensor, factors: Tensor, backend: str) -> None:
+    launcher_of(backend).scale_rows_(gradient, factors)
+
+
+@torch.library.register_fake("fastkd::scale_rows_", lib=_library)
+def _scale_rows_shapes(gradient: Tensor, factors: Tensor, backend: str) -> None:
+    return None
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
