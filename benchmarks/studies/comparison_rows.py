@@ -61,16 +61,28 @@ _FEATURE_TERMS = {
     "emoji": (["layer1", "layer2", "layer3"], ["method.hint_weight=100.0"], _RELATIONS),
 }
 PROBLEMS = tuple(_FEATURE_TERMS)
+# Methods without a recipe of the problem, with the options chosen for it.
+_WITHOUT_RECIPE = {
+    "fashion-mnist": {
+        "NKD": ["method=nkd", "method.gamma=0.75", "method.temperature=1.0"],
+        "BinaryKL": ["method=binary_kl", "method.weight=0.0032", "method.temperature=2.0"],
+    },
+}
 
 
 def rows_of(problem: str) -> dict[str, list[str]]:
-    return _rows(problem, *_FEATURE_TERMS[problem])
+    others = _WITHOUT_RECIPE.get(problem, {})
+    return {
+        **_rows(problem, *_FEATURE_TERMS[problem]),
+        **{label: [f"{problem}/kd", *options] for label, options in others.items()},
+    }
 
 
 # (first, second): the accuracy of the first minus that of the second.
 DIFFERENCES = [
     *((label, "labels alone") for label in ("KD", "LSKD", "DKD", "DCKD", "MHKD", "one head", "DHKD")),
     *((label, "KD") for label in ("LSKD", "DKD", "DCKD", "MHKD", "one head", "DHKD")),
+    *((label, other) for label in ("NKD", "BinaryKL") for other in ("labels alone", "KD")),
     ("DHKD", "one head"),
     ("one head", "one head, raw teacher"),
     ("DHKD", "DHKD, raw teacher"),
