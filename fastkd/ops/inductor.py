@@ -24,9 +24,9 @@ class ScaleInPlace(CustomGraphPass):
     (Beside a ``mode``, set ``torch._inductor.config.post_grad_custom_post_pass``.) Results are the same. Only
     gradients that autograd will not need again are scaled in place, those that torch itself hands over for
     reuse: ``torch._functorch.config.donated_buffer``, on by default, with which ``retain_graph=True`` is an
-    error in compiled code. Losses of ``LinearLogits`` are not changed, nor those in float16, whose gradient is
-    computed in ``backward``. Inductor's passes are not a public interface of torch: with a release in which
-    this one finds nothing, the gradient is copied first.
+    error in compiled code. Losses of ``LinearLogits`` are not changed, nor those in float16, whose gradient
+    is computed in ``backward``. Inductor's passes are not a public interface of torch: with a release in
+    which this one finds nothing, the gradient is copied first.
     """
 
     def __call__(self, graph: Graph) -> None:
