@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -105,10 +106,7 @@ class MHKD(Method):
             head(seen.student[path]) for head, (path, _) in zip(self.student_heads, self.pairs, strict=True)
         ]
         with torch.set_grad_enabled(self.teacher_heads_train and torch.is_grad_enabled()):
-            teacher = [
-                head(seen.teacher[path])
-                for head, (_, path) in zip(self.teacher_heads, self.pairs, strict=True)
-            ]
+            teacher = self._of_teacher_heads(seen)
         # Detached, so that the student's heads do not train the teacher's.
         teachers = [seen.teacher_logits, *(logits.detach() for logits in teacher)]
         students = _of_one_dtype([seen.student_logits, *student])
@@ -123,6 +121,26 @@ class MHKD(Method):
         if self.teacher_heads_train:
             terms["teacher_head_ce"] = _sum([cross_entropy(logits, target) for logits in teacher])
         return terms
+
+    def _of_teacher_heads(self, seen: Seen) -> list[Tensor]:
+        heads = zip(self.teacher_heads, self.pairs, strict=True)
+        return [head(seen.teacher[path]) for head, (_, path) in heads]
+
+    @torch.no_grad()
+    def describe_start(self, seen: Seen) -> list[str]:
+        """A warning for heads from a file that know nothing of the labels: they may be of another teacher."""
+        if self.teacher_heads_train:
+            return []
+        chance = math.log(seen.student_logits.shape[-1])
+        notes = []
+        for (_, path), logits in zip(self.pairs, self._of_teacher_heads(seen), strict=True):
+            found = cross_entropy(logits, seen.target).item()
+            if not found < chance:
+                notes.append(
+                    f"the teacher's head on {path} has a cross-entropy of {found:.2f} on the first batch, and "
+                    f"equal logits {chance:.2f}: are teacher_heads those of this teacher?"
+                )
+        return notes
 
     def train(self, mode: bool = True) -> MHKD:
         super().train(mode)

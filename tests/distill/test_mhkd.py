@@ -152,6 +152,30 @@ def test_teacher_heads_from_a_checkpoint(tmp_path: Path) -> None:
         build(teacher_heads=str(tmp_path / "none.pt"))
 
 
+def test_heads_that_know_nothing_of_the_labels_are_said(tmp_path: Path) -> None:
+    """As those of another teacher, which fit by shape."""
+    trained = build()
+    optimizer = torch.optim.Adam(trained.teacher_heads.parameters(), lr=0.02)
+    for _ in range(60):
+        optimizer.zero_grad()
+        trained.backward(trained(batch()))
+        optimizer.step()
+    path = tmp_path / "last.pt"
+    torch.save({"method": trained.parts_state()}, path)
+    own = build(teacher_heads=str(path)).train()
+    own(batch())
+    assert own.take_notes() == []
+    other = build(teacher_heads=str(path)).train()
+    with torch.no_grad():
+        last = other.teacher_heads[1].classifier
+        last.weight.copy_(last.weight.roll(1, 0))
+        last.bias.copy_(last.bias.roll(1))
+    other(batch())
+    (note,) = other.take_notes()
+    assert "the teacher's head on features.1 has a cross-entropy of" in note
+    assert "equal logits 1.95: are teacher_heads those of this teacher?" in note
+
+
 def test_bad_layers() -> None:
     with pytest.raises(
         FeatureError, match=r"the student has no layer 'features\.2'; the nearest are features\.[01]"
