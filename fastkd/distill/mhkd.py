@@ -137,8 +137,8 @@ class MHKD(Method):
             found = cross_entropy(logits, seen.target).item()
             if not found < chance:
                 notes.append(
-                    f"the teacher's head on {path} has a cross-entropy of {found:.2f} on the first batch, and "
-                    f"equal logits {chance:.2f}: are teacher_heads those of this teacher?"
+                    f"the teacher's head on {path} has cross-entropy {found:.2f} on the first batch, "
+                    f"and equal logits {chance:.2f}: are teacher_heads those of this teacher?"
                 )
         return notes
 
