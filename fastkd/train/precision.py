@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 from torch.amp import GradScaler
 
 from fastkd.distill.method import Method
+from fastkd.errors import TrainError
 
 from .preflight import check_channels_last
 
@@ -55,6 +57,18 @@ def place(method: Method, numerics: Numerics, teacher_precision: str | None) -> 
 def make_scaler(device: torch.device, precision: str) -> GradScaler | None:
     """The loss scaler for float16, whose small gradients underflow otherwise."""
     return GradScaler(device.type) if precision == "float16" else None
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise ``TrainError`` if ``torch.compile`` cannot compile here, for example without a C++ compiler."""
+    now = time.time()  # a number that no code was compiled with before
+    try:
+        torch.compile(lambda x: x * now)(torch.ones(2, device=device))
+    except Exception as error:  # torch's, a compiler's or Triton's
+        reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+        raise TrainError(
+            f"train.compile: torch.compile does not work on this machine's {device.type}: {reason}"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from fastkd.files.sealed import short_digest_of
 from fastkd.recipe.sections import Recipe
 from fastkd.train import distributed
 from fastkd.train.display.loggers import require_loggers
+from fastkd.train.precision import check_compiler
 from fastkd.train.random_state import seed_generators
 from fastkd.train.signals import StopSignals
 
@@ -66,6 +67,8 @@ def prepare(name: str, recipe: Recipe, console: Console) -> Prepared:
         torch.set_num_threads(recipe.train.threads)
     console.print(f"{name}: {recipe.description}", markup=False)
     check_ranks(recipe, device)
+    if recipe.train.compile:
+        check_compiler(device)
     require_loggers(recipe.train)
     with distributed.first_rank_first():
         data = load_data(recipe.data)

@@ -146,6 +146,17 @@ def test_other_unknown_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean --seeds" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
+def test_compilation_that_cannot_work_is_refused_before_the_teacher_is_trained(
+    tiny: list[str], workplace: Path, dry_run: list[str]
+) -> None:
+    done = command("train", "glyphs/kd", *tiny, "train.compile=true", *dry_run, CXX="/no/such/compiler")
+    assert done.returncode == 2, done.stderr
+    assert "train.compile: torch.compile does not work on this machine's cpu: " in done.stderr
+    assert "/no/such/compiler" in done.stderr
+    assert not (workplace / "runs").exists()
+
+
 def test_a_dry_run_writes_nothing(tiny: list[str], workplace: Path, capsys) -> None:
     assert main(["train", "glyphs/mhkd", *tiny, "--dry-run", "--json"]) == 0
     out, err = capsys.readouterr()
