@@ -41,7 +41,7 @@ from triton.runtime.jit import JITFunction
 
 from fastkd.ops import spec
 from fastkd.ops.call import Call as LossCall
-from fastkd.ops.call import Outputs
+from fastkd.ops.call import Marks, Outputs
 from fastkd.ops.triton import launch as launcher
 from fastkd.ops.triton import launch_options, row_weights
 
@@ -213,7 +213,7 @@ class Call(NamedTuple):
     student: str = "fp32"  # dtypes
     teacher: str = "fp32"
     layout: str = "dense"  # of the logits: LAYOUTS
-    weights: str = "none"  # or "rows", [N], or "pairs", [H, N]
+    weights: str = "none"  # WEIGHTS_OF, LABELS_OF
     terms: bool = False
     gradient: bool = True
     dynamic: bool = False  # options
@@ -242,19 +242,22 @@ class Call(NamedTuple):
             return
         if self.loss == WEIGHTS:
             weight = None if self.weights == "none" else torch.ones(rows, dtype=student)
-            row_weights.row_weights(torch.zeros(rows, dtype=torch.int64), weight, -100, self.gradient)
+            row_weights.row_weights(Marks(torch.zeros(rows, dtype=torch.int64), -100, self.gradient), weight)
             return
         loss, case = LOSSES[self.loss]
         options, dynamic = tuple(map(float, case.options)), None
         if self.dynamic:
             dynamic = torch.tensor(options)
             options = tuple(value if value in (0.0, 1.0) else math.nan for value in options)
-        weights = {"none": None, "rows": torch.ones(rows), "pairs": torch.ones(self.pairs, rows)}
+        mean = self.weights.endswith("counted labels")
+        marks = Marks(torch.zeros(rows, dtype=torch.int64), -100, mean) if "labels" in self.weights else None
+        weight = torch.ones(self.pairs, rows) if self.weights == "pairs" else None
+        weight = torch.ones(rows) if self.weights.startswith("rows") else weight
         call = LossCall(
             target=torch.zeros(rows, dtype=torch.int64) if case.labelled else None,
-            row_weight=weights[self.weights], divisor=rows, loss=loss.name, options=options, dynamic=dynamic,
+            row_weight=weight, divisor=rows, loss=loss.name, options=options, dynamic=dynamic,
             backend="triton", reduced=False, with_terms=self.terms, with_gradient=self.gradient,
-            indices=torch.zeros(rows, self.known, dtype=torch.int64) if self.known else None,
+            indices=torch.zeros(rows, self.known, dtype=torch.int64) if self.known else None, marks=marks,
         )  # fmt: skip
         terms = torch.empty(len(loss.terms), rows * self.pairs) if self.terms else None
         gradient = matrix(rows * self.pairs, classes, student, "dense") if self.gradient else None
@@ -268,6 +271,9 @@ class Call(NamedTuple):
         launcher.row_loss(students * self.pairs, teachers * self.pairs, call, outputs)
 
 
+# None, [N], [H, N]; from labels in the row kernel.
+WEIGHTS_OF = ("none", "rows", "pairs")
+LABELS_OF = ("labels", "counted labels", "rows and counted labels")
 # [N, C] dense; with an offset of one element and an odd row stride; [M, K, C] sliced from [M, K + 1, C].
 LAYOUTS = ("dense", "unaligned", "sliced")
 
@@ -296,7 +302,7 @@ def calls() -> Iterator[Call]:
             DTYPES,
             teachers,
             ("dense",) if scale else LAYOUTS,
-            ("none",) if scale else ("none", "rows", "pairs"),
+            ("none",) if scale else WEIGHTS_OF,
             flags if with_terms else (False,),
             (True,) if scale else flags,
             (False,) if scale else flags,
@@ -306,7 +312,11 @@ def calls() -> Iterator[Call]:
             yield Call(loss, path, *other)
         if scale:
             continue
-        others = itertools.product(("none", "rows"), flags if with_terms else (False,), flags, (1, 2, 8))
+        by_labels = LABELS_OF if LOSSES[loss][0].family == "softmax" else ()
+        for student, layout, weights in itertools.product(DTYPES, LAYOUTS, by_labels):
+            yield Call(loss, path, student, student, layout, weights, with_terms)
+        kinds = ("none", "rows", *by_labels)
+        others = itertools.product(kinds, flags if with_terms else (False,), flags, (1, 2, 8))
         for weights, terms, gradient, pairs in others:
             yield Call(
                 loss, path, "bf16", "bf16", "dense", weights, terms, gradient, pairs=pairs, summed=True
@@ -350,9 +360,10 @@ def covering(all_calls: Iterable[Call], together: int) -> list[Call]:
     return chosen
 
 
-def differing(loss: str, *, aligned: bool, known: bool = False) -> Iterator[Callable[[], None]]:
+def differing(loss: str, *, aligned: bool, kind: str) -> Iterator[Callable[[], None]]:
     """Calls that must share a compiled kernel: they differ in rows, M, K, strides, options, and the addresses
-    and strides of target and weights; with ``known`` in the number of known classes too."""
+    and strides of target and weights. ``kind``: "rows"; "labels" that kernels count, and which is ignored; or
+    "known", in the number of known classes too."""
     loss_spec, case = LOSSES[loss]
     shapes = ((1, 1, 1000), (7, 1, 1008), (300, 1, 3200), (1, 12, 1000), (4, 3, 1016), (150, 2, 1000))
     for number, (outer, inner, stride) in enumerate(shapes):
@@ -365,12 +376,14 @@ def differing(loss: str, *, aligned: bool, known: bool = False) -> Iterator[Call
         step = 1 + number % 3
         target = torch.zeros(rows * step + number, dtype=torch.int64)[number::step] if case.labelled else None
         weight = torch.ones(rows + number)[number:]
+        labels = torch.zeros(rows + number, dtype=torch.int64)[number:]
+        marks = Marks(labels, (-100, 0, 1, 16, 17, 10_000)[number], True) if kind == "labels" else None
 
         # 9 to 15: the row of K + 1 logits has the same tile, and no common alignment.
-        indices = torch.zeros(rows, 9 + number, dtype=torch.int64) if known else None
-        teacher = torch.empty(rows, 10 + number) if known else logits
+        indices = torch.zeros(rows, 9 + number, dtype=torch.int64) if kind == "known" else None
+        teacher = torch.empty(rows, 10 + number) if kind == "known" else logits
         loss_call = LossCall(
-            target, weight, rows, loss_spec.name, values, None, "triton", False, False, True, indices
+            target, weight, rows, loss_spec.name, values, None, "triton", False, False, True, indices, marks
         )
 
         def call(logits=logits, teacher=teacher, loss_call=loss_call, rows=rows) -> None:
@@ -394,12 +407,12 @@ def bind_all(target: str) -> list[str]:
             except Exception as error:  # any error of the binder is a result
                 failures.append(f"{target}: {call}: {type(error).__name__}: {error}")
         for loss in LOSSES:
-            for aligned, known in itertools.product((True, False), (True, False)):
-                if known and not known_at_k(loss):
+            for aligned, kind in itertools.product((True, False), ("rows", "labels", "known")):
+                if kind == "known" and not known_at_k(loss):
                     continue
                 kernels = [
                     {variant.key for variant in record(call)}
-                    for call in differing(loss, aligned=aligned, known=known)
+                    for call in differing(loss, aligned=aligned, kind=kind)
                 ]
                 if any(other != kernels[0] for other in kernels):
                     failures.append(f"{target}: {loss}: recompiled for other rows, strides or options")

@@ -11,7 +11,7 @@ from fastkd.ops.backend import faster_for
 from fastkd.ops.call import Call
 from fastkd.ops.plan import NATIVE_ROWS
 from fastkd.ops.spec import LOSSES
-from fastkd.ops.tensors import as_ordinary, is_readable
+from fastkd.ops.tensors import as_ordinary, is_readable, is_traced
 from fastkd.reference import centered
 
 from . import arguments, sharded
@@ -68,8 +68,9 @@ def reduced_loss(
         make: Any = type(options)
         options = make(*[arguments.plain(value) for value in options])
     marks = None if none_ignored else target
-    rows = rows_of(student, target if uses_label else None, weight, reduction, marks, ignore_index)
     dense = all(isinstance(logits, Tensor) for logits in (*students, *teachers))
+    label = target if uses_label else None
+    rows = rows_of(student, label, weight, reduction, marks, ignore_index, in_kernel=dense)
     compute = _dense_rows if dense else form_rows
     values, terms = compute(loss, options, students, teachers, rows, center_teacher, with_terms)
     of_pairs = () if isinstance(student_logits, arguments.ONE) else (len(students),)
@@ -105,10 +106,18 @@ def _dense_rows(
     teachers = [as_ordinary("teacher_logits", logits) for logits in teachers]
     if center_teacher:
         teachers = [centered(logits) for logits in teachers]
+    if rows.marks is not None and not _applies_marks(chosen, (*students, *teachers)):
+        rows = rows.marked()
     if chosen == "eager":
         return eager_rows(loss, options, students, teachers, rows)
     numbers, dynamic = numbers_of(loss, options, student)
     call = Call(
-        rows.label, rows.weight, rows.divisor, loss, numbers, dynamic, chosen, rows.reduced, with_terms
-    )
+        rows.label, rows.weight, rows.divisor, loss, numbers, dynamic, chosen, rows.reduced, with_terms,
+        marks=rows.marks,
+    )  # fmt: skip
     return operators.row_loss(students, teachers, call)
+
+
+def _applies_marks(chosen: str, logits: Sequence[Tensor]) -> bool:
+    """Whether the launch does. The operator has no argument for it, and in float16 backward needs weights."""
+    return chosen == "triton" and logits[0].dtype != torch.float16 and not is_traced(logits)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastkd.ops import backend
+from fastkd.ops.call import Marks
 from fastkd.ops.spec import LOSSES, Loss
 from fastkd.ops.tensors import is_traced, transform_of
 from fastkd.reference import known_classes
@@ -24,6 +25,15 @@ class Rows(NamedTuple):
     divisor: int  # of all rows
     reduced: bool  # to their sum
     leading: torch.Size  # the shape of one value per row
+    marks: Marks | None = None  # not yet in the weights: a kernel applies them
+
+    def marked(self) -> "Rows":
+        """With the marks in the weights."""
+        if self.marks is None:
+            return self
+        from fastkd.ops.triton.row_weights import row_weights
+
+        return self._replace(weight=row_weights(self.marks, self.weight), marks=None)
 
 
 def rows_of(
@@ -33,11 +43,19 @@ def rows_of(
     reduction: str,
     marks: Tensor | None = None,
     ignore_index: int = -100,
+    in_kernel: bool = False,
 ) -> Rows:
-    """``marks`` [N]: labels of which some may be ``ignore_index``; None: no row is ignored."""
-    leading = student.shape[:-1]
-    row_weight, divisor = _row_weight(weight, marks, ignore_index, leading.numel(), reduction, student.dtype)
-    return Rows(label, row_weight, divisor, reduction != "none", leading)
+    """``marks`` [N]: labels of which some may be ``ignore_index``; None: no row is ignored.
+
+    With ``in_kernel`` they may be left to a kernel, see ``Rows.marks``.
+    """
+    leading, reduced, mean = student.shape[:-1], reduction != "none", reduction == "batchmean"
+    weight = None if weight is None else weight.reshape(-1)
+    if marks is not None and _by_kernel(marks, weight, student.dtype):
+        rows = Rows(label, weight, 1, reduced, leading, Marks(marks, int(ignore_index), mean))
+        return rows if in_kernel else rows.marked()
+    row_weight, divisor = _row_weight(weight, marks, ignore_index, leading.numel(), mean, student.dtype)
+    return Rows(label, row_weight, divisor, reduced, leading)
 
 
 def backend_for(tensors: Sequence[Tensor | None], student: Tensor, teacher: Tensor) -> str:
@@ -102,20 +120,13 @@ def _row_weight(
     marks: Tensor | None,
     ignore_index: int,
     rows: int,
-    reduction: str,
+    mean: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor | None, int]:
     """The factor of each row's loss [N], or None if it is 1 for all, and the divisor of all rows.
 
     The kernels apply both as they write the gradient, so that the reduction needs no extra pass.
     """
-    mean = reduction == "batchmean"
-    if weight is not None:
-        weight = weight.reshape(-1)
-    if marks is not None and _in_one_launch(marks, weight, dtype):
-        from fastkd.ops.triton.row_weights import row_weights
-
-        return row_weights(marks, weight, ignore_index, mean), 1
     precision = torch.float64 if dtype == torch.float64 else torch.float32
     row_weight = None if weight is None else weight.to(precision).contiguous()
     if marks is None:
@@ -126,7 +137,7 @@ def _row_weight(
     return (row_weight / present.sum().clamp_min(1.0) if mean else row_weight), 1
 
 
-def _in_one_launch(marks: Tensor, weight: Tensor | None, dtype: torch.dtype) -> bool:
+def _by_kernel(marks: Tensor, weight: Tensor | None, dtype: torch.dtype) -> bool:
     """Whether a Triton kernel computes the weights: on a GPU, also for the native backend.
 
     A compiler fuses torch's operators itself, and transforms know no others.

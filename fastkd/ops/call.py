@@ -1,11 +1,19 @@
 """The arguments and outputs that operators and launchers share."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from fastkd.ops.spec import LOSSES, Loss, needs_of
+
+
+class Marks(NamedTuple):
+    """Rows to ignore, for a launcher to apply to ``Call.row_weight``: rows that have weight 0."""
+
+    labels: Tensor  # int64 [N]; a row is ignored if its label is
+    ignore_index: int
+    mean: bool  # divide the other rows' weights by their number, at least 1
 
 
 class Call(NamedTuple):
@@ -29,6 +37,13 @@ class Call(NamedTuple):
     # int64 [N, K], ascending in each row: the teacher's logits are [N, K + 1], of these classes and of all
     # others as one. See reference.known_classes.
     indices: Tensor | None = None
+    # Only of launches on the way around the dispatcher: no argument of the operator.
+    marks: Marks | None = None
+
+    @property
+    def operands(self) -> tuple[Any, ...]:
+        """The operator's arguments."""
+        return self[:OPERANDS]
 
     @property
     def at_k(self) -> "Call":
@@ -63,8 +78,8 @@ class Call(NamedTuple):
         return needs_of(spec, tuple(self.options), spec.takes_label and self.target is not None)
 
 
-# How many of a call's inputs are ``Call.tensors``.
-CALL_TENSORS = 4
+# How many of a call's inputs are ``Call.operands`` and ``Call.tensors``.
+OPERANDS, CALL_TENSORS = len(Call._fields) - 1, 4
 
 
 class Outputs(NamedTuple):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastkd.ops.backward import check_grad_output, is_one, must_copy, save_inputs, saved_inputs
-from fastkd.ops.call import CALL_TENSORS, Call
+from fastkd.ops.call import CALL_TENSORS, OPERANDS, Call
 from fastkd.ops.chunks import LinearCall, compute, count_rows, new_gradients
 from fastkd.ops.tensors import as_ordinary, is_traced
 
@@ -26,7 +26,6 @@ _library.define(
     "float[] student_numbers, float[] teacher_numbers) "
     "-> (Tensor rows, Tensor terms, Tensor first, Tensor second, Tensor third)"
 )
-_CALL = len(Call._fields)
 _MOST_TENSORS = 3  # hidden, weight, bias
 
 
@@ -55,13 +54,13 @@ def linear_loss(
 
 def _flat(options: LinearCall) -> tuple[Any, ...]:
     call, classes, chunk_rows, center_teacher, student, teacher, _ = options  # a shard is never traced
-    return *call, classes, chunk_rows, center_teacher, list(student), list(teacher)
+    return *call.operands, classes, chunk_rows, center_teacher, list(student), list(teacher)
 
 
 def _unflat(arguments: Sequence[Any]) -> LinearCall:
-    classes, chunk_rows, center_teacher, student, teacher = arguments[_CALL:]
+    classes, chunk_rows, center_teacher, student, teacher = arguments[OPERANDS:]
     return LinearCall(
-        Call(*arguments[:_CALL]), classes, chunk_rows, center_teacher, tuple(student), tuple(teacher)
+        Call(*arguments[:OPERANDS]), classes, chunk_rows, center_teacher, tuple(student), tuple(teacher)
     )
 
 
@@ -160,7 +159,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Any, ...]:
-    rest = (None,) * (1 + _CALL + 5)
+    rest = (None,) * (1 + OPERANDS + 5)
     return list(_gradients(ctx, grad_output)), [None] * ctx.teachers, *rest
 
 

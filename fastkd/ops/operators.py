@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastkd.ops.backward import check_grad_output, is_one, must_copy, save_inputs, saved_inputs
-from fastkd.ops.call import CALL_TENSORS, Call, Outputs
+from fastkd.ops.call import CALL_TENSORS, OPERANDS, Call, Outputs
 from fastkd.ops.layout import as_rows
 from fastkd.ops.tensors import is_traced, is_transformed
 
@@ -40,9 +40,9 @@ def row_loss(
     """
     differentiates = torch.is_grad_enabled() and any(logits.requires_grad for logits in student_logits)
     if differentiates and student_logits[0].dtype != torch.float16:
-        call = Call(*call[:-2], True, call.indices)  # three times as fast as _replace
+        call = Call(*call[:-3], True, *call[-2:])  # three times as fast as _replace
     if is_traced((*student_logits, *teacher_logits)):
-        rows, terms, _ = torch.ops.fastkd.row_loss(student_logits, teacher_logits, *call)
+        rows, terms, _ = torch.ops.fastkd.row_loss(student_logits, teacher_logits, *call.operands)
     elif differentiates:
         rows, terms = _RowLoss.apply(call, *student_logits, *teacher_logits)
     else:
@@ -153,7 +153,7 @@ def _gradients(ctx: Any, grad_output: Tensor | None) -> Sequence[Tensor | None]:
         call = call._replace(row_weight=factors, reduced=False, with_terms=False, with_gradient=True)
         students, teachers = logits[: ctx.pairs], logits[ctx.pairs :]
         if traced:
-            gradient = torch.ops.fastkd.row_loss(students, teachers, *call)[2]
+            gradient = torch.ops.fastkd.row_loss(students, teachers, *call.operands)[2]
         else:
             gradient = cast(Tensor, _row_loss(students, teachers, call)[2])
     if ctx.pairs == 1:
@@ -216,7 +216,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Any, ...]:
-    return list(_gradients(ctx, grad_output)), [None] * ctx.pairs, *(None,) * len(Call._fields)
+    return list(_gradients(ctx, grad_output)), [None] * ctx.pairs, *(None,) * OPERANDS
 
 
 torch.library.register_autograd("fastkd::row_loss", _backward, setup_context=_setup_context, lib=_library)

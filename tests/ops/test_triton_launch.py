@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastkd import reference
-from fastkd.ops.call import Call, Outputs
+from fastkd.ops.call import Call, Marks, Outputs
 from fastkd.ops.spec import CASES
 from fastkd.ops.spec import LOSSES as SPEC
 from tests.cases import KERNELS
@@ -23,6 +23,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LOSSES = {
     name: (loss.name, tuple(map(float, case.options)), case.labelled) for name, (loss, case) in CASES.items()
 }
+SOFTMAX = {name for name, loss in SPEC.items() if loss.family == "softmax"}
 POINTWISE = tuple(name for name, (loss, _) in CASES.items() if loss.family == "pointwise")
 each_loss = pytest.mark.parametrize("name", LOSSES)
 each_kernel = pytest.mark.parametrize("name", KERNELS)
@@ -30,14 +31,15 @@ each_kernel = pytest.mark.parametrize("name", KERNELS)
 PATHS = [(6, 10), (3, 700), (2, 9000)]
 
 
-def run(students, teachers, target, weight, scale, loss, options, rows, gradient, dynamic=None):
+def run(students, teachers, target, weight, scale, loss, options, rows, gradient, dynamic=None, marks=None):
     call = Call(
-        target, weight, 1 / scale, loss, options, dynamic, "triton", False, False, gradient is not None
-    )
+        target, weight, 1 / scale, loss, options, dynamic, "triton", False, False, gradient is not None,
+        marks=marks,
+    )  # fmt: skip
     launch.row_loss(students, teachers, call, Outputs(rows, None, gradient))
 
 
-def kernel(name, student, teacher, target, weight=None, scale=1.0, dynamic=False):
+def kernel(name, student, teacher, target, weight=None, scale=1.0, dynamic=False, marks=None):
     """Losses [N] and gradient [N, C] from the kernels."""
     loss, options, labelled = LOSSES[name]
     classes = student.shape[-1]
@@ -49,7 +51,7 @@ def kernel(name, student, teacher, target, weight=None, scale=1.0, dynamic=False
     rows = torch.full((count,), math.nan, device=DEVICE)
     gradient = torch.full((count, classes), math.nan, device=DEVICE, dtype=student.dtype)
     label = target if labelled else None
-    run([student], [teacher], label, weight, scale, loss, options, rows, gradient, values)
+    run([student], [teacher], label, weight, scale, loss, options, rows, gradient, values, marks)
     return rows, gradient
 
 
@@ -162,14 +164,67 @@ def test_row_weights_of_labels(rows, dtype, mean):
         weight[~valid] = math.nan
     if mean:
         expected = expected / max(int(valid.sum()), 1)
-    found = row_weights.row_weights(target, weight, -1, mean)
+    found = row_weights.row_weights(Marks(target, -1, mean), weight)
     assert torch.equal(found == 0, expected == 0)
     torch.testing.assert_close(found, expected.float(), rtol=2e-7, atol=0)
 
 
 def test_row_weights_where_every_label_is_ignored():
     target = torch.full((300,), -100, device=DEVICE)
-    assert not row_weights.row_weights(target, None, -100, True).any()
+    assert not row_weights.row_weights(Marks(target, -100, True), None).any()
+
+
+@each_kernel
+@pytest.mark.parametrize(("rows", "classes"), PATHS[:2])
+@pytest.mark.parametrize(("weighted", "mean"), [(False, True), (True, False)])
+def test_labels_counted_by_the_row_kernel(monkeypatch, name, rows, classes, weighted, mean):
+    student, teacher, target = logits(rows, classes), logits(rows, classes), labels(rows, classes)
+    target[::2] = 1
+    student[target == 1] = math.nan
+    marks = Marks(target, 1, mean)
+    weight = torch.rand(rows, device=DEVICE) if weighted else None
+    expected = kernel(name, student, teacher, target, row_weights.row_weights(marks, weight))
+    if LOSSES[name][0] in SOFTMAX:  # the others have no labels
+        monkeypatch.setattr(row_weights, "row_weights", None)
+    found = kernel(name, student, teacher, target, weight, marks=marks)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    assert not found[0][::2].any()
+    assert found[0].isfinite().all()
+
+
+@pytest.mark.parametrize(("rows", "classes"), [(600, 10), PATHS[2]])
+def test_labels_counted_in_several_steps_or_launches(rows, classes):
+    student, teacher, target = logits(rows, classes), logits(rows, classes), labels(rows, classes)
+    target[0] = 1
+    marks, weight = Marks(target, 1, True), torch.rand(rows, device=DEVICE)
+    expected = kernel("ls-dkd", student, teacher, target, row_weights.row_weights(marks, weight))
+    found = kernel("ls-dkd", student, teacher, target, weight, marks=marks)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize(
+    ("rows", "programs", "step", "dtype", "mean", "expected"),
+    [
+        (2048, 512, 1, None, True, True),
+        (2049, 1, 1, torch.float32, True, False),
+        (2048, 513, 1, None, True, False),
+        (5000, 5000, 1, torch.float32, False, True),
+        (10, 10, 2, None, True, False),
+        (10, 10, 1, torch.bfloat16, True, False),
+    ],
+)
+def test_which_labels_the_row_kernel_counts(rows, programs, step, dtype, mean, expected):
+    target = torch.zeros(rows * step, dtype=torch.int64)[::step]
+    weight = None if dtype is None else torch.ones(rows, dtype=dtype)
+    assert row_weights.by_row_kernel(Marks(target, -100, mean), weight, programs) is expected
+
+
+def test_every_label_ignored_in_the_row_kernel():
+    student, teacher, target = logits(6, 10), logits(6, 10), torch.full((6,), -100, device=DEVICE)
+    found = kernel("ce-kd", student, teacher, target, marks=Marks(target, -100, True))
+    assert not any(one.any() for one in found)
 
 
 @pytest.mark.parametrize(("rows", "classes"), [(5, 7), (300, 20), (2, 9000)])

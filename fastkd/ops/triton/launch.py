@@ -1,5 +1,6 @@
 """Launches of the Triton kernels: grids, compile-time arguments, pointers and strides."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,16 @@ from torch import Tensor
 
 from fastkd.ops.call import Call, Outputs
 from fastkd.ops.plan import LANE_BYTES, MAX_PARTS, Plan, device_of, kind_of, plan_rows
-from fastkd.ops.triton import formulas, mixture_rows, moments, row_sums, softmax_rows, statistics, top_k
+from fastkd.ops.triton import (
+    formulas,
+    mixture_rows,
+    moments,
+    row_sums,
+    row_weights,
+    softmax_rows,
+    statistics,
+    top_k,
+)
 from fastkd.ops.triton.launch_options import common_vector, compile_options, launch, on_device, row_strides
 from fastkd.ops.triton.pointwise_rows import pointwise_rows, scale_rows
 
@@ -47,8 +57,12 @@ def row_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call,
     logits = (tuple(students), tuple(teachers))
     inner_rows = 1 if student.dim() == 2 else student.shape[1]
     strides = (*row_strides(student), *row_strides(teacher))
+    row_weight, marks, dynamic = call.row_weight, call.marks, call.dynamic
+    if marks is not None and (
+        spec.family != "softmax" or not row_weights.by_row_kernel(marks, row_weight, math.prod(grid))
+    ):
+        row_weight, marks = row_weights.row_weights(marks, row_weight), None
     # Unused pointers must be valid arguments too: `rows` and `student` are placeholders.
-    row_weight, dynamic = call.row_weight, call.dynamic
     weight = rows if row_weight is None else row_weight
     weight_stride = count if row_weight is not None and row_weight.dim() == 2 else 0
     values = rows if dynamic is None else dynamic
@@ -57,7 +71,8 @@ def row_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call,
     )
     to_gradient, gradient_stride = (student, 0) if gradient is None else (gradient, gradient.stride(0))
     # Arguments that all skeletons share.
-    common = (weight_stride, gradient_stride, 1.0 / call.divisor, tuple(map(float, call.options)))
+    options = tuple(map(float, call.options))
+    common = (weight_stride, gradient_stride, 1.0 / call.divisor, options)
     fixed = {
         "FORMULA": getattr(formulas, spec.name),
         "WEIGHTED": row_weight is not None,
@@ -94,17 +109,18 @@ def row_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call,
                 fixed |= {"PHASE": phase, "SUMMED": counters is not None and phase == phases[-1]}
                 launch(mixture_rows.mixture_rows, grid, arguments, fixed)
             return
-        label = call.target if needs & statistics.LABELLED.value else None
+        labels, ignore_index = (student, 0) if marks is None else marks[:2]
+        target = call.target if needs & statistics.LABELLED.value else None
         parts_moments = partials(rows, plan, 2 * moments.MOMENTS_WIDTH.value)
         arguments = (
-            *logits, student if label is None else label, weight, rows, rows if terms is None else terms,
-            to_gradient, parts_moments, parts_sums, reduction, values,
+            *logits, student if target is None else target, weight, labels, rows,
+            rows if terms is None else terms, to_gradient, parts_moments, parts_sums, reduction, values,
             count, inner_rows, blocks, plan.parts, classes, *strides,
-            0 if label is None else label.stride(0), *common,
+            0 if target is None else target.stride(0), ignore_index, *common,
         )  # fmt: skip
         fixed |= {
-            "NEEDS": needs, "TERMS": terms is not None, "ONE_TILE": plan.one_tile, "PARTS": MAX_PARTS,
-            **compile_options(plan),
+            "NEEDS": needs, "MARKS": row_weights.use_of(marks), "TERMS": terms is not None,
+            "ONE_TILE": plan.one_tile, "PARTS": MAX_PARTS, **compile_options(plan),
         }  # fmt: skip
         phases = softmax_phases(plan, standardized)
         for phase in phases:

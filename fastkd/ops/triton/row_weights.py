@@ -1,10 +1,11 @@
-"""Row weights from labels, in one launch: torch's operators take six or seven."""
+"""Row weights from labels: in the row kernel, or in one launch. Torch's operators take six or seven."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastkd.ops.call import Marks
 from fastkd.ops.triton.launch_options import launch, on_device
 
 # Labels that a program loads at once: up to this many rows there is one program, which reads them once.
@@ -12,6 +13,31 @@ TILE = 8192
 WARPS = 16
 # Each program counts the labels of all rows: with more of them torch's operators take less time.
 MOST_ROWS = 65536
+# Up to this many rows each program of a row kernel counts the labels itself, if all programs together read at
+# most so many: 8 MB, for which the L2 cache of an H100 needs about 2 us, and a launch takes 2 to 3.
+MOST_COUNTED, MOST_READ = 2048, 2**20
+# Which rows a row kernel ignores by ``Marks``: none; some; and it counts the others.
+NO_MARKS = tl.constexpr(0)
+MARKED = tl.constexpr(1)
+COUNTED = tl.constexpr(2)
+
+
+@triton.jit
+def is_ignored(marks, index, exists):
+    """``marks``: pointer to the labels of rows, and the label of those that are ignored."""
+    pointer, ignore_index = marks
+    return tl.load(pointer + index, mask=exists, other=0) == ignore_index
+
+
+@triton.jit
+def rows_that_count(marks, count, TILE: tl.constexpr = 256):
+    """How many of ``count`` rows are not ignored, at least 1, in float32."""
+    rows = tl.zeros((TILE,), tl.int32)
+    for first in range(0, count, TILE):
+        index = first + tl.arange(0, TILE)
+        exists = index < count
+        rows += tl.where(exists & (is_ignored(marks, index, exists) == 0), 1, 0)
+    return tl.maximum(tl.sum(rows), 1).to(tl.float32)
 
 
 @triton.jit(
@@ -58,11 +84,26 @@ def takes(target: Tensor, weight: Tensor | None) -> bool:
     return known and 0 < target.shape[0] <= MOST_ROWS
 
 
-def row_weights(target: Tensor, weight: Tensor | None, ignore_index: int, mean: bool) -> Tensor:
-    """float32 [N]: ``weight`` [N], or 1, and exactly 0 where the label is ``ignore_index``.
+def by_row_kernel(marks: Marks, weight: Tensor | None, programs: int) -> bool:
+    """Whether ``programs`` programs of a row kernel apply ``marks`` themselves."""
+    count = marks.labels.shape[0]
+    if marks.mean and (count > MOST_COUNTED or count * programs > MOST_READ):
+        return False
+    if weight is not None and (weight.dtype != torch.float32 or not weight.is_contiguous()):
+        return False
+    return marks.labels.is_contiguous()
 
-    With ``mean`` divided by the number of other labels, at least 1. ``target`` is int64 [N].
-    """
+
+def use_of(marks: Marks | None) -> int:
+    """The value of MARKS."""
+    if marks is None:
+        return NO_MARKS.value
+    return COUNTED.value if marks.mean else MARKED.value
+
+
+def row_weights(marks: Marks, weight: Tensor | None) -> Tensor:
+    """float32 [N]: ``weight`` [N], or 1, with ``marks`` applied; exactly 0 where a row is ignored."""
+    target, ignore_index, mean = marks
     count = target.shape[0]
     result = target.new_empty(count, dtype=torch.float32)
     weights = result if weight is None else weight

@@ -17,6 +17,7 @@ from fastkd.ops.triton.moments import (
     slope_of_moments,
 )
 from fastkd.ops.triton.row_sums import sum_rows
+from fastkd.ops.triton.row_weights import COUNTED, NO_MARKS, is_ignored, rows_that_count
 from fastkd.ops.triton.statistics import (
     DISTILLS,
     LABEL_SMOOTHING,
@@ -106,6 +107,8 @@ def softmax_block(
     logits,
     target_pointer,
     weight_pointer,
+    marks,
+    divisor,
     outputs,
     partials,
     sizes,
@@ -115,6 +118,7 @@ def softmax_block(
     FORMULA: tl.constexpr,
     NEEDS: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    MARKS: tl.constexpr,
     TERMS: tl.constexpr,
     WITH_GRADIENT: tl.constexpr,
     PHASE: tl.constexpr,
@@ -137,6 +141,10 @@ def softmax_block(
     index, exists = rows_of_block(block, count, ROWS)
     result = pair * count + index
     weight, read = weight_of_rows(weight_pointer, weight_stride, pair, index, exists, scale, WEIGHTED)
+    if MARKS != NO_MARKS:
+        ignored = is_ignored(marks, index, exists)
+        weight = tl.where(ignored, 0.0, weight)
+        read = read & (ignored == 0)
     rows = Pair(
         logits.student + row_starts(index, inner_rows, student_strides, VECTOR),
         logits.teacher + row_starts(index, inner_rows, teacher_strides, VECTOR),
@@ -151,6 +159,9 @@ def softmax_block(
     else:
         student = tl.zeros((ROWS, 1), tl.float32)
         teacher = student
+
+    if MARKS == COUNTED:
+        weight = tl.div_rn(weight, divisor)
 
     if PHASE == MOMENTS:
         pointer = moments_pointer + partial * (2 * MOMENTS_WIDTH)
@@ -263,8 +274,8 @@ def softmax_block(
 
 @triton.jit(
     do_not_specialize=[
-        *NOT_SPECIALIZED, "target_pointer", "terms_pointer", "moments_pointer", "sums_pointer", "blocks",
-        "target_stride",
+        *NOT_SPECIALIZED, "target_pointer", "marks_pointer", "terms_pointer", "moments_pointer",
+        "sums_pointer", "blocks", "target_stride", "ignore_index",
     ]
 )  # fmt: skip
 def softmax_rows(
@@ -272,6 +283,7 @@ def softmax_rows(
     teacher_pointers,
     target_pointer,
     weight_pointer,
+    marks_pointer,
     loss_pointer,
     terms_pointer,
     gradient_pointer,
@@ -289,6 +301,7 @@ def softmax_rows(
     teacher_outer_stride,
     teacher_inner_stride,
     target_stride,
+    ignore_index,
     weight_stride,
     gradient_stride,
     scale,
@@ -296,6 +309,7 @@ def softmax_rows(
     FORMULA: tl.constexpr,
     NEEDS: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    MARKS: tl.constexpr,
     DYNAMIC: tl.constexpr,
     TERMS: tl.constexpr,
     WITH_GRADIENT: tl.constexpr,
@@ -313,8 +327,9 @@ def softmax_rows(
     Grid: (blocks of ROWS rows, parts of a row, pairs). ``numbers`` are the loss's options; a parameter named
     options would collide with the ``**options`` of the function that Triton's JIT generates. The first
     DYNAMIC of them are read from ``dynamic_pointer``. NEEDS: bits of ``statistics``. PARTS: an upper bound of
-    ``parts``. LANE: columns of a tile per lane. VECTOR: divides every stride and ``classes``. SUMMED: sum
-    over rows too, see ``row_sums``.
+    ``parts``. LANE: columns of a tile per lane. VECTOR: divides every stride and ``classes``. MARKS: see
+    ``row_weights``; with COUNTED weights are divided by the number of rows that count. SUMMED: sum over rows
+    too, see ``row_sums``.
     """
     pair = tl.program_id(2)
     logits = Pair(of_pair(student_pointers, pair), of_pair(teacher_pointers, pair))
@@ -324,19 +339,23 @@ def softmax_rows(
     student_strides = (student_outer_stride, student_inner_stride)
     teacher_strides = (teacher_outer_stride, teacher_inner_stride)
     strides = (student_strides, teacher_strides, target_stride, weight_stride, gradient_stride)
+    marks = (marks_pointer, ignore_index)
     values = numbers_of(numbers, dynamic_pointer, DYNAMIC)
+    divisor = 1.0
+    if MARKS == COUNTED:
+        divisor = rows_that_count(marks, count)
     if PHASE == WHOLE and not ONE_TILE:
         # Persistent programs: more rows in flight would not stay in L2 between the two passes.
         for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
             softmax_block(
-                block, logits, target_pointer, weight_pointer, outputs, partials, sizes, strides, scale,
-                values, FORMULA, NEEDS, WEIGHTED, TERMS, WITH_GRADIENT,
+                block, logits, target_pointer, weight_pointer, marks, divisor, outputs, partials, sizes,
+                strides, scale, values, FORMULA, NEEDS, WEIGHTED, MARKS, TERMS, WITH_GRADIENT,
                 PHASE, ROWS, TILE, ONE_TILE, PARTS, LANE, VECTOR,
             )  # fmt: skip
     else:
         softmax_block(
-            tl.program_id(0), logits, target_pointer, weight_pointer, outputs, partials, sizes, strides,
-            scale, values, FORMULA, NEEDS, WEIGHTED, TERMS, WITH_GRADIENT,
+            tl.program_id(0), logits, target_pointer, weight_pointer, marks, divisor, outputs, partials,
+            sizes, strides, scale, values, FORMULA, NEEDS, WEIGHTED, MARKS, TERMS, WITH_GRADIENT,
             PHASE, ROWS, TILE, ONE_TILE, PARTS, LANE, VECTOR,
         )  # fmt: skip
     if SUMMED:
