@@ -20,22 +20,22 @@ OPTIONS = {
 def test_opcheck(fused, loss, reduced):
     student, teacher, target = make_logits(4, 11, torch.float32, fused)
     weights = torch.rand(4, device=fused)
-    arguments = Call(target, weights, 2, loss, OPTIONS[loss], None, fastkd.get_backend(), reduced, True, True)
+    call = Call(target, weights, 2, loss, OPTIONS[loss], None, fastkd.get_backend(), reduced, True, True)
     pairs = ([student.requires_grad_(), (student.detach() + 1).requires_grad_()], [teacher, teacher - 1])
     for inputs in (pairs, (pairs[0][:1], pairs[1][:1])):
-        torch.library.opcheck(torch.ops.fastkd.row_loss.default, (*inputs, *arguments))
+        torch.library.opcheck(torch.ops.fastkd.row_loss.default, (*inputs, *call.operands))
 
 
 def test_fake_shapes_are_the_real_ones(fused):
     student, teacher, target = make_logits(5, 9, torch.bfloat16, fused)
     for loss, options in OPTIONS.items():
         for reduced, terms in ((False, False), (False, True), (True, False), (True, True)):
-            arguments = Call(target, None, 1, loss, options, None, fastkd.get_backend(), reduced, terms, True)
+            call = Call(target, None, 1, loss, options, None, fastkd.get_backend(), reduced, terms, True)
             for pairs in (1, 2):
                 inputs = ([student] * pairs, [teacher] * pairs)
                 meta_inputs = [[logits.to("meta") for logits in one] for one in inputs]
-                real = torch.ops.fastkd.row_loss(*inputs, *arguments)
-                meta = torch.ops.fastkd.row_loss(*meta_inputs, target.to("meta"), *arguments[1:])
+                real = torch.ops.fastkd.row_loss(*inputs, *call.operands)
+                meta = torch.ops.fastkd.row_loss(*meta_inputs, target.to("meta"), *call.operands[1:])
                 assert [(x.shape, x.dtype) for x in real] == [(x.shape, x.dtype) for x in meta]
 
 
