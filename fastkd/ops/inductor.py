@@ -26,7 +26,8 @@ class ScaleInPlace(CustomGraphPass):
     reuse: ``torch._functorch.config.donated_buffer``, on by default, with which ``retain_graph=True`` is an
     error in compiled code. Losses of ``LinearLogits`` are not changed, nor those in float16, whose gradient
     is computed in ``backward``. Inductor's passes are not a public interface of torch: with a release in
-    which this one finds nothing, the gradient is copied first.
+    which this one finds nothing, the gradient is copied first. Not yet run on a GPU, nor with a torch other
+    than 2.14.
     """
 
     def __call__(self, graph: Graph) -> None:
