@@ -251,8 +251,8 @@ class Call(NamedTuple):
             options = tuple(value if value in (0.0, 1.0) else math.nan for value in options)
         mean = self.weights.endswith("counted labels")
         marks = Marks(torch.zeros(rows, dtype=torch.int64), -100, mean) if "labels" in self.weights else None
-        weight = torch.ones(self.pairs, rows) if self.weights == "pairs" else None
-        weight = torch.ones(rows) if self.weights.startswith("rows") else weight
+        weights = {"rows": torch.ones(rows), "pairs": torch.ones(self.pairs, rows)}
+        weight = weights.get(self.weights.split()[0])
         call = LossCall(
             target=torch.zeros(rows, dtype=torch.int64) if case.labelled else None,
             row_weight=weight, divisor=rows, loss=loss.name, options=options, dynamic=dynamic,

@@ -23,10 +23,10 @@ COUNTED = tl.constexpr(2)
 
 
 @triton.jit
-def is_ignored(marks, index, exists):
-    """``marks``: pointer to the labels of rows, and the label of those that are ignored."""
+def counts(marks, index, exists):
+    """Which rows are not ignored. ``marks``: pointer to the labels of rows, and the label of ignored ones."""
     pointer, ignore_index = marks
-    return tl.load(pointer + index, mask=exists, other=0) == ignore_index
+    return exists & (tl.load(pointer + index, mask=exists, other=0) != ignore_index)
 
 
 @triton.jit
@@ -35,8 +35,7 @@ def rows_that_count(marks, count, TILE: tl.constexpr = 256):
     rows = tl.zeros((TILE,), tl.int32)
     for first in range(0, count, TILE):
         index = first + tl.arange(0, TILE)
-        exists = index < count
-        rows += tl.where(exists & (is_ignored(marks, index, exists) == 0), 1, 0)
+        rows += counts(marks, index, index < count).to(tl.int32)
     return tl.maximum(tl.sum(rows), 1).to(tl.float32)
 
 

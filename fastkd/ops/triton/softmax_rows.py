@@ -17,7 +17,7 @@ from fastkd.ops.triton.moments import (
     slope_of_moments,
 )
 from fastkd.ops.triton.row_sums import sum_rows
-from fastkd.ops.triton.row_weights import COUNTED, NO_MARKS, is_ignored, rows_that_count
+from fastkd.ops.triton.row_weights import COUNTED, NO_MARKS, counts, rows_that_count
 from fastkd.ops.triton.statistics import (
     DISTILLS,
     LABEL_SMOOTHING,
@@ -142,9 +142,9 @@ def softmax_block(
     result = pair * count + index
     weight, read = weight_of_rows(weight_pointer, weight_stride, pair, index, exists, scale, WEIGHTED)
     if MARKS != NO_MARKS:
-        ignored = is_ignored(marks, index, exists)
-        weight = tl.where(ignored, 0.0, weight)
-        read = read & (ignored == 0)
+        counted = counts(marks, index, exists)
+        weight = tl.where(counted, weight, 0.0)
+        read &= counted
     rows = Pair(
         logits.student + row_starts(index, inner_rows, student_strides, VECTOR),
         logits.teacher + row_starts(index, inner_rows, teacher_strides, VECTOR),
