@@ -12,6 +12,8 @@ LANE_BYTES = 16
 # Eight logits per thread: those of a wide load of half precision.
 KNOWN_TILE = 2048
 KNOWN_PER_WARP = 256
+# The most rows that share a warp: a row has its own statistics, which ptxas spills of 8 to 32 rows.
+WARP_ROWS = 4
 MAX_PARTS = 128
 
 ELEMENT_BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2, torch.float64: 8}
@@ -117,8 +119,7 @@ def plan_rows(kind: str, rows: int, classes: int, element_bytes: int, device: De
         # ptxas would spill a few of these in float32.
         per_warp = of.per_warp // 2 if kind == "labelled" and element_bytes > 2 else of.per_warp
         # A warp that shares its threads between rows has more numbers per row, so half the logits.
-        # Of very short rows fewer, since each has its own: ptxas would spill those of 32 rows.
-        rows_per_program = 1 if kind == "scale" else max(1, min(per_warp // 2 // tile, per_warp // 128))
+        rows_per_program = 1 if kind == "scale" else max(1, min(per_warp // 2 // tile, WARP_ROWS))
         warps = max(1, tile // per_warp)
         return Plan(rows_per_program, tile, of.resident, warps, None, 1, rows)
     # As many rows at a time on each multiprocessor. More than stay in the L2 cache between two passes cost
