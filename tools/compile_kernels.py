@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import compile_cuda
+import fake_gpu
 import jit_launches
 import kernel_report
 import triton
@@ -54,7 +55,7 @@ MAY_SPILL: dict[str, tuple[tuple[str, str, int], ...]] = {
 def inspect(call: jit_launches.Call, target: str) -> list[tuple[bool, bool, str]]:
     """For each kernel of the call: whether it failed, whether it spills, and the text to print."""
     found = []
-    with jit_launches.on_target(target):
+    with fake_gpu.on_target(target):
         try:
             launches = call.launches()
         except Exception as error:  # any error of the binder is a result
@@ -95,7 +96,7 @@ def main() -> int:
         calls += [call for call in jit_launches.covering(jit_launches.calls(), 2) if call not in calls]
     failures = spills = gated = compiled = 0
     for call in calls:
-        by_target = [inspect(call, target) for target in jit_launches.TARGETS]
+        by_target = [inspect(call, target) for target in fake_gpu.TARGETS]
         for found in zip(*by_target, strict=True):
             failures += sum(failed for failed, _, _ in found)
             spilled = sum(spilled for _, spilled, _ in found)

@@ -2,7 +2,7 @@
 
     python tools/host_time.py [--losses kd dkd ce-kd]
 
-A launch goes through NVIDIA's launcher into a stub of libcuda (``jit_launches.py``), so the time is the
+A launch goes through NVIDIA's launcher into a stub of libcuda (``fake_gpu.py``), so the time is the
 host's alone. "Launch": key of the compiled kernel, or the JIT's binder, and the launcher in C; "call": with
 the plan and the arguments before it. All take turns; processor time, median of 200 turns of 20. What
 autograd and the checks of a loss's arguments take: docs/speed/cpu.md.
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import fake_gpu
 import jit_launches
 import torch
 import triton
@@ -79,7 +80,7 @@ def main() -> None:
     versions = f"Triton {triton.__version__}, torch {torch.__version__}"
     print(f"Microseconds, {ROWS} x {CLASSES} bfloat16; {versions}\n")
     print("| loss | launch | by the JIT | ratio | call | by the JIT |\n|---|---|---|---|---|---|")
-    with jit_launches.on_target("sm_90"):
+    with fake_gpu.on_target("sm_90"):
         for name in args.losses:
             call = call_of(name)
             launch, whole, launch_jit, whole_jit = medians([launch_of(call), call])

@@ -1,41 +1,30 @@
 """Binds, specialises and compiles every launch of the Triton kernels as on a GPU, without a GPU.
 
-Triton's interpreter and its ahead-of-time compiler skip parts of the JIT: the binder that is generated from
-the parameter names, the specialisation of the arguments, the launcher in C. Here ``launch.row_loss`` runs on
-CPU tensors under a driver that reports a GPU, and ``JITFunction.run`` is replaced to record the launches. A
-recorded launch can be compiled, and passed to NVIDIA's launcher with a stub of libcuda.
+``launch.row_loss`` runs on CPU tensors as on a GPU (``fake_gpu.py``), and ``JITFunction.run`` is replaced
+to record the launches. A recorded launch can be compiled, and passed to NVIDIA's launcher with a stub of
+libcuda.
 
-    python tools/jit_launches.py [--bind] [--compile N] [--target sm_90 gfx942]
+    python tools/jit_launches.py [--bind [N]] [--compile N] [--target sm_90 gfx942]
 
---bind binds and specialises every call; --compile compiles calls that cover all N-tuples of argument values,
-and on NVIDIA targets launches them into the stub. Exit status 1 if one fails.
+--bind binds and specialises every call, or every Nth; --compile compiles calls that cover all N-tuples of
+argument values, and on NVIDIA targets launches them into the stub. Exit status 1 if one fails.
 
 Import it before any kernel, so that the kernels are not defined for the interpreter.
 """
 
 import argparse
-import atexit
 import ctypes
 import itertools
 import math
-import os
 import random
-import re
-import shutil
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ["TRITON_INTERPRET"] = "0"
-
+import fake_gpu
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -45,97 +34,7 @@ from fastkd.ops.call import Marks, Outputs
 from fastkd.ops.triton import launch as launcher
 from fastkd.ops.triton import launch_options, row_weights
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-NVIDIA = Path(triton.__file__).parent / "backends/nvidia"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-# ---- the driver ----------------------------------------------------------------------------------------
-
-
-class Driver:
-    """A fake driver with one device per target, so that the JIT caches kernels per target."""
-
-    device = 0
-
-    def get_current_device(self) -> int:
-        return self.device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return list(TARGETS.values())[self.device]
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        from triton.backends.nvidia.driver import ty_to_cpp
-
-        return ty_to_cpp(ty)
-
-    @property
-    def utils(self) -> Any:
-        return self._nvidia().CudaUtils()
-
-    @property
-    def launcher_cls(self) -> Any:
-        return self._nvidia().CudaLauncher
-
-    @cache  # noqa: B019, there is one driver
-    def _nvidia(self) -> Any:
-        stub_libcuda()
-        from triton.backends.nvidia import driver as nvidia
-
-        return nvidia
-
-
-@cache
-def stub_libcuda() -> ctypes.CDLL:
-    """A stub of libcuda whose functions succeed without effect, loaded and found by Triton's builds.
-
-    ``fastkd_launches`` counts the launches."""
-    folder = Path(tempfile.mkdtemp(prefix="fastkd-libcuda-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    texts = [(NVIDIA / name).read_text() for name in ("driver.c", "driver.py")]
-    names = {name for text in texts for name in re.findall(r"\bcu[A-Z]\w+", text)}
-    own = {
-        "cuDeviceGetAttribute": "(int *value) { *value = 200 << 10; return 0; }",
-        "cuFuncGetAttribute": "(int *value) { *value = 1024; return 0; }",
-        "cuDriverGetVersion": "(int *value) { *value = 13000; return 0; }",
-        "cuGetErrorString": '(int code, const char **text) { *text = "error"; return 0; }',
-        "cuPointerGetAttribute": "(void **value, int which, void *pointer) { *value = pointer; return 0; }",
-        "cuLaunchKernelEx": "(void) { ++fastkd_launches; return 0; }",
-    }
-    functions = (f"int {name}{own.get(name, '(void) { return 0; }')}" for name in sorted(names | set(own)))
-    source, library = folder / "stub.c", folder / "libcuda.so.1"
-    source.write_text("\n".join(["int fastkd_launches;", *functions]))
-    command = ["cc", "-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1", "-o", str(library), str(source)]
-    subprocess.run(command, check=True)
-    os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
-    return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-
-
-@contextmanager
-def on_target(name: str) -> Iterator[Driver]:
-    """Make ``name`` of TARGETS the current device, for Triton, for the planner and in ``torch.version``."""
-    fake, target = Driver(), TARGETS[name]
-    fake.device = list(TARGETS).index(name)
-    driver.set_active(fake)
-    hip, device_of = torch.version.hip, launcher.device_of
-    torch.version.hip = "6.4" if target.backend == "hip" else None
-    capability = divmod(target.arch, 10) if target.backend == "cuda" else (9, 4)
-    launcher.device_of = lambda device: device_of(device)._replace(capability=capability)
-    try:
-        yield fake
-    finally:
-        torch.version.hip, launcher.device_of = hip, device_of
 
 
 # ---- recorded launches ---------------------------------------------------------------------------------
@@ -396,11 +295,11 @@ def differing(loss: str, *, aligned: bool, kind: str) -> Iterator[Callable[[], N
 # ---- the command ---------------------------------------------------------------------------------------
 
 
-def bind_all(target: str) -> list[str]:
-    """Bind and specialise every call, print the number of kernels, return the failures."""
+def bind(target: str, step: int) -> list[str]:
+    """Bind and specialise every ``step``-th call, print the number of kernels, return the failures."""
     failures, keys, count = [], set(), 0
-    with on_target(target):
-        for call in calls():
+    with fake_gpu.on_target(target):
+        for call in itertools.islice(calls(), 0, None, step):
             count += 1
             try:
                 keys |= {variant.key for variant in call.launches()}
@@ -423,8 +322,8 @@ def bind_all(target: str) -> list[str]:
 def compile_covering(target: str, together: int) -> list[str]:
     """Compile the covering calls, on NVIDIA targets launch them too; return the failures."""
     failures, compiled = [], 0
-    nvidia = TARGETS[target].backend == "cuda"
-    with on_target(target):
+    nvidia = fake_gpu.TARGETS[target].backend == "cuda"
+    with fake_gpu.on_target(target):
         for call in covering(calls(), together):
             try:
                 for variant in call.launches():
@@ -434,7 +333,7 @@ def compile_covering(target: str, together: int) -> list[str]:
                         variant.launch()
             except Exception as error:  # any error of compiler or launcher is a result
                 failures.append(f"{target}: {call}: {type(error).__name__}: {error}")
-        launched = ctypes.c_int.in_dll(stub_libcuda(), "fastkd_launches").value if nvidia else 0
+        launched = ctypes.c_int.in_dll(fake_gpu.stub_libcuda(), "fastkd_launches").value if nvidia else 0
     if nvidia and launched != 2 * compiled:
         failures.append(f"{target}: {launched} launches of {compiled} kernels; expected two of each")
     print(f"{target}: {compiled} kernels compiled, {launched} launched into a stub", flush=True)
@@ -445,17 +344,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--bind", action="store_true", help="bind and specialise every call")
+    parser.add_argument(
+        "--bind", type=int, nargs="?", const=1, metavar="N", help="bind every call, or every Nth"
+    )
     parser.add_argument(
         "--compile", type=int, metavar="N", help="compile calls that cover all N-tuples of values"
     )
-    parser.add_argument("--target", nargs="+", choices=list(TARGETS), default=["sm_90", "gfx942"])
+    parser.add_argument("--target", nargs="+", choices=list(fake_gpu.TARGETS), default=["sm_90", "gfx942"])
     arguments = parser.parse_args()
     print(f"triton {triton.__version__}")
     failures = []
     for target in arguments.target:
         if arguments.bind:
-            failures += bind_all(target)
+            failures += bind(target, arguments.bind)
         if arguments.compile:
             failures += compile_covering(target, arguments.compile)
     print("\n".join(failures[:20]), f"{len(failures)} calls failed", sep="\n" if failures else "")

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import compile_cuda
+import fake_gpu
 import jit_launches
 import sass
 import triton
@@ -76,7 +77,7 @@ def compiled(loss: str, path: str, target: str) -> Kernel:
     """The only launch of a call with whole rows."""
     spec, case = jit_launches.LOSSES[loss]
     needs = spec.needs(case.options)
-    with jit_launches.on_target(target):
+    with fake_gpu.on_target(target):
         (variant,) = jit_launches.Call(loss, path, "bf16", "bf16").launches()
         kernel = variant.compile()
     used = compile_cuda.used_by(kernel.asm["cubin"])
@@ -161,7 +162,7 @@ def report() -> str:
 
 def on_amd(loss: str, path: str) -> tuple[int, int]:
     """Vector registers and how many are spilled, from the metadata of the assembly."""
-    with jit_launches.on_target("gfx942"):
+    with fake_gpu.on_target("gfx942"):
         (variant,) = jit_launches.Call(loss, path, "bf16", "bf16").launches()
         assembly = variant.compile().asm["amdgcn"]
     registers, spilled = (

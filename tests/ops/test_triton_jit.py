@@ -1,4 +1,4 @@
-"""Every launch of the Triton kernels through the JIT's binder, specialisation, compiler and launcher.
+"""Launches of the Triton kernels through the JIT's binder, specialisation, compiler and launcher.
 
 Without a GPU, in separate processes: in this one the kernels are defined for Triton's interpreter, which
 skips all of these.
@@ -27,8 +27,9 @@ def run_tool(name: str, *arguments: str) -> str:
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-def test_every_launch_is_bound_and_specialised(target):
-    run_tool("jit_launches.py", "--bind", "--target", target)
+def test_launches_are_bound_and_specialised(target):
+    """Every 17th of 280,000: no argument has a multiple of 17 values. `.ci/run` binds them all."""
+    run_tool("jit_launches.py", "--bind", "17", "--target", target)
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
