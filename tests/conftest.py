@@ -9,6 +9,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 import torch
+from filelock import FileLock
 
 # Without a GPU the Triton kernels run in the interpreter, which must be selected before Triton is imported.
 if not torch.cuda.is_available():
@@ -83,10 +84,15 @@ def each_backend(request):
 
 @pytest.fixture(scope="session")
 def emulated_library(tmp_path_factory):
-    """The CUDA kernels compiled for the host."""
+    """The CUDA kernels compiled for the host, once for all processes of the session."""
     if cuda_emulation.COMPILER is None:
         pytest.skip("no C++ compiler")
-    return cuda_emulation.build(tmp_path_factory.mktemp("emulation"))
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    with FileLock(folder / "emulation.lock"):
+        library = folder / "emulation.so"
+        return library if library.exists() else cuda_emulation.build(library)
 
 
 @pytest.fixture

@@ -146,7 +146,11 @@ def test_the_wheel_serves_every_python_and_torch(source_tree, tmp_path):
     broken.parent.mkdir(parents=True)
     broken.write_text("#!/bin/sh\necho 'no \"host\" compiler' >&2\nexit 1\n")
     broken.chmod(0o755)
-    wheel, output = build_wheel(source_tree, tmp_path / "dist", CUDA_HOME=str(tmp_path / "cuda"))
+    fast = tmp_path / "c++"  # to compile: the code is not run
+    fast.write_text(f'#!/bin/sh\nexec {COMPILER} "$@" -O0\n')
+    fast.chmod(0o755)
+    variables = {"CUDA_HOME": str(tmp_path / "cuda"), "CC": str(fast), "CXX": str(fast)}
+    wheel, output = build_wheel(source_tree, tmp_path / "dist", **variables)
     assert "the native library gets no CUDA kernels: nvcc failed" in output
     wheel.extractall(tmp_path / "site")
     (library,) = (tmp_path / "site/fastkd/ops").glob("_native*.so")
