@@ -61,6 +61,10 @@ def test_a_search_ends_with_the_best_inside(study: Any, tiny: list[str]) -> None
     # Only the new value was trained.
     assert [line["options"]["temperature"] for line in more if "seed" in line].count(best) == 1
     assert any(line.get("options", {}).get("temperature") == 3.0 for line in more)
+    study(*command[:3], "other.jsonl", *tiny, *TEACHER, "--step", "ce_weight=3")
+    *runs, choice = lines_of("other.jsonl")
+    assert choice["chosen"].keys() == {"ce_weight"}
+    assert len({line["options"]["ce_weight"] for line in runs}) == len(runs) >= 3
 
 
 def test_a_table_of_methods(study: Any, tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:

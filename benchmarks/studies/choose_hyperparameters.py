@@ -7,10 +7,11 @@ teacher is trained without any of them. Fashion-MNIST: 10,000 training images va
 not used. Emoji: one artist validates, the reported artist is left out; ``data.folder`` names such a folder.
 
 The search starts at the recipe's own options and tries, for each option, the next smaller and the next larger
-value (STEPS), or every other value (VALUES); it moves to the best point found and goes on until no neighbour
-of the best is better, so the best is never at the end of a grid. Every point is trained as the recipe says
-(seed 100 unless ``--seeds`` gives more, never the reported seeds); the mean accuracy of the last epoch
-decides. FILE gets one line per run as it ends and one with the choice; runs already in it are not repeated.
+value (STEPS, or ``--step`` for other options), or every other value (VALUES); it moves to the best point
+found and goes on until no neighbour of the best is better, so the best is never at the end of a grid. Every
+point is trained as the recipe says (seed 100 unless ``--seeds`` gives more, never the reported seeds); the
+mean accuracy of the last epoch decides. FILE gets one line per run as it ends and one with the choice; runs
+already in it are not repeated.
 key=value words after the recipes are passed to every run.
 """
 
@@ -65,25 +66,37 @@ def main() -> None:
     parser.add_argument("words", nargs="+", metavar="RECIPE … [key=value …]")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl")
     parser.add_argument("--try", action="append", default=[], metavar="OPTION=VALUE", dest="tries")
+    parser.add_argument(
+        "--step", action="append", default=[], metavar="OPTION=FACTOR", help="search these options alone"
+    )
     parser.add_argument("--seeds", type=int, default=1, metavar="N")
     parser.add_argument("--runs", type=Path, default=Path("runs/choice"), metavar="FOLDER")
     args = parser.parse_intermixed_args()
     overrides = [word for word in args.words if "=" in word]
     tries = [dict([word.split("=", 1)]) for word in args.tries]
+    steps = {option: float(factor) for option, factor in (word.split("=", 1) for word in args.step)}
     for name in args.words:
         if "=" not in name:
-            choose(name, overrides, tries, range(100, 100 + args.seeds), args.output, args.runs)
+            seeds = range(100, 100 + args.seeds)
+            choose(name, overrides, steps, tries, seeds, args.output, args.runs)
 
 
 def choose(
-    name: str, overrides: list[str], tries: list[Point], seeds: range, output: Path, runs: Path
+    name: str,
+    overrides: list[str],
+    steps: dict[str, float],
+    tries: list[Point],
+    seeds: range,
+    output: Path,
+    runs: Path,
 ) -> None:
     split = SPLITS.get(name.partition("/")[0])
     if split is None:
         raise SystemExit(f"{name}: no split to choose on; there is one for {', '.join(SPLITS)}")
     console = make_console()
     _, stated = load_recipe(name, overrides)
-    steps, values = STEPS.get(stated.method, {}), VALUES.get(stated.method, {})
+    values = {} if steps else VALUES.get(stated.method, {})
+    steps = steps or STEPS.get(stated.method, {})
     if not steps and not values:
         raise SystemExit(f"{name}: nothing to choose for the method {stated.method}; see STEPS and VALUES")
     earlier = read(output)
