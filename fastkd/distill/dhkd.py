@@ -13,7 +13,6 @@ from fastkd.ops.spec import TemperatureOptions
 
 from .alignment import GradientAlignment
 from .centering import describe_offset
-from .classifier import find_classifier
 from .given import temperature_at_k
 from .heads import pooled_head
 from .logits import cross_entropy
@@ -79,7 +78,7 @@ class DHKD(Method):
         self.options: dict[str, Any] = {"temperature": temperature, "center_teacher": center_teacher}
         self.alignment = None if align == "none" else GradientAlignment(align)
         if feature is None:
-            path, classifier = find_classifier(student)
+            path, classifier = self.classifier_of("student")
             self.feature = self.student_taps.add(path + INPUT)
             width, num_classes = classifier.in_features, classifier.out_features
             device = classifier.weight.device

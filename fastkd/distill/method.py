@@ -29,7 +29,7 @@ from .given import GivenTeacher
 from .options import GIVEN, Weight, check_options
 from .precision import dtype_of_parts, in_dtype_of_parts
 from .sharing import check_apart
-from .taps import INPUT, Taps, eval_mode, logits_of, unwrapped
+from .taps import INPUT, FeatureError, Taps, eval_mode, logits_of, unwrapped
 from .terms import Terms, total_of
 
 Batch = tuple[Tensor, ...]  # inputs, target; optionally the teacher's logits, or outputs of a GivenTeacher
@@ -132,6 +132,7 @@ class Method(nn.Module):
         self.teacher_taps = Taps(nn.Identity() if teacher is None else teacher, "teacher")
         self._hint_weight = hint_weight
         self._distance_weight, self._angle_weight = distance_weight, angle_weight
+        self._classifiers: dict[str, tuple[str, int]] = {}  # found by their names: path and outputs, by role
         self.hint: Hint | None = None
         # Also those that a weight of 0 leaves unread.
         self._find_both(hint_layer, hint_teacher_layer)
@@ -146,11 +147,8 @@ class Method(nn.Module):
             self.hint = hint.to(self.example.device, dtype_of_parts(student))
         if distance_weight or angle_weight:
             if relation_layer is None:
-                assert teacher is not None
-                relation_layer = find_classifier(student)[0] + INPUT
-                relation_teacher_layer = (
-                    relation_teacher_layer or find_classifier(teacher, "teacher")[0] + INPUT
-                )
+                relation_layer = self.classifier_of("student")[0] + INPUT
+                relation_teacher_layer = relation_teacher_layer or self.classifier_of("teacher")[0] + INPUT
             self._relation_layers = self.tap_both(relation_layer, relation_teacher_layer)
 
     @property
@@ -229,6 +227,7 @@ class Method(nn.Module):
             student_logits = logits_of(self.student, inputs, "student")
         student_features = in_dtype_of_parts(student_features)
         teacher_features = in_dtype_of_parts(teacher_features)
+        self._check_classifiers(student=student_logits, teacher=teacher_logits)
         seen = Seen(student_logits, teacher_logits, target, student_features, teacher_features)
         terms = self.terms(seen)
         total_of(terms)  # raises for invalid terms
@@ -331,6 +330,16 @@ class Method(nn.Module):
         if of_teacher is not None and not isinstance(self.teacher, GivenTeacher | None):
             self.teacher_taps.find(of_teacher)
 
+    def _check_classifiers(self, **logits: Form | None) -> None:
+        for role, (path, outputs) in self._classifiers.items():
+            found = logits[role]
+            if isinstance(found, Tensor) and found.shape[-1] != outputs:
+                raise FeatureError(
+                    f"the {role}'s layer {path!r} was taken for its classifier, but has {outputs} outputs, "
+                    f"and the logits {found.shape[-1]} classes; name the layer whose output is the pooled "
+                    "features, or PATH:input for the input of the layer PATH"
+                )
+
     def _teacher_format(self, inputs: Any) -> contextlib.AbstractContextManager[Any]:
         if self.teacher_dtype is None or not isinstance(inputs, Tensor):
             return contextlib.nullcontext()
@@ -344,6 +353,14 @@ class Method(nn.Module):
     def tap_both(self, student_path: str, teacher_path: str | None) -> tuple[str, str]:
         """Read a layer of each model in every forward pass; the teacher's path defaults to the student's."""
         return self.student_taps.add(student_path), self.teacher_taps.add(teacher_path or student_path)
+
+    def classifier_of(self, role: str) -> tuple[str, nn.Linear]:
+        """As ``find_classifier``; that it makes the logits is checked in each forward pass."""
+        model = self.student if role == "student" else self.teacher
+        assert model is not None
+        path, linear = find_classifier(model, role)
+        self._classifiers[role] = path, linear.out_features
+        return path, linear
 
     def all_shapes(self) -> tuple[tuple[dict[str, torch.Size], torch.Size], ...]:
         """For student and teacher: the shapes of the tapped features, by path, and of the logits."""

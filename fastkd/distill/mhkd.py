@@ -157,7 +157,9 @@ class MHKD(Method):
             raise ValueError(f"teacher_heads {path} is damaged: {damage}") from None
         except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
             reason = (str(error).splitlines() or [""])[0]
-            raise ValueError(f"teacher_heads {path} cannot be read: {reason}") from None
+            raise ValueError(
+                f"teacher_heads {path} cannot be read: {reason}; a run that used them has them in its last.pt"
+            ) from None
         state = content.get("method", content) if isinstance(content, dict) else {}
         prefix = "teacher_heads."
         heads = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -67,7 +68,7 @@ class Taps:
                 )
             found[path], versions[path] = value, _version(value)
 
-        with contextlib.ExitStack() as hooks:
+        with self._eagerly(), contextlib.ExitStack() as hooks:
             for path, (layer, is_input) in self._layers.items():
                 if is_input:
                     # Default arguments: a closure would see the last values of the loop's variables.
@@ -84,6 +85,13 @@ class Taps:
                     f"the output of the {self._role}'s layer {path!r} is changed in place by a later layer "
                     "(an in-place ReLU?); name that later layer"
                 )
+
+    def _eagerly(self) -> contextlib.AbstractContextManager[Any]:
+        """Compiled code of a pass without the hooks, or with others, would run again without these."""
+        if not self._layers or "torch._dynamo" not in sys.modules or torch.compiler.is_compiling():
+            return contextlib.nullcontext()
+        stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+        return stance
 
     @torch.no_grad()
     def shapes(self, example: Tensor) -> tuple[dict[str, torch.Size], torch.Size]:

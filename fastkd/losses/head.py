@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,15 +28,23 @@ class LinearDistillLoss(nn.Module):
         teacher_head: the teacher's last layer, which gets ``requires_grad_(False)``; it is a submodule, so
             wrappers gather it too. With it, the forward's second argument is the teacher's hidden state, else
             its logits in any form.
-        form: ``scale``, ``softcap``, ``num_classes`` and ``chunk_rows`` of the student's ``LinearLogits``.
+        teacher_form: ``scale``, ``softcap`` and ``num_classes`` of the teacher's ``LinearLogits``; by default
+            the student's ``num_classes``, and neither of the others.
+        form: ``scale``, ``softcap``, ``num_classes`` and ``chunk_rows`` of the student's.
 
-    Raises ``TypeError`` for a layer whose output is not that of its weight and bias: one with a forward of
-    its own (LoRA, a cosine) or with hooks (``torch.nn.utils.weight_norm``; its successor in
-    ``torch.nn.utils.parametrizations`` is fine).
+    Raises ``ValueError`` for wrong options and for heads of different classes, and ``TypeError`` for a layer
+    whose output is not that of its weight and bias: one with a forward of its own (LoRA, a cosine) or with
+    hooks (``torch.nn.utils.weight_norm``; its successor in ``torch.nn.utils.parametrizations`` is fine).
     """
 
     def __init__(
-        self, head: nn.Linear, loss: LossModule, *, teacher_head: nn.Linear | None = None, **form: Any
+        self,
+        head: nn.Linear,
+        loss: LossModule,
+        *,
+        teacher_head: nn.Linear | None = None,
+        teacher_form: Mapping[str, Any] | None = None,
+        **form: Any,
     ) -> None:
         super().__init__()
         for name, layer in (("head", head), ("teacher_head", teacher_head)):
@@ -51,9 +60,20 @@ class LinearDistillLoss(nn.Module):
             for parameter in teacher_head.parameters():
                 # A layer of both models still learns as the student's.
                 parameter.requires_grad_(parameter.requires_grad and parameter in of_student)
+        elif teacher_form is not None:
+            raise ValueError(f"teacher_form is {teacher_form!r}, but there is no teacher_head")
+        shared = {"num_classes": form["num_classes"]} if "num_classes" in form else {}
+        self.teacher_form = shared | dict(teacher_form or {})
         # Unknown options and wrong values are errors here rather than at the first step.
-        example = head.weight.new_empty(1, head.in_features)
-        check_linear("LinearDistillLoss", LinearLogits(example, head.weight, head.bias, **form))
+        classes = _checked_classes("LinearDistillLoss", head, form)
+        if teacher_head is not None:
+            name = "LinearDistillLoss.teacher_form"
+            others = _checked_classes(name, teacher_head, self.teacher_form)
+            if others != classes:
+                raise ValueError(
+                    f"head has {classes} classes and teacher_head {others}; both models must score the same "
+                    "classes (num_classes leaves out the padding of a head)"
+                )
 
     def forward(
         self, hidden: Tensor, teacher: Any, target: Tensor | None = None, *, weight: Tensor | None = None
@@ -62,9 +82,15 @@ class LinearDistillLoss(nn.Module):
         student = LinearLogits(hidden, self.head.weight, self.head.bias, **self.form)
         if self.teacher_head is not None:
             layer = self.teacher_head
-            teacher = LinearLogits(teacher, layer.weight, layer.bias).detach()
+            teacher = LinearLogits(teacher, layer.weight, layer.bias, **self.teacher_form).detach()
         labels = () if target is None else (target,)
         return self.loss(student, teacher, *labels, weight=weight)
+
+
+def _checked_classes(name: str, head: nn.Linear, form: Mapping[str, Any]) -> int:
+    example = LinearLogits(head.weight.new_empty(1, head.in_features), head.weight, head.bias, **form)
+    check_linear(name, example)
+    return int(example.shape[-1])
 
 
 def _check_plain(name: str, layer: nn.Linear) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastkd.ops import native
-from fastkd.ops.spec import LOSSES
+from fastkd.ops.spec import LOSSES, Needs
 from fastkd.ops.tensors import is_readable
 from fastkd.reference import at_least_float32
 
@@ -225,6 +225,8 @@ def check_defined(loss: str, options: tuple[float, ...], name: str, form: TopKLo
     """Raise ``ValueError`` for a loss that is not defined for this teacher, or is at another temperature."""
     spec = LOSSES[loss]
     named = spec.options(*options)
+    if not spec.needs(named) & Needs.DISTILLS:
+        return  # the teacher is not read
     reason = spec.undefined_at_k(named)
     if reason is not None:
         raise ValueError(f"{name} is a TopKLogits, for which {loss} is not defined {reason}; pass all logits")

@@ -21,8 +21,11 @@ class LossModule(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         # nn.Module would register a tensor; as a plain attribute it is refused by name.
-        if name in self.__dataclass_fields__:
-            object.__setattr__(self, name, value)
+        field = self.__dataclass_fields__.get(name)
+        if field is not None:
+            # torch.compile compiles a whole number in, and not a float.
+            number = field.type in (float, "float") and type(value) is int
+            object.__setattr__(self, name, float(value) if number else value)
         else:
             super().__setattr__(name, value)
 

@@ -24,6 +24,7 @@ from .rows import Rows
 
 # The ranks' numbers of classes, by process group and kind of call. Values must not refer to the group, which
 # would then never be freed. Beyond so many kinds they are exchanged again.
+# Also this rank's classes, by their number in all.
 _AGREED: WeakKeyDictionary[Any, dict[Any, tuple[int, ...]]] = WeakKeyDictionary()
 _MOST = 4096
 # Between ``_projection`` of two ranks: of other rows they differ by about 1.
@@ -111,9 +112,11 @@ def agree(
         "center_teacher": center_teacher,
         "terms": with_terms,
     }
-    own = student.first_class, student.local.shape[-1]
-    key = (*own, *kind.values())
+    size = student.local.shape[-1]
+    own = (student.first_class if size else 0, size)
+    key = tuple(kind.values())
     known = _AGREED.get(group, {})
+    _check_split(own, known.get(student.num_classes, own), student.num_classes)
     if key in known:
         return Shard(group, student.first_class, known[key])
     # Numbers that change from step to step are compared too, but do not make another kind of call.
@@ -127,6 +130,7 @@ def agree(
     _check_rows([entry["rows"] for entry in entries])
     if len(known) >= _MOST:
         known.clear()
+    known[student.num_classes] = own
     known[key] = tuple(entry["range"][1] for entry in entries)
     _AGREED[group] = known
     return Shard(group, student.first_class, known[key])
@@ -201,6 +205,16 @@ def _check_kinds(kinds: Sequence[Mapping[str, Any]]) -> None:
                     f"the ranks of a loss of ShardedLogits differ in {name}: rank 0 has {first}, rank {rank} "
                     f"has {kind.get(name)}; expected the same rows, target, weight and options on every rank"
                 )
+
+
+def _check_split(own: tuple[int, ...], agreed: tuple[int, ...], classes: int) -> None:
+    if own != agreed:
+        now, before = (f"{first} to {first + size - 1}" if size else "none" for first, size in (own, agreed))
+        raise ValueError(
+            f"student_logits has the classes {now} of {classes} on this rank, and in an earlier loss of its "
+            f"group {before}: ranks that keep theirs do not compare them again; use a process group of its "
+            "own (torch.distributed.new_group) for each split"
+        )
 
 
 def _check_ranges(ranges: Sequence[tuple[int, int]], classes: int) -> None:

@@ -55,7 +55,10 @@ def set_backend(name: str) -> None:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Set the backend within a ``with`` block."""
+    """Set the backend within a ``with`` block.
+
+    The backend is one for the whole process: do not use blocks in several threads at once.
+    """
     global _chosen
     before = _chosen
     set_backend(name)

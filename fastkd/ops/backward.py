@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.ops.tensors import is_traced, is_transformed
+from fastkd.ops.tensors import TRACED, is_traced, is_transformed
 
 
 def save_inputs(ctx: Any, tensors: Sequence[Tensor | None]) -> None:
@@ -32,7 +32,9 @@ def check_grad_output(grad_output: Tensor, recomputes: bool) -> bool:
     """
     batched = is_transformed(grad_output)
     traced = batched or is_traced((grad_output,))
-    if torch.is_grad_enabled() and not traced:
+    # A compiler traces backward with gradients enabled, whether it will be differentiated or not.
+    compiling = torch.compiler.is_compiling() or isinstance(grad_output, TRACED)
+    if torch.is_grad_enabled() and not compiling:
         raise RuntimeError(
             "fastkd computes the gradient with the loss and does not differentiate it again "
             "(create_graph=True); use fastkd.set_backend('eager') for second derivatives"

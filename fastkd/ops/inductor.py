@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.utils import get_donated_idxs
+from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 
@@ -31,6 +33,7 @@ class ScaleInPlace(CustomGraphPass):
     """
 
     def __call__(self, graph: Graph) -> None:
+        _give_each_its_own(graph)
         inputs = [node for node in graph.nodes if node.op == "placeholder"]
         donated = {inputs[index] for index in get_donated_idxs() or ()}
         for node in list(graph.nodes):
@@ -44,6 +47,37 @@ class ScaleInPlace(CustomGraphPass):
     def uuid(self) -> bytes:
         """What Inductor's cache keeps compiled code by."""
         return get_hash_for_files((__file__,))
+
+
+def _give_each_its_own(graph: Graph) -> None:
+    """Copy a gradient that the forward pass returns twice: torch merges equal calls, and each is scaled."""
+    output = graph.output_node()
+    seen: set[tuple[Any, ...]] = set()
+    for node in output.args[0] if isinstance(output.args[0], tuple | list) else ():
+        if not isinstance(node, Node) or not _is_result(made := _memory_of(node)):
+            continue
+        if made.args in seen:
+            with graph.inserting_before(output):
+                copy = graph.call_function(torch.ops.aten.clone.default, (node,))
+            copy.meta.update(node.meta)
+            output.replace_input_with(node, copy)
+        seen.add(made.args)
+
+
+def _memory_of(node: Node) -> Node:
+    """The node whose memory a view shares."""
+    while isinstance(node.target, OpOverload):
+        returned = node.target._schema.returns
+        if len(returned) != 1 or returned[0].alias_info is None or not isinstance(node.args[0], Node):
+            break
+        node = node.args[0]
+    return node
+
+
+def _is_result(node: Node) -> bool:
+    """Of one of our operators, as (operator, number) in ``args``."""
+    maker = node.args[0] if node.target is operator.getitem else None
+    return isinstance(maker, Node) and getattr(maker.target, "namespace", "") == "fastkd"
 
 
 def _scales(node: Node) -> bool:

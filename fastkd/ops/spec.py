@@ -313,7 +313,7 @@ _ROWS = (
             ),
         ),
         takes_label=True,
-        bound=lambda options, classes: 1.0 + options.gamma * options.temperature,
+        bound=lambda options, classes: 1.0 + abs(options.gamma) * options.temperature,
         code_values=(1.0,),
         undefined_at_k=_nkd_at_k,
     ),

@@ -167,9 +167,11 @@ class Optimization(Section):
     seed: Seed = Field(default=0, description="seed of the weights, the order of images and the augmentation")
 
     @model_validator(mode="after")
-    def _one_warmup(self) -> Optimization:
+    def _schedule_fits(self) -> Optimization:
         if self.warmup_epochs and self.schedule == "one_cycle":
             raise ValueError("warmup_epochs: one_cycle has a warm-up of its own; choose another schedule")
+        if self.schedule == "steps" and not self.milestones:
+            raise ValueError("milestones: schedule steps needs epochs after which lr falls, as in [30, 60]")
         return self
 
 

@@ -74,8 +74,11 @@ class Batches:
             if callable(tell):
                 tell(epoch)
 
-    def start(self, position: int = 0) -> Iterator[Batch]:
-        """Start an epoch at batch ``position``; earlier batches of a plain loader are skipped here."""
+    def start(self, position: int = 0) -> Iterator[Batch | None]:
+        """Start an epoch at batch ``position``; earlier batches of a plain loader are skipped here.
+
+        None stands for a batch of which a rank gets fewer than two rows: a step that is left out.
+        """
         self.waited = 0.0
         return self._timed(self._rows(position))
 
@@ -102,7 +105,7 @@ class Batches:
             mine = rows_of(len(batch[0]), rank, world, even=self._even)
             yield tuple(part[mine] for part in batch)
 
-    def _timed(self, rows: Iterator[Batch]) -> Iterator[Batch]:
+    def _timed(self, rows: Iterator[Batch]) -> Iterator[Batch | None]:
         while True:
             before = time.perf_counter()
             batch = next(rows, None)
@@ -113,6 +116,7 @@ class Batches:
             # Batch normalisation needs two rows.
             if self._even and distributed.world() > 1 and len(images) < 2:
                 self.left_out += 1
+                yield None
                 continue
             yield self._moved(images), *(part.to(self._device, non_blocking=True) for part in rest)
 

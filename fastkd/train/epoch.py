@@ -32,8 +32,8 @@ class Epoch:
         """Whether some of its batches were trained on before the run was stopped."""
         return self._start is not None
 
-    def batches(self, train: Batches) -> Iterator[Batch]:
-        """The batches that are left."""
+    def batches(self, train: Batches) -> Iterator[Batch | None]:
+        """The batches that are left; None for those that are left out."""
         if self._start is None:
             return train.start()
         # A loader that draws its order from the global generator must draw the same order again.
@@ -43,6 +43,11 @@ class Epoch:
         self.meter.load_state(self._start["meter"])
         set_random_state(now)
         return batches
+
+    def whole(self, train: Batches, step: int) -> Batch | None:
+        """The batch of all ranks of a step of this epoch, from 1, loaded again; None if it cannot be."""
+        set_random_state(self._random_at_start)  # as in ``batches``
+        return train.whole(step - 1)
 
     def position(self) -> dict[str, Any]:
         """Where a resumed run continues; called on every rank."""

@@ -79,11 +79,12 @@ def evaluate_rows(
     batches = has_top5 = 0
     total = torch.zeros((), dtype=torch.float64, device="cpu" if device.type == "mps" else device)
     with eval_mode(model):
-        for images, target, *_ in Batches(
+        for batch in Batches(
             loader, device, even=False, channels_last=channels_last, name="val_loader"
         ).start():
-            if len(target) == 0:  # this rank has no rows of the batch
+            if batch is None or len(batch[1]) == 0:  # this rank has no rows of the batch
                 continue
+            images, target, *_ = batch
             with autocast(device, precision):
                 logits = logits_of(model, images, "network")
             labelled = target != IGNORED

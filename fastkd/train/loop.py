@@ -155,7 +155,8 @@ def fit_method(
         stop: called after each step; if it returns true, training stops after ``watcher.checkpoint``.
         watcher: receives the progress.
         progress: show a progress bar and one line per epoch; ignored if there is a ``watcher``.
-        resume: a state that an earlier call gave to ``watcher.epoch_done`` or ``watcher.checkpoint``.
+        resume: a state that an earlier call gave to ``watcher.epoch_done`` or ``watcher.checkpoint``; it is
+            not changed.
 
     Raises:
         NonFiniteLossError: the loss became NaN or infinite.
@@ -247,10 +248,10 @@ def _train_epoch(
     batches = epoch.batches(train)
     method.train()
     crowding.start()
-    with PassTimer(method.student, method.teacher, watch) as passes, _reporting(watcher, train):
+    with PassTimer(method.student, method.teacher, watch) as passes, _reporting(watcher, epoch, train):
         for batch in batches:
             watch.lap("data")
-            if not sizes.take(batch, resumed=epoch.resumed):
+            if batch is None or not sizes.take(batch, resumed=epoch.resumed):
                 meter.skip_step()
                 training.step_scheduler("step")
                 continue
@@ -301,12 +302,12 @@ def _default_watcher(progress: bool) -> Watcher:
 
 
 @contextlib.contextmanager
-def _reporting(watcher: Watcher, train: Batches) -> Iterator[None]:
+def _reporting(watcher: Watcher, epoch: Epoch, train: Batches) -> Iterator[None]:
     """Give the watcher the batch of a loss that is not finite, read again, since losses are fetched later."""
     try:
         yield
     except NonFiniteLossError as error:
-        watcher.not_finite(error, train.whole(error.step - 1) if distributed.is_first() else None)
+        watcher.not_finite(error, epoch.whole(train, error.step) if distributed.is_first() else None)
         raise
 
 

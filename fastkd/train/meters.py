@@ -40,7 +40,7 @@ class LossMeter:
         self._began = (time.perf_counter(), 0, 0)  # with the steps and rows at that time
         self._names: tuple[str, ...] = ()
         self._step: Tensor | None = None
-        self._pending: list[Tensor] = []
+        self._pending: list[tuple[int, Tensor]] = []  # with the number of the step, from 1
         self._sums: list[float] = []
         self._correct = 0.0
         self._labelled = 0.0
@@ -60,9 +60,9 @@ class LossMeter:
     def end_step(self) -> None:
         """End the step to which micro-batches were added; may fetch. Raises ``NonFiniteLossError``."""
         assert self._step is not None
-        self._pending.append(self._step)
-        self._step = None
         self.steps += 1
+        self._pending.append((self.steps, self._step))
+        self._step = None
         if self.steps % self.interval == 0:
             self.drain()
 
@@ -82,10 +82,10 @@ class LossMeter:
         """Fetch the pending values. Raises ``NonFiniteLossError`` that names step and terms."""
         if not self._pending:
             return
-        fetched = distributed.sum_over_ranks(torch.stack(self._pending).cpu().double()).tolist()
-        first = self.steps - len(fetched) + 1
+        steps, values = zip(*self._pending, strict=True)
+        fetched = distributed.sum_over_ranks(torch.stack(values).cpu().double()).tolist()
         self._pending.clear()
-        for step, (*losses, correct, labelled, rows) in enumerate(fetched, start=first):
+        for step, (*losses, correct, labelled, rows) in zip(steps, fetched, strict=True):
             if not all(math.isfinite(value) for value in losses):
                 terms = dict(zip(("loss", *self._names), (value / rows for value in losses), strict=True))
                 raise NonFiniteLossError.at(self.epoch, step, terms)

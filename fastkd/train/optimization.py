@@ -31,7 +31,9 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: Optimization, batc
     """
     steps = batches * config.epochs
     if config.schedule == "one_cycle":
-        return lr_scheduler.OneCycleLR(optimizer, max_lr=config.lr, total_steps=steps)
+        # By default it would replace SGD's momentum, as it does AdamW's beta1 (0.95 to 0.85 and back).
+        cycle_momentum = config.optimizer != "sgd"
+        return lr_scheduler.OneCycleLR(optimizer, config.lr, steps, cycle_momentum=cycle_momentum)
     schedulers: list[lr_scheduler.LRScheduler] = []
     # Starts above 0, so that the first step has an effect.
     warmup = round(batches * config.warmup_epochs)

@@ -6,6 +6,7 @@ length. ``load_state`` therefore compares first and names every difference.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from numbers import Number
@@ -59,7 +60,7 @@ def save_state(training: Training, position: dict[str, Any] | None = None) -> Ca
     """A function that returns the state, at ``position`` within an epoch or after one.
 
     Every rank calls ``save_state``, in which ranks exchange buffers and random states. Only the first rank
-    calls the function.
+    calls the function. It returns the tensors in training, as torch's ``state_dict`` does, not copies.
     """
     distributed.share_buffers(training.method)
     randoms = distributed.of_all_ranks(get_random_state())
@@ -93,7 +94,8 @@ def load_state(training: Training, state: Mapping[str, Any], epochs: int) -> Non
         fill(method.student, state["student"], "the state's student", _NEW_RUN)
         method.load_parts_state(state["method"])
         _check_moments(optimizer, state["optimizer"])
-        optimizer.load_state_dict(state["optimizer"])
+        # The optimizer would go on in the tensors that it is given.
+        optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         for name, part in parts.items():
             if part is not None:
                 part.load_state_dict(state[name])

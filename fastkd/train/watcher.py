@@ -33,7 +33,10 @@ class Watcher:
     def batch_done(self, meter: LossMeter) -> None: ...
 
     def epoch_done(self, record: Record, state: Callable[[], dict[str, Any]]) -> None:
-        """``state()`` returns the state with which ``fit(resume=…)`` continues after this epoch."""
+        """``state()`` returns the state with which ``fit(resume=…)`` continues after this epoch.
+
+        Its tensors are those in training: write them, or copy them with ``copy.deepcopy``, before returning.
+        """
 
     def checkpoint(self, epoch: int, step: int, state: Callable[[], dict[str, Any]]) -> None:
         """In the middle of an epoch, after ``step`` of it; ``state()`` as in ``epoch_done``."""

@@ -409,3 +409,30 @@ def test_any_method_with_a_feature_and_a_relation_term() -> None:
         alone, together = plain((images, target)), more((images, target))
         assert together.keys() - alone.keys() == {"hint", "distance"}
         assert all(torch.equal(alone[name], together[name]) for name in alone)
+
+
+class Named(nn.Module):
+    """A network with one linear layer before and one behind the features, of any names."""
+
+    def __init__(self, first: str, last: str, width: int) -> None:
+        super().__init__()
+        self.names = first, last
+        self.add_module(first, nn.Linear(192, width))
+        self.add_module(last, nn.Linear(width, 7))
+
+    def forward(self, images: Tensor) -> Tensor:
+        first, last = map(self.get_submodule, self.names)
+        return last(first(images.flatten(1)).relu())
+
+
+def test_a_layer_that_is_not_the_classifier_is_not_taken_for_it() -> None:
+    images, target = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
+    with pytest.raises(FeatureError, match="cannot be found: its linear layers are fc, classifier; name the"):
+        RKD(Named("fc", "classifier", 8), Named("fc", "classifier", 16))
+    method = RKD(Named("linear", "last", 8), Named("linear", "last", 16))
+    with pytest.raises(FeatureError, match="'linear' was taken for its classifier, but has 8 outputs, and"):
+        method((images, target))
+    with pytest.raises(FeatureError, match=r"student's layer 'linear' .* the logits 7 classes"):
+        DHKD(Named("linear", "last", 8), Named("linear", "last", 16))((images, target))
+    named = RKD(Named("linear", "last", 8), Named("linear", "last", 16), relation_layer="last:input")
+    assert named((images, target))["distance"] > 0

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastkd.distill import DHKD, KD, MHKD
+from fastkd.distill import DHKD, KD, MHKD, RKD
 from fastkd.train import fit
 
 from .models import Net, batch, pair
@@ -138,3 +138,21 @@ def test_parts_that_both_models_share() -> None:
     teacher.features[0][2] = student.features[0][2]  # a ReLU
     teacher.stem = student.stem = nn.Linear(3, 3).requires_grad_(False)
     assert fit(student, teacher, loader, loader, loss=kd, epochs=1, progress=False).history
+
+
+@pytest.mark.parametrize("compiled", ["student", "teacher"])
+@pytest.mark.parametrize("make", [RKD, DHKD])
+def test_a_compiled_network_that_ran_before(make: Any, compiled: str) -> None:
+    """Its code was compiled without the hooks by which methods read layers."""
+    student, teacher = pair()
+    expected = make(student, teacher)(batch())
+    if compiled == "student":
+        student = torch.compile(student, backend="eager")
+        student(batch()[0])
+    else:
+        teacher = torch.compile(teacher.eval(), backend="eager")
+        with torch.no_grad():
+            teacher(batch()[0])
+    method = make(student, teacher)
+    assert method(batch()).keys() == expected.keys()
+    assert method(batch()).keys() == expected.keys()

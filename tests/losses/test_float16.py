@@ -111,3 +111,18 @@ def test_a_weight_gradient_under_autocast_and_a_scaler(fused):
     truth = weight_gradient(False, fastkd.get_backend())
     ours, eager = weight_gradient(True, fastkd.get_backend()), weight_gradient(True, "eager")
     assert error(ours, truth) <= 1.2 * error(eager, truth)
+
+
+@pytest.mark.parametrize("gamma", [-1.0, -4.0, 1.5])
+def test_nkd_of_any_sign_behind_a_layer(fused, gamma):
+    """The bound by which a chunk's gradient is scaled is not 0 or below."""
+    hidden, head = torch.randn(6, 4, device=fused).half(), torch.randn(10, 4, device=fused).half()
+    teacher, target = torch.randn(6, 10, device=fused).half(), torch.randint(0, 10, (6,), device=fused)
+
+    def gradient(dtype):
+        inputs = hidden.detach().to(dtype).clone().requires_grad_()
+        form = fastkd.LinearLogits(inputs, head.to(dtype))
+        fastkd.nkd_loss(form, teacher.to(dtype), target, gamma=gamma).backward()
+        return inputs.grad
+
+    torch.testing.assert_close(gradient(torch.float16).float(), gradient(torch.float32), rtol=1e-2, atol=1e-3)

@@ -260,7 +260,28 @@ def test_a_module_that_owns_the_head(fused):
     )
 
 
+def test_a_module_that_knows_the_teachers_head(fused):
+    head, teacher_head = nn.Linear(12, 16).to(fused), nn.Linear(20, 16).to(fused)
+    layers = Layers.random(device=fused)
+    hidden, other = layers.student[0], layers.teacher[0]
+    padded = fastkd.LinearDistillLoss(head, fastkd.KDLoss(), teacher_head=teacher_head, num_classes=12)
+    expected = fastkd.kd_loss(head(hidden)[:, :12], teacher_head(other)[:, :12].detach())
+    torch.testing.assert_close(padded(hidden, other), expected)
+    capped = fastkd.LinearDistillLoss(
+        head, fastkd.KDLoss(), teacher_head=teacher_head, softcap=2.0, teacher_form={"softcap": 1.0}
+    )
+    expected = fastkd.kd_loss(2 * torch.tanh(head(hidden) / 2), torch.tanh(teacher_head(other)).detach())
+    torch.testing.assert_close(capped(hidden, other), expected)
+
+
 def test_bad_modules():
+    for options, message in (
+        ({"teacher_head": nn.Linear(3, 5)}, "head has 4 classes and teacher_head 5"),
+        ({"teacher_form": {"scale": 2.0}}, "there is no teacher_head"),
+        ({"teacher_head": nn.Linear(3, 4), "teacher_form": {"scale": "2"}}, r"teacher_form\.scale"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            fastkd.LinearDistillLoss(nn.Linear(3, 4), fastkd.KDLoss(), **options)
     for arguments, message in (
         ((nn.Conv2d(3, 3, 1), fastkd.KDLoss()), "head is a Conv2d"),
         ((nn.Linear(3, 4), fastkd.kd_loss), "loss is a function"),

@@ -80,3 +80,15 @@ def test_a_subclass_may_have_layers_of_its_own():
     loss(torch.randn(2, 3), torch.randn(2, 3)).backward()
     assert loss.project.weight.grad is not None
     assert loss.options["temperature"] == 2.0
+
+
+def test_a_whole_number_is_not_compiled_in():
+    loss = fastkd.KDLoss(temperature=3)
+    assert (loss.temperature, type(loss.temperature)) == (3.0, float)
+    step = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    student, teacher = torch.randn(4, 9), torch.randn(4, 9)
+    for temperature in range(2, 12):
+        loss.temperature = temperature
+        torch.testing.assert_close(
+            step(student, teacher), fastkd.kd_loss(student, teacher, temperature=temperature)
+        )

@@ -254,6 +254,12 @@ class TestOtherCalls:
     def test_ranks_agree_once(self, ranks):
         assert ranks.same("later rows are not exchanged") == 0
 
+    def test_another_split_of_a_group_is_refused_where_it_changes(self, ranks):
+        for rank, classes in ((1, "13 to 21"), (2, "22 to 32")) if len(ranks.found) == 3 else ():
+            assert ranks.found[rank]["a split"].startswith("no error")
+            pattern = rf"has the classes {classes} of 33 .* use a process group of its own"
+            assert re.search(pattern, ranks.found[rank]["another split"])
+
     def test_the_step_of_the_example(self, ranks):
         """Backbones have the gradient of all images, heads that of their classes: of one process with all."""
         found = [rank["example"] for rank in ranks.found]

@@ -192,6 +192,19 @@ def test_the_cross_entropy_needs_no_known_label(fused, name):
     compare(name, student, form, target)
 
 
+@pytest.mark.parametrize("soft", [False, True], ids=["labels", "probabilities"])
+@pytest.mark.parametrize("standardize", [False, True])
+def test_a_teacher_that_no_term_reads(fused, soft, standardize):
+    """Such as that of a warm-up, whose first weight is 0: its temperature does not matter."""
+    student, teacher, target = logits(device=fused)
+    form = fastkd.top_k(teacher, 5, target, temperature=4.0)
+    if soft:
+        target = torch.nn.functional.one_hot(target, CLASSES).float()
+    options = {"ce_weight": 0.3, "kd_weight": 0.0, "temperature": 4.0, "standardize": standardize}
+    loss, _ = fastkd.distill_loss(student, form, target, **options)
+    torch.testing.assert_close(loss, fastkd.distill_loss(student, teacher, target, **options)[0])
+
+
 def test_rows_that_are_not_read_may_hold_anything(fused):
     student, teacher, target = logits(device=fused)
     form = fastkd.top_k(teacher, 5, target, temperature=4.0)

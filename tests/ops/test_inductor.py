@@ -69,6 +69,21 @@ def test_heads_of_a_student_in_one_launch(fused):
     torch.testing.assert_close([p.grad for p in parameters], list(expected))
 
 
+@pytest.mark.parametrize("leading", [(6,), (2, 3)], ids=["rows", "leading dimensions"])
+def test_equal_calls_have_gradients_of_their_own(fused, leading):
+    """torch merges them to one, whose gradient would be scaled by both factors."""
+    student, teacher, _ = make_logits(6, 33, torch.float32, fused)
+    student, teacher = (logits.view(*leading, 33) for logits in (student, teacher))
+    student.requires_grad_()
+
+    def loss(s):
+        return 2 * fastkd.kd_loss(s, teacher) + 3 * fastkd.kd_loss(s, teacher)
+
+    (expected,) = torch.autograd.grad(loss(student), student)
+    (gradient,) = torch.autograd.grad(compiled(loss)(student), student)
+    torch.testing.assert_close(gradient, expected)
+
+
 def test_a_gradient_that_may_be_needed_again_is_copied(fused):
     student, teacher, _ = make_logits(6, 33, torch.float32, fused)
     student.requires_grad_()

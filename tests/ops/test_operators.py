@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastkd
 from fastkd.ops import backend, native, operators, spec
@@ -83,6 +84,31 @@ def test_second_derivatives_are_rejected(fused, case):
     loss = case.loss(student.requires_grad_(), teacher, target)
     with pytest.raises(RuntimeError, match="create_graph"):
         torch.autograd.grad(loss, student, create_graph=True)
+
+
+@pytest.mark.parametrize("form", ["dense", "LinearLogits"])
+@pytest.mark.parametrize("how", ["is_grads_batched", "vectorize", "a dispatch mode"])
+def test_second_derivatives_are_rejected_wherever_they_are_asked_for(fused, form, how):
+    student, teacher, _ = make_logits(3, 8, torch.float32, fused)
+    head = torch.randn(8, 8, device=fused)
+    student.requires_grad_()
+
+    def loss(s):
+        logits = fastkd.LinearLogits(s, head) if form == "LinearLogits" else s
+        return fastkd.kd_loss(logits, teacher) + s.square().sum()
+
+    def differentiate():
+        if how == "is_grads_batched":
+            factors = torch.ones(2, device=fused)
+            torch.autograd.grad(loss(student), student, factors, create_graph=True, is_grads_batched=True)
+        elif how == "vectorize":
+            torch.autograd.functional.jacobian(loss, student, create_graph=True, vectorize=True)
+        else:
+            with FlopCounterMode(display=False):
+                torch.autograd.grad(loss(student), student, create_graph=True)
+
+    with pytest.raises(RuntimeError, match="create_graph"):
+        differentiate()
 
 
 def test_autocast_leaves_the_arithmetic_in_float32(fused):

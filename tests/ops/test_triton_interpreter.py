@@ -4,6 +4,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder
 
 import fastkd
 from tests import triton_interpreter
@@ -43,3 +44,23 @@ def test_an_overflow_of_integers_is_an_error():
     for value, operation in ((2**30, "add"), (-(2**29), "mul")):
         with pytest.raises(Exception, match=f"int32 overflow detected for operation {operation}"):
             add_and_multiply[(1,)](torch.tensor([0, value], dtype=torch.int32))
+
+
+def test_an_interrupted_launch_leaves_the_next_one_right(monkeypatch):
+    """Rows are summed by the last program, which a counter of programs finds."""
+    arguments = BY_NAME["kd"], *make_logits(40, 30)
+    with fastkd.use_backend("triton"):
+        expected = loss_and_gradient(*arguments)
+        take, left = InterpreterBuilder.create_atomic_rmw, iter(range(3))
+
+        def stopped(self, *given):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return take(self, *given)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(InterpreterBuilder, "create_atomic_rmw", stopped)
+            with pytest.raises(KeyboardInterrupt):
+                loss_and_gradient(*arguments)
+        again = loss_and_gradient(*arguments)
+    assert torch.equal(again[0], expected[0])

@@ -42,6 +42,7 @@ def all_variants() -> dict[str, Any]:
     for label, (_, of_two) in MORE.items():
         weights, result = train("dhkd shared", **of_two)
         done[label] = weights, result.history
+    done["left out"] = left_out()
     done["in parts"] = train("kd", norm=False, accumulate=2)[0]
     done["counts"] = counts()
     done["normalised"] = normalised(slice(8 * distributed.rank(), 8 * distributed.rank() + 8))
@@ -54,6 +55,16 @@ MORE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "averaged": ({"ema": 0.9}, {"ema": 0.9, "log_every": 3}),
     "skipping": ({}, {"nonfinite": "skip", "channels_last": True}),
 }
+
+
+def left_out() -> list[tuple[float, int]]:
+    """Learning rate and steps left out, by epoch. Of the last 3 of 33 images each of two ranks gets one."""
+    method = make_method("kd")
+    optimizer = torch.optim.SGD(method.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [8])
+    options = {"epochs": 3, "optimizer": optimizer, "scheduler": scheduler, "progress": False}
+    history = fit_method(method, Loader(33, 10), None, **options).history
+    return [(record["lr"], record["skipped"]) for record in history]
 
 
 def counts() -> dict[str, Any]:
@@ -107,6 +118,13 @@ def test_each_image_counts_once(both: list[dict[str, Any]]) -> None:
     for one in both:
         for found in one["counts"].values():
             assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_batch_that_is_left_out_is_a_step_of_the_schedule(both: list[dict[str, Any]]) -> None:
+    rates = pytest.approx([0.1, 0.01, 0.01])  # the milestone is the end of the second epoch
+    for of_one, skipped in ((left_out(), 0), *((one["left out"], 1) for one in both)):
+        assert [lr for lr, _ in of_one] == rates
+        assert [count for _, count in of_one] == [skipped] * 3
 
 
 def test_ranks_agree_on_flags(both: list[dict[str, Any]]) -> None:

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 import fastkd
 from fastkd.data.glyphs.loader import GlyphData, load_glyph_data
-from fastkd.distill import Method, find_method
+from fastkd.distill import CrossEntropy, Method, find_method
 from fastkd.errors import NonFiniteLossError, TrainError
 from fastkd.models import GlyphCNN
 from fastkd.recipe.sections import GlyphsData
@@ -234,6 +235,37 @@ def test_the_meter_finds_a_bad_step_late_but_names_it() -> None:
         meter.end_step()
     with pytest.raises(NonFiniteLossError, match="epoch 4, step 3: loss inf, kd inf"):
         meter.drain()
+
+
+def test_a_bad_step_is_named_where_a_later_one_was_left_out() -> None:
+    meter = LossMeter(CPU, interval=20)
+    for value in (1.0, math.nan, None, 2.0):
+        if value is None:
+            meter.skip_step()
+            continue
+        meter.add(torch.tensor(value), {}, torch.eye(4), torch.tensor([0, 1, 2, 0]))
+        meter.end_step()
+    with pytest.raises(NonFiniteLossError, match="step 2"):
+        meter.drain()
+
+
+@pytest.mark.parametrize("log_every", [1, 100])
+def test_the_batch_of_a_loss_that_is_not_finite_is_that_batch(log_every: int) -> None:
+    """Read again from a loader that draws its order from torch's global generator."""
+    given: list[Any] = []
+
+    class Keeps(Watcher):
+        def not_finite(self, error: NonFiniteLossError, batch: Any) -> None:
+            given.append(batch)
+
+    images = torch.randn(512, 3, 8, 8)
+    images[5] = math.nan
+    loader = DataLoader(TensorDataset(images, torch.randint(0, 7, (512,))), 16, shuffle=True)
+    method = CrossEntropy(nn.Sequential(nn.Flatten(), nn.Linear(192, 7)))
+    with pytest.raises(NonFiniteLossError):
+        fit_method(method, loader, epochs=1, log_every=log_every, watcher=Keeps())
+    ((batch, _),) = given
+    assert batch.isnan().any()
 
 
 def test_the_meter_weights_by_rows() -> None:

@@ -180,10 +180,23 @@ def test_warm_up(schedule: str) -> None:
         assert with_warmup == pytest.approx(without * (growth[step] if step < 5 else 1), rel=1e-3)
 
 
+@pytest.mark.parametrize("schedule", ["one_cycle", "cosine"])
+def test_the_momentum_is_the_given_one(schedule: str) -> None:
+    overrides = [f"train.schedule={schedule}", "train.optimizer=sgd", "train.momentum=0.3"]
+    _, recipe = load_recipe("fashion-mnist/student", overrides)
+    optimizer = build_optimizer(CrossEntropy(nn.Linear(2, 2)), recipe.train)
+    scheduler = build_scheduler(optimizer, recipe.train, 10)
+    for _ in range(10):
+        optimizer.step()
+        scheduler.step()
+        assert optimizer.param_groups[0]["momentum"] == 0.3
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
         ("train.warmup_epochs=1", "one_cycle has a warm-up of its own"),
+        ("train.schedule=steps", "milestones: schedule steps needs epochs"),
         ("train.checkpoint_every=often", "such as 15min"),
         ("train.checkpoint_every=0", "expected at least 1"),
         ("train.accumulate=1000", "more than batch_size"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import signal
 import time
@@ -97,6 +98,22 @@ def test_torchs_own_shuffling_loader(tmp_path: Path) -> None:
     # Its order comes from the global generator in the state of the epoch's start.
     data = TensorDataset(Loader().images, Loader().target)
     ends_the_same(tmp_path / "last.pt", "kd", 2, 2, lambda: DataLoader(data, 16, shuffle=True))
+
+
+def test_a_state_in_memory_is_not_changed_by_resuming() -> None:
+    states: list[dict[str, Any]] = []
+
+    class Keeps(Watcher):
+        def epoch_done(self, record: Any, state: Callable[[], dict[str, Any]]) -> None:
+            states.append(copy.deepcopy(state()))
+
+    start("kd", watcher=Keeps())[1]()
+    ends = []
+    for _ in range(2):
+        method, go = start("kd", resume=states[0])
+        go()
+        ends.append(method.student.state_dict())
+    assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
 
 
 def test_stopping_writes_a_state(tmp_path: Path) -> None:

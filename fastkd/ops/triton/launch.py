@@ -41,6 +41,16 @@ def with_sums(outputs: Outputs, pairs: int, call: Call) -> Outputs:
 
 def row_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call, outputs: Outputs) -> None:
     """Fill ``outputs``. Logits are [N, C] or [M, K, C] with dense classes; see ``layout.as_rows``."""
+    try:
+        _row_loss(students, teachers, call, outputs)
+    except BaseException:
+        counters = outputs.counters
+        if counters is not None and not counters.is_cuda:
+            counters.zero_()  # the interpreter was stopped, perhaps before the program that does so
+        raise
+
+
+def _row_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call, outputs: Outputs) -> None:
     if call.indices is not None:
         top_k.row_loss(students[0], teachers[0], call, outputs, dense=row_loss)
         return

@@ -168,7 +168,7 @@ def _described(config: Model, network: nn.Module) -> str:
 
 def _first(batches: Batches, what: str) -> Batch:
     def read() -> Batch | None:
-        return next(iter(batches.start()), None)
+        return next((batch for batch in batches.start() if batch is not None), None)
 
     batch: Batch | None = tried(what, read)
     if batch is None:

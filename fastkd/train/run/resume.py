@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fastkd.distill import find_method
-from fastkd.distill.options import options_of
+from fastkd.distill.options import is_file, options_of
 from fastkd.errors import CheckpointError
 from fastkd.recipe.schema import load_recipe
 from fastkd.recipe.sections import Recipe, Teacher, Train
@@ -48,10 +48,11 @@ def check_recipe(state: Mapping[str, Any], now: Mapping[str, Any], recipe: Recip
             keys = _differences(was, is_, (section,), recipe)
             unnamed = [f"{section}: its content has changed"] if section in state else []
             refused += keys or unnamed
+    free = {f"train.{name}" for name in _FREE} | _files(recipe)
     refused += [
         text
         for text in _differences(was, is_, ("student", "method", "train"), recipe)
-        if text.partition(":")[0] not in {f"train.{name}" for name in _FREE}
+        if text.partition(":")[0] not in free
     ]
     before, after = was.get("train.epochs"), is_["train.epochs"]
     if before != after and (reason := _cannot_extend(state, recipe)) is not None:
@@ -62,6 +63,16 @@ def check_recipe(state: Mapping[str, Any], now: Mapping[str, Any], recipe: Recip
             "start a new run for it, without --resume"
         )
     return [f"train.epochs: {before} → {after}"] if before != after else []
+
+
+def _files(recipe: Recipe) -> set[str]:
+    """The files that its method reads, such as trained heads. What was read is in the state."""
+    options = options_of(find_method(recipe.method)).items()
+    return {
+        f"method.{name}"
+        for name, option in options
+        if is_file(option.annotation) and recipe.options.get(name) is not None
+    }
 
 
 def _cannot_extend(state: Mapping[str, Any], recipe: Recipe) -> str | None:

@@ -227,6 +227,8 @@ def _of_epoch(record: dict[str, Any]) -> dict[str, Any]:
 def comparison_key(recipe: Recipe, data: Data) -> str:
     """Equal for runs that differ only in method, teacher or seed, so that their results can be compared."""
     train = relevant_settings(recipe.train, _IRRELEVANT)
+    if recipe.train.accumulate > 1:  # batch normalisation and relations see micro-batches
+        train["accumulate"] = recipe.train.accumulate
     return short_digest_of([data.fingerprint, recipe.student.model_dump(), train])
 
 

@@ -56,6 +56,10 @@ def run_seeds(
                 raise Stopped(folder) from None
         summaries.append(summary)
     assert folder is not None
+    if len({summary["comparison"] for summary in summaries}) > 1:
+        epochs = ", ".join(f"seed {one['seed']}: {one['last']['epoch']}" for one in summaries)
+        note = f"the seeds of {folder} had different settings (epochs: {epochs}), and so has their mean"
+        console.print(note, soft_wrap=True, markup=False)
     return folder, summaries
 
 

@@ -156,6 +156,37 @@ def test_seeds(workplace: Path, fonts: Path, capsys: pytest.CaptureFixture[str])
     assert "is a group of seeds; name one of its runs" in capsys.readouterr().err
 
 
+def test_seeds_of_different_lengths_are_said(
+    workplace: Path, fonts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*tiny_student(fonts), "train.epochs=1", "train.schedule=constant"]
+    assert main(["train", "glyphs/student", "--seeds", "2", *arguments]) == 0
+    assert "different settings" not in capsys.readouterr().out
+    group = "runs/glyphs-student-001"
+    assert main(["train", "--resume", f"{group}/seed-0", "train.epochs=2"]) == 0
+    assert main(["train", "--resume", group]) == 0
+    assert "had different settings (epochs: seed 0: 2, seed 1: 1)" in capsys.readouterr().out
+
+
+def test_a_run_outlives_the_file_of_its_teachers_heads(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "fashion-mnist/mhkd", "data.synthetic=20", "student.width=2", "teacher.width=3", "teacher.epochs=1",
+        "train.batch_size=10", "train.device=cpu", "train.threads=1", "train.epochs=1", "method.head_width=4",
+        "train.schedule=constant",
+    ]  # fmt: skip
+    assert main(["train", *words]) == 0
+    (workplace / "runs/fashion-mnist-mhkd-001/last.pt").rename("heads.pt")
+    assert main(["train", *words, "method.teacher_heads=heads.pt"]) == 0
+    Path("heads.pt").unlink()
+    second = "runs/fashion-mnist-mhkd-002"
+    assert main(["train", "--resume", second, "train.epochs=2"]) == 2
+    assert "a run that used them has them in its last.pt" in capsys.readouterr().err
+    own = f"method.teacher_heads={second}/last.pt"
+    assert main(["train", "--resume", second, "train.epochs=2", own]) == 0
+
+
 def test_seeds_of_unusable_data_leave_nothing(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "fashion-mnist/kd", "--seeds", "2"]) == 2
     err = capsys.readouterr().err
