@@ -88,7 +88,7 @@ class Taps:
 
     def _eagerly(self) -> contextlib.AbstractContextManager[Any]:
         """Compiled code of a pass without the hooks, or with others, would run again without these."""
-        if not self._layers or "torch._dynamo" not in sys.modules or torch.compiler.is_compiling():
+        if not self._layers or torch.compiler.is_compiling() or "torch._dynamo" not in sys.modules:
             return contextlib.nullcontext()
         stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
         return stance
