@@ -48,7 +48,8 @@ def check_recipe(state: Mapping[str, Any], now: Mapping[str, Any], recipe: Recip
             keys = _differences(was, is_, (section,), recipe)
             unnamed = [f"{section}: its content has changed"] if section in state else []
             refused += keys or unnamed
-    free = {f"train.{name}" for name in _FREE} | _files(recipe)
+    free = {f"train.{name}" for name in _FREE}
+    free |= {name for name in _files(recipe) if None not in (was.get(name), is_.get(name))}
     refused += [
         text
         for text in _differences(was, is_, ("student", "method", "train"), recipe)
@@ -68,11 +69,7 @@ def check_recipe(state: Mapping[str, Any], now: Mapping[str, Any], recipe: Recip
 def _files(recipe: Recipe) -> set[str]:
     """The files that its method reads, such as trained heads. What was read is in the state."""
     options = options_of(find_method(recipe.method)).items()
-    return {
-        f"method.{name}"
-        for name, option in options
-        if is_file(option.annotation) and recipe.options.get(name) is not None
-    }
+    return {f"method.{name}" for name, option in options if is_file(option.annotation)}
 
 
 def _cannot_extend(state: Mapping[str, Any], recipe: Recipe) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -177,7 +178,10 @@ def test_a_run_outlives_the_file_of_its_teachers_heads(
         "train.schedule=constant",
     ]  # fmt: skip
     assert main(["train", *words]) == 0
-    (workplace / "runs/fashion-mnist-mhkd-001/last.pt").rename("heads.pt")
+    shutil.copy("runs/fashion-mnist-mhkd-001/last.pt", "heads.pt")
+    first = ["train", "--resume", "runs/fashion-mnist-mhkd-001", "method.teacher_heads=heads.pt"]
+    assert main(first) == 2  # its own were trained
+    assert "not set → " in capsys.readouterr().err
     assert main(["train", *words, "method.teacher_heads=heads.pt"]) == 0
     Path("heads.pt").unlink()
     second = "runs/fashion-mnist-mhkd-002"
