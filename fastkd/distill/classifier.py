@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .taps import FeatureError, unwrapped
 
 # Attribute names in torchvision's, timm's and fastkd's networks.
 _NAMES = ("fc", "classifier", "head", "heads", "linear")
+_REMEDY = "name the layer whose output is the pooled features, or PATH:input for the input of the layer PATH"
 
 
 def find_classifier(model: nn.Module, role: str = "student") -> tuple[str, nn.Linear]:
@@ -33,9 +34,17 @@ def find_classifier(model: nn.Module, role: str = "student") -> tuple[str, nn.Li
     linears = list(paths.values())
     shown = f"its linear layers are {', '.join(linears[-8:])}" if linears else "it has no linear layer"
     raise FeatureError(
-        f"the classifier of the {role} ({type(model).__name__}) cannot be found: {shown}; name the layer "
-        "whose output is the pooled features, or PATH:input for the input of the layer PATH"
+        f"the classifier of the {role} ({type(model).__name__}) cannot be found: {shown}; {_REMEDY}"
     )
+
+
+def check_makes_logits(role: str, path: str, outputs: int, logits: object) -> None:
+    """Raise ``FeatureError`` if stored logits have not as many classes as the layer found has outputs."""
+    if isinstance(logits, Tensor) and logits.shape[-1] != outputs:
+        raise FeatureError(
+            f"the {role}'s layer {path!r} was taken for its classifier, but has {outputs} outputs, "
+            f"and the logits {logits.shape[-1]} classes; {_REMEDY}"
+        )
 
 
 def _last_linear(module: nn.Module) -> nn.Linear | None:

@@ -23,13 +23,13 @@ from fastkd.imports import import_named
 from fastkd.losses.forms import Form, LinearLogits, TopKLogits
 from fastkd.messages import nearest
 
-from .classifier import find_classifier
+from .classifier import check_makes_logits, find_classifier
 from .features import Hint, Projection, angle_loss, distance_loss, over_all_ranks
 from .given import GivenTeacher
 from .options import GIVEN, Weight, check_options
 from .precision import dtype_of_parts, in_dtype_of_parts
 from .sharing import check_apart
-from .taps import INPUT, FeatureError, Taps, eval_mode, logits_of, unwrapped
+from .taps import INPUT, Taps, eval_mode, logits_of, unwrapped
 from .terms import Terms, total_of
 
 Batch = tuple[Tensor, ...]  # inputs, target; optionally the teacher's logits, or outputs of a GivenTeacher
@@ -227,7 +227,8 @@ class Method(nn.Module):
             student_logits = logits_of(self.student, inputs, "student")
         student_features = in_dtype_of_parts(student_features)
         teacher_features = in_dtype_of_parts(teacher_features)
-        self._check_classifiers(student=student_logits, teacher=teacher_logits)
+        for role, found in self._classifiers.items():
+            check_makes_logits(role, *found, student_logits if role == "student" else teacher_logits)
         seen = Seen(student_logits, teacher_logits, target, student_features, teacher_features)
         terms = self.terms(seen)
         total_of(terms)  # raises for invalid terms
@@ -329,16 +330,6 @@ class Method(nn.Module):
         # A teacher whose outputs are given has no layers.
         if of_teacher is not None and not isinstance(self.teacher, GivenTeacher | None):
             self.teacher_taps.find(of_teacher)
-
-    def _check_classifiers(self, **logits: Form | None) -> None:
-        for role, (path, outputs) in self._classifiers.items():
-            found = logits[role]
-            if isinstance(found, Tensor) and found.shape[-1] != outputs:
-                raise FeatureError(
-                    f"the {role}'s layer {path!r} was taken for its classifier, but has {outputs} outputs, "
-                    f"and the logits {found.shape[-1]} classes; name the layer whose output is the pooled "
-                    "features, or PATH:input for the input of the layer PATH"
-                )
 
     def _teacher_format(self, inputs: Any) -> contextlib.AbstractContextManager[Any]:
         if self.teacher_dtype is None or not isinstance(inputs, Tensor):
