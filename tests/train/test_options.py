@@ -248,7 +248,23 @@ def test_resume_without_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *STUDENT, "--resume", "train.seed=3"]) == 0  # none yet: a new run
     assert main(["train", *STUDENT, "train.seed=3", "--resume"]) == 0  # finished: shows its results
     assert main(["train", *STUDENT, "--resume"]) == 0  # another recipe
-    assert [path.name[-3:] for path in sorted(Path("runs").iterdir())] == ["001", "002"]
+    first, second = sorted(Path("runs").iterdir())
+    assert (first.name[-3:], second.name[-3:]) == ("001", "002")
+    out = capsys.readouterr().out.replace("\n", " ")
+    assert f"no run of this recipe yet: {first} differs in train.seed: 3 → 0" in out
+
+
+def test_a_run_is_found_after_it_was_resumed_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *STUDENT]) == 0
+    (run,) = Path("runs").iterdir()
+    # Resuming writes the recipe with these settings, which the line of a job script does not have.
+    assert main(["train", "--resume", str(run), "train.threads=1", "train.log_every=7"]) == 0
+    assert main(["train", *STUDENT, "--resume"]) == 0
+    assert f"resuming {run}" in capsys.readouterr().out.replace("\n", " ")
+    assert list(Path("runs").iterdir()) == [run]
+    # But these say how a run is computed: whoever compares them has a run of each.
+    assert main(["train", *STUDENT, "train.accumulate=2", "--resume"]) == 0
+    assert len(list(Path("runs").iterdir())) == 2
 
 
 def test_tensorboard_is_asked_for_by_name(

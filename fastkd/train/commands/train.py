@@ -101,7 +101,7 @@ def _run_launched(args: argparse.Namespace) -> int:
     from fastkd.train import distributed
     from fastkd.train.display.console import make_console
     from fastkd.train.run.agreement import check_command
-    from fastkd.train.run.folder import find_run
+    from fastkd.train.run.resume import find_run
     from fastkd.train.run.seeds import is_seed_group, seed_count
 
     console = make_console(quiet=not distributed.is_first(), stderr=args.json)
@@ -133,8 +133,10 @@ def _run_launched(args: argparse.Namespace) -> int:
         if args.resume is not None:
             if count:
                 raise RecipeError("--resume with --seeds needs the run folder")
-            folder = distributed.from_first(find_run(runs, name, recipe) if distributed.is_first() else None)
-            console.print(f"resuming {folder}" if folder else "no run of this recipe yet", markup=False)
+            found = find_run(runs, name, recipe) if distributed.is_first() else None
+            folder, nearest = distributed.from_first(found)
+            unknown = "no run of this recipe yet" + (f": {nearest}" if nearest else "")
+            console.print(f"resuming {folder}" if folder else unknown, soft_wrap=True, markup=False)
     if folder is not None and is_seed_group(folder):
         if args.eval_only:
             raise RecipeError(

@@ -21,10 +21,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from fastkd.errors import CheckpointError, NonFiniteLossError, RecipeError, StorageError
+from fastkd.errors import CheckpointError, NonFiniteLossError, StorageError
 from fastkd.files.atomic import write_atomically
 from fastkd.files.regular import read_regular
-from fastkd.recipe.files import dump_flat_yaml, parse_flat_yaml
+from fastkd.recipe.files import dump_flat_yaml
 from fastkd.recipe.sections import Recipe
 from fastkd.train.batches import Batch
 from fastkd.train.display.curves import plot_curves
@@ -54,30 +54,15 @@ def create_run_folder(runs: Path, name: str) -> Path:
 
 def next_run_folder(runs: Path, name: str) -> Path:
     """The path that ``create_run_folder`` would take."""
-    number = max(_folders_of(runs, name), default=0) + 1
+    number = max(folders_of(runs, name), default=0) + 1
     return runs / f"{_stem(name)}-{number:03d}"
-
-
-def find_run(runs: Path, name: str, recipe: Recipe) -> Path | None:
-    """The newest run folder with exactly this recipe, finished or not; None if there is none."""
-    wanted = _apart_from_description(dump_flat_yaml(recipe.flat()))
-    for _, folder in sorted(_folders_of(runs, name).items(), reverse=True):
-        with contextlib.suppress(OSError, UnicodeDecodeError, RecipeError):
-            if _apart_from_description(read_regular(folder / "recipe.yaml").decode()) == wanted:
-                return folder
-    return None
-
-
-def _apart_from_description(text: str) -> dict[str, Any]:
-    """The values of a recipe. A run that was extended describes the same recipe in other words."""
-    return {key: value for key, value in parse_flat_yaml(text, "a run").items() if key != "description"}
 
 
 def _stem(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name)
 
 
-def _folders_of(runs: Path, name: str) -> dict[int, Path]:
+def folders_of(runs: Path, name: str) -> dict[int, Path]:
     """Run folders by number."""
     if not runs.is_dir():
         return {}

@@ -1,7 +1,8 @@
-"""Checks whether a run can be resumed with a recipe, by comparing it with the recipe of the state."""
+"""Finds the run of a recipe, and checks whether a run can be resumed with one: by comparing recipes."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,9 +13,13 @@ from torch import nn
 
 from fastkd.distill import find_method
 from fastkd.distill.options import is_file, options_of
-from fastkd.errors import CheckpointError
+from fastkd.errors import CheckpointError, RecipeError
+from fastkd.files.regular import read_regular
+from fastkd.recipe.files import dump_flat_yaml, parse_flat_yaml
 from fastkd.recipe.schema import load_recipe
 from fastkd.recipe.sections import Recipe, Teacher, Train
+
+from .folder import folders_of
 
 
 def identity(recipe: Recipe, data: str, teacher: str | None) -> dict[str, Any]:
@@ -22,14 +27,34 @@ def identity(recipe: Recipe, data: str, teacher: str | None) -> dict[str, Any]:
     return {"recipe": recipe.flat(), "data": data, "teacher": teacher}
 
 
-# Settings of a recipe that may change: where and how a run is computed, and what is written. Data and teacher
-# are compared by content, not by path.
-_FREE = {
-    "device", "threads", "channels_last", "compile", "accumulate", "nonfinite", "log_every",
-    "checkpoint_every", "keep_every", "tensorboard", "csv", "wandb", "epochs",
+# Settings of `train` that may change: where a run is computed and what is written; and how it is computed, in
+# which two runs of a recipe may be meant to differ. Data and teacher are compared by content, not by path.
+_PLACE = {
+    "device", "threads", "log_every", "checkpoint_every", "keep_every", "tensorboard", "csv", "wandb"
 }  # fmt: skip
+_FREE = _PLACE | {"channels_last", "compile", "accumulate", "nonfinite", "epochs"}
+_SECTIONS = ("data", "student", "teacher", "method", "train")
 # With these schedules the learning rate of every step depends on the number of steps.
 _SPREAD = ("one_cycle", "cosine")
+
+
+def find_run(runs: Path, name: str, recipe: Recipe) -> tuple[Path | None, str]:
+    """The newest run folder of this recipe, finished or not, and "".
+
+    If there is none: None, and in what the newest run of that name differs.
+    """
+    is_ = parse_flat_yaml(dump_flat_yaml(recipe.flat()), "this recipe")
+    place = {"data.workers", *(f"train.{key}" for key in _PLACE)}
+    nearest = ""
+    for _, folder in sorted(folders_of(runs, name).items(), reverse=True):
+        with contextlib.suppress(OSError, UnicodeDecodeError, RecipeError):
+            was = parse_flat_yaml(read_regular(folder / "recipe.yaml").decode(), "a run")
+            found = _differences(was, is_, _SECTIONS, recipe)
+            found = [text for text in found if text.partition(":")[0] not in place]
+            if not found:
+                return folder, ""
+            nearest = nearest or f"{folder} differs in {'; '.join(found)}"
+    return None, nearest
 
 
 def check_recipe(state: Mapping[str, Any], now: Mapping[str, Any], recipe: Recipe, folder: Path) -> list[str]:
