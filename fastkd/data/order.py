@@ -39,6 +39,11 @@ class EpochOrder:
         self._count, self._batch_size, self._seed = count, batch_size, seed
         self.epoch = 0
 
+    @property
+    def facts(self) -> dict[str, int | None]:
+        """What decides the order, by the names that a cache of the teacher has for it."""
+        return {"samples": self._count, "seed": self._seed, "batch_size": self._batch_size}
+
     def __len__(self) -> int:
         return math.ceil(self._count / self._batch_size)
 
@@ -76,6 +81,10 @@ class EpochLoader:
 
     def set_epoch(self, epoch: int) -> None:
         self._order.epoch = epoch
+
+    @property
+    def order_facts(self) -> dict[str, int | None]:
+        return self._order.facts
 
     def sizes(self) -> list[int]:
         return self._order.sizes()

@@ -186,9 +186,20 @@ class CachedLoader:
     """Yields ``(images, target, *outputs)`` from a loader and the cache that was made with it.
 
     The method's teacher must be ``cache.teacher()``, which makes logits of the outputs.
+
+    Raises ``CacheError`` if the loader has another number of images than the cache was made for, or another
+    seed or batch size where the images depend on it. That they are the same images is for the caller to see
+    to, or for ``cache.check_fits(wanted_facts(recipe, data, device))``.
     """
 
     def __init__(self, loader: IndexedLoader, cache: TeacherCache) -> None:
+        for name, value in loader.order_facts.items():
+            made_for = cache.facts.get(name)
+            if made_for not in (None, value):
+                raise CacheError(
+                    f"loader: its {name} is {value}, the cache {cache.folder} was made for {made_for}; make "
+                    "the loader of the data and options that `fastkd cache-teacher` had"
+                )
         self._loader, self._cache, self._epoch = loader, cache, 0
 
     def set_epoch(self, epoch: int) -> None:

@@ -142,7 +142,7 @@ def test_cached_teachers_from_python(tmp_path: Path) -> None:
     teacher = SmallCNN(4, width=2, channels=3).eval()
     loader = data.train_loader(5, 0, CPU)
     loss = fastkd.DistillLoss(ce_weight=0.1, kd_weight=0.9)
-    facts = {**FACTS, "samples": data.samples, "classes": 4, "epochs": 1}
+    facts = {**FACTS, "samples": data.samples, "classes": 4, "epochs": 1, "seed": 0}
     losses = []
     for name, store in (
         ("logits", LogitsStore(4)),
@@ -163,3 +163,12 @@ def test_cached_teachers_from_python(tmp_path: Path) -> None:
         assert set(result.last["terms"]) == {"ce", "kd"}
         losses.append(result.last["loss"])
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-3)
+    few = load_file_data(
+        FolderData(name="imagefolder", root=str(make_tree(tmp_path / "few", classes=3)), size=16, workers=0)
+    )
+    for other, difference in (
+        (data.train_loader(5, 1, CPU), "its seed is 1, the cache .*logits was made for 0"),
+        (few.train_loader(5, 0, CPU), f"its samples is {few.samples}, .* made for {data.samples}"),
+    ):
+        with pytest.raises(CacheError, match=difference):
+            CachedLoader(other, TeacherCache(tmp_path / "logits"))
