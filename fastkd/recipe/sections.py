@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from fastkd.distill.method import find_method
+from fastkd.distill.options import options_of
 
 from .durations import seconds_of
 
@@ -272,12 +273,17 @@ class Recipe(Section):
         return self
 
     def flat(self) -> dict[str, Any]:
-        """All values by dotted key, in order of declaration."""
+        """All values by dotted key, in order of declaration, without those that are None by default."""
         flat: dict[str, Any] = {}
         for key, value in self.model_dump(exclude_none=True).items():
-            if isinstance(value, dict):
-                prefix = "method" if key == "options" else key
-                flat.update({f"{prefix}.{k}": v for k, v in value.items() if v is not None})
+            if key == "options":
+                # An option of a method may be None where its default is something else.
+                declared = options_of(find_method(self.method))
+                for name, option in self.options.items():
+                    if option is not None or declared[name].default is not None:
+                        flat[f"method.{name}"] = option
+            elif isinstance(value, dict):
+                flat.update({f"{key}.{k}": v for k, v in value.items() if v is not None})
             else:
                 flat[key] = value
         return flat

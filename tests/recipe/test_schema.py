@@ -63,7 +63,9 @@ def test_a_method_of_ones_own_by_import_path(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "my_methods.py").write_text(
         "from fastkd.distill import KD, Weight\n"
         "class Mine(KD):\n"
-        "    def __init__(self, student, teacher, *, extra: Weight = 3.0, **shared):\n"
+        "    def __init__(\n"
+        "        self, student, teacher, *, extra: Weight = 3.0, cap: Weight | None = 1.0, **shared\n"
+        "    ):\n"
         "        super().__init__(student, teacher, **shared)\n"
     )
     monkeypatch.chdir(tmp_path)
@@ -72,6 +74,10 @@ def test_a_method_of_ones_own_by_import_path(tmp_path: Path, monkeypatch: pytest
     assert str(tmp_path) not in sys.path
     with pytest.raises(RecipeError, match=r"did you mean method\.extra"):
         load_recipe("glyphs/kd", ["method=my_methods:Mine", "method.exrta=2"])
+    # None where the default is not: written out, else a run would be resumed with the default.
+    _, uncapped = load_recipe("glyphs/kd", ["method=my_methods:Mine", "method.cap=null"])
+    Path("run.yaml").write_text(dump_flat_yaml(uncapped.flat()))
+    assert load_recipe("run.yaml")[1].options["cap"] is None
 
 
 def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
