@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,15 +24,19 @@ from . import distributed
 from .preflight import checked_batch
 
 Batch = tuple[Tensor, ...]  # images, target and further inputs of the method
+_REMEDY = (
+    "all ranks must draw the same batches, of which each takes its rows: give the loader a torch.Generator "
+    "of the same seed on all ranks, or a DistributedSampler"
+)
 
 
 class Batches:
     """The batches of ``loader`` for one rank.
 
-    A loader yields batches for all ranks, and each rank takes its rows. A loader with a method
-    ``batches(start, rank, world, even)`` makes only these rows (and must not use torch's global generator). A
-    ``DataLoader`` with a ``DistributedSampler`` already yields this rank's rows; in validation the duplicates
-    that its sampler pads with are dropped.
+    A loader yields batches for all ranks, the same on each, and each rank takes its rows; the labels of each
+    epoch's first batch are compared. A loader with a method ``batches(start, rank, world, even)`` makes only
+    these rows (and must not use torch's global generator). A ``DataLoader`` with a ``DistributedSampler``
+    already yields this rank's rows; in validation the duplicates that its sampler pads with are dropped.
 
     uint8 images are scaled to 0..1 on the device and, if the loader has ``mean`` and ``std`` per channel,
     normalised.
@@ -100,8 +105,13 @@ class Batches:
         return batches if world == 1 else self._parts(batches, rank, world)
 
     def _parts(self, batches: Iterator[Batch], rank: int, world: int) -> Iterator[Batch]:
-        for batch in batches:
-            checked_batch(batch, self._name)
+        for position, batch in enumerate(batches):
+            _, target, *_ = checked_batch(batch, self._name)
+            # Of soft labels a rank may draw its own mixture.
+            if position == 0 and not target.is_floating_point():
+                distributed.check_agreement(
+                    {f"the checksum of the labels in {self._name}'s first batch": _checksum(target)}, _REMEDY
+                )
             mine = rows_of(len(batch[0]), rank, world, even=self._even)
             yield tuple(part[mine] for part in batch)
 
@@ -130,6 +140,10 @@ class Batches:
         if self._channels_last and images.dim() == 4:
             images = images.contiguous(memory_format=torch.channels_last)
         return images
+
+
+def _checksum(values: Tensor) -> int:
+    return zlib.crc32(values.detach().cpu().contiguous().numpy().tobytes())
 
 
 def micro_batches(batch: Batch, count: int) -> list[tuple[Batch, float]]:

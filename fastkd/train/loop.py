@@ -131,7 +131,9 @@ def fit_method(
     out; the watcher gets a note, and ``skipped`` counts it.
 
     In a ``torch.distributed`` process group the method runs under DDP, and each batch of the loaders is
-    divided among the ranks, so that n processes compute the same as one (see ``batches.Batches``).
+    divided among the ranks, so that n processes compute the same as one (see ``batches.Batches``): all ranks
+    must draw the same batches, as a shuffling ``DataLoader`` does with a ``generator`` of the same seed;
+    others are a ``LaunchError``.
 
     Args:
         train_loader, val_loader: iterables of ``(images, target)``, iterated once per epoch; int64 targets

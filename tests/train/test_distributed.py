@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from fastkd.data.order import rows_of
-from fastkd.errors import RecipeError
+from fastkd.errors import LaunchError, RecipeError
 from fastkd.recipe.schema import load_recipe
 from fastkd.train import FitResult, distributed, evaluate, fit_method
 from fastkd.train.run import build
@@ -46,6 +46,7 @@ def all_variants() -> dict[str, Any]:
     done["in parts"] = train("kd", norm=False, accumulate=2)[0]
     done["counts"] = counts()
     done["normalised"] = normalised(slice(8 * distributed.rank(), 8 * distributed.rank() + 8))
+    done["orders"] = orders()
     done["agreement"] = distributed.any_over_ranks(distributed.rank() == 1, False)
     return done
 
@@ -65,6 +66,22 @@ def left_out() -> list[tuple[float, int]]:
     options = {"epochs": 3, "optimizer": optimizer, "scheduler": scheduler, "progress": False}
     history = fit_method(method, Loader(33, 10), None, **options).history
     return [(record["lr"], record["skipped"]) for record in history]
+
+
+def orders() -> list[str]:
+    """What becomes of a loader that shuffles by the global generator, and of one with its own."""
+    data = Loader()
+    found = []
+    for generator in (None, torch.Generator()):
+        method = make_method("kd")
+        torch.manual_seed(5 + distributed.rank())  # as is usual, so that dropout differs
+        loader = DataLoader(TensorDataset(data.images, data.target), 8, shuffle=True, generator=generator)
+        try:
+            fit_method(method, loader, None, epochs=1, progress=False)
+            found.append("trained")
+        except LaunchError as error:
+            found.append(str(error))
+    return found
 
 
 def counts() -> dict[str, Any]:
@@ -125,6 +142,13 @@ def test_a_batch_that_is_left_out_is_a_step_of_the_schedule(both: list[dict[str,
     for of_one, skipped in ((left_out(), 0), *((one["left out"], 1) for one in both)):
         assert [lr for lr, _ in of_one] == rates
         assert [count for _, count in of_one] == [skipped] * 3
+
+
+def test_loaders_that_draw_another_order_on_each_rank_are_refused(both: list[dict[str, Any]]) -> None:
+    for first, second in (one["orders"] for one in both):
+        assert "checksum of the labels in train_loader's first batch is" in first
+        assert "give the loader a torch.Generator of the same seed on all ranks" in first
+        assert second == "trained"
 
 
 def test_ranks_agree_on_flags(both: list[dict[str, Any]]) -> None:
