@@ -19,13 +19,19 @@ class Epoch:
     """The epoch after ``trained`` epochs, from its first batch or from the ``position`` of a stopped one."""
 
     def __init__(
-        self, trained: int, device: torch.device, log_every: int | None, position: dict[str, Any] | None
+        self,
+        trained: int,
+        device: torch.device,
+        log_every: int | None,
+        position: dict[str, Any] | None,
+        generators: list[torch.Generator],
     ) -> None:
         self.number = trained + 1
         self.meter = LossMeter(device, self.number, log_every)
         self.watch = Stopwatch(device, position["seconds"] if position else None)
         self._start = position
-        self._random_at_start = get_random_state()
+        self._generators = generators
+        self._random_at_start = get_random_state(generators)
 
     @property
     def resumed(self) -> bool:
@@ -36,17 +42,18 @@ class Epoch:
         """The batches that are left; None for those that are left out."""
         if self._start is None:
             return train.start()
-        # A loader that draws its order from the global generator must draw the same order again.
-        now, self._random_at_start = self._random_at_start, of_this_rank(self._start["random"])
-        set_random_state(self._random_at_start)
+        # A loader that draws its order from the global generator, or its own, must draw the same order again.
+        now = self._random_at_start
+        self._random_at_start = of_this_rank(self._start["random"], self._generators)
+        set_random_state(self._random_at_start, self._generators)
         batches = train.start(self._start["meter"]["steps"])
         self.meter.load_state(self._start["meter"])
-        set_random_state(now)
+        set_random_state(now, self._generators)
         return batches
 
     def whole(self, train: Batches, step: int) -> Batch | None:
         """The batch of all ranks of a step of this epoch, from 1, loaded again; None if it cannot be."""
-        set_random_state(self._random_at_start)  # as in ``batches``
+        set_random_state(self._random_at_start, self._generators)  # as in ``batches``
         return train.whole(step - 1)
 
     def position(self) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from .evaluation import best_of, evaluate, try_validation, validate
 from .meters import LossMeter, PassTimer
 from .precision import Numerics, compiled_networks, make_scaler, place
 from .preflight import check_loaders, check_optimizer, check_options, check_scheduler
+from .random_state import own_generators
 from .signals import Control
 from .state import Training, load_state, save_state
 from .step import StepOptions, train_step
@@ -185,6 +186,7 @@ def fit_method(
         scaler=make_scaler(device, precision),
         average=make_ema(student, ema) if ema is not None else None,
         batches=train.length,
+        generators=own_generators(train_loader),
     )
     watcher = _default_watcher(progress) if watcher is None else watcher
     if resume is not None:
@@ -214,7 +216,7 @@ def fit_method(
             train.set_epoch(number)
             method.set_epoch(number)
             watcher.epoch_started(number + 1, epochs, train.length)
-            epoch = Epoch(number, device, log_every, training.position)
+            epoch = Epoch(number, device, log_every, training.position, training.generators)
             training.position = None
             control = Control(checkpoint_every, stop, epoch.meter.interval)
             _train_epoch(training, options, epoch, train, sizes, control, watcher, crowding)

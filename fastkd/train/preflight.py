@@ -15,7 +15,7 @@ from fastkd.distill.method import Method
 from fastkd.errors import TrainError
 from fastkd.messages import kind_and_text, some
 
-from .random_state import get_random_state, set_random_state
+from .random_state import get_random_state, own_generators, set_random_state
 
 _LISTED = 4
 # Exhausted after one epoch. Other iterators may be able to restart.
@@ -179,19 +179,12 @@ def first_of(loader: Any) -> Any:
             return None
     elif not isinstance(loader, list | tuple):
         return None
-    randoms = get_random_state()
-    own = [
-        generator
-        for owner in (loader, getattr(loader, "sampler", None))
-        if isinstance(generator := getattr(owner, "generator", None), torch.Generator)
-    ]
-    states = [generator.get_state() for generator in own]
+    own = own_generators(loader)
+    randoms = get_random_state(own)
     try:
         return next(iter(loader), None)
     finally:
-        set_random_state(randoms)
-        for generator, state in zip(own, states, strict=True):
-            generator.set_state(state)
+        set_random_state(randoms, own)
 
 
 def checked_batch(batch: Any, name: str) -> Sequence[Any]:

@@ -40,6 +40,7 @@ class Training:
     scaler: GradScaler | None
     average: AveragedModel | None
     batches: int | None  # per epoch, where the loader knows
+    generators: list[torch.Generator]  # of the loader
     history: list[Record] = field(default_factory=list)
     position: dict[str, Any] | None = None  # within the epoch after those of the history, if resumed there
 
@@ -63,7 +64,7 @@ def save_state(training: Training, position: dict[str, Any] | None = None) -> Ca
     calls the function. It returns the tensors in training, as torch's ``state_dict`` does, not copies.
     """
     distributed.share_buffers(training.method)
-    randoms = distributed.of_all_ranks(get_random_state())
+    randoms = distributed.of_all_ranks(get_random_state(training.generators))
     return lambda: {
         "student": training.method.student.state_dict(),
         "method": training.method.parts_state(),
@@ -105,12 +106,12 @@ def load_state(training: Training, state: Mapping[str, Any], epochs: int) -> Non
         raise
     except Exception as error:  # a damaged or foreign state can raise anything
         raise _unfit(f"{type(error).__name__}: {one_line(error)[:300]}") from None
-    set_random_state(of_this_rank(state["random"]))
+    set_random_state(of_this_rank(state["random"], training.generators), training.generators)
 
 
-def of_this_rank(states: list[Any]) -> Any:
+def of_this_rank(states: list[Any], generators: list[torch.Generator]) -> Any:
     """This rank's random state; the present one if the number of ranks has changed."""
-    return states[distributed.rank()] if len(states) == distributed.world() else get_random_state()
+    return states[distributed.rank()] if len(states) == distributed.world() else get_random_state(generators)
 
 
 _PARTS = {

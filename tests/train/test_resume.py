@@ -94,10 +94,17 @@ def test_with_everything_else_switched_on(options: dict[str, Any], tmp_path: Pat
     ends_the_same(tmp_path / "last.pt", "dhkd", 2, 3, **options)
 
 
-def test_torchs_own_shuffling_loader(tmp_path: Path) -> None:
-    # Its order comes from the global generator in the state of the epoch's start.
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("step", [2, STEPS])
+def test_torchs_own_shuffling_loader(own: bool, step: int, tmp_path: Path) -> None:
+    # Its order comes from the global generator, or its own, in the state of the epoch's start.
     data = TensorDataset(Loader().images, Loader().target)
-    ends_the_same(tmp_path / "last.pt", "kd", 2, 2, lambda: DataLoader(data, 16, shuffle=True))
+
+    def make_loader() -> DataLoader[Any]:
+        generator = torch.Generator().manual_seed(3) if own else None
+        return DataLoader(data, 16, shuffle=True, generator=generator)
+
+    ends_the_same(tmp_path / "last.pt", "kd", 2, step, make_loader)
 
 
 def test_a_state_in_memory_is_not_changed_by_resuming() -> None:
