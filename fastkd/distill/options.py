@@ -73,41 +73,53 @@ def check_options(
     ``partial``: options without a default may be missing (they are given by position). Raises ``OptionError``
     for an unknown option (with similar names), a missing one, or a wrong type or value.
     """
-    from pydantic import ValidationError  # the only use of pydantic
-
     options = options_of(cls)
     for name in values:
         if name not in options:
             known = ", ".join(options) or "none"
             raise OptionError(f"unknown option {prefix}{name}{nearest(name, options)}; there are {known}")
-    try:
-        checked = _model_of(cls, partial)(**{_PREFIX + name: value for name, value in values.items()})
-    except ValidationError as error:
-        of_values: dict[tuple[str, str], list[Any]] = {}  # several of a value: one for each type of a union
-        for item in error.errors():
-            of_values.setdefault((str(item["loc"][0]), repr(item["input"])), []).append(item)
-        raise OptionError("; ".join(_explain(items, prefix) for items in of_values.values())) from None
-    return {name: getattr(checked, _PREFIX + name) for name in options}
+    return checked_by(_model_of(cls, partial), values, prefix)
 
 
 # Prefix of field names: pydantic forbids some, such as "model_x" and "copy".
 _PREFIX = "option_"
 
 
-@functools.lru_cache(maxsize=256)
-def _model_of(cls: type, partial: bool) -> type[BaseModel]:
+def checked_by(model: type[BaseModel], values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Check ``values`` by a model of ``model_of``; return them and defaults. Raises ``OptionError``."""
+    from pydantic import ValidationError
+
+    try:
+        checked = model(**{_PREFIX + name: value for name, value in values.items()})
+    except ValidationError as error:
+        of_values: dict[tuple[str, str], list[Any]] = {}  # several of a value: one for each type of a union
+        for item in error.errors():
+            of_values.setdefault((str(item["loc"][0]), repr(item["input"])), []).append(item)
+        raise OptionError("; ".join(_explain(items, prefix) for items in of_values.values())) from None
+    return {name.removeprefix(_PREFIX): getattr(checked, name) for name in model.model_fields}
+
+
+def model_of(fields: Mapping[str, tuple[Any, Any]]) -> type[BaseModel]:
+    """The strict model of options by name: annotation, and default or ``...``."""
     from pydantic import ConfigDict, create_model
 
-    absent = None if partial else ...
-    fields: dict[str, Any] = {
-        _PREFIX + name: (
-            option.annotation,
-            absent if option.default is inspect.Parameter.empty else option.default,
-        )
-        for name, option in options_of(cls).items()
-    }
     config = ConfigDict(strict=True, arbitrary_types_allowed=True)
-    return create_model("Options", __config__=config, **fields)
+    named: dict[str, Any] = {_PREFIX + name: field for name, field in fields.items()}
+    return create_model("Options", __config__=config, **named)
+
+
+@functools.lru_cache(maxsize=256)
+def _model_of(cls: type, partial: bool) -> type[BaseModel]:
+    absent = None if partial else ...
+    return model_of(
+        {
+            name: (
+                option.annotation,
+                absent if option.default is inspect.Parameter.empty else option.default,
+            )
+            for name, option in options_of(cls).items()
+        }
+    )
 
 
 def meanings_of(cls: type) -> dict[str, str]:
@@ -144,6 +156,6 @@ def _explain(items: list[Any], prefix: str) -> str:
     value = items[0]["input"]
     if items[0]["type"] == "missing":
         return f"{name} is missing"
-    first, *more = dict.fromkeys(item["msg"] for item in items)
+    first, *more = dict.fromkeys(item["msg"].removeprefix("Value error, ") for item in items)
     message = ", or ".join([first, *(one.removeprefix("Input should be ") for one in more)])
     return f"{name} = {value!r} ({type(value).__name__}): {message[0].lower()}{message[1:]}"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from fastkd.distill.method import find_method
 from fastkd.distill.options import options_of
@@ -21,6 +21,17 @@ Count = Annotated[int, Field(ge=1, lt=2**31)]
 Natural = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Precision = Literal["float32", "bfloat16", "float16"]
+
+
+def _steps_or_time(value: int | str) -> int | str:
+    if isinstance(value, str):
+        seconds_of(value)
+    elif value < 1:
+        raise ValueError(f"expected at least 1, got {value}")
+    return value
+
+
+Interval = Annotated[int | str, Field(union_mode="left_to_right"), AfterValidator(_steps_or_time)]
 
 
 class Section(BaseModel):
@@ -221,7 +232,7 @@ class Train(Optimization):
     log_every: Count | None = Field(
         default=None, description="steps between fetching losses; null: 1 on a CPU, else 20"
     )
-    checkpoint_every: Annotated[int | str, Field(union_mode="left_to_right")] | None = Field(
+    checkpoint_every: Interval | None = Field(
         default=None, description="steps or a time such as 15min between states; null: after every epoch only"
     )
     keep_every: Count | None = Field(
@@ -238,15 +249,6 @@ class Train(Optimization):
         default=False,
         description="log to Weights & Biases, in the project WANDB_PROJECT or fastkd; needs fastkd[wandb]",
     )
-
-    @field_validator("checkpoint_every")
-    @classmethod
-    def _steps_or_time(cls, value: int | str | None) -> int | str | None:
-        if isinstance(value, str):
-            seconds_of(value)
-        elif value is not None and value < 1:
-            raise ValueError(f"expected at least 1, got {value}")
-        return value
 
     @model_validator(mode="after")
     def _parts_of_a_batch(self) -> Train:

@@ -23,7 +23,7 @@ from .epoch import Epoch
 from .evaluation import best_of, evaluate, try_validation, validate
 from .meters import LossMeter, PassTimer
 from .precision import Numerics, compiled_networks, make_scaler, place
-from .preflight import check_loaders, check_optimizer, check_options, check_scheduler
+from .preflight import check_loaders, check_optimizer, check_others, check_scheduler, checked_options
 from .random_state import own_generators
 from .signals import Control
 from .state import Training, load_state, save_state
@@ -142,9 +142,9 @@ def fit_method(
             Without a ``val_loader`` nothing is validated, and no epoch is the best.
         optimizer: of ``method.parameters()``, including heads; by default AdamW with learning rate 1e-3.
         scheduler: stepped after each optimizer step, or each epoch with ``scheduler_interval="epoch"``.
-        clip_norm: largest gradient norm over all parameters.
+        clip_norm: largest gradient norm over all parameters, above 0; None does not clip.
         accumulate: number of micro-batches in which each rank computes its batch, to save memory.
-        ema: decay of an average of the student's weights, which is then validated instead.
+        ema: decay of an average of the student's weights, between 0 and 1; it is then validated instead.
         nonfinite: what to do if the loss is not finite: ``"stop"``, or ``"skip"`` the step and count it, for
             which the host waits at every step.
         device: where to train; by default where the student's parameters are.
@@ -164,11 +164,26 @@ def fit_method(
     Raises:
         NonFiniteLossError: the loss became NaN or infinite.
         Preempted: ``stop`` returned true.
-        ValueError: an option, optimizer or scheduler does not fit the method; raised before training.
+        ValueError, TypeError: an option has a wrong value or type; raised before anything is changed.
+        ValueError: the optimizer or scheduler does not fit the method; raised before training.
         CheckpointError: ``resume`` is not a state of this training.
         TrainError: a loader yields no or wrong batches, or the loss does not depend on the student.
     """
-    check_options(epochs, scheduler_interval, accumulate, ema, nonfinite)
+    epochs, clip_norm, accumulate, ema, log_every, checkpoint_every = checked_options(
+        epochs=epochs,
+        clip_norm=clip_norm,
+        accumulate=accumulate,
+        ema=ema,
+        log_every=log_every,
+        checkpoint_every=checkpoint_every,
+    )
+    checked_options(
+        nonfinite=nonfinite,
+        precision=precision,
+        teacher_precision=teacher_precision,
+        channels_last=channels_last,
+    )
+    check_others(scheduler_interval, compile, stop)
     check_loaders(train_loader, val_loader, epochs)
     student = method.student
     device = torch.device(device) if device is not None else _device_of(student)

@@ -14,6 +14,7 @@ from torch.amp import GradScaler
 
 from fastkd.distill.method import Method
 from fastkd.errors import TrainError
+from fastkd.messages import one_line
 
 from .preflight import check_channels_last
 
@@ -79,6 +80,7 @@ def compiled_networks(method: Method, backend: str | None) -> Iterator[list[str]
     change. Methods read inner layers by hooks that exist for one pass, which would recompile at each step.
     The network's own ``forward`` is put back afterwards: a copy of the network would compute with the
     weights of the original, and ``torch.save`` of it fails. ``backend`` None: nothing is compiled.
+    Raises ``ValueError`` for a backend that torch does not know.
     """
     notes = []
     with contextlib.ExitStack() as undo:
@@ -93,9 +95,17 @@ def compiled_networks(method: Method, backend: str | None) -> Iterator[list[str]
                     f"train.compile: the {role} stays eager, {method.name} reads {', '.join(taps.paths)}"
                 )
             elif not hasattr(network.forward, "get_compiler_config"):
-                undo.callback(_put_back, network, vars(network).get("forward"))
-                network.forward = torch.compile(network.forward, backend=backend)
+                own = vars(network).get("forward")
+                network.forward = _compiled(network.forward, backend)
+                undo.callback(_put_back, network, own)
         yield notes
+
+
+def _compiled(forward: Any, backend: str) -> Any:
+    try:
+        return torch.compile(forward, backend=backend)
+    except Exception as error:
+        raise ValueError(f"compile is {backend!r}: {one_line(error)}") from None
 
 
 def _put_back(network: nn.Module, forward: Any) -> None:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import types
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 
 from fastkd.distill.method import Method
+from fastkd.distill.options import checked_by, model_of
 from fastkd.errors import TrainError
 from fastkd.messages import kind_and_text, some
 
 from .random_state import get_random_state, own_generators, set_random_state
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 _LISTED = 4
 # Exhausted after one epoch. Other iterators may be able to restart.
@@ -23,19 +29,33 @@ _ONCE = (types.GeneratorType, zip, map, filter, enumerate)
 _ENTRIES = "expected (images, target), or (images, target, teacher_logits) to train"
 
 
-def check_options(
-    epochs: int, scheduler_interval: str, accumulate: int, ema: float | None, nonfinite: str
-) -> None:
-    """Raise ``ValueError`` for an option that is out of range or unknown."""
-    for name, count in (("epochs", epochs), ("accumulate", accumulate)):
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
+def checked_options(**given: Any) -> Sequence[Any]:
+    """The values, in types and ranges of the recipe's ``train`` section; NumPy's numbers become Python's.
+
+    Raises ``ValueError`` that names options, values and what is expected.
+    """
+    plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in given.items()}
+    return list(checked_by(_model_of(tuple(given)), plain).values())
+
+
+@functools.lru_cache
+def _model_of(names: tuple[str, ...]) -> type[BaseModel]:
+    from fastkd.recipe.sections import Train
+
+    fields = {name: Train.model_fields[name] for name in names}
+    return model_of(
+        {name: (Annotated[(field.annotation, None, *field.metadata)], ...) for name, field in fields.items()}
+    )
+
+
+def check_others(scheduler_interval: str, compile: Any, stop: Callable[[], bool] | None) -> None:
+    """Check the options that recipes do not have. Raises ``ValueError`` or ``TypeError``."""
     if scheduler_interval not in ("step", "epoch"):
-        raise ValueError(f"scheduler_interval must be 'step' or 'epoch', got {scheduler_interval!r}")
-    if nonfinite not in ("stop", "skip"):
-        raise ValueError(f"nonfinite must be 'stop' or 'skip', got {nonfinite!r}")
-    if ema is not None and not 0 < ema < 1:
-        raise ValueError(f"ema must be a decay between 0 and 1, got {ema}")
+        raise ValueError(f"scheduler_interval is {scheduler_interval!r}; expected 'step' or 'epoch'")
+    if not isinstance(compile, bool | str) and not callable(compile):
+        raise TypeError(f"compile is {compile!r}; expected True, False or the name of a backend")
+    if stop is not None and not callable(stop):
+        raise TypeError(f"stop is {stop!r}; expected a function without arguments, or None")
 
 
 def check_optimizer(method: Method, optimizer: Any) -> None:

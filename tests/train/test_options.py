@@ -210,14 +210,6 @@ def test_values_that_are_refused(override: str, words: str) -> None:
         load_recipe("fashion-mnist/student", [override])
 
 
-@pytest.mark.parametrize(
-    "options", [{"ema": 1.5}, {"accumulate": 0}, {"nonfinite": "ignore"}, {"precision": "float8"}]
-)
-def test_arguments_that_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=next(iter(options))):
-        trained(**options)
-
-
 def test_what_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *STUDENT, "train.keep_every=2", "train.ema=0.5"]) == 0
     (run,) = Path("runs").iterdir()

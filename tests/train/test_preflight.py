@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fastkd
 from fastkd.errors import TrainError
-from fastkd.train import fit, fit_method
+from fastkd.train import Watcher, fit, fit_method
 
 from .tiny import CLASSES, Loader, Net, make_method
 
@@ -114,6 +116,57 @@ def test_channels_last_is_for_images() -> None:
     with pytest.raises(ValueError, match=r"images \[N, C, H, W\], but student.0.weight has shape"):
         fit(student, None, videos, videos, channels_last=True, **options)
     assert fit(student, None, videos, videos, **options).history
+
+
+@pytest.mark.parametrize(
+    ("option", "values", "expected"),
+    [
+        ("epochs", (0, "3", 2.0, True), "integer|greater than or equal to 1"),
+        ("accumulate", (0, 2.0), "integer|greater than or equal to 1"),
+        ("log_every", (0, -3, 1.5), "integer|greater than or equal to 1"),
+        ("checkpoint_every", (0, -1), "expected at least 1"),
+        ("checkpoint_every", (1.5, True), "integer, or a valid string"),
+        ("checkpoint_every", ("soon",), "a time such as 15min"),
+        ("clip_norm", (0, -1.0, float("nan"), "1"), "greater than 0|number"),
+        ("ema", (0, 1.0, 1.5, "0.9"), "greater than 0|less than 1|number"),
+        ("nonfinite", ("ignore",), "'stop' or 'skip'"),
+        ("precision", ("bf16", None, torch.bfloat16), "'float32', 'bfloat16' or 'float16'"),
+        ("teacher_precision", ("fp8",), "'float32', 'bfloat16' or 'float16'"),
+        ("channels_last", ("yes",), "boolean"),
+        ("scheduler_interval", ("batch",), "'step' or 'epoch'"),
+        ("compile", ("inductr", 3), "Invalid backend: 'inductr'|name of a backend"),
+        ("stop", (True,), "a function"),
+    ],
+)
+def test_options(option: str, values: tuple[Any, ...], expected: str) -> None:
+    method = make_method("kd")
+    before = copy.deepcopy(method.state_dict())
+    given = vars(method.student).keys()
+    for value in values:
+        words = rf"^{option} (=|is) {re.escape(repr(value))}.*({expected})"
+        with pytest.raises((ValueError, TypeError), match=words):
+            train(method, **{option: value})
+    assert all(torch.equal(value, before[key]) for key, value in method.state_dict().items())
+    assert vars(method.student).keys() == given
+
+
+def test_options_that_are_numpys_numbers() -> None:
+    class Counts(Watcher):
+        saved = 0
+
+        def checkpoint(self, epoch: int, step: int, state: Any) -> None:
+            self.saved += 1
+
+    whole = ("epochs", "accumulate", "log_every", "checkpoint_every")
+    numbers = {**dict.fromkeys(whole, np.int64(2)), "ema": np.float32(0.5), "clip_norm": np.float32(1.0)}
+    records, counts = [], []
+    for options in (numbers, {name: value.item() for name, value in numbers.items()}):
+        watcher = Counts()
+        method = make_method("kd")
+        records.append(train(method, watcher=watcher, **options).last)
+        counts.append(watcher.saved)
+    assert records[0]["val_loss"] == records[1]["val_loss"]
+    assert counts == [4, 4]
 
 
 @pytest.mark.parametrize(
