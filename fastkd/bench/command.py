@@ -13,6 +13,7 @@ from fastkd.bench import cases, forms, peers
 from fastkd.bench.results import ResultFileError, Writer, header
 from fastkd.bench.step import STEPS, describe, run_steps
 from fastkd.command import number_from_0, positive, run_command
+from fastkd.files.paths import user_path
 
 PEERS = tuple(name for name in peers.VARIANTS if name != "fastkd")
 ANY_PEER = tuple(dict.fromkeys((*PEERS, *forms.PEERS)))
@@ -34,18 +35,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="losses of linear layers: memory and time with and without logits",
     )
     what.add_argument(
-        "--report", nargs="+", type=Path, metavar="FILE", help="make tables and pictures of result files"
+        "--report", nargs="+", type=user_path, metavar="FILE", help="make tables and pictures of result files"
     )
     what.add_argument(
         "--compare",
         nargs=2,
-        type=Path,
+        type=user_path,
         metavar=("OLD", "NEW"),
         help="flag changes beyond the noise between two result files; exit status 1 on a regression",
     )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=user_path,
         metavar="PATH",
         help="the new result file, or with --report the new folder (default: a name with the time in it)",
     )

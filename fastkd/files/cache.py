@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from .paths import user_path
+
 
 def cache_folder() -> Path:
     """``FASTKD_CACHE``, or by default ``fastkd`` in the user's cache folder."""
     if override := os.environ.get("FASTKD_CACHE"):
-        return Path(override).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastkd"
+        return user_path(override)
+    return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fastkd"

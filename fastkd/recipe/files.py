@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import yaml
 
 from fastkd.errors import RecipeError
+from fastkd.files.paths import user_path
 from fastkd.files.regular import read_regular
 from fastkd.messages import nearest
 
@@ -30,7 +31,7 @@ class RecipeFile:
 
 def find_recipe(name_or_path: str) -> RecipeFile:
     """The recipe file at a path, or the recipe of that name that comes with fastkd."""
-    path = Path(name_or_path).expanduser()
+    path = user_path(name_or_path)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise RecipeError(f"no recipe file {name_or_path}")

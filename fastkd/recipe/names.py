@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from fastkd.distill.method import find_method
 from fastkd.distill.options import is_file, options_of
+from fastkd.files.paths import user_path
 
 from .files import dump_scalar
 
@@ -44,7 +44,7 @@ def _listed(shown: Mapping[str, str]) -> str:
 
 def _is_aside(key: str, value: Any, method: str) -> bool:
     """Whether the override says where or how, not what."""
-    if key in _ASIDE or (isinstance(value, str) and Path(value).expanduser().is_absolute()):
+    if key in _ASIDE or (isinstance(value, str) and user_path(value).is_absolute()):
         return True
     option = options_of(find_method(method)).get(key.removeprefix("method."))
     return key.startswith("method.") and option is not None and is_file(option.annotation)

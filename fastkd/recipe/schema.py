@@ -7,7 +7,6 @@ keys are refused, and values are never converted silently. ``sections`` has the 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -15,6 +14,7 @@ from pydantic import ValidationError
 from fastkd.distill.method import Method, find_method
 from fastkd.distill.options import OptionError, check_options, is_file, options_of
 from fastkd.errors import RecipeError
+from fastkd.files.paths import user_path
 from fastkd.messages import nearest
 
 from .files import find_recipe, parse_flat_yaml, parse_scalar
@@ -199,4 +199,4 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
 
 
 def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().absolute())
+    return str(user_path(path).absolute())

@@ -12,6 +12,7 @@ from torch import nn
 
 from fastkd.data.validation import ValidationTransform
 from fastkd.errors import CheckpointError
+from fastkd.files.paths import user_path
 from fastkd.messages import some
 
 from .run.exported import SUFFIX, load_exported
@@ -69,7 +70,7 @@ def load(
     """
     if weights not in ("best", "last"):
         raise ValueError(f"weights is {weights!r}; expected 'best' or 'last'")
-    path = Path(path)
+    path = user_path(path)
     if (path / "recipe.yaml").exists() or (path / "seeds.json").exists():
         return _loaded(*read_student(path, weights, network))
     file = _file_of(path)

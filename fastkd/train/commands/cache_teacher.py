@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastkd.data.data import Data, load_data
 from fastkd.data.order import IndexedLoader
 from fastkd.errors import RecipeError
+from fastkd.files.paths import user_path
 from fastkd.recipe.schema import Recipe, load_recipe
 from fastkd.train.display.console import make_console
 from fastkd.train.distributed import number
@@ -31,7 +32,9 @@ _TOP_K = 16
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("words", nargs="+", metavar="RECIPE [key=value …]", help="as for `fastkd train`")
-    parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a new folder for the cache")
+    parser.add_argument(
+        "--to", type=user_path, required=True, metavar="FOLDER", help="a new folder for the cache"
+    )
     parser.add_argument(
         "--store",
         choices=STORES,
@@ -44,7 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--all", action="store_true", help=argparse.SUPPRESS)  # its name before --store
     parser.add_argument(
-        "--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="where a trained teacher is stored"
+        "--runs",
+        type=user_path,
+        default=Path("runs"),
+        metavar="FOLDER",
+        help="where a trained teacher is stored",
     )
 
 

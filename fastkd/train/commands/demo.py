@@ -11,6 +11,7 @@ from typing import Any
 from fastkd import environment
 from fastkd.command import add_json, print_json
 from fastkd.errors import RecipeError, StorageError
+from fastkd.files.paths import user_path
 
 # A to Z and a to z of the DejaVu faces that come with matplotlib: 52 classes, three held-out faces. Chosen so
 # that all three trainings take seconds and the student is too small to learn all the teacher knows. One
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--to",
-        type=Path,
+        type=user_path,
         metavar="FOLDER",
         help="a new folder for runs and figure (default: fastkd-demo-001 or the next free number)",
     )

@@ -23,6 +23,7 @@ from fastkd.command import add_json, print_json
 from fastkd.distill.taps import logits_of, named_logits
 from fastkd.errors import TrainError
 from fastkd.files.atomic import make_folder, write_atomically
+from fastkd.files.paths import user_path
 from fastkd.files.regular import read_regular
 from fastkd.train.display.console import make_console
 from fastkd.train.run.about import About
@@ -40,11 +41,11 @@ class ExportError(TrainError):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="RUN", help="a run folder")
+    parser.add_argument("folder", type=user_path, metavar="RUN", help="a run folder")
     parser.add_argument("--format", choices=list(SUFFIXES), default="safetensors")
     parser.add_argument("--weights", choices=["best", "last"], default="best", help="of which epoch")
     parser.add_argument(
-        "--to", type=Path, metavar="FILE", help="default: RUN/student.safetensors, .pt, .pt2 or .onnx"
+        "--to", type=user_path, metavar="FILE", help="default: RUN/student.safetensors, .pt, .pt2 or .onnx"
     )
     add_json(parser)
 

@@ -13,6 +13,7 @@ from typing import Any
 from fastkd.command import add_json, print_json
 from fastkd.errors import TrainError
 from fastkd.files.atomic import write_atomically
+from fastkd.files.paths import user_path
 from fastkd.files.regular import read_regular
 from fastkd.train.display.console import make_console
 from fastkd.train.display.curves import COLOURS, make_figure
@@ -52,10 +53,10 @@ class Shown:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "folders", nargs="+", type=Path, metavar="RUN", help="run folders, or groups of seeds"
+        "folders", nargs="+", type=user_path, metavar="RUN", help="run folders, or groups of seeds"
     )
     parser.add_argument(
-        "--to", type=Path, default=Path("comparison.png"), metavar="FILE", help="default: comparison.png"
+        "--to", type=user_path, default=Path("comparison.png"), metavar="FILE", help="default: comparison.png"
     )
     add_json(parser)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastkd.command import add_json, positive, print_json
+from fastkd.files.paths import user_path
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume",
         nargs="?",
+        type=os.path.expanduser,
         const="",
         metavar="RUN_FOLDER",
         help="resume a stopped run; without a folder, the newest run of the recipe",
@@ -49,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--runs",
-        type=Path,
+        type=user_path,
         default=Path("runs"),
         metavar="FOLDER",
         help="where run folders are created (default: runs)",

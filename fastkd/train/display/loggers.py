@@ -16,6 +16,7 @@ from typing import Any
 
 from fastkd.errors import RecipeError
 from fastkd.files.atomic import write_atomically
+from fastkd.files.paths import user_path
 from fastkd.recipe.sections import Train
 from fastkd.train.watcher import ForwardingWatcher, Record, Watcher
 
@@ -104,10 +105,10 @@ class TensorBoard(Logger):
 
     title = "TensorBoard"
 
-    def __init__(self, folder: Path, shown: Watcher | None = None) -> None:
+    def __init__(self, folder: Path | str, shown: Watcher | None = None) -> None:
         super().__init__(shown)
         self._make = require_tensorboard()
-        self._folder = folder
+        self._folder = user_path(folder)
         self._writer: Any = None
 
     def start(self) -> None:
@@ -143,11 +144,11 @@ class WandB(Logger):
     title = "Weights & Biases"
 
     def __init__(
-        self, folder: Path, shown: Watcher | None = None, *, run: Mapping[str, Any] | None = None
+        self, folder: Path | str, shown: Watcher | None = None, *, run: Mapping[str, Any] | None = None
     ) -> None:
         super().__init__(shown)
         self._wandb = require_wandb()
-        self._folder = folder
+        self._folder = user_path(folder)
         self._about = run or {}
         self._run: Any = None
 
@@ -191,7 +192,7 @@ class CSVFile(Logger):
         self, path: Path | str, shown: Watcher | None = None, *, history: Sequence[Record] = ()
     ) -> None:
         super().__init__(shown)
-        self._path = Path(path)
+        self._path = user_path(path)
         self.title = self._path.name
         self._history = list(history)
 

@@ -22,6 +22,7 @@ from fastkd.recipe.keys import every_key, keys_of
 from fastkd.recipe.schema import load_recipe
 from fastkd.recipe.sections import DATA_SECTIONS
 from fastkd.train.commands import demo
+from fastkd.train.display.loggers import CSVFile
 from tests.train.tiny import STUDENT
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -200,6 +201,32 @@ def test_summaries_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert "eager" in of("doctor")["backends"]["cpu"]
     assert {"glyphs/kd", "glyphs/dkd"} <= {recipe["name"] for recipe in of("recipes")["recipes"]}
     assert of("recipes", "glyphs/kd")["recipe"]["train.epochs"] == 6
+
+
+def test_a_home_folder_that_the_shell_does_not_expand(
+    tiny: list[str],
+    workplace: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    home = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("HOME", str(home))
+    run = "~/runs/fashion-mnist-student-001"
+    assert main(["train", *STUDENT, "--runs=~/runs"]) == 0
+    assert main(["train", f"--resume={run}", "--eval-only"]) == 0
+    assert main(["train", f"--resume={run}", "--print"]) == 0
+    assert main(["export", run, "--to=~/student.safetensors"]) == 0
+    assert main(["plot", run, "--to=~/curves.png"]) == 0
+    assert fastkd.load(run).about == fastkd.load("~/student.safetensors").about
+    with CSVFile("~/metrics.csv") as watcher:
+        watcher.epoch_done({"epoch": 1, "loss": 1.0, "terms": {}, "seconds": {}}, dict)
+    for words in (["demo"], ["cache-teacher", "glyphs/kd", *tiny]):
+        assert main([*words, "--to=~/runs"]) == 2
+        assert f"--to {home / 'runs'}: it already exists" in capsys.readouterr().err
+    made = {"curves.png", "metrics.csv", "runs", "student.json", "student.safetensors"}
+    assert made <= {path.name for path in home.iterdir()}
+    assert not list(workplace.iterdir())
 
 
 def test_one_recipe_with_its_comments(capsys: pytest.CaptureFixture[str]) -> None:
