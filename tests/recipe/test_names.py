@@ -18,9 +18,10 @@ from fastkd.data.glyphs.loader import load_glyph_data
 from fastkd.errors import RecipeError
 from fastkd.recipe.files import dump_flat_yaml
 from fastkd.recipe.schema import load_recipe, without_effect
-from fastkd.recipe.sections import GlyphsData
+from fastkd.recipe.sections import DATA_SECTIONS, GlyphsData
 from fastkd.train.commands.plot import read_shown
 from fastkd.train.distributed import number
+from fastkd.train.run.results import student_alone_command
 
 ROOT = Path(__file__).resolve().parents[2]
 FASHION = ["data.synthetic=20", "train.epochs=1", "train.device=cpu"]
@@ -183,6 +184,17 @@ def test_the_hint_leads_to_the_student_alone(
     out = capsys.readouterr().out
     assert "not known" not in out
     assert "student alone" in out
+
+
+@pytest.mark.parametrize("base", ["glyphs/kd", "fashion-mnist/kd"])
+@pytest.mark.parametrize("data", DATA_SECTIONS)
+def test_the_hint_is_a_command_for_every_kind_of_data(base: str, data: str) -> None:
+    given = [f"data.name={data}", "student.name=resnet8", "train.lr=2e-3"]
+    name, recipe = load_recipe(base, given)
+    words = shlex.split(student_alone_command(name, recipe, Path("runs/x"), Path("runs")))
+    _, alone = load_recipe(words[2], words[3:])
+    assert alone.method == "cross_entropy"
+    assert (alone.data, alone.student, alone.train) == (recipe.data, recipe.student, recipe.train)
 
 
 def test_validation_batches(monkeypatch: pytest.MonkeyPatch) -> None:

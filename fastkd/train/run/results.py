@@ -10,8 +10,9 @@ from typing import Any
 
 from rich.console import Console
 
+from fastkd.distill import CrossEntropy
 from fastkd.recipe.files import dump_scalar, shipped_recipes
-from fastkd.recipe.schema import load_recipe
+from fastkd.recipe.schema import load_recipe, valid_keys
 from fastkd.recipe.sections import Recipe
 from fastkd.train.display.console import results_table, time_table
 
@@ -59,7 +60,8 @@ def student_alone_command(name: str, recipe: Recipe, folder: Path, runs: Path) -
         base = load_recipe(alone)[1].flat()
         wanted = {key: value for key, value in recipe.flat().items() if key.startswith(_ALONE)}
         given = {key: value for key, value in wanted.items() if base.get(key) != value}
-        given |= {key: None for key in base if key.startswith(_ALONE) and key not in wanted}
+        known = valid_keys(CrossEntropy, type(recipe.data))  # of another kind of data than the base's
+        given |= {key: None for key in base if key.startswith(_ALONE) and key in known and key not in wanted}
         words += [alone, *(f"{key}={dump_scalar(value)}" for key, value in given.items())]
     else:
         words += [str(folder / "recipe.yaml"), "method=cross_entropy"]
