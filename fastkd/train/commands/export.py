@@ -136,7 +136,8 @@ def export(model: nn.Module, about: About, form: str, path: Path) -> float | Non
     def write(temporary: Path) -> None:
         nonlocal difference
         saved, again = _FORMATS[form]
-        saved(model, example, about.to_json(), temporary)
+        with _named(form, about.network.name):
+            saved(model, example, about.to_json(), temporary)
         outputs = again(model, probe, temporary)
         if outputs is None:
             return
@@ -169,9 +170,7 @@ def _save_safetensors(model: nn.Module, example: Tensor, about: str, path: Path)
 
 def _run_safetensors(model: nn.Module, probe: Tensor, path: Path) -> Tensor:
     again, _ = load_exported(path, copy.deepcopy(model))
-    with torch.no_grad():
-        outputs: Tensor = named_logits(again(probe))
-    return outputs
+    return _outputs_of(again, probe)
 
 
 def _save_state_dict(model: nn.Module, example: Tensor, about: str, path: Path) -> None:
@@ -182,9 +181,14 @@ def _save_state_dict(model: nn.Module, example: Tensor, about: str, path: Path) 
 
 
 def _run_state_dict(model: nn.Module, probe: Tensor, path: Path) -> Tensor:
-    weights = torch.load(path, weights_only=True)
+    again = copy.deepcopy(model)
+    again.load_state_dict(torch.load(path, weights_only=True))
+    return _outputs_of(again, probe)
+
+
+def _outputs_of(again: nn.Module, probe: Tensor) -> Tensor:
     with torch.no_grad():
-        outputs: Tensor = named_logits(torch.func.functional_call(model, weights, (probe,), strict=True))
+        outputs: Tensor = named_logits(again(probe))
     return outputs
 
 
@@ -233,17 +237,38 @@ def _run_onnx(model: nn.Module, probe: Tensor, path: Path) -> Tensor | None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress the exporter's progress messages and warnings about operators of other packages."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def _named(form: str, network: str) -> Iterator[None]:
+    """Turn what torch's exporters raise for a network that they cannot trace into ``ExportError``."""
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        yield
+    except (TrainError, OSError, MemoryError):
+        raise
+    except Exception as error:  # torch's, which differ by release, or the network's own
+        first: BaseException = error
+        while first.__cause__ is not None:  # the ONNX exporter's is about its steps
+            first = first.__cause__
+        reason = next(filter(None, map(str.strip, str(first).splitlines())), "")
+        raise ExportError(
+            f"--format {form}: torch cannot export {network}: {type(first).__name__}: {reason}; "
+            "--format safetensors and --format state_dict work for any network"
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Suppress the exporters' progress messages, graphs and warnings about operators of other packages."""
+    loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        void = io.StringIO()
+        with warnings.catch_warnings(), contextlib.redirect_stdout(void), contextlib.redirect_stderr(void):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 _FREE_BATCH: Any = ({0: torch.export.Dim.DYNAMIC},)

@@ -147,6 +147,57 @@ def test_an_export_with_other_outputs_leaves_no_file(runs: Path, tmp_path: Path)
     assert not list(tmp_path.iterdir())
 
 
+class Tied(nn.Module):
+    """Two names of one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(784, 784, bias=False)
+        self.second = nn.Linear(784, 784)
+        self.second.weight = self.first.weight
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(images.flatten(1)))
+
+
+@pytest.mark.parametrize("form", ["safetensors", "state_dict"])
+def test_tied_weights(form: str, runs: Path, tmp_path: Path) -> None:
+    _, about = read_student(runs / "fashion-mnist-dhkd-001")
+    assert export(Tied().eval(), about, form, tmp_path / "student") == 0
+
+
+class Branches(nn.Module):
+    """Its computation depends on the values of the images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(784, 2)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.fc(images.flatten(1)) * (2 if images.abs().mean() > 100 else 1)
+
+
+@pytest.mark.parametrize("form", SUFFIXES)
+def test_a_network_that_cannot_be_traced(
+    form: str, runs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    _, about = read_student(runs / "fashion-mnist-dhkd-001")
+    capfd.readouterr()
+    if form in ("safetensors", "state_dict"):
+        assert export(Branches().eval(), about, form, tmp_path / "student") == 0
+        return
+    if form == "onnx":
+        pytest.importorskip("onnxscript")
+    with pytest.raises(ExportError) as raised:
+        export(Branches().eval(), about, form, tmp_path / "student")
+    (line,) = str(raised.value).splitlines()
+    assert line.startswith(f"--format {form}: torch cannot export small_cnn: ")
+    assert "data-dependent" in line
+    assert line.endswith("; --format safetensors and --format state_dict work for any network")
+    assert not list(tmp_path.iterdir())
+    assert capfd.readouterr() == ("", "")
+
+
 def test_runs_in_one_picture(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = [str(runs / name) for name in ("fashion-mnist-dhkd-001", "fashion-mnist-student-001")]
     pictures = []
