@@ -49,9 +49,13 @@ class FitResult:
     Without a validation loader it has none of ``val_…`` and ``student_accuracy``.
     With an average of the weights, ``val_accuracy`` and ``val_loss`` are the average's, and
     ``student_accuracy`` is that of the weights in training.
+
+    ``average`` is that average, a copy of the student with the averaged weights after the last epoch and
+    without gradients; None without ``ema``. ``student`` itself keeps the weights in training.
     """
 
     history: list[Record]
+    average: nn.Module | None = None
 
     @property
     def last(self) -> Record:
@@ -144,7 +148,8 @@ def fit_method(
         scheduler: stepped after each optimizer step, or each epoch with ``scheduler_interval="epoch"``.
         clip_norm: largest gradient norm over all parameters, above 0; None does not clip.
         accumulate: number of micro-batches in which each rank computes its batch, to save memory.
-        ema: decay of an average of the student's weights, between 0 and 1; it is then validated instead.
+        ema: decay of an average of the student's weights, between 0 and 1; it is then validated instead,
+            and ``FitResult.average``.
         nonfinite: what to do if the loss is not finite: ``"stop"``, or ``"skip"`` the step and count it, for
             which the host waits at every step.
         device: where to train; by default where the student's parameters are.
@@ -249,7 +254,7 @@ def fit_method(
                 epoch.watch.lap("validation")
             training.history.append(epoch.record(validated, optimizer.param_groups[0]["lr"]))
             watcher.epoch_done(training.history[-1], save_state(training))
-    return FitResult(training.history)
+    return FitResult(training.history, None if training.average is None else training.average.module)
 
 
 def _train_epoch(

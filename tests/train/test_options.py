@@ -118,7 +118,7 @@ def test_the_average_is_torchs_formula_and_what_is_validated() -> None:
     optimizer = torch.optim.SGD(method.parameters(), lr=0.05)
     optimizer.register_step_post_hook(lambda *_: weights.append(method.student.fc.weight.detach().clone()))
     val = Loader(17, 4, shuffle=False)
-    fit_method(method, Loader(), val, epochs=1, optimizer=optimizer, ema=0.5, watcher=watcher)
+    result = fit_method(method, Loader(), val, epochs=1, optimizer=optimizer, ema=0.5, watcher=watcher)
     expected = weights[0]
     for one in weights[1:]:
         expected = 0.5 * expected + 0.5 * one
@@ -126,8 +126,13 @@ def test_the_average_is_torchs_formula_and_what_is_validated() -> None:
     torch.testing.assert_close(average["fc.weight"], expected)
     model = Net(4)
     model.load_state_dict(average)
-    assert watcher.record["val_accuracy"] == evaluate(model, val, device=CPU)[0]
+    assert isinstance(result.average, Net)
+    for network in (model, result.average):
+        assert evaluate(network, val, device=CPU) == tuple(
+            result.last[k] for k in ("val_accuracy", "val_loss")
+        )
     assert watcher.record["student_accuracy"] == evaluate(method.student, val, device=CPU)[0]
+    assert fit_method(method, Loader(), val, epochs=1, progress=False).average is None
 
 
 def test_uint8_images_are_normalised_on_the_device() -> None:
