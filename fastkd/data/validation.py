@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from fastkd.recipe.sections import Count, Positive, Section
+from fastkd.recipe.sections import Count, Positive, Section, check_crop
 
 from .pixels import to_rgb
 from .transforms import Normalize, central_crop
@@ -31,7 +31,7 @@ class ValidationTransform(Section):
     Args:
         channels: C. PIL images are taken for 1 and 3.
         resize: shorter side, in pixels, to which the image is scaled with antialiasing.
-        crop: side of the central crop after that.
+        crop: side of the central crop after that, at most ``resize``.
         interpolation: of the scaling.
         mean: of each channel, of pixels in 0..1.
         std: likewise.
@@ -54,6 +54,11 @@ class ValidationTransform(Section):
                 raise ValueError(
                     f"{name} has {count} numbers, expected one for each of {self.channels} channels"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _crop_fits(self) -> ValidationTransform:
+        check_crop(self.resize, "crop", self.crop)
         return self
 
     def __call__(self, image: Any) -> Tensor:

@@ -38,6 +38,15 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+def check_crop(resize: int | None, name: str, side: int) -> None:
+    """Raise ``ValueError`` if the central crop, of the side ``name``, is larger than the resized image."""
+    if resize is not None and resize < side:
+        raise ValueError(
+            f"resize = {resize} is less than {name} = {side}: the central crop would be padded with black; "
+            f"expected at least {side}"
+        )
+
+
 class GlyphsData(Section):
     """Characters rendered from font files."""
 
@@ -115,6 +124,11 @@ class _FileImages(_Images):
         default="pillow", description="decoder of JPEG files; torchcodec is faster, needs fastkd[torchcodec]"
     )
     corrupt_limit: Natural = Field(default=10, description="unreadable images to skip before giving up")
+
+    @model_validator(mode="after")
+    def _crop_fits(self) -> _FileImages:
+        check_crop(self.resize, "size", self.size)
+        return self
 
 
 class FolderData(_FileImages):

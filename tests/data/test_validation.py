@@ -141,3 +141,11 @@ def test_refused_images(image: Any, kind: type[Exception], message: str) -> None
 def test_refused_values(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         fastkd.ValidationTransform(**{"channels": 1, "resize": 8, "crop": 8, **HALF, **wrong})
+
+
+def test_a_crop_that_would_be_padded() -> None:
+    with pytest.raises(ValidationError, match=r"resize = 7 is less than crop = 8: .* padded with black"):
+        fastkd.ValidationTransform(channels=1, resize=7, crop=8, **HALF)
+    for kind, name in ((FolderData, "imagefolder"), (ShardData, "webdataset")):
+        with pytest.raises(ValidationError, match=r"resize = 32 is less than size = 64: .* at least 64"):
+            kind(name=name, size=64, resize=32)
