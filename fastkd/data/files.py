@@ -310,7 +310,10 @@ class FileData:
 
     @property
     def fingerprint(self) -> list[object]:
-        return [*self.content, self.val_source.digest(), len(self.val), self._resize, self.augmentation]
+        # A number of classes that follows from the labels is in their digest.
+        unseen = [self.num_classes] if self.num_classes > self.source.labels.max() + 1 else []
+        content = [*self.content, self.val_source.digest(), len(self.val), self._resize]
+        return [*content, self.augmentation, *unseen]
 
     def describe(self) -> str:
         counts = f"{len(self.train):,} training images, {len(self.val):,} to validate"

@@ -145,6 +145,14 @@ def test_fingerprints_tell_data_and_augmentation_apart(tree: Path, tmp_path: Pat
     assert len({str(f) for f in [base, *others]}) == 5
 
 
+def test_fingerprints_tell_numbers_of_classes_apart(shards: Path) -> None:
+    pytest.importorskip("webdataset")
+    base, same, four, ten = (shard_data(shards, classes=count).fingerprint for count in (None, 3, 4, 10))
+    assert base == same  # as in versions that left the number out
+    assert len(base) == 6
+    assert len({str(f) for f in (base, four, ten)}) == 3
+
+
 def test_faults_of_a_tree(tree: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.root: .*nowhere is not a folder"):
         folder_data(tmp_path / "nowhere")
