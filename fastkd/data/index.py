@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -35,19 +36,27 @@ def stamp_of(status: os.stat_result) -> Stamp:
     return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino & (2**63 - 1)
 
 
+class LeftOut(NamedTuple):
+    """What a scan did not take: samples that lack a file."""
+
+    samples: int = 0
+    first: str = ""
+
+
 class Part(NamedTuple):
     """The samples of a folder or shard, in order."""
 
     names: bytes  # one after the other
     lengths: np.ndarray  # of the names, uint32 [n]
     numbers: np.ndarray  # int64 [n, k]: what is known of a sample beside its name
+    left_out: LeftOut = LeftOut()
 
 
-def part_of(names: Iterable[str], numbers: np.ndarray | None = None) -> Part:
+def part_of(names: Iterable[str], numbers: np.ndarray | None = None, left_out: LeftOut | None = None) -> Part:
     encoded = [os.fsencode(name) for name in names]
     lengths = np.fromiter(map(len, encoded), np.uint32, len(encoded))
     none = np.empty((len(encoded), 0), np.int64)
-    return Part(b"".join(encoded), lengths, none if numbers is None else numbers)
+    return Part(b"".join(encoded), lengths, none if numbers is None else numbers, left_out or LeftOut())
 
 
 class Entry(NamedTuple):
@@ -63,8 +72,15 @@ class Index:
     as reference counts are written.
     """
 
-    def __init__(self, paths: list[str], stamps: np.ndarray, counts: np.ndarray, whole: Part) -> None:
-        self.paths, self.stamps, self.counts = paths, stamps, counts
+    def __init__(
+        self,
+        paths: list[str],
+        stamps: np.ndarray,
+        counts: np.ndarray,
+        whole: Part,
+        left_out: Sequence[LeftOut],
+    ) -> None:
+        self.paths, self.stamps, self.counts, self.left_out = paths, stamps, counts, left_out
         self.names, self.lengths, self.numbers = (
             np.frombuffer(whole.names, np.uint8),
             whole.lengths,
@@ -85,6 +101,7 @@ class Index:
                 np.concatenate([part.lengths for part in parts]),
                 np.concatenate([part.numbers for part in parts]),
             ),
+            [part.left_out for part in parts],
         )
 
     def __len__(self) -> int:
@@ -107,7 +124,7 @@ class Index:
     def part(self, number: int) -> Part:
         samples = slice(self._first[number], self._first[number + 1])
         names = self.names[self._begin[samples.start] : self._begin[samples.stop]].tobytes()
-        return Part(names, self.lengths[samples], self.numbers[samples])
+        return Part(names, self.lengths[samples], self.numbers[samples], self.left_out[number])
 
     def unchanged(self, path: str, stamp: Stamp) -> Part | None:
         """The part as it was scanned, if its stamp is still the same."""
@@ -153,7 +170,10 @@ class _Kept:
                         return None
                     paths = os.fsdecode(arrays["paths"].tobytes()).split("\0")
                     whole = Part(arrays["names"].tobytes(), arrays["lengths"], arrays["numbers"])
-                    return Index(paths, arrays["stamps"], arrays["counts"], whole)
+                    # Written by a version that did not count them: none are known until the next scan.
+                    left_out = json.loads(arrays["left_out"].tobytes()) if "left_out" in arrays else None
+                    known = [LeftOut(*each) for each in left_out or [()] * len(paths)]
+                    return Index(paths, arrays["stamps"], arrays["counts"], whole, known)
         except OSError:
             return None
 
@@ -173,6 +193,7 @@ class _Kept:
             names=index.names,
             lengths=index.lengths,
             numbers=index.numbers,
+            left_out=np.frombuffer(json.dumps(index.left_out).encode(), np.uint8),
         )
         seal(buffer)
         try:

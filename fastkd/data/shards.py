@@ -14,7 +14,7 @@ from fastkd.errors import DataError
 from fastkd.files.regular import open_regular
 
 from .headers import members
-from .index import Part, part_of
+from .index import LeftOut, Part, part_of
 
 _MOST_SHARDS = 1_000_000
 LARGEST_LABEL = 2**24 - 1  # a network has one output per label up to the largest
@@ -53,18 +53,28 @@ def expand(root: Path, pattern: str) -> list[Path]:
 
 
 def samples_of(shard: Path) -> Part:
-    """Key of each sample with an image and a label; beside it offset and size of the image, and the label."""
+    """Key of each sample with an image and a label; beside it offset and size of the image, and the label.
+
+    Hidden files (macOS's ``._NAME``) are ignored.
+    """
     webdataset = _webdataset()
     keys: list[str] = []
     numbers: list[tuple[int, int, int]] = []
+    left_out = LeftOut()
     try:
-        found = ({"fname": name, "data": place, "__url__": ""} for name, *place in members(shard))
+        found = (
+            {"fname": name, "data": place, "__url__": ""}
+            for name, *place in members(shard)
+            if not name.rpartition("/")[2].startswith(".")
+        )
         content = open_regular(shard)
         try:
             end = os.fstat(content).st_size
             for sample in webdataset.tariterators.group_by_keys(found):
                 image = next((sample[suffix] for suffix in SUFFIXES if suffix in sample), None)
                 if image is None or "cls" not in sample:
+                    _check_dots(shard, sample)
+                    left_out = LeftOut(left_out.samples + 1, left_out.first or sample["__key__"])
                     continue
                 if sum(image) > end or sum(sample["cls"]) > end:
                     raise DataError(f"the shard {shard} is truncated at sample {sample['__key__']}")
@@ -83,7 +93,19 @@ def samples_of(shard: Path) -> Part:
         raise
     except Exception as error:  # tarfile raises many types for damaged headers
         raise DataError(f"the shard {shard} cannot be read: {error}") from None
-    return part_of(keys, np.array(numbers, np.int64).reshape(-1, 3))
+    return part_of(keys, np.array(numbers, np.int64).reshape(-1, 3), left_out)
+
+
+def _check_dots(shard: Path, sample: dict[str, Any]) -> None:
+    """Raise ``DataError`` if an incomplete sample has an image or a label behind a second dot."""
+    key = sample["__key__"]
+    for suffix in sample:
+        if suffix.endswith((".cls", *(f".{known}" for known in SUFFIXES))):
+            raise DataError(
+                f"the shard {shard}: {key}.{suffix} belongs to sample {key}, as webdataset splits names at "
+                f"the first dot, and that sample lacks an image or a label; expected {key}.jpg (or "
+                f"{', '.join(SUFFIXES[1:])}) and {key}.cls: keys without a dot"
+            )
 
 
 def _webdataset() -> Any:

@@ -171,7 +171,7 @@ class ShardSource:
         if self.num_classes <= self.labels.max():
             largest = int(self.labels.max())
             raise DataError(f"data.classes = {classes}, but the shards {pattern} have a label {largest}")
-        self.notes: tuple[str, ...] = (problem,) if problem else ()
+        self.notes: tuple[str, ...] = tuple(note for note in (self._left_out(), problem) if note)
         self._files: dict[int, int] = {}  # descriptors of open shards, least recently used first
 
     def read(self, index: int) -> bytes:
@@ -186,6 +186,16 @@ class ShardSource:
         offset, size = self._index.numbers[index, :2].tolist()
         # pread needs no file position, which forked workers would share.
         return os.pread(file, size, offset)
+
+    def _left_out(self) -> str | None:
+        found = self._index.left_out
+        shard = next((number for number, part in enumerate(found) if part.samples), None)
+        if shard is None:
+            return None
+        return (
+            f"{self.shards[shard]}: samples without an image and a .cls side by side are ignored: the first "
+            f"is {found[shard].first}, of {sum(part.samples for part in found):,} in {len(found):,} shards"
+        )
 
     def _opened(self, shard: int) -> int:
         file = open_regular(self.shards[shard])

@@ -17,6 +17,7 @@ from fastkd.data import headers, index, sources
 from fastkd.data.sources import FolderSource, ShardSource
 from fastkd.errors import DataError
 from fastkd.files.mounts import kind_of_mount
+from fastkd.files.sealed import seal
 
 from .image_trees import SCRIPT
 
@@ -61,11 +62,21 @@ def shards(root: Path) -> Path:
     for number in range(3):
         with tarfile.open(root / f"train-{number}.tar", "w") as archive:
             for label in range(2):
-                for suffix, content in (("jpg", b"%d" % (10 + number)), ("cls", b"%d" % label)):
-                    member = tarfile.TarInfo(f"{number}-{label}.{suffix}")
-                    member.size = len(content)
-                    archive.addfile(member, io.BytesIO(content))
+                add(archive, f"{number}-{label}.jpg", b"%d" % (10 + number))
+                add(archive, f"{number}-{label}.cls", b"%d" % label)
     return root
+
+
+def add(archive: tarfile.TarFile, name: str, content: bytes = b"0") -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))
+
+
+def append(shard: Path, *names: str) -> None:
+    with tarfile.open(shard, "a") as archive:
+        for name in names:
+            add(archive, name)
 
 
 def of_shards(root: Path) -> ShardSource:
@@ -193,6 +204,36 @@ def test_a_changed_shard_is_noticed(
             names = archive.getnames()
         stems = [f"{name.partition('.')[0]}" for name in names[::2]]
         assert [after.name(2 * number + i).rpartition(" ")[2] for i in range(2)] == stems
+
+
+def test_incomplete_samples_of_shards_are_noted(tmp_path: Path, kept: Path, scanned: list[object]) -> None:
+    root = shards(tmp_path / "data")
+    assert of_shards(root).notes == ()
+    append(root / "train-1.tar", "a.jpg", "b.cls", "d/._c.cls", "d/c.cls", "d/._c.jpg", "d/c.jpg")
+    append(root / "train-2.tar", "e.json", "f.jpg", "f.mask.png", "f.cls")
+    for scans in (2, 0):  # the second time from the index that is kept
+        scanned.clear()
+        source = of_shards(root)
+        assert len(scanned) == scans
+        assert [source.name(i).rpartition(" ")[2] for i in (4, 7)] == ["d/c", "f"]
+        assert source.notes == (
+            f"{root}/train-1.tar: samples without an image and a .cls side by side are ignored: "
+            "the first is a, of 3 in 3 shards",
+        )
+    (file,) = kept.iterdir()
+    older = io.BytesIO()
+    np.savez(older, **{name: array for name, array in np.load(file).items() if name != "left_out"})
+    seal(older)
+    file.write_bytes(older.getvalue())
+    assert of_shards(root).notes == ()  # of a version that did not count them
+    assert not scanned
+
+
+def test_a_dot_in_a_key_is_refused(tmp_path: Path) -> None:
+    root = shards(tmp_path / "data")
+    append(root / "train-1.tar", "d.1/a_0.v2.JPG", "d.1/a_0.v2.cls")
+    with pytest.raises(DataError, match=r"d\.1/a_0\.v2\.jpg .* at the first dot, .* keys without a dot"):
+        of_shards(root)
 
 
 def test_what_was_just_written_is_scanned_again(
