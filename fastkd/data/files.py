@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import logging
 import os
 import re
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from fastkd.errors import DataError
 from fastkd.messages import one_line
 from fastkd.recipe.sections import FolderData, ShardData
 
+from .corrupt import Corrupt, CorruptImages
 from .order import Chosen, EpochOrder, IndexedLoader
 from .pixels import Decoder, decode, torchcodec_decoders
 from .sources import FolderSource, ShardSource, Source
@@ -37,43 +37,12 @@ from .transforms import (
 from .validation import ValidationTransform
 from .workers import end_at_exit, from_one_process_only, held_back
 
-_log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Corrupt:
-    """Returned in place of the pixels of an image that could not be read."""
-
-    name: str
-    reason: str
-    machine: bool = False  # an error of the machine; the image may be intact
-
-
 # Read errors that concern a single file. The others (too many open files, no memory, a failing disk or mount)
 # would affect any image.
 _OF_THE_FILE = (
     errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG,
     None,
 )  # fmt: skip
-
-
-class CorruptImages(dict[str, str]):
-    """Skipped images and the reasons, by name; more than ``limit`` end the run."""
-
-    def __init__(self, limit: int) -> None:
-        super().__init__()
-        self.limit = limit
-
-    def add(self, image: Corrupt) -> None:
-        if image.name in self:
-            return
-        self[image.name] = image.reason
-        if len(self) > self.limit:
-            listed = "\n".join(f"  {name}: {reason}" for name, reason in list(self.items())[:20])
-            raise DataError(
-                f"{len(self)} images cannot be read, more than data.corrupt_limit = {self.limit}:\n{listed}"
-            )
-        _log.warning("skipped %s (%d of at most %d): %s", image.name, len(self), self.limit, image.reason)
 
 
 class Samples(Dataset[tuple[Tensor, int, int] | Corrupt]):
@@ -96,21 +65,20 @@ class Samples(Dataset[tuple[Tensor, int, int] | Corrupt]):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int] | Corrupt:
         epoch, index = key
         position = int(self._chosen[index])
+        unreadable = functools.partial(Corrupt, self._source.name(position), index)
         try:
             content = self._source.read(position)
         except OSError as error:
-            machine = error.errno not in _OF_THE_FILE
-            return Corrupt(self._source.name(position), error.strerror or str(error), machine)
+            return unreadable(error.strerror or str(error), machine=error.errno not in _OF_THE_FILE)
         if not content:
-            return Corrupt(self._source.name(position), "the file is empty")
+            return unreadable("the file is empty")
         try:
             pixels = decode(content, self._decoder)
         except MemoryError:
-            return Corrupt(self._source.name(position), "out of memory while decoding it", machine=True)
+            return unreadable("out of memory while decoding it", machine=True)
         except Exception as error:  # Pillow raises many types for broken files
             unknown = type(error).__name__ == "UnidentifiedImageError"  # its text is an address in memory
-            reason = "no image of a known format" if unknown else one_line(error)
-            return Corrupt(self._source.name(position), reason)
+            return unreadable("no image of a known format" if unknown else one_line(error))
         with keyed_randomness(self._seed, epoch, index):
             return self._transform(pixels), int(self._source.labels[position]), index
 
@@ -146,6 +114,7 @@ class FileLoader(IndexedLoader):
         mixing: Mixing | None = None,
     ) -> None:
         super().__init__(EpochOrder(len(samples), batch_size, seed))
+        self._samples = samples
         self._seed, self._mixing, self._corrupt, self._device = seed or 0, mixing, corrupt, device
         self._normalize = Normalize(IMAGENET_MEAN, IMAGENET_STD, device)
         self._keys = _Keys()
@@ -171,26 +140,41 @@ class FileLoader(IndexedLoader):
         chosen = list(self._order.batches(start, rank, world, even, borrow=bool(self._mixing)))
         self._keys.epoch, self._keys.batches = epoch, chosen
         for batch, (pixels, labels, indices, missing) in zip(chosen, self._started(), strict=True):
-            for image in missing:
-                if image.machine:
-                    raise DataError(
-                        f"{image.name} cannot be read: {image.reason} (an error of this machine, not of the "
-                        "image)"
-                    )
-                self._corrupt.add(image)
             borrowed = batch.borrowed and bool(len(indices)) and bool(indices[0] == batch.samples[0])
-            if missing and even and world > 1:
-                # Ranks gather features and average gradients, so all need the same number of rows.
-                wanted = len(batch.samples) - int(batch.borrowed and not borrowed)
-                pixels, labels, indices = _filled(wanted, pixels, labels, indices, missing)
-            if not len(labels):
+            if batch.borrowed and not borrowed:
+                # In one process, images that cannot be read leave no gap: each is mixed with the nearest.
+                *before, skipped = self._nearest_of(epoch, batch.farther)
+                pixels, labels, indices = map(torch.cat, zip(before, (pixels, labels, indices), strict=True))
+                missing, borrowed = missing + skipped, bool(len(before[2]))
+            for image in missing:
+                self._corrupt.add(image)
+            count = len(labels) - int(borrowed)
+            # Ranks gather features and average gradients, so all need the same number of rows.
+            wanted = len(batch.samples) - int(batch.borrowed) if even and world > 1 else count
+            if not count:
+                if wanted:
+                    raise DataError(
+                        f"no image in this rank's share of a batch can be read: {missing[0].name} …"
+                    )
                 continue
             images = self._normalize(pixels)
             target = labels.to(self._device, non_blocking=True)
             if self._mixing:
                 images, target = self._mixing(images, target, self._seed, epoch, batch.position)
-            own = slice(int(borrowed), None)
+                self.mixed_from = indices, torch.tensor([image.index for image in missing], dtype=torch.int64)
+            own: slice | Tensor = slice(int(borrowed), None)
+            if wanted > count:
+                own = torch.arange(wanted) % count + int(borrowed)
             yield images[own], target[own], indices[own]
+
+    def _nearest_of(self, epoch: int, samples: np.ndarray) -> Batch:
+        """The first of the samples that can be read, and those before it."""
+        rows = []
+        for index in samples:
+            rows.append(self._samples[epoch, int(index)])
+            if not isinstance(rows[-1], Corrupt):
+                break
+        return collate(rows)
 
     def _started(self) -> Iterator[Any]:
         try:
@@ -221,16 +205,6 @@ def of_workers(error: RuntimeError) -> str | None:
             "what was written is kept: continue with --resume"
         )
     return None
-
-
-def _filled(
-    wanted: int, pixels: Tensor, labels: Tensor, indices: Tensor, missing: list[Corrupt]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``wanted`` rows, where images of the same share are repeated in place of the missing ones."""
-    if not len(labels):
-        raise DataError(f"no image in this rank's share of a batch can be read: {missing[0].name} …")
-    again = torch.arange(wanted) % len(labels)
-    return pixels[again], labels[again], indices[again]
 
 
 class _Keys:

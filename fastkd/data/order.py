@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
@@ -30,6 +30,9 @@ class Chosen:
     position: int  # of the batch in its epoch, from 0
     samples: np.ndarray  # indices
     borrowed: bool = False  # the first sample belongs to the rank before: used for mixing, not trained on
+    farther: np.ndarray = field(
+        default_factory=lambda: np.empty(0, np.int64)
+    )  # those before it, nearest first
 
 
 class EpochOrder:
@@ -58,7 +61,7 @@ class EpochOrder:
         """This rank's rows of each batch, from batch ``start`` on.
 
         ``even`` as in ``rows_of``. ``borrow``: also yield the row before this rank's first one, so that MixUp
-        pairs the rows as in one process.
+        pairs the rows as in one process, and which rows may take its place.
         """
         order = np.arange(self._count)
         if self._seed is not None:
@@ -68,7 +71,8 @@ class EpochOrder:
             own = rows_of(len(batch), rank, world, even=even)
             samples = batch[own]
             if borrow and 0 < len(samples) < len(batch):
-                yield Chosen(position, np.concatenate([batch[[own.start - 1]], samples]), borrowed=True)
+                before = np.roll(batch, -own.start)[len(samples) :][::-1]  # the last row precedes the first
+                yield Chosen(position, np.concatenate([before[:1], samples]), True, before[1:])
             else:
                 yield Chosen(position, samples)
 
@@ -98,6 +102,10 @@ class IndexedLoader(EpochLoader, ABC):
 
     Subclasses implement ``indexed``.
     """
+
+    # Of the last batch, if images are mixed: the samples that could be read, and those that could not. Both
+    # decide with which other image an image is mixed.
+    mixed_from: tuple[Tensor, Tensor] | None = None
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self.batches()

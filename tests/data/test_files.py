@@ -259,6 +259,32 @@ def test_ranks_stay_even_where_images_are_corrupt(tmp_path: Path) -> None:
         list(batches)
 
 
+@pytest.mark.parametrize("bad", [(0,), (5, 4), (3, 2, 1)])  # places in the batch; ranks begin at 0, 2 and 4
+def test_ranks_mix_as_one_process_where_images_are_corrupt(tmp_path: Path, bad: tuple[int, ...]) -> None:
+    root = make_tree(tmp_path / "tree")
+    data = folder_data(root, mixup=0.4)
+    loader = data.train_loader(6, 1, CPU)
+    samples = next(loader.indexed())[2][list(bad)]
+    for index in samples:
+        Path(data.source.name(int(index))).write_text("no image")
+    images, target, indices = next(loader.indexed())
+    assert len(indices) == 6 - len(bad)
+    seen: set[int] = set()
+    for rank in (0, 1, 2):
+        shared = loader.indexed(rank=rank, world=3, even=True)
+        if set(bad) >= {2 * rank, 2 * rank + 1}:
+            with pytest.raises(DataError, match="no image in this rank's share"):
+                next(shared)
+            continue
+        for image, label, index in zip(*next(shared), strict=True):
+            place = indices.tolist().index(int(index))
+            assert torch.equal(image, images[place])
+            assert torch.equal(label, target[place])
+            seen.add(int(index))
+    assert seen <= set(indices.tolist())
+    assert len(seen) == len(indices)
+
+
 def test_the_script_draws_imagenets_sizes(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     sizes = [SCRIPT.draw_size(random, 1.0) for _ in range(4000)]

@@ -150,19 +150,38 @@ class TeacherCache:
 
     def outputs(self, epoch: int, indices: Tensor, device: torch.device) -> tuple[Tensor, ...]:
         """What ``teacher()`` takes for training images in an epoch, counting from 0."""
+        return self.store.unpack(self._present(epoch, indices), device)
+
+    def check_mixed(self, epoch: int, read: Tensor, unreadable: Tensor) -> None:
+        """Raise ``CacheError`` unless the same images of a mixed batch could be read for the cache.
+
+        An image is mixed with the nearest one before it that can be read.
+        """
+        self._present(epoch, read)
+        _, absent = self._records(epoch, unreadable)
+        if not absent.all():
+            raise CacheError(
+                f"teacher.cache: {self.folder} was made with training image {int(unreadable[~absent][0])}, "
+                f"which cannot be read now, in epoch {epoch + 1}: the image after it is mixed otherwise; "
+                "restore it, or create the cache again"
+            )
+
+    def _present(self, epoch: int, indices: Tensor) -> np.ndarray:
+        records, absent = self._records(epoch, indices)
+        if absent.any():
+            raise CacheError(
+                f"teacher.cache: {self.folder} lacks training image {int(indices[absent][0])} in epoch "
+                f"{epoch % self._epochs + 1}: it could not be read when the cache was made"
+            )
+        return records
+
+    def _records(self, epoch: int, indices: Tensor) -> tuple[np.ndarray, Tensor]:
+        """Of training images, and which of them could not be read when the cache was made."""
         epoch %= self._epochs  # without randomness one epoch is cached
         if epoch not in self._checked:
             self._check(epoch)
-        shard = self._shards[epoch]
-        records = shard[indices.numpy()]
-        absent = np.isnan(records[self.store.half]).any(1)
-        if absent.any():
-            first = int(indices[int(absent.argmax())])
-            raise CacheError(
-                f"teacher.cache: {self.folder} lacks training image {first} in epoch {epoch + 1}: "
-                "it could not be read when the cache was made"
-            )
-        return self.store.unpack(records, device)
+        records = self._shards[epoch][indices.numpy()]
+        return records, torch.from_numpy(np.isnan(records[self.store.half]).any(1))
 
     def check_fits(self, wanted: dict[str, Any]) -> None:
         """Raise ``CacheError`` that names every difference from the facts that a recipe needs."""
@@ -216,6 +235,8 @@ class CachedLoader:
         self, start: int = 0, rank: int = 0, world: int = 1, even: bool = False
     ) -> Iterator[tuple[Tensor, ...]]:
         for images, target, indices in self._loader.indexed(start, rank, world, even):
+            if self._loader.mixed_from is not None:
+                self._cache.check_mixed(self._epoch, *self._loader.mixed_from)
             yield images, target, *self._cache.outputs(self._epoch, indices, images.device)
 
 

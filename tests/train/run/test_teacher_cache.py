@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import fastkd
+from fastkd.data.files import load_file_data
 from fastkd.models import SmallCNN
 from fastkd.recipe.sections import FolderData
 from fastkd.train import fit
@@ -135,8 +136,6 @@ def test_the_head_belongs_to_the_features(tmp_path: Path) -> None:
 
 
 def test_cached_teachers_from_python(tmp_path: Path) -> None:
-    from fastkd.data.files import load_file_data
-
     root = make_tree(tmp_path / "tree", classes=4)
     data = load_file_data(FolderData(name="imagefolder", root=str(root), size=16, workers=0))
     teacher = SmallCNN(4, width=2, channels=3).eval()
@@ -172,3 +171,33 @@ def test_cached_teachers_from_python(tmp_path: Path) -> None:
     ):
         with pytest.raises(CacheError, match=difference):
             CachedLoader(other, TeacherCache(tmp_path / "logits"))
+
+
+def test_mixed_images_of_which_some_cannot_be_read(tmp_path: Path) -> None:
+    root = make_tree(tmp_path / "tree", classes=2, train=4)
+    options = {"size": 8, "workers": 0, "mixup": 1.0}
+    data = load_file_data(FolderData(name="imagefolder", root=str(root), **options))
+    loader = data.train_loader(8, 0, CPU)
+    order = next(loader.indexed())[2].tolist()
+    paths = [Path(data.source.name(index)) for index in order]
+    whole = [path.read_bytes() for path in paths]
+    # The teacher's outputs are the images' means, from which those of other images differ.
+    paths[3].write_text("no image")
+    writer = CacheWriter(tmp_path / "cache", {**FACTS, "samples": 8, "classes": 3, "epochs": 1}, STORE)
+    writer.write_epoch(0, ((i, (images.mean((2, 3)),)) for images, _, i in loader.indexed()))
+    cached = CachedLoader(loader, writer.finish())
+    for world in (1, 2):  # the second of two ranks begins behind the image that cannot be read
+        for rank in range(world):
+            for images, _, logits in cached.batches(0, rank, world, True):
+                torch.testing.assert_close(logits, images.mean((2, 3)), rtol=1e-2, atol=1e-2)
+    paths[5].write_text("no image")
+    for world in (1, 2):
+        with pytest.raises(
+            CacheError, match=rf"training image {order[5]}, which cannot be read now, in epoch 1"
+        ):
+            list(cached.batches(0, world - 1, world, True))
+    paths[3].write_bytes(whole[3])
+    paths[5].write_bytes(whole[5])
+    for rank in range(2):  # the second only borrows it
+        with pytest.raises(CacheError, match=f"lacks training image {order[3]} in epoch 1"):
+            list(cached.batches(0, rank, 2, True))

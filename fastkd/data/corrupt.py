@@ -1,0 +1,48 @@
+"""Images that cannot be read: skipped and named, up to a limit."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from fastkd.errors import DataError
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Corrupt:
+    """Returned in place of the pixels of an image that could not be read."""
+
+    name: str
+    index: int  # of the sample
+    reason: str
+    machine: bool = False  # an error of the machine; the image may be intact
+
+
+class CorruptImages(dict[str, str]):
+    """Skipped images and the reasons, by name; more than ``limit`` end the run."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def add(self, image: Corrupt) -> None:
+        """Raises ``DataError`` beyond the limit, and for an error of the machine."""
+        if image.machine:
+            raise DataError(
+                f"{image.name} cannot be read: {image.reason} (an error of this machine, not of the image)"
+            )
+        if image.name in self:
+            return
+        self[image.name] = image.reason
+        self.check()
+        _log.warning("skipped %s (%d of at most %d): %s", image.name, len(self), self.limit, image.reason)
+
+    def check(self) -> None:
+        """Raise ``DataError`` if there are more than the limit."""
+        if len(self) > self.limit:
+            listed = "\n".join(f"  {name}: {reason}" for name, reason in list(self.items())[:20])
+            raise DataError(
+                f"{len(self)} images cannot be read, more than data.corrupt_limit = {self.limit}:\n{listed}"
+            )
