@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fastkd.errors import DataError
@@ -21,7 +22,10 @@ class Corrupt:
 
 
 class CorruptImages(dict[str, str]):
-    """Skipped images and the reasons, by name; more than ``limit`` end the run."""
+    """Skipped images and the reasons, by name; more than ``limit`` end the run.
+
+    Those of this rank, until ``join`` adds the other ranks'.
+    """
 
     def __init__(self, limit: int) -> None:
         super().__init__()
@@ -36,11 +40,17 @@ class CorruptImages(dict[str, str]):
         if image.name in self:
             return
         self[image.name] = image.reason
-        self.check()
+        self._check()
         _log.warning("skipped %s (%d of at most %d): %s", image.name, len(self), self.limit, image.reason)
 
-    def check(self) -> None:
-        """Raise ``DataError`` if there are more than the limit."""
+    def join(self, of_ranks: Sequence[Mapping[str, str]]) -> None:
+        """Take the images of all ranks, in the same order on each. Raises ``DataError`` beyond the limit."""
+        self.clear()
+        for images in of_ranks:
+            self.update(images)
+        self._check()
+
+    def _check(self) -> None:
         if len(self) > self.limit:
             listed = "\n".join(f"  {name}: {reason}" for name, reason in list(self.items())[:20])
             raise DataError(

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fastkd.data.corrupt import Corrupt, CorruptImages
 from fastkd.data.files import FileData, load_file_data
 from fastkd.errors import DataError
 from fastkd.recipe.sections import FolderData, ShardData
@@ -235,6 +236,19 @@ def test_corrupt_images_are_named_skipped_and_counted(
         epoch(folder_data(root, workers=workers, corrupt_limit=1))
     assert "2 images cannot be read, more than data.corrupt_limit = 1" in str(raised.value)
     assert all(str(path) in str(raised.value) for path in bad)
+
+
+def test_corrupt_images_of_all_ranks_count() -> None:
+    ranks = [CorruptImages(3) for _ in range(2)]
+    for name, rank in (("a", 0), ("b", 1), ("c", 0), ("c", 1)):
+        ranks[rank].add(Corrupt(name, 0, "no image"))
+    found = [dict(images) for images in ranks]
+    for images in ranks:
+        images.join(found)
+        assert list(images) == ["a", "c", "b"]
+    for images in ranks:
+        with pytest.raises(DataError, match=r"4 images cannot be read, more than data\.corrupt_limit = 3"):
+            images.join([*found, {"d": "no image"}])
 
 
 def test_ranks_stay_even_where_images_are_corrupt(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from fastkd.cli import main
 from fastkd.models import build_model
 from tests.data.image_trees import make_shards, make_tree
+from tests.train.ranks import launch
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [
@@ -89,9 +90,23 @@ def test_corrupt_images_end_up_in_the_summary(place: Path, capsys: pytest.Captur
     student = ["student.name=small_cnn", "student.width=2"]
     assert main(["train", "imagenet/r18", "data.root=tree", *TINY, *student]) == 0
     (run,) = place.glob("runs/imagenet-*")
-    assert json.loads((run / "summary.json").read_text())["corrupt_images"].keys() == {str(bad)}
+    for arguments in ([], ["--resume", str(run)]):  # the second reads no training image
+        assert not arguments or main(["train", *arguments]) == 0
+        assert json.loads((run / "summary.json").read_text())["corrupt_images"].keys() == {str(bad)}
     assert main(["train", "imagenet/r18", "data.root=tree", *TINY, *student, "data.corrupt_limit=0"]) == 2
     assert str(bad) in capsys.readouterr().err
+
+
+def test_the_summary_has_the_corrupt_images_of_all_ranks(place: Path) -> None:
+    tree = make_tree(place / "tree", train=8)
+    bad = [tree / f"train/n0000000{label}/train_{label}_{i}.JPEG" for label in (0, 1) for i in (0, 1)]
+    for path in bad:
+        path.write_text("no image")
+    recipe = ["imagenet/r18", "data.root=tree", *TINY, "data.workers=0", "train.batch_size=8"]
+    recipe += ["student.name=small_cnn", "student.width=2", "data.corrupt_limit=4"]
+    assert launch(2, place, recipe) == [0, 0]
+    (run,) = place.glob("runs/imagenet-*")
+    assert json.loads((run / "summary.json").read_text())["corrupt_images"].keys() == set(map(str, bad))
 
 
 def test_throughput_data(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,6 +27,7 @@ from fastkd.train.watcher import Shielded, Watcher
 from .folder import RunRecorder, read_resume_state
 from .lock import locked
 from .teacher_cache import CachedLoader, TeacherCache
+from .unreadable import UnreadableImages
 
 
 @contextlib.contextmanager
@@ -93,6 +94,9 @@ def fit_in_folder(
             known_as=known_as or {},
             history=history,
         )
+    corrupt = getattr(data, "corrupt", None)  # of images in files
+    if corrupt is not None:
+        watcher = UnreadableImages(watcher, corrupt, resume)
     # Every rank has the same weights, but draws different dropout masks.
     if distributed.rank():
         seed_generators(optimization.seed, distributed.rank())
