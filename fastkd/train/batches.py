@@ -26,7 +26,8 @@ from .preflight import checked_batch
 Batch = tuple[Tensor, ...]  # images, target and further inputs of the method
 _REMEDY = (
     "all ranks must draw the same batches, of which each takes its rows: give the loader a torch.Generator "
-    "of the same seed on all ranks, or a DistributedSampler"
+    "of the same seed on all ranks, or a DistributedSampler; a loader of this rank's own rows needs a method "
+    "batches(start, rank, world, even) that yields them"
 )
 
 
