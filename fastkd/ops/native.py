@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import zip_longest
@@ -26,9 +27,18 @@ def library_path() -> Path | None:
     return next(iter(sorted(_FOLDER.glob("_native*.so"))), None)
 
 
+_LOADING = threading.Lock()
+
+
 @cache
 def _loaded() -> ctypes.CDLL | str:
     """The library with its operators registered, or the reason why it cannot be loaded."""
+    with _LOADING:  # operators can be registered once only, and the cache would let two threads do it
+        return _load()
+
+
+@cache
+def _load() -> ctypes.CDLL | str:
     path = library_path()
     if path is None:
         if _BUILD_ERROR.exists():
@@ -175,9 +185,16 @@ def _operator(name: str) -> Callable[..., None]:
     return getattr(torch.ops.fastkd_native, name).default
 
 
-# Placeholder for None; saves one allocation per call. Explicit dtype and device: torch's defaults may differ
-# at import. On the CPU whatever the logits' device: it has no elements.
-_ABSENT = torch.empty(0, dtype=torch.float32, device="cpu")
+@cache
+def _absent() -> Tensor:
+    """The placeholder for None, which saves one allocation per call.
+
+    Made by the first call of a kernel, not at import, which may happen while a program is traced, with
+    tensors that are not real. Torch's defaults may be another dtype, device or mode; it is on the CPU
+    whatever the logits' device, since it has no elements.
+    """
+    with torch.inference_mode(False):
+        return torch.empty(0, dtype=torch.float32, device="cpu")
 
 
 def _team(logits: Tensor, pairs: int, rereads: bool, teacher: Tensor | None = None) -> Sequence[int]:
@@ -198,7 +215,7 @@ def _top_k_arguments(student: Tensor, teacher: Tensor, call: Call, rereads: bool
     """Indices, needs, workspace and plans. The kernels cannot allocate: the workspace is scratch memory."""
     indices, needs = call.indices, call.at_k.needs
     if indices is None or not student.is_cuda:
-        return indices, needs, _ABSENT
+        return indices, needs, _absent()
     rows, known = indices.shape
     workspace = indices.new_empty(rows * (STATISTICS_WORDS + known + 1))
     return indices, needs, workspace, *_team(teacher, 1, rereads, teacher), *_team(student, 1, False)
@@ -221,7 +238,7 @@ def row_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call,
     rereads = family == "mixture" or bool(call.needs & Needs.STANDARDIZED)
     if gradient is not None:
         rereads = family != "pointwise"
-    single = pairs == 1
+    single, absent = pairs == 1, _absent()
     name: str = "row_loss" if single else "row_loss_of_pairs"
     last: Sequence[Any] = ()
     if call.indices is None:
@@ -231,15 +248,15 @@ def row_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], call: Call,
     _operator(name)(
         student if single else students,
         teacher if single else teachers,
-        _ABSENT if call.target is None else call.target,
-        _ABSENT if call.row_weight is None else call.row_weight,
+        absent if call.target is None else call.target,
+        absent if call.row_weight is None else call.row_weight,
         1.0 / call.divisor,
         rows,
-        _ABSENT if terms is None else terms,
-        _ABSENT if gradient is None else gradient,
-        _ABSENT if sums is None else sums,
-        _ABSENT if term_sums is None else term_sums,
-        _ABSENT if call.dynamic is None else call.dynamic,
+        absent if terms is None else terms,
+        absent if gradient is None else gradient,
+        absent if sums is None else sums,
+        absent if term_sums is None else term_sums,
+        absent if call.dynamic is None else call.dynamic,
         _LOSS_INDEX[call.loss],
         call.needs,
         *call.options,

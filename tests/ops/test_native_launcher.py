@@ -237,7 +237,7 @@ def test_a_library_with_other_losses_is_rejected(monkeypatch):
     monkeypatch.setattr(native, "LOSSES", {**spec.LOSSES, "new": spec.LOSSES["tvd"]})
     assert "where this version has 'new: temperature'" in native._spec_mismatch(native._library())
     # Not through the cache: the operators cannot be registered a second time.
-    assert "is from another version of fastkd" in native._loaded.__wrapped__()
+    assert "is from another version of fastkd" in native._load.__wrapped__()
 
 
 def test_torchs_defaults_do_not_matter():
@@ -253,6 +253,60 @@ torch.set_default_device("meta")
 second = fastkd.kd_loss(s, t)
 assert one.dtype == second.dtype == torch.float32
 assert one.item() == second.item() == several[1].item() > 0
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("first", ["export", "fake tensors", "functionalize", "inference mode"])
+def test_the_first_loss_may_be_a_traced_one(first):
+    """In a new process, as what is made at the first use stays: placeholders without memory gave garbage."""
+    code = """
+import sys, torch, fastkd
+from torch._subclasses.fake_tensor import FakeTensorMode
+s, t = torch.randn(2, 10, requires_grad=True), torch.randn(2, 10)
+class Step(torch.nn.Module):
+    def forward(self, s, t):
+        return fastkd.kd_loss(s, t)
+if sys.argv[1] == "export":
+    torch.export.export(Step(), (s, t))
+elif sys.argv[1] == "fake tensors":
+    with FakeTensorMode():
+        fastkd.kd_loss(torch.randn(2, 10), torch.randn(2, 10))
+elif sys.argv[1] == "functionalize":
+    torch.func.functionalize(fastkd.kd_loss)(s, t)
+else:
+    with torch.inference_mode():
+        fastkd.kd_loss(s, t)
+fastkd.set_backend("native")
+loss = fastkd.kd_loss(s, t)
+(gradient,) = torch.autograd.grad(loss, s)
+with fastkd.use_backend("eager"):
+    expected = fastkd.kd_loss(s, t)
+torch.testing.assert_close(loss, expected)
+torch.testing.assert_close(gradient, torch.autograd.grad(expected, s)[0])
+"""
+    done = subprocess.run([sys.executable, "-c", code, first], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_first_losses_may_be_of_several_threads():
+    """In a new process: each thread registered the operators, and all but one were refused, for good."""
+    code = """
+import threading, torch
+from fastkd import kd_loss, set_backend
+set_backend("native")
+s, t = torch.randn(4, 9), torch.randn(4, 9)
+gate, values = threading.Barrier(8), []
+def work():
+    gate.wait()
+    values.append(kd_loss(s, t).item())
+threads = [threading.Thread(target=work) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert values == [kd_loss(s, t).item()] * 8, values
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
