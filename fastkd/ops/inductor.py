@@ -34,11 +34,12 @@ class ScaleInPlace(CustomGraphPass):
 
     def __call__(self, graph: Graph) -> None:
         _give_each_its_own(graph)
+        scaling = [node for node in graph.nodes if _scales(node)]
+        if not scaling:  # the graph of a forward pass, whose inputs are not those that are donated
+            return
         inputs = [node for node in graph.nodes if node.op == "placeholder"]
-        donated = {inputs[index] for index in get_donated_idxs() or ()}
-        for node in list(graph.nodes):
-            if not _scales(node):
-                continue
+        donated = {inputs[index] for index in get_donated_idxs() or () if index < len(inputs)}
+        for node in scaling:
             bases = node.kwargs.get("_all_bases", ())
             results = [user for user in node.users if user.args[1:] == (1,)]
             if len(bases) == len(results) == 1 and bases[0] in donated and list(bases[0].users) == [node]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastkd.ops.backward import check_grad_output, is_one, must_copy, save_inputs, saved_inputs
 from fastkd.ops.call import CALL_TENSORS, OPERANDS, Call, Outputs
 from fastkd.ops.layout import as_rows
-from fastkd.ops.tensors import is_traced, is_transformed
+from fastkd.ops.tensors import TRACED, is_traced, is_transformed
 
 _library = torch.library.Library("fastkd", "DEF")
 _library.define(
@@ -144,6 +144,7 @@ def _gradients(ctx: Any, grad_output: Tensor | None) -> Sequence[Tensor | None]:
     if grad_output is None:
         return [None] * ctx.pairs
     traced = check_grad_output(grad_output, recomputes=ctx.recompute is not None)
+    grad_output = grad_output.resolve_neg()  # Triton reads memory, in which a lazy sign is not
     if ctx.recompute is None:
         gradient = _scaled(saved[0], grad_output, ctx.pairs, ctx.backend, traced)
     else:
@@ -183,7 +184,7 @@ def _scaled(gradient: Tensor, grad_output: Tensor, pairs: int, backend: str, tra
     if not rows_per_pair:
         return gradient
     factors = _per_row(grad_output, pairs, rows_per_pair)
-    if traced and _scales_in_place(grad_output):
+    if isinstance(grad_output, TRACED) and _scales_in_place(grad_output):
         torch.ops.fastkd.scale_rows_(gradient, factors, backend)
         return gradient
     if copies:

@@ -6,6 +6,7 @@ from torch import nn
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 from torch._inductor.utils import run_and_get_code
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastkd
 from tests.cases import BY_NAME, make_logits
@@ -95,6 +96,31 @@ def test_a_gradient_that_may_be_needed_again_is_copied(fused):
         for factor in (2.0, 3.0):
             (gradient,) = torch.autograd.grad(loss * factor, student, retain_graph=True)
             torch.testing.assert_close(gradient, factor * expected)
+
+
+def test_a_forward_pass_that_saves_more_than_it_takes(fused):
+    """torch numbers what it hands over among the inputs of the backward pass, of which there are more."""
+    torch.manual_seed(0)
+    parts = [part for _ in range(2) for part in (nn.Linear(20, 20), nn.LayerNorm(20), nn.GELU())]
+    model, teacher = nn.Sequential(*parts, nn.Linear(20, 10)).to(fused), torch.randn(8, 10, device=fused)
+    images = torch.randn(8, 20, device=fused)
+    parameters = list(model.parameters())
+    expected = torch.autograd.grad(3 * fastkd.kd_loss(model(images), teacher), parameters)
+    loss = compiled(lambda x: 3 * fastkd.kd_loss(model(x), teacher))(images)
+    torch.testing.assert_close(torch.autograd.grad(loss, parameters), expected)
+
+
+def test_code_that_is_not_compiled_keeps_its_gradient(fused):
+    """Under a dispatch mode, which sees the operators of a compiled loss."""
+    student, teacher, _ = make_logits(6, 33, torch.float32, fused)
+    student.requires_grad_()
+    with (
+        inductor_config.patch(post_grad_custom_post_pass=fastkd.ScaleInPlace()),
+        FlopCounterMode(display=False),
+    ):
+        loss = 3 * fastkd.kd_loss(student, teacher)
+        first, second = (torch.autograd.grad(loss, student, retain_graph=True)[0].clone() for _ in range(2))
+    assert torch.equal(first, second)
 
 
 def test_opcheck_of_the_scaling(fused):

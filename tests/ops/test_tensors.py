@@ -192,6 +192,19 @@ def test_a_lazy_negation_is_resolved(fused, case):
     torch.testing.assert_close(several[1], case.loss(student, teacher, target))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_a_lazy_negation_of_the_upstream_gradient_is_resolved(fused, reduction, dtype):
+    student, teacher = (torch.randn(4, 7, device=fused, dtype=dtype) for _ in range(2))
+    gradients = []
+    for lazily in (False, True):
+        inputs = student.clone().requires_grad_()
+        loss = fastkd.kd_loss(inputs, teacher, reduction=reduction)
+        upstream = torch.full_like(loss, -2.0)
+        gradients += torch.autograd.grad(loss, inputs, torch._neg_view(-upstream) if lazily else upstream)
+    assert torch.equal(*gradients)
+
+
 @each_kernel
 def test_fake_tensors(fused, case):
     with FakeTensorMode():
