@@ -117,7 +117,7 @@ def softmax_rows(
         if ce_weight:
             log_q = z_s.log_softmax(-1)
             if target.is_floating_point():
-                ce = -(at_least_float32(target) * log_q).sum(-1)
+                ce = -(target.to(log_q.dtype) * log_q).sum(-1)
             else:
                 ce = -log_q.gather(1, target[:, None])[:, 0]
             if label_smoothing:

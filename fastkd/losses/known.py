@@ -158,7 +158,7 @@ def known_of(form: TopKLogits, label: Tensor | None, row_weight: Tensor | None, 
 
 def _by_row(form: TopKLogits) -> tuple[Tensor, Tensor]:
     known = form.indices.shape[-1]
-    return form.log_probs.reshape(-1, known), form.indices.reshape(-1, known).long()
+    return form.log_probs.reshape(-1, known), form.indices.reshape(-1, known).long().contiguous()
 
 
 def _lacks(indices: Tensor, label: Tensor) -> Tensor:

@@ -229,3 +229,10 @@ def test_a_linear_student_mixes_two_losses_instead() -> None:
     other, _ = fastkd.distill_loss(LINEAR, T, Y.flip(0), ce_weight=0.7 * 0.3)
     expected, _ = fastkd.distill_loss(LINEAR.dense(), T, P, **WEIGHTS)
     torch.testing.assert_close(kd + other, expected)
+
+
+@pytest.mark.parametrize("backend", ["eager", "native"])
+def test_probabilities_of_float64_leave_the_loss_in_float32(backend: str) -> None:
+    with fastkd.use_backend(backend):
+        loss, terms = fastkd.distill_loss(S, T, P.double(), ce_weight=1.0, kd_weight=1.0)
+    assert {loss.dtype, *(term.dtype for term in terms.values())} == {torch.float32}

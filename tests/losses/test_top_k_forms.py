@@ -60,6 +60,25 @@ def test_leading_dimensions_and_strides(fused):
     torch.testing.assert_close(ours, expected.view(2, 4))
 
 
+def test_a_transposed_form(each_backend):
+    """As of logits [B, C, T]; at batch size 1 a view of it remains one."""
+    logits, student = (
+        torch.randn(1, CLASSES, 5, device=each_backend),
+        torch.randn(1, 5, CLASSES, device=each_backend),
+    )
+    log_probs, indices = logits.log_softmax(1).topk(3, 1)
+    ours, expected = (
+        fastkd.kd_loss(
+            student, fastkd.TopKLogits(*form, num_classes=CLASSES, temperature=1.0), temperature=1.0
+        )
+        for form in (
+            (log_probs.mT, indices.mT),
+            (log_probs.mT.contiguous(), indices.mT.contiguous()),
+        )
+    )
+    torch.testing.assert_close(ours, expected)
+
+
 def test_float16_gradients_wait_for_the_loss_scale(fused):
     """As for dense logits, the gradient is computed in backward, with grad_output in its weights."""
     student, teacher, target = logits(dtype=torch.float16, device=fused)

@@ -12,6 +12,7 @@ from fastkd import reference
 from fastkd.ops.call import Call, Marks, Outputs
 from fastkd.ops.spec import CASES
 from fastkd.ops.spec import LOSSES as SPEC
+from fastkd.ops.triton.launch_options import _kinds
 from tests.cases import KERNELS
 
 launch = pytest.importorskip("fastkd.ops.triton.launch")
@@ -450,3 +451,9 @@ def test_equal_logits_have_no_gradient(name, rows, classes):
     values, gradient = kernel(name, student, student.clone(), labels(rows, classes))
     assert (gradient == 0).all()
     assert (values == 0).all()
+
+
+def test_kept_launches_tell_widths_of_numbers_as_triton_does():
+    """It types whole numbers from -2^31 to 2^31 - 1 as i32, all others as i64."""
+    narrow, wide = [_kinds([number]) for number in (5, -(2**31))], [_kinds([2**31]), _kinds([-(2**31) - 1])]
+    assert narrow[0] == narrow[1] != wide[0] == wide[1]

@@ -51,7 +51,7 @@ def _kinds(arguments: Iterable[Any]) -> list[Any]:
     for argument in arguments:
         kind = type(argument)
         if kind is int:
-            kinds.append(argument.bit_length() < 32)
+            kinds.append(-(2**31) <= argument < 2**31)
         elif kind is float:
             kinds.append(float)
         elif kind is tuple:
