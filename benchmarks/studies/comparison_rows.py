@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 
-def _rows(problem: str, layers: list[str], hint: list[str], relations: list[str]) -> dict[str, list[str]]:
+def _rows(
+    problem: str, layers: list[str], hint: list[str], relations: list[str], dhkd_options: list[str]
+) -> dict[str, list[str]]:
     """``layers`` are three stages of both models, of which the last gets the hint ``hint``.
 
-    ``relations`` are RKD's weights. In the rows "other sizes" each stage of the student is paired with the
-    teacher's stage before it, whose maps are twice as large.
+    ``relations`` are RKD's weights, ``dhkd_options`` DHKD's where they are not its recipe's. In the rows
+    "other sizes" each stage of the student is paired with the teacher's stage before it, whose maps are twice
+    as large.
     """
     first, second, third = layers
     no_hint = "method.hint_weight=0.0"
@@ -17,7 +20,7 @@ def _rows(problem: str, layers: list[str], hint: list[str], relations: list[str]
     def other(method: str, *options: str) -> list[str]:
         return [f"{problem}/kd", f"method={method}", *options]
 
-    dhkd, one_head = f"{problem}/dhkd", f"{problem}/binary-kl-norm"
+    dhkd, one_head = [f"{problem}/dhkd", *dhkd_options], f"{problem}/binary-kl-norm"
     return {
         "labels alone": [f"{problem}/student"],
         "KD": [f"{problem}/kd"],
@@ -27,12 +30,12 @@ def _rows(problem: str, layers: list[str], hint: list[str], relations: list[str]
         "MHKD, other sizes": [f"{problem}/mhkd", *other_heads],
         "one head": [one_head],
         "one head, raw teacher": [one_head, "method.center_teacher=false"],
-        "DHKD": [dhkd],
-        "DHKD, raw teacher": [dhkd, "method.center_teacher=false"],
-        "DHKD, nonlinear, aligned": [dhkd, "method.head=nonlinear", "method.align=all"],
-        "DHKD, nonlinear, not aligned": [dhkd, "method.head=nonlinear", "method.align=none"],
-        "DHKD, linear, aligned": [dhkd, "method.head=linear", "method.align=all"],
-        "DHKD, linear, not aligned": [dhkd, "method.head=linear", "method.align=none"],
+        "DHKD": dhkd,
+        "DHKD, raw teacher": [*dhkd, "method.center_teacher=false"],
+        "DHKD, nonlinear, aligned": [*dhkd, "method.head=nonlinear", "method.align=all"],
+        "DHKD, nonlinear, not aligned": [*dhkd, "method.head=nonlinear", "method.align=none"],
+        "DHKD, linear, aligned": [*dhkd, "method.head=linear", "method.align=all"],
+        "DHKD, linear, not aligned": [*dhkd, "method.head=linear", "method.align=none"],
         "DCKD": [f"{problem}/dckd", no_hint],
         "DCKD, argmax": [f"{problem}/dckd", no_hint, "method.fix_acquired=argmax"],
         "hint": other("fitnets", *hints),
@@ -49,20 +52,20 @@ def _linear(weight: str) -> list[str]:
     return ["method.hint_projection=linear", f"method.hint_weight={weight}"]
 
 
-# The hint's layer, projection and weight, and RKD's weights: chosen for glyphs and Fashion-MNIST, published
-# for emoji (CRD's benchmark; the layer is ours).
+# The hint's layer, projection and weight, RKD's weights, and DHKD's: chosen for glyphs and Fashion-MNIST,
+# published for emoji (CRD's benchmark and DHKD's release; the layer is ours).
 # Angles cost N^3 D operations, too many for a glyph's 1,536 features, and three times the rest of a run on
 # Fashion-MNIST.
 _DISTANCES = ["method.distance_weight=5.0", "method.angle_weight=0.0"]
 _RELATIONS = ["method.distance_weight=25.0", "method.angle_weight=50.0"]
 _FEATURE_TERMS = {
-    "glyphs": (["stages.0", "stages.1", "stages.2"], _linear("1.0"), _DISTANCES),
-    "fashion-mnist": (["stages.0", "stages.1", "stages.2"], _linear("0.01"), _DISTANCES),
-    "emoji": (["layer1", "layer2", "layer3"], ["method.hint_weight=100.0"], _RELATIONS),
+    "glyphs": (["stages.0", "stages.1", "stages.2"], _linear("1.0"), _DISTANCES, []),
+    "fashion-mnist": (["stages.0", "stages.1", "stages.2"], _linear("0.01"), _DISTANCES, []),
+    "emoji": (["layer1", "layer2", "layer3"], ["method.hint_weight=100.0"], _RELATIONS, ["method.alpha=1.0"]),
 }
 PROBLEMS = tuple(_FEATURE_TERMS)
 # Rows of one problem: methods without a recipe of it, with the options chosen for it; and the weights chosen
-# for emoji, whose other rows have the published ones.
+# for emoji, which its recipes of DHKD and DCKD have too, while its other rows have the published ones.
 _CHOSEN_HINT = ["method.hint_layer=layer3", "method.hint_weight=10.0"]
 _MORE = {
     "fashion-mnist": {
