@@ -1,5 +1,8 @@
 """The torch operator: schema and shapes, autograd, torch.compile, autocast."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -201,6 +204,24 @@ def test_cuda_graph_capture(case):
     graph.replay()
     expected = loss_and_gradient(case, student.detach(), teacher, target)
     torch.testing.assert_close((loss.detach(), student.grad), expected)
+
+
+@needs_cuda
+def test_the_first_loss_may_be_in_the_cuda_graphs_of_compiled_code():
+    """In a new process, as what the first loss allocates for good would be in the graphs' memory."""
+    code = """
+import torch, fastkd
+fastkd.set_backend("triton")
+s, t = (torch.randn(256, 1000, device="cuda") for _ in range(2))
+s.requires_grad_()
+loss = torch.compile(lambda s, t: fastkd.kd_loss(s, t), mode="reduce-overhead")
+gradients = [torch.autograd.grad(loss(s, t), s)[0].clone() for _ in range(4)]
+(expected,) = torch.autograd.grad(fastkd.kd_loss(s, t), s)
+for gradient in gradients:
+    torch.testing.assert_close(gradient, expected)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @needs_cuda
