@@ -58,12 +58,12 @@ def _linear(weight: str) -> list[str]:
 # Fashion-MNIST.
 _DISTANCES = ["method.distance_weight=5.0", "method.angle_weight=0.0"]
 _RELATIONS = ["method.distance_weight=25.0", "method.angle_weight=50.0"]
-_FEATURE_TERMS = {
+_OPTIONS = {
     "glyphs": (["stages.0", "stages.1", "stages.2"], _linear("1.0"), _DISTANCES, []),
     "fashion-mnist": (["stages.0", "stages.1", "stages.2"], _linear("0.01"), _DISTANCES, []),
     "emoji": (["layer1", "layer2", "layer3"], ["method.hint_weight=100.0"], _RELATIONS, ["method.alpha=1.0"]),
 }
-PROBLEMS = tuple(_FEATURE_TERMS)
+PROBLEMS = tuple(_OPTIONS)
 # Rows of one problem: methods without a recipe of it, with the options chosen for it; and the weights chosen
 # for emoji, which its recipes of DHKD and DCKD have too, while its other rows have the published ones.
 _CHOSEN_HINT = ["method.hint_layer=layer3", "method.hint_weight=10.0"]
@@ -84,7 +84,7 @@ _MORE = {
 
 
 def rows_of(problem: str) -> dict[str, list[str]]:
-    return {**_rows(problem, *_FEATURE_TERMS[problem]), **_MORE.get(problem, {})}
+    return {**_rows(problem, *_OPTIONS[problem]), **_MORE.get(problem, {})}
 
 
 _BESIDE_KD = ("LSKD", "DKD", "DCKD", "MHKD", "one head", "DHKD", "NKD", "BinaryKL")

@@ -167,7 +167,7 @@ class FileLoader(IndexedLoader):
                 own = torch.arange(wanted) % count + int(borrowed)
             yield images[own], target[own], indices[own]
 
-    def _nearest_of(self, epoch: int, samples: np.ndarray) -> Batch:
+    def _nearest_of(self, epoch: int, samples: np.ndarray | tuple[()]) -> Batch:
         """The first of the samples that can be read, and those before it."""
         rows = []
         for index in samples:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
@@ -30,9 +30,7 @@ class Chosen:
     position: int  # of the batch in its epoch, from 0
     samples: np.ndarray  # indices
     borrowed: bool = False  # the first sample belongs to the rank before: used for mixing, not trained on
-    farther: np.ndarray = field(
-        default_factory=lambda: np.empty(0, np.int64)
-    )  # those before it, nearest first
+    farther: np.ndarray | tuple[()] = ()  # those before the borrowed one, nearest first
 
 
 class EpochOrder:
