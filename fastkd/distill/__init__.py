@@ -10,7 +10,7 @@ from .method import Method, Seen, find_method
 from .mhkd import MHKD
 from .options import Count, Epochs, File, Fraction, OptionError, Positive, Weight, check_options, options_of
 from .taps import FeatureError, Taps
-from .terms import Terms
+from .terms import Terms, fused_terms
 
 __all__ = [
     "DCKD",
@@ -46,5 +46,6 @@ __all__ = [
     "check_options",
     "find_classifier",
     "find_method",
+    "fused_terms",
     "options_of",
 ]

@@ -17,8 +17,9 @@ class GradientAlignment:
 
     g0 is the gradient of the ``first`` loss, g1 that of the rest. On conflict, the component of g1 along g0
     is removed. ``.grad`` has g0 + g1 as after any backward pass; g0 is computed separately, by one more
-    backward pass through the student. So torch accumulates, unscales and reduces ``.grad`` as usual; ``add``
-    accumulates and unscales g0, and ``apply`` averages it over the ranks.
+    backward pass through the student. The order is ``add``, backward, ``check``, ``apply``: so torch
+    accumulates, unscales and reduces ``.grad`` as usual; ``add`` accumulates and unscales g0, and ``apply``
+    averages it over the ranks.
 
     Args:
         scope: "all", as released: one vector over all parameters that the first loss reaches. It includes the
@@ -31,6 +32,7 @@ class GradientAlignment:
             raise ValueError(f"scope is {scope!r}; expected 'all' or 'shared'")
         self.scope = scope
         self._parameters: list[nn.Parameter] = []
+        self._reached: list[bool] = []  # by the first loss, in the last micro-batch
         self._first: list[Tensor] | None = None  # g0 so far in this step
 
     def add(self, first: Tensor, rest: Sequence[Tensor], scaler: GradScaler | None = None) -> None:
@@ -42,17 +44,29 @@ class GradientAlignment:
         if not self._parameters:
             return
         loss = first if scaler is None else scaler.scale(first)
-        gradients = torch.autograd.grad(
-            loss, self._parameters, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
+        found = torch.autograd.grad(loss, self._parameters, retain_graph=True, allow_unused=True)
+        self._reached = [gradient is not None for gradient in found]
+        gradients: Sequence[Tensor] = [
+            torch.zeros_like(parameter) if gradient is None else gradient
+            for parameter, gradient in zip(self._parameters, found, strict=True)
+        ]
         if scaler is not None:
             # Scaling 1 gives the scale without a synchronisation.
             scale = scaler.scale(torch.ones_like(first))
-            gradients = tuple(gradient / scale.to(gradient.dtype) for gradient in gradients)
+            gradients = [gradient / scale.to(gradient.dtype) for gradient in gradients]
         if self._first is None:
             self._first = list(gradients)
         else:
             self._first = [total + gradient for total, gradient in zip(self._first, gradients, strict=True)]
+
+    def check(self) -> None:
+        """Raise ``RuntimeError`` if the backward pass has left no ``.grad`` to correct."""
+        for parameter, reached in zip(self._parameters, self._reached, strict=True):
+            if reached and parameter.grad is None:
+                raise RuntimeError(
+                    f"a parameter of shape {list(parameter.shape)} has no .grad to align: it is sharded "
+                    "(FSDP), or an optimizer has stepped in the backward pass; use DDP, or align='none'"
+                )
 
     @torch.no_grad()
     def apply(self) -> None:

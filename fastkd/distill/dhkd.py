@@ -43,7 +43,8 @@ class DHKD(Method):
         head: "linear", or "nonlinear": Linear(d, hidden), Dropout, BatchNorm, ReLU, Linear(hidden, C).
         hidden: width of a nonlinear head.
         dropout: share of a nonlinear head's features that are dropped.
-        align: scope of the alignment: "all" as released, "shared", or "none" (published for ImageNet).
+        align: scope of the alignment: "all" as released, "shared", or "none" (published for ImageNet). It
+            needs each parameter's ``.grad``, so it is refused for a student that FSDP shards.
         stop_epoch: train this many epochs with the auxiliary head, then only on the labels. Released: 49 of
             100 for ImageNet, where alpha is 0 from epoch 50 on, counted from 1. Under DDP it needs
             ``find_unused_parameters=True``, which the trainer sets.
@@ -117,7 +118,10 @@ class DHKD(Method):
         rest = [value for name, value in terms.items() if name not in ("ce", TOTAL)]
         if self.alignment is not None and rest:
             self.alignment.add(terms["ce"] / micro_batches, rest, scaler)
-        return super().backward(terms, scaler=scaler, micro_batches=micro_batches)
+        loss = super().backward(terms, scaler=scaler, micro_batches=micro_batches)
+        if self.alignment is not None and rest:
+            self.alignment.check()
+        return loss
 
     def finish_gradients(self) -> None:
         if self.alignment is not None:

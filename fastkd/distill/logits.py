@@ -139,6 +139,8 @@ class _Softmax(Method, abstract=True):
             **options,
         )
         weights["ce"] = ce_weight
+        if not terms:  # all weights are 0: a hint or a relation alone
+            return {"ce": loss}
         return fused_terms(loss, {name: weights[name] * value for name, value in terms.items()})
 
 

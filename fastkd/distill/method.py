@@ -30,7 +30,7 @@ from .options import GIVEN, Weight, check_options
 from .precision import dtype_of_parts, in_dtype_of_parts
 from .sharing import check_apart
 from .taps import INPUT, Taps, eval_mode, logits_of, unwrapped
-from .terms import Terms, total_of
+from .terms import Terms, total_of, with_features
 
 Batch = tuple[Tensor, ...]  # inputs, target; optionally the teacher's logits, or outputs of a GivenTeacher
 
@@ -161,7 +161,7 @@ class Method(nn.Module):
         """The named scalar terms of a batch, including weights.
 
         Those that require grad are summed and trained; detached ones are only logged. Terms of a fused loss
-        are wrapped by ``fused_terms``.
+        are wrapped by ``fastkd.distill.fused_terms``.
         """
         raise NotImplementedError
 
@@ -225,8 +225,10 @@ class Method(nn.Module):
                 teacher_logits = logits_of(self.teacher, inputs, "teacher")
         with self.student_taps.reading() as student_features:
             student_logits = logits_of(self.student, inputs, "student")
-        student_features = in_dtype_of_parts(student_features)
-        teacher_features = in_dtype_of_parts(teacher_features)
+        parts = [part for name, part in self.named_children() if name != "student"]
+        student_features, teacher_features = (
+            in_dtype_of_parts(features, parts) for features in (student_features, teacher_features)
+        )
         for role, found in self._classifiers.items():
             check_makes_logits(role, *found, student_logits if role == "student" else teacher_logits)
         seen = Seen(student_logits, teacher_logits, target, student_features, teacher_features)
@@ -238,7 +240,7 @@ class Method(nn.Module):
             self._notes += self.describe_start(seen)
             if self.hint is not None:
                 self._notes += self.hint.describe(seen.teacher[self._hint_layers[1]])
-        return {**terms, **self._feature_terms(seen)}
+        return with_features(terms, self._feature_terms(seen))
 
     def backward(self, terms: Terms, *, scaler: GradScaler | None = None, micro_batches: float = 1) -> Tensor:
         """Add the gradient of the terms to ``.grad``; returns the detached loss.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,16 @@ def dtype_of_parts(model: nn.Module) -> torch.dtype:
     return torch.promote_types(next(floating, torch.float32), torch.float32)
 
 
-def in_dtype_of_parts(features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Features for heads and projections, which take float32 where no autocast converts what they get."""
-    return {
-        path: value if torch.is_autocast_enabled(value.device.type) else at_least_float32(value)
-        for path, value in features.items()
-    }
+def in_dtype_of_parts(features: Mapping[str, Tensor], parts: Iterable[nn.Module | None]) -> dict[str, Tensor]:
+    """Features for heads and projections, which take float32 where no autocast converts what they get.
+
+    If their user has moved them to half precision, they take that.
+    """
+    dtype = next((p.dtype for part in parts if part is not None for p in part.parameters()), torch.float32)
+    half = dtype in (torch.bfloat16, torch.float16)
+    converted = {}
+    for path, value in features.items():
+        if not torch.is_autocast_enabled(value.device.type):
+            value = value.to(dtype) if half else at_least_float32(value)
+        converted[path] = value
+    return converted

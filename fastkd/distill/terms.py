@@ -34,6 +34,14 @@ def total_of(terms: Terms) -> Tensor:
     return sum(rest, first)
 
 
+def with_features(terms: Terms, features: Terms) -> Terms:
+    """Both together. Beside a term "loss", those of features become part of it, and are only logged."""
+    if TOTAL not in terms or not features:
+        return {**terms, **features}
+    logged = {name: value.detach() for name, value in features.items()}
+    return {**terms, **logged, TOTAL: sum(features.values(), terms[TOTAL])}
+
+
 class _FusedTerms(torch.autograd.Function):
     """Terms of one fused loss, whose common gradient is that of the loss."""
 
@@ -49,6 +57,8 @@ class _FusedTerms(torch.autograd.Function):
             raise RuntimeError("terms of a fused loss are trained together: take the gradient of their sum")
         first, *rest = given
         for gradient in rest:
+            if torch.compiler.is_compiling():
+                continue  # values are not known yet
             if first.device.type == "cpu" and not torch.equal(first, gradient):
                 raise RuntimeError("terms of a fused loss must be weighted by its options, not afterwards")
             if first.device.type == "cuda":  # without waiting for the device

@@ -1,7 +1,7 @@
 """Checks of a loss's arguments, before any kernel runs and without waiting for the device."""
 
 from collections.abc import Callable, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -81,7 +81,7 @@ def _check_part(name: str, tensor: Any, hidden_name: str, hidden: Any, integers:
 
 def check_size(name: str, value: int, least: int, most: int | None = None, what: str = "") -> None:
     """Check a whole number; ``what`` says what ``most`` is."""
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not isinstance(value, int | Integral) or isinstance(value, bool):
         raise TypeError(f"{name} is {value!r}; expected a whole number")
     if value < least or (most is not None and value > most):
         upto = "or more" if most is None else f"to {most}, {what}"
@@ -341,7 +341,7 @@ def check_flag(name: str, value: bool) -> None:
 
 
 def check_ignore_index(ignore_index: int) -> None:
-    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
+    if not isinstance(ignore_index, int | Integral) or isinstance(ignore_index, bool):
         raise TypeError(f"ignore_index is {ignore_index!r}; expected an integer")
 
 

@@ -227,8 +227,17 @@ def _register(kind: type[LinearLogits] | type[TopKLogits] | type[ShardedLogits],
     def unflatten(tensors: Iterable[Any], values: tuple[Any, ...]) -> Any:
         return kind(*tensors, **dict(zip(constant, values, strict=True)))
 
+    def with_keys(form: Any) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
+        parts, values = flatten(form)
+        names = ["local"] if kind is ShardedLogits else list(form.tensors)
+        return [(_pytree.GetAttrKey(name), part) for name, part in zip(names, parts, strict=True)], values
+
     _pytree.register_pytree_node(
-        kind, flatten, unflatten, serialized_type_name=f"fastkd.losses.forms.{kind.__name__}"
+        kind,
+        flatten,
+        unflatten,
+        serialized_type_name=f"fastkd.losses.forms.{kind.__name__}",
+        flatten_with_keys_fn=with_keys,
     )
 
 

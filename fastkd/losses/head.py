@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .arguments import check_linear
@@ -35,6 +36,7 @@ class LinearDistillLoss(nn.Module):
     Raises ``ValueError`` for wrong options and for heads of different classes, and ``TypeError`` for a layer
     whose output is not that of its weight and bias: one with a forward of its own (LoRA, a cosine) or with
     hooks (``torch.nn.utils.weight_norm``; its successor in ``torch.nn.utils.parametrizations`` is fine).
+    Each call asks again, but not compiled ones.
     """
 
     def __init__(
@@ -79,6 +81,10 @@ class LinearDistillLoss(nn.Module):
         self, hidden: Tensor, teacher: Any, target: Tensor | None = None, *, weight: Tensor | None = None
     ) -> Any:
         """What ``loss`` returns for hidden states [..., H], the teacher, and the target if it takes one."""
+        if not torch.compiler.is_compiling():
+            for name, layer in (("head", self.head), ("teacher_head", self.teacher_head)):
+                if layer is not None:  # it may have got a forward or hooks since
+                    _check_plain(name, layer)
         student = LinearLogits(hidden, self.head.weight, self.head.bias, **self.form)
         if self.teacher_head is not None:
             layer = self.teacher_head
@@ -94,10 +100,12 @@ def _checked_classes(name: str, head: nn.Linear, form: Mapping[str, Any]) -> int
 
 
 def _check_plain(name: str, layer: nn.Linear) -> None:
-    if type(layer).forward is not nn.Linear.forward:
+    if type(layer).forward is not nn.Linear.forward or "forward" in vars(layer):
         what = f"{name} is a {type(layer).__name__}, which has a forward of its own"
-    elif layer._forward_hooks or layer._forward_pre_hooks:
-        what = f"{name} has hooks on its forward"
+    elif any(
+        (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    ):
+        what = f"{name} has hooks, which would not run"
     else:
         return
     raise TypeError(f"{what}, but only its weight and bias would be used; expected a plain nn.Linear")

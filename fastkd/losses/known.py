@@ -50,10 +50,12 @@ def top_k(
         first = teacher_logits.hidden if isinstance(teacher_logits, LinearLogits) else teacher_logits
         rows = first.reshape(-1, first.shape[-1])
         labels = None if target is None else target.reshape(-1)
+        # Compiled code with as many parts as there are rows would be compiled for each number of rows.
+        whole = torch.compiler.is_compiling() and not isinstance(teacher_logits, LinearLogits)
         step = max(_BLOCK // classes, 1)
+        starts = () if whole else range(0, max(len(rows), 1), step)
         parts = []
-        for start in range(0, max(len(rows), 1), step):
-            part = slice(start, start + step)
+        for part in [slice(start, start + step) for start in starts] or [slice(None)]:
             logits = rows[part]
             if isinstance(teacher_logits, LinearLogits):
                 logits = teacher_logits.of([logits, *list(teacher_logits.tensors.values())[1:]]).dense()

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastkd.ops import backend
 from fastkd.ops.call import Marks
 from fastkd.ops.spec import LOSSES, Loss
-from fastkd.ops.tensors import is_traced, transform_of
+from fastkd.ops.tensors import is_readable, is_traced, transform_of
 from fastkd.reference import known_classes
 
 from .forms import Form
@@ -54,7 +54,7 @@ def rows_of(
     if marks is not None and _by_kernel(marks, weight, student.dtype):
         rows = Rows(label, weight, 1, reduced, leading, Marks(marks, int(ignore_index), mean))
         return rows if in_kernel else rows.marked()
-    row_weight, divisor = _row_weight(weight, marks, ignore_index, leading.numel(), mean, student.dtype)
+    row_weight, divisor = _row_weight(weight, marks, ignore_index, math.prod(leading), mean, student.dtype)
     return Rows(label, row_weight, divisor, reduced, leading)
 
 
@@ -163,6 +163,11 @@ def _savable(tensor: Tensor | None) -> Tensor | None:
     return tensor.clone()
 
 
+def _were_checked(label: Tensor, row_weight: Tensor | None) -> bool:
+    """Whether ``reduced_loss`` has read the labels."""
+    return is_readable(label) and (row_weight is None or is_readable(row_weight))
+
+
 def eager_rows(
     loss: str,
     options: tuple[float, ...],
@@ -184,6 +189,11 @@ def eager_rows(
         )
         if label is not None and label.dim() == 1:
             label = label.masked_fill(unread, 0)
+    if label is not None and label.dim() == 1 and not _were_checked(label, row_weight):
+        # Torch's gather would stop at such a label, on a GPU with an error that ends the process.
+        wrong = (label < 0) | (label >= students[0].shape[-1])
+        students = [one * torch.where(wrong, torch.nan, 1.0).to(one.dtype)[:, None] for one in students]
+        label = label.masked_fill(wrong, 0)
     row_loss = LOSSES[loss].rows if indices is None else partial(known_rows, LOSSES[loss], indices)
     pairs = [row_loss(s, t, label, *options) for s, t in zip(students, teachers, strict=True)]
     losses = torch.stack([values for values, _ in pairs])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -395,3 +397,24 @@ def test_a_first_gradient_that_overflows_corrects_nothing() -> None:
     alignment.apply()
     assert torch.equal(weight.grad, expected)
     assert expected.isfinite().all()
+
+
+def test_a_sharded_student_is_refused(tmp_path: Path) -> None:
+    """FSDP puts the gradients elsewhere: they would stay as they were, without a word."""
+    script = """
+import torch, torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from tests.distill.test_dhkd import conflicting
+dist.init_process_group("gloo", init_method="file://" + __import__("sys").argv[1], rank=0, world_size=1)
+method, batch = conflicting("all")
+fully_shard(method.student, mesh=dist.init_device_mesh("cpu", (1,)))
+try:
+    method.backward(method(batch))
+except RuntimeError as error:
+    print(error)
+dist.destroy_process_group()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "meeting")], capture_output=True, text=True, timeout=120
+    )
+    assert "has no .grad to align: it is sharded (FSDP)" in done.stdout, done.stderr[-2000:]

@@ -376,3 +376,16 @@ def test_a_batch_of_too_many_entries() -> None:
     logits = torch.randn(len(target), CLASSES)
     with pytest.raises(ValueError, match="the batch has 4 entries; expected"):
         build("kd")((images, target, logits, logits))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_moved_to_bfloat16_as_a_whole(name: str) -> None:
+    """With its heads and projections."""
+    student, teacher = pair()
+    method = find_method(name)(student, teacher, example=batch(2)[0], **METHODS[name]).to(torch.bfloat16)
+    images, target = batch()
+    teacher.to(torch.bfloat16)  # which is no part of the method
+    terms = method((images.bfloat16(), target))
+    method.backward(terms)
+    assert all(value.isfinite() for value in terms.values())
+    assert all(p.grad is not None for p in student.parameters())

@@ -95,6 +95,15 @@ def test_backend_asked_for_by_name_never_falls_back():
         fastkd.kd_loss(S.to("meta"), T.to("meta"))
 
 
+def test_integers_of_numpy():
+    target = torch.tensor([0, -1, 2, 3])
+    ours = fastkd.dkd_loss(S, T, target, ignore_index=np.int64(-1))
+    torch.testing.assert_close(ours, fastkd.dkd_loss(S, T, target, ignore_index=-1))
+    assert torch.equal(fastkd.top_k(T, np.int32(3)).indices, fastkd.top_k(T, 3).indices)
+    with pytest.raises(TypeError, match="ignore_index is np.True_"):
+        fastkd.dkd_loss(S, T, Y, ignore_index=np.True_)
+
+
 def test_float64_goes_to_the_reference():
     assert fastkd.kd_loss(S.double(), T.double()).dtype == torch.float64
 

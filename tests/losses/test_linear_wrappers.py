@@ -263,3 +263,26 @@ def test_the_teachers_head_is_frozen_and_the_target_has_a_name():
     assert torch.equal(loss(*batch), loss(*batch[:2], target=batch[2]))
     fastkd.LinearDistillLoss(head, fastkd.KDLoss(), teacher_head=head)
     assert all(parameter.requires_grad for parameter in head.parameters())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda head: head.register_forward_hook(lambda *_: None),
+        lambda head: head.register_full_backward_hook(lambda *_: None),
+        lambda head: setattr(head, "forward", lambda hidden: 3 * hidden),  # as accelerate's hooks do
+    ],
+)
+@pytest.mark.parametrize("later", [False, True])
+def test_what_is_done_to_a_layer_and_would_not_be_computed(change, later):
+    head = torch.nn.Linear(4, 5)
+    if not later:
+        change(head)
+        with pytest.raises(TypeError, match=r"head (has hooks|is a Linear, which has a forward)"):
+            fastkd.LinearDistillLoss(head, fastkd.KDLoss())
+        return
+    loss = fastkd.LinearDistillLoss(head, fastkd.KDLoss())
+    loss(torch.randn(2, 4), torch.randn(2, 5))
+    change(head)
+    with pytest.raises(TypeError, match="only its weight and bias would be used"):
+        loss(torch.randn(2, 4), torch.randn(2, 5))
