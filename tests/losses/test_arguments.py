@@ -100,7 +100,7 @@ def test_integers_of_numpy():
     ours = fastkd.dkd_loss(S, T, target, ignore_index=np.int64(-1))
     torch.testing.assert_close(ours, fastkd.dkd_loss(S, T, target, ignore_index=-1))
     assert torch.equal(fastkd.top_k(T, np.int32(3)).indices, fastkd.top_k(T, 3).indices)
-    with pytest.raises(TypeError, match="ignore_index is np.True_"):
+    with pytest.raises(TypeError, match="expected an integer"):
         fastkd.dkd_loss(S, T, Y, ignore_index=np.True_)
 
 
