@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterable, Sequence
 
 
@@ -21,6 +22,15 @@ def kind_and_text(error: BaseException) -> str:
     """``ValueError: its text`` in one line; only the type if there is no text."""
     kind, text = type(error).__name__, " ".join(str(error).split())
     return f"{kind}: {text}" if text else kind
+
+
+def other_class(found: Sequence[str], expected: Sequence[str]) -> str | None:
+    """The first label whose class has another name, in words; None if the names are equal."""
+    for label, (is_, wanted) in enumerate(itertools.zip_longest(found, expected)):
+        if is_ != wanted:
+            there = "missing" if is_ is None else repr(is_)
+            return f"class {label} is {there}, expected {'none' if wanted is None else repr(wanted)}"
+    return None
 
 
 def nearest(word: str, possible: Iterable[str]) -> str:

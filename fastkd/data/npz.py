@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastkd.errors import DataError
 from fastkd.files.regular import open_regular
+from fastkd.messages import other_class
 from fastkd.recipe.sections import ArraysData
 
 from .arrays import ArrayData, Kind, array_data
@@ -30,7 +31,7 @@ def load_npz_data(config: ArraysData) -> ArrayData:
     """Load ``train.npz`` and ``test.npz`` of ``data.folder``. Raises ``DataError``.
 
     Each has ``images``, uint8 ``[N, C, H, W]``, and ``target``, integers ``[N]``; ``train.npz`` may have the
-    names of its ``classes``.
+    names of its ``classes``, which those of ``test.npz`` must equal.
     """
     if config.folder is None:
         raise DataError(
@@ -48,6 +49,14 @@ def load_npz_data(config: ArraysData) -> ArrayData:
             raise DataError(
                 f"data.folder: the target of {folder / name}.npz goes up to {largest}, expected 0 to "
                 f"{classes - 1}: train.npz has {classes} classes"
+            )
+    if None not in (train.names, test.names):
+        # Labels are compared as numbers: with the names in another order validation would be silently wrong.
+        difference = other_class(test.names or (), train.names or ())
+        if difference is not None:
+            raise DataError(
+                f"data.folder: classes of {folder / 'test.npz'}: {difference} as in train.npz; both need the "
+                "same names in the same order"
             )
     shape, other = train.images.shape[1:], test.images.shape[1:]
     if shape != other:

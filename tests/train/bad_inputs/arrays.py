@@ -82,6 +82,7 @@ def one_constant_channel() -> np.ndarray:
     return images
 
 
+NAMES = np.array(["a", "b", "c"])
 LABELS = np.arange(20) % 3
 TOO_LARGE = np.full(20, 2**63, np.uint64)
 PICKLED = np.array(["a", "b", None], object)
@@ -118,6 +119,16 @@ ARRAYS: list[Row] = [
         arrays("up to 2, expected 0 to 1", classes=np.array(["a", "b"])),
     ),
     ("names of classes that are numbers", "refused", arrays("one string per class", classes=np.arange(3))),
+    (
+        "the classes of test.npz in another order than in train.npz",
+        "refused by the first difference",
+        arrays("class 0 is 'c', expected 'a'", test={"classes": NAMES[::-1]}, classes=NAMES),
+    ),
+    (
+        "test.npz that names one class fewer",
+        "refused by the first difference",
+        arrays("class 2 is missing, expected 'c'", test={"classes": NAMES[:2]}, classes=NAMES),
+    ),
     (
         "images of test.npz of another shape",
         "refused",
