@@ -17,7 +17,7 @@ from fastkd.train.evaluation import evaluate_rows
 from fastkd.train.run.build import build_network, resolve_device, tried
 from fastkd.train.run.checkpoint import load_checkpoint
 from fastkd.train.run.teachers import load_given_teacher
-from fastkd.train.run.weights import averaged_weights, load_weights, state_dict_in
+from fastkd.train.run.weights import averaged_weights, check_class_names, load_weights, state_dict_in
 from fastkd.train.state_dicts import fill
 
 
@@ -41,9 +41,9 @@ def evaluate_networks(name: str, recipe: Recipe, folder: Path | None, console: C
             continue
         student = build_network(recipe.student, data)
         if path == "best.pt":
-            load_weights(
-                student, folder / path, num_classes=data.num_classes, remedy="it cannot be validated"
-            )
+            remedy = "it cannot be validated"
+            facts = load_weights(student, folder / path, num_classes=data.num_classes, remedy=remedy)
+            check_class_names(facts, folder / path, data, remedy)
             networks[f"student, {what}"] = student
             continue
         state: dict[str, Any] = load_checkpoint(folder / path, remedy="it cannot be validated")

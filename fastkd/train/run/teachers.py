@@ -28,7 +28,7 @@ from .folder import write_json
 from .resume import fingerprint
 from .teacher_cache import TeacherCache, top_k_temperature, wanted_facts
 from .torchvision_weights import torchvision_network
-from .weights import load_weights
+from .weights import check_class_names, load_weights
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,9 @@ def load_given_teacher(
     model = build_network(config, data)
     assert config.checkpoint is not None
     path = Path(config.checkpoint)
-    facts = load_weights(
-        model,
-        path,
-        num_classes=data.num_classes,
-        remedy="teacher.checkpoint must be of this architecture and data; leave it out to train a teacher",
-    )
+    remedy = "teacher.checkpoint must be of this architecture and data; leave it out to train a teacher"
+    facts = load_weights(model, path, num_classes=data.num_classes, remedy=remedy)
+    check_class_names(facts, path, data, remedy)
     known = {key: facts[key] for key in ACCURACIES if facts.get(key) is not None}
     if facts.get("data") != short_digest_of(data.fingerprint) or "val_accuracy" not in known:
         known = _accuracies(config, model, data, device)
@@ -163,6 +160,7 @@ def own_teacher(
                 "model": model.state_dict(),
                 "num_classes": data.num_classes,
                 "data": short_digest_of(data.fingerprint),
+                "classes": None if data.class_names is None else list(data.class_names),
                 **{key: result.last[key] for key in ACCURACIES if key in result.last},
                 "best_val_accuracy": result.best["val_accuracy"],
             }

@@ -10,7 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastkd.data.data import Data
 from fastkd.errors import CheckpointError
+from fastkd.files.sealed import short_digest_of
+from fastkd.messages import other_class
 from fastkd.train.state_dicts import COUNTER, fill
 
 from .checkpoint import load_checkpoint
@@ -53,6 +56,23 @@ def load_weights(model: nn.Module, path: Path, *, num_classes: int, remedy: str)
         )
     fill(model, weights, f"checkpoint {path}", remedy)
     return {key: value for key, value in facts.items() if key not in _WRAPPERS}
+
+
+def check_class_names(facts: Mapping[str, Any], path: Path, data: Data, remedy: str) -> None:
+    """Raise ``CheckpointError`` if a checkpoint's ``facts``, beside its weights, name other classes.
+
+    A network whose classes have another order fits in every shape, and is wrong for every image.
+    """
+    names = facts.get("classes")
+    # With the same images and labels, other names are new names of the same classes.
+    same_data = facts.get("data") == short_digest_of(data.fingerprint)
+    if names is None or data.class_names is None or same_data:
+        return
+    difference = other_class(list(map(str, names)), data.class_names)
+    if difference is not None:
+        raise CheckpointError(
+            f"checkpoint {path} was trained for other classes than this data set's: {difference}; {remedy}"
+        )
 
 
 def averaged_weights(ema: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .common import TRAIN, Row, refused
+from .common import TRAIN, Row, refused, run_folder, succeeds
 
 COMMAND = ["train", TRAIN[0], *TRAIN[2:], "data.name=arrays", "data.folder=own"]
+AS_TEACHER = [*COMMAND[1:], "method=kd", "teacher.name=small_cnn", "teacher.width=2"]
 
 
 def write_arrays(train: dict[str, Any], test: dict[str, Any]) -> None:
@@ -76,6 +78,20 @@ def no_test_file() -> str:
     return refused(COMMAND, "has no test.npz").replace(here(), "")
 
 
+def checkpoint_of_other_classes(*command: str) -> Callable[[], str]:
+    """A network of the classes a, b, c, used for data with the classes c, b, a."""
+
+    def act() -> str:
+        write_arrays({"classes": NAMES}, {"classes": NAMES})
+        succeeds(*COMMAND)
+        shutil.rmtree("own")
+        write_arrays({"classes": NAMES[::-1], "target": LABELS[::-1]}, {"classes": NAMES[::-1]})
+        words = [word.format(run=run_folder()) for word in command]
+        return refused(words, "best.pt", "class 0 is 'a', expected 'c'").replace(here(), "")
+
+    return act
+
+
 def one_constant_channel() -> np.ndarray:
     images = pixels(20, 3, 8, 8)
     images[:, 1] = 17
@@ -133,6 +149,16 @@ ARRAYS: list[Row] = [
         "images of test.npz of another shape",
         "refused",
         arrays("1 x 8 x 8", test={"images": pixels(20, 1, 8, 8)}),
+    ),
+    (
+        "`teacher.checkpoint` of the same classes in another order",
+        "refused by the first difference",
+        checkpoint_of_other_classes("train", *AS_TEACHER, "teacher.checkpoint={run}/best.pt"),
+    ),
+    (
+        "`--resume RUN --eval-only` after the classes got another order",
+        "refused by the first difference",
+        checkpoint_of_other_classes("train", "--resume", "{run}", "--eval-only"),
     ),
     ("a constant channel", "refused: its std is 0", arrays("channel 1", images=one_constant_channel())),
     ("pickled names of classes", "refused, no code is run", arrays("pickled", classes=PICKLED)),
