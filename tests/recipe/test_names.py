@@ -186,12 +186,30 @@ def test_the_hint_leads_to_the_student_alone(
     assert "student alone" in out
 
 
+@pytest.mark.parametrize("group", ["fashion-mnist", "mine"])
+def test_a_student_with_a_hint_is_not_alone(group: str, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = f"{group}/kd"
+    if group == "mine":
+        recipe = "mine.yaml"
+        Path(recipe).write_text((ROOT / "recipes/fashion-mnist/kd.yaml").read_text())
+    small = [*FASHION, "teacher.width=2", "student.width=2", "teacher.epochs=1"]
+    hinted = ["method=cross_entropy", "method.hint_weight=1", "method.hint_layer=stages.0"]
+    assert main(["train", recipe, *small, *hinted]) == 0
+    out = capsys.readouterr().out
+    assert "student alone is not known" in out
+    assert ("run `fastkd train fashion-mnist/student" in out) == (group == "fashion-mnist")
+    assert main(["train", recipe, *small]) == 0
+    assert "student alone is not known" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("base", ["glyphs/kd", "fashion-mnist/kd"])
 @pytest.mark.parametrize("data", DATA_SECTIONS)
 def test_the_hint_is_a_command_for_every_kind_of_data(base: str, data: str) -> None:
     given = [f"data.name={data}", "student.name=resnet8", "train.lr=2e-3"]
     name, recipe = load_recipe(base, given)
-    words = shlex.split(student_alone_command(name, recipe, Path("runs/x"), Path("runs")))
+    command = student_alone_command(name, recipe, Path("runs/x"), Path("runs"))
+    assert command is not None
+    words = shlex.split(command)
     _, alone = load_recipe(words[2], words[3:])
     assert alone.method == "cross_entropy"
     assert (alone.data, alone.student, alone.train) == (recipe.data, recipe.student, recipe.train)

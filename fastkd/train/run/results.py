@@ -35,16 +35,15 @@ def print_results(
         last = first["teacher"]["val_accuracy"]
         top5 = first["teacher"].get("val_top5_accuracy")
         rows.append(("teacher", _percent(best), _percent(last), _percent(top5)))
-    if first["method"] != "cross_entropy":
+    if not _is_alone(first):
         alone = student_alone(runs, first["comparison"])
         label = "student alone" + _over(alone)
         rows.append((label, *_accuracies(alone)) if alone else (label, "not known", "", ""))
         if not alone:
+            command = student_alone_command(first["name"], recipe, folder, runs)
+            hint = "" if command is None else f": run `{command}`"
             console.print(
-                "student alone is not known for these data and settings: run "
-                f"`{student_alone_command(first['name'], recipe, folder, runs)}`",
-                soft_wrap=True,
-                markup=False,
+                f"student alone is not known for these data and settings{hint}", soft_wrap=True, markup=False
             )
     rows.append((f"{first['name']}{_over(summaries)}", *_accuracies(summaries)))
     console.print(results_table("results", rows))
@@ -52,8 +51,12 @@ def print_results(
     console.print(time_table({p: statistics.mean(s["seconds"][p] for s in summaries) for p in parts}))
 
 
-def student_alone_command(name: str, recipe: Recipe, folder: Path, runs: Path) -> str:
-    """The command that trains the same student on the same data with the same settings, without a teacher."""
+def student_alone_command(name: str, recipe: Recipe, folder: Path, runs: Path) -> str | None:
+    """The command that trains the same student on the same data with the same settings, without a teacher.
+
+    None for a recipe of cross-entropy with a hint that is not beside a recipe of its student alone: no
+    override takes away its teacher.
+    """
     words = ["fastkd", "train"]
     alone = f"{name.partition('/')[0]}/student"
     if alone in shipped_recipes():
@@ -63,6 +66,8 @@ def student_alone_command(name: str, recipe: Recipe, folder: Path, runs: Path) -
         known = valid_keys(CrossEntropy, type(recipe.data))  # of another kind of data than the base's
         given |= {key: None for key in base if key.startswith(_ALONE) and key in known and key not in wanted}
         words += [alone, *(f"{key}={dump_scalar(value)}" for key, value in given.items())]
+    elif recipe.method == "cross_entropy":
+        return None
     else:
         words += [str(folder / "recipe.yaml"), "method=cross_entropy"]
     if runs != Path("runs"):
@@ -71,19 +76,20 @@ def student_alone_command(name: str, recipe: Recipe, folder: Path, runs: Path) -
 
 
 def student_alone(runs: Path, comparison: str) -> list[dict[str, Any]]:
-    """Finished cross-entropy runs that differ only in the method, the newest one per seed."""
+    """Finished runs without a teacher that differ only in the method, the newest one per seed."""
     newest: dict[int, tuple[float, dict[str, Any]]] = {}
     for path in runs.glob("**/summary.json"):
         summary = read_json(path)
-        if (
-            is_summary(summary)
-            and summary["method"] == "cross_entropy"
-            and summary["comparison"] == comparison
-        ):
+        if is_summary(summary) and _is_alone(summary) and summary["comparison"] == comparison:
             made = path.stat().st_mtime
             if made >= newest.get(summary["seed"], (made, {}))[0]:
                 newest[summary["seed"]] = (made, summary)
     return [summary for _, (_, summary) in sorted(newest.items())]
+
+
+def _is_alone(summary: dict[str, Any]) -> bool:
+    """Whether it learned from labels alone: a hint beside the cross-entropy is from a teacher."""
+    return summary["method"] == "cross_entropy" and not summary.get("teacher")
 
 
 def _accuracies(summaries: Sequence[dict[str, Any]]) -> tuple[str, str, str]:
