@@ -94,10 +94,13 @@ def run_recipe(
     console: Console,
     folder: Path | None = None,
     create: Callable[[], Path] | None = None,
+    resumed_by: Callable[[Path], Path] = lambda folder: folder,
 ) -> dict[str, Any]:
     """Train the teacher if it has no checkpoint yet, then the student; returns the summary.
 
     Creates a run folder, in ``runs`` or by ``create``, unless ``folder`` names one to resume.
+
+    ``resumed_by``: what ``--resume`` takes for the run folder, where it is in a group.
 
     Raises ``TrainError`` for what a user can fix, and ``Stopped`` at Ctrl-C.
     """
@@ -128,9 +131,10 @@ def run_recipe(
     except KeyboardInterrupt:
         if folder is None:
             raise
-        raise Stopped(folder) from None
+        raise Stopped(resumed_by(folder)) from None
     except Preempted as error:
-        raise Preempted(f"{error}; to resume: fastkd train --resume {folder}") from None
+        assert folder is not None  # it is raised in a training
+        raise Preempted(f"{error}; to resume: fastkd train --resume {resumed_by(folder)}") from None
     except (NonFiniteLossError, DataError) as error:
         if folder is None or not (folder / "last.pt").exists():
             raise
@@ -141,7 +145,7 @@ def run_recipe(
                 with contextlib.suppress(OSError):
                     folder.rmdir()  # it is empty
             raise
-        raise StorageError(f"{error}; then continue with --resume {folder}") from None
+        raise StorageError(f"{error}; then continue with --resume {resumed_by(folder)}") from None
     return {**summary, "folder": str(folder)}
 
 

@@ -12,7 +12,7 @@ from fastkd.files.atomic import make_folder
 from fastkd.recipe.sections import Recipe
 
 from .folder import create_run_folder, is_summary, read_json, write_json, write_recipe
-from .run import Stopped, run_recipe
+from .run import run_recipe
 from .teacher_cache import CacheError, TeacherCache
 
 _GROUP = "seeds.json"
@@ -27,8 +27,8 @@ def run_seeds(
 ) -> tuple[Path, list[dict[str, Any]]]:
     """Run the seeds ``train.seed`` … ``train.seed + count - 1``, except those that ``folder`` has finished.
 
-    Returns the group's folder and the summaries. Raises what ``run_recipe`` raises; ``Stopped`` names the
-    group. A new group has no folder until its first seed is known to be usable.
+    Returns the group's folder and the summaries. Raises what ``run_recipe`` raises, with the group as the
+    folder to resume. A new group has no folder until its first seed is known to be usable.
     """
     check_cache_of_seeds(recipe, count)
     summaries: list[dict[str, Any]] = []
@@ -48,12 +48,15 @@ def run_seeds(
         summary: dict[str, Any] = {} if run is None else read_json(run / "summary.json")
         if not is_summary(summary):
             seeded = recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": seed})})
-            try:
-                summary = run_recipe(name, seeded, runs=runs, console=console, folder=run, create=create)
-            except KeyboardInterrupt:
-                if folder is None:
-                    raise
-                raise Stopped(folder) from None
+            summary = run_recipe(
+                name,
+                seeded,
+                runs=runs,
+                console=console,
+                folder=run,
+                create=create,
+                resumed_by=lambda run: run.parent,  # the other seeds are to be run too
+            )
         summaries.append(summary)
     assert folder is not None
     if len({summary["comparison"] for summary in summaries}) > 1:

@@ -9,6 +9,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -155,6 +156,23 @@ def test_seeds(workplace: Path, fonts: Path, capsys: pytest.CaptureFixture[str])
     assert [path.name for path in (workplace / "runs").iterdir()] == ["glyphs-student-001"]
     assert main(["train", "--resume", str(group), "--eval-only"]) == 2
     assert "is a group of seeds; name one of its runs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_seeds_that_are_stopped_name_their_group(
+    number: signal.Signals, status: int, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop_after_an_epoch() -> None:
+        while not any(workplace.glob("runs/*/seed-0/metrics.jsonl")):
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    words = ["data.synthetic=40", "student.width=2", "train.epochs=3000", "train.device=cpu", "--seeds", "2"]
+    thread = threading.Thread(target=stop_after_an_epoch, daemon=True)
+    thread.start()
+    assert main(["train", "fashion-mnist/student", *words]) == status
+    thread.join()
+    assert capsys.readouterr().err.endswith("fastkd train --resume runs/fashion-mnist-student-001\n")
 
 
 def test_seeds_of_different_lengths_are_said(
