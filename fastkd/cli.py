@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from fastkd import environment
 from fastkd.command import run_command
 from fastkd.errors import Preempted, TrainError
-from fastkd.messages import nearest, one_line
+from fastkd.messages import nearest, one_line, resume_command
 from fastkd.version import __version__
 
 # Each module has ``add_arguments(parser)`` and ``run(args)``, which returns the exit status.
@@ -115,7 +115,7 @@ def _run(args: argparse.Namespace, *, in_python: bool) -> int:
     except KeyboardInterrupt as stop:
         folder = getattr(stop, "folder", None)
         print(
-            f"\nstopped; to resume: fastkd train --resume {folder}"
+            f"\nstopped; to resume: {resume_command(folder)}"
             if folder
             else "\nstopped before anything was written",
             file=sys.stderr,

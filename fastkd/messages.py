@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import shlex
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 
 def some(items: Sequence[str], count: int = 5) -> str:
@@ -22,6 +24,11 @@ def kind_and_text(error: BaseException) -> str:
     """``ValueError: its text`` in one line; only the type if there is no text."""
     kind, text = type(error).__name__, " ".join(str(error).split())
     return f"{kind}: {text}" if text else kind
+
+
+def resume_command(folder: Path) -> str:
+    """The command to paste that resumes the run or group in ``folder``."""
+    return shlex.join(["fastkd", "train", "--resume", str(folder)])
 
 
 def other_class(found: Sequence[str], expected: Sequence[str]) -> str | None:

@@ -251,7 +251,7 @@ def test_the_disk_is_full(tell: Any, at_step: Any, capsys: Any) -> None:
     assert status == 2
     error = capsys.readouterr().err
     assert f"{RUN}/last.pt cannot be written" in error
-    assert "continue with --resume" in error
+    assert "continue with: fastkd train --resume" in error
     assert not list(RUN.glob(".*"))  # no half files, no lock
     assert main(["train", "--resume", str(RUN)]) == 0
     assert "resuming after step 1 of epoch 2" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,7 +103,8 @@ def run(args: argparse.Namespace) -> int:
     write_json(args.to / "report.json", report)
     for line in _described(report, data):
         console.print(line, markup=False, soft_wrap=True)
-    console.print(f"to train from it: teacher.cache={args.to}", markup=False, soft_wrap=True)
+    override = shlex.quote(f"teacher.cache={args.to}")
+    console.print(f"to train from it: {override}", markup=False, soft_wrap=True)
     return 0
 
 

@@ -99,6 +99,7 @@ def _recipe_of(words: list[str]) -> str:
 
 def _run_launched(args: argparse.Namespace) -> int:
     from fastkd.errors import RecipeError
+    from fastkd.messages import resume_command
     from fastkd.recipe.schema import load_recipe, without_effect
     from fastkd.train import distributed
     from fastkd.train.display.console import make_console
@@ -119,7 +120,8 @@ def _run_launched(args: argparse.Namespace) -> int:
             raise RecipeError(f"--resume {folder}: not a run folder (it has no recipe.yaml)")
         if args.words and is_seed_group(folder):
             raise RecipeError(
-                f"--resume {folder}: a group of seeds; extend each run on its own, --resume {folder}/seed-0 …"
+                f"--resume {folder}: a group of seeds; extend each run on its own: "
+                f"{resume_command(folder / 'seed-0')} …"
             )
         name, recipe = load_recipe(str(folder / "recipe.yaml"), args.words)
         check_command(args, recipe)

@@ -16,6 +16,7 @@ from rich.console import Console
 from fastkd.data.data import Data, load_data
 from fastkd.errors import DataError, NonFiniteLossError, Preempted, RecipeError, StorageError
 from fastkd.files.sealed import short_digest_of
+from fastkd.messages import resume_command
 from fastkd.recipe.sections import Recipe
 from fastkd.train import distributed
 from fastkd.train.display.loggers import require_loggers
@@ -134,7 +135,7 @@ def run_recipe(
         raise Stopped(resumed_by(folder)) from None
     except Preempted as error:
         assert folder is not None  # it is raised in a training
-        raise Preempted(f"{error}; to resume: fastkd train --resume {resumed_by(folder)}") from None
+        raise Preempted(f"{error}; to resume: {resume_command(resumed_by(folder))}") from None
     except (NonFiniteLossError, DataError) as error:
         if folder is None or not (folder / "last.pt").exists():
             raise
@@ -145,7 +146,7 @@ def run_recipe(
                 with contextlib.suppress(OSError):
                     folder.rmdir()  # it is empty
             raise
-        raise StorageError(f"{error}; then continue with --resume {resumed_by(folder)}") from None
+        raise StorageError(f"{error}; then continue with: {resume_command(resumed_by(folder))}") from None
     return {**summary, "folder": str(folder)}
 
 

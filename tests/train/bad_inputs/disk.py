@@ -118,7 +118,9 @@ def full_when_writing(name: str) -> Callable[[], str]:
 
     def act() -> str:
         with no_room_for(name):
-            told = refused(["train", *TRAIN], f"{RUN}/{name}", "No space left", "continue with --resume")
+            told = refused(
+                ["train", *TRAIN], f"{RUN}/{name}", "No space left", "continue with: fastkd train --resume"
+            )
         succeeds("train", "--resume", RUN)
         assert Path(RUN, name).exists()
         return told

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import statistics
@@ -163,16 +164,18 @@ def test_seeds_that_are_stopped_name_their_group(
     number: signal.Signals, status: int, workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def stop_after_an_epoch() -> None:
-        while not any(workplace.glob("runs/*/seed-0/metrics.jsonl")):
+        while not any(workplace.glob("my runs/*/seed-0/metrics.jsonl")):
             time.sleep(0.01)
         os.kill(os.getpid(), number)
 
     words = ["data.synthetic=40", "student.width=2", "train.epochs=3000", "train.device=cpu", "--seeds", "2"]
+    words += ["--runs", "my runs"]
     thread = threading.Thread(target=stop_after_an_epoch, daemon=True)
     thread.start()
     assert main(["train", "fashion-mnist/student", *words]) == status
     thread.join()
-    assert capsys.readouterr().err.endswith("fastkd train --resume runs/fashion-mnist-student-001\n")
+    command = shlex.split(capsys.readouterr().err.partition("to resume: ")[2])  # as a shell reads it
+    assert command == ["fastkd", "train", "--resume", "my runs/fashion-mnist-student-001"]
 
 
 def test_seeds_of_different_lengths_are_said(
