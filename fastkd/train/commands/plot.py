@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -37,12 +38,16 @@ class Shown:
     teacher: float | None = None  # its accuracy, if the run has one and knows it
 
     def mean(self, key: str) -> tuple[list[int], list[float], list[float], list[float]]:
-        """Epochs, and mean, minimum and maximum over the seeds that have reached each epoch."""
+        """Epochs, and mean, minimum and maximum over the seeds that have reached each epoch.
+
+        All three are NaN, a gap in the figure, where the loss of a seed that diverged is not a finite number.
+        """
         epochs = [record["epoch"] for record in max(self.runs, key=len)]
         values = [
             [records[number][key] for records in self.runs if number < len(records)]
             for number in range(len(epochs))
         ]
+        values = [v if all(map(_is_number, v)) else [math.nan] for v in values]
         return (
             epochs,
             [statistics.mean(v) for v in values],
@@ -133,9 +138,11 @@ def _missing(record: Any) -> str | None:
     """The first key of a record whose value cannot be plotted."""
     if not isinstance(record, dict):
         return "epoch"
-    for key in ("epoch", "val_accuracy", "val_loss"):
+    for key in ("epoch", "val_accuracy"):
         if not _is_number(record.get(key)):
             return key
+    if not isinstance(record.get("val_loss"), int | float):  # NaN and infinity are those of a diverged run
+        return "val_loss"
     seconds = record.get("seconds")
     if not isinstance(seconds, dict) or not all(map(_is_number, seconds.values())):
         return "seconds"
@@ -178,8 +185,8 @@ def plot(shown: Sequence[Shown], path: Path) -> None:
     accuracy.set(title="validation accuracy (last epoch in the legend)", xlabel="epoch")
     accuracy.yaxis.set_major_formatter(PercentFormatter(1.0))
     losses.set(title="validation cross-entropy", xlabel="epoch")
-    heights = [value for one in shown for value in one.mean("val_loss")[1]]
-    if min(heights) > 0 and max(heights) > 20 * min(heights):
+    heights = [value for one in shown for value in one.mean("val_loss")[1] if not math.isnan(value)]
+    if heights and min(heights) > 0 and max(heights) > 20 * min(heights):
         losses.set_yscale("log")  # one diverged run must not flatten the others
     places = range(len(shown))
     left = [0.0] * len(shown)

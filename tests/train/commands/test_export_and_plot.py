@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,21 @@ def test_runs_in_one_picture(runs: Path, tmp_path: Path, capsys: pytest.CaptureF
         pictures.append(matplotlib.image.imread(path))
         assert pictures[-1].std() > 0.05
     assert pictures[0].shape != pictures[1].shape or not np.array_equal(*pictures)
+
+
+def test_a_run_that_diverged_is_drawn_with_a_gap(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    group = shutil.copytree(runs / "fashion-mnist-student-001", tmp_path / "diverged")
+    for seed, loss in (("seed-0", "NaN"), ("seed-1", "Infinity")):
+        path = group / seed / "metrics.jsonl"
+        first, last = path.read_text().splitlines()
+        path.write_text(f"{first}\n{json.dumps({**json.loads(last), 'val_loss': float(loss)})}\n")
+    folders = [str(group), str(group / "seed-1"), str(runs / "fashion-mnist-dhkd-001")]
+    assert main(["plot", *folders, "--to", str(tmp_path / "all.png"), "--json"]) == 0
+    drawn = json.loads(capsys.readouterr().out)["runs"]
+    assert [one["last"]["val_loss"] is None for one in drawn] == [True, True, False]
+    assert main(["plot", folders[1], "--to", str(tmp_path / "one.png")]) == 0
 
 
 def test_refused_pictures(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
