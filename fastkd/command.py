@@ -59,7 +59,9 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 def print_json(summary: Mapping[str, Any]) -> None:
     """Print one JSON object on stdout. NaN and infinity, which JSON lacks, become null."""
-    print(json.dumps(_plain(summary), ensure_ascii=False, allow_nan=False), flush=True)
+    text = json.dumps(_plain(summary), ensure_ascii=False, allow_nan=False)
+    # The bytes of a file's name need not be UTF-8: Python's escape for such a one is JSON's.
+    print(text.encode("utf-8", "backslashreplace").decode(), flush=True)
 
 
 def _plain(value: Any) -> Any:

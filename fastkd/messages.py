@@ -26,6 +26,11 @@ def kind_and_text(error: BaseException) -> str:
     return f"{kind}: {text}" if text else kind
 
 
+def not_utf8(names: Iterable[str]) -> str | None:
+    """The first name that has no UTF-8, such as that of a file with other bytes; None if there is none."""
+    return next((name for name in names if name.encode("utf-8", "ignore").decode() != name), None)
+
+
 def resume_command(folder: Path) -> str:
     """The command to paste that resumes the run or group in ``folder``."""
     return shlex.join(["fastkd", "train", "--resume", str(folder)])

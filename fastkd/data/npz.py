@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastkd.errors import DataError
 from fastkd.files.regular import open_regular
-from fastkd.messages import other_class
+from fastkd.messages import not_utf8, other_class
 from fastkd.recipe.sections import ArraysData
 
 from .arrays import ArrayData, Kind, array_data
@@ -101,6 +101,10 @@ def _read(path: Path) -> _Part:
         raise DataError(
             f"data.folder: classes of {path} are {names.dtype} {list(names.shape)}, "
             "expected one string per class"
+        )
+    if names is not None and (name := not_utf8(map(str, names))) is not None:
+        raise DataError(
+            f"data.folder: classes of {path} have a name {name!r}, expected text that can be written as UTF-8"
         )
     return _Part(
         torch.from_numpy(np.ascontiguousarray(images)),

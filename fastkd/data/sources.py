@@ -17,6 +17,7 @@ import numpy as np
 from fastkd.errors import DataError
 from fastkd.files.mounts import keeps_times
 from fastkd.files.regular import open_regular, read_regular
+from fastkd.messages import not_utf8
 
 from .index import Entry, Index, kept_index, part_of, stamp_of
 from .shards import expand, samples_of
@@ -61,6 +62,13 @@ class FolderSource:
         of_folders = [path.partition(os.sep)[0] for path in self._index.paths]  # in the order of classes
         self.classes = list(dict.fromkeys(of_folders))
         self.num_classes = len(self.classes)
+        if (
+            name := not_utf8(self.classes)
+        ) is not None:  # before a network is trained that nothing can describe
+            raise DataError(
+                f"data.root: the class folder {os.fsencode(name)!r} of {root} has a name that is not UTF-8, "
+                "which the files of an export need; rename it"
+            )
         number = {name: label for label, name in enumerate(self.classes)}
         self.labels = np.repeat([number[name] for name in of_folders], self._index.counts)
         seen = np.bincount(self.labels, minlength=self.num_classes)

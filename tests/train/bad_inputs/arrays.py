@@ -134,6 +134,11 @@ ARRAYS: list[Row] = [
         "refused",
         arrays("up to 2, expected 0 to 1", classes=np.array(["a", "b"])),
     ),
+    (
+        "names of classes that are no UTF-8",
+        "refused by name",
+        arrays(r"a name 'caf\udce9'", classes=np.array(["a", "caf\udce9", "c"])),
+    ),
     ("names of classes that are numbers", "refused", arrays("one string per class", classes=np.arange(3))),
     (
         "the classes of test.npz in another order than in train.npz",

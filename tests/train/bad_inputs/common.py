@@ -29,11 +29,15 @@ SECONDS = 100  # per row; one that takes longer hangs
 
 
 def run(*arguments: str) -> tuple[int, str, str]:
-    """Status, output and errors of a command, in this process."""
-    out, err = io.StringIO(), io.StringIO()
+    """Status, output and errors of a command, in this process, by streams with Python's own settings."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", errors) for errors in ("strict", "backslashreplace"))
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = main(list(arguments))
-    return status, out.getvalue(), err.getvalue()
+    texts = []
+    for stream in (out, err):
+        stream.seek(0)
+        texts.append(stream.read())
+    return status, texts[0], texts[1]
 
 
 def refused(arguments: list[str], *words: str) -> str:

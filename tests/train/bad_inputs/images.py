@@ -52,6 +52,24 @@ def folder_named_as_an_image() -> str:
     return "no image: trained without it"
 
 
+def class_folder_not_utf8() -> str:
+    tree()
+    for part in ("train", "val"):
+        os.rename(f"tree/{part}/a", os.fsencode(f"tree/{part}/caf") + b"\xe9")
+    return refused(["train", *FILES], r"the class folder b'caf\xe9'", "rename it").replace(
+        os.getcwd() + "/", ""
+    )
+
+
+def image_not_utf8() -> str:
+    tree()
+    os.rename("tree/train/a/0.jpg", b"tree/train/a/caf\xe9.jpg")
+    os.truncate(b"tree/train/a/caf\xe9.jpg", 0)
+    (name,) = json.loads(succeeds("train", *FILES, "--json"))["corrupt_images"]
+    assert os.fsencode(name).endswith(b"tree/train/a/caf\xe9.jpg")
+    return "skipped and named, also by --json"
+
+
 def tars(count: int, cls: str = "{label}") -> None:
     Path("shards").mkdir()
     jpeg(Path("one.jpg"))
@@ -213,6 +231,8 @@ IMAGES: list[Row] = [
         shard_pattern("t-{0..99999999999}.tar", "at most 1,000,000"),
     ),
     ("a shard pattern `a**b/*.tar`", "refused in one line", shard_pattern("/a**b/*.tar", "shard")),
+    ("a class folder whose name is no UTF-8", "refused before training", class_folder_not_utf8),
+    ("an empty image whose name is no UTF-8", "skipped and named", image_not_utf8),
     ("class folders without an image", "refused by folder", empty_folders("train")),
     ("the same in `data.val`", "refused by folder", empty_folders("val")),
     ("a shard without a sample", "refused by pattern", empty_shards),
