@@ -90,17 +90,22 @@ def test_a_table_of_methods(study: Any, tiny: list[str], capsys: pytest.CaptureF
 
 
 def test_rows_from_a_stored_teacher(study: Any, tiny: list[str]) -> None:
-    words = [*tiny, *TEACHER]
+    # The recipe's student, which has the layers of the rows.
+    words = [*(word for word in tiny if not word.startswith("student.")), "teacher.epochs=1"]
     for seed in (0, 1):
         place = ["--store", "logits", "--to", f"cache-{seed}", "--runs", "runs"]
         assert main(["cache-teacher", "emoji/kd", *words, f"train.seed={seed}", *place]) == 0
-    command = ("compare_methods", "emoji", *words, "--rows", "KD", "--seeds", 0, 1, "--output", "t.jsonl")
-    study(*command, "--cache", "cache-{seed}")
-    study(*command)  # the same rows: trains nothing
+    rows = ["labels alone", "KD", "hint"]  # which read nothing of it, its logits, its layers
+    command = ("compare_methods", "emoji", *words, "--rows", *rows, "--output", "t.jsonl")
+    study(*command, "--cache", "cache-{seed}", "--seeds", 0)
+    study(*command, "--cache", "cache-{seed}", "--seeds", 1, "--rows", "KD")
+    study(*command, "--seeds", 0)  # the same rows: trains nothing
     lines = lines_of("t.jsonl")
-    assert [(line["seed"], line["cache"]) for line in lines] == [(0, True), (1, True)]
-    assert lines[0]["overrides"] == words
-    assert lines[0]["teacher"] is not None
+    assert [(line["row"], line["seed"], line["cache"]) for line in lines] == [
+        ("labels alone", 0, False), ("KD", 0, True), ("hint", 0, False), ("KD", 1, True),
+    ]  # fmt: skip
+    assert all(line["overrides"] == words for line in lines)
+    assert [line["teacher"] is None for line in lines] == [True, False, False, False]
 
 
 def test_the_conflict_of_gradients(study: Any, tiny: list[str]) -> None:

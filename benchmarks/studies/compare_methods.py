@@ -5,11 +5,11 @@
     python benchmarks/studies/compare_methods.py glyphs --table FILE.jsonl
 
 The rows of each problem are in ``comparison_rows.py``: recipes with overrides. key=value words apply to every
-row; {seed} in one is replaced. With ``--cache FOLDER``, of `fastkd cache-teacher`, rows that read nothing of
-the teacher but its logits train from these; {seed} is replaced here too. FILE gets one line per run as it
-ends, with the commit that it was made at. Runs already in it are not repeated, so several processes with
-different ``--rows`` can share it; a row whose recipe equals another row's takes its result, and a row whose
-recipe has changed is trained again.
+row, ``teacher.*`` to every row with a teacher; {seed} in one is replaced. With ``--cache FOLDER``, of `fastkd
+cache-teacher`, rows that read nothing of the teacher but its logits train from these; {seed} is replaced here
+too. FILE gets one line per run as it ends, with the commit that it was made at. Runs already in it are not
+repeated, so several processes with different ``--rows`` can share it; a row whose recipe equals another row's
+takes its result, and a row whose recipe has changed is trained again.
 """
 
 from __future__ import annotations
@@ -23,12 +23,18 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import torch
 from choose_hyperparameters import append, read
 from comparison_rows import DIFFERENCES, PROBLEMS, rows_of
 
+from fastkd.data.data import load_data
+from fastkd.distill import GivenLogits
+from fastkd.errors import RecipeError
 from fastkd.files.sealed import short_digest_of
 from fastkd.recipe.schema import load_recipe
+from fastkd.recipe.sections import Recipe
 from fastkd.train.display.console import make_console
+from fastkd.train.run.build import build_method, build_network
 from fastkd.train.run.run import run_recipe
 
 Line = dict[str, Any]
@@ -64,9 +70,15 @@ def main() -> None:
 def train(label: str, words: list[str], seed: int, args: argparse.Namespace) -> None:
     """One run, unless ``args.output`` has it."""
     problem, output = args.problem, args.output
-    cached = [f"teacher.cache={args.cache}"] if args.cache else []
-    given = [word.replace("{seed}", str(seed)) for word in [*args.overrides, *cached]]
+    given = [word.replace("{seed}", str(seed)) for word in args.overrides]
+    rest = [word for word in given if not word.startswith("teacher.")]
+    if load_recipe(words[0], [*words[1:], *rest])[1].teacher is None:
+        given = rest
     name, recipe = load_recipe(words[0], [*words[1:], *given, f"train.seed={seed}"])
+    cached = args.cache is not None and reads_only_logits(recipe)
+    if cached:
+        given.append(f"teacher.cache={args.cache.replace('{seed}', str(seed))}")
+        name, recipe = load_recipe(words[0], [*words[1:], *given, f"train.seed={seed}"])
     key = {"problem": problem, "row": label, "seed": seed, "overrides": args.overrides}
     # Where the teacher's logits come from is not part of what is compared.
     compared = {option: value for option, value in recipe.flat().items() if option != "teacher.cache"}
@@ -83,7 +95,20 @@ def train(label: str, words: list[str], seed: int, args: argparse.Namespace) -> 
     line = {**key, "words": words}
     line |= {which: summary[which] for which in ("best", "last", "made_with")}
     line |= {"teacher": teacher.get("val_accuracy"), "seconds": round(sum(summary["seconds"].values()), 1)}
-    append(output, {**line, "cache": bool(cached), "commit": commit()})
+    append(output, {**line, "cache": cached, "commit": commit()})
+
+
+def reads_only_logits(recipe: Recipe) -> bool:
+    """Whether the recipe has a teacher, and its method can do without the teacher's layers."""
+    if recipe.teacher is None:
+        return False
+    data = load_data(recipe.data)
+    student = build_network(recipe.student, data)
+    try:
+        build_method(recipe, student, GivenLogits(data.num_classes), data, torch.device("cpu"))
+    except RecipeError:
+        return False
+    return True
 
 
 def commit() -> str:
