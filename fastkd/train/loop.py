@@ -270,6 +270,15 @@ def _train_epoch(
     """Train on the remaining batches of ``epoch``. Raises what ``train_step`` raises, and ``Preempted``."""
     method, meter, watch = training.method, epoch.meter, epoch.watch
     batches = epoch.batches(train)
+
+    def save_or_stop(save: bool, stop: bool) -> None:
+        if save:
+            watcher.checkpoint(epoch.number, meter.steps, save_state(training, epoch.position()))
+        if stop:
+            # The launcher kills the other ranks once one has exited; all must have written by then.
+            distributed.barrier()
+            raise Preempted(f"stopped in epoch {epoch.number} after step {meter.steps}")
+
     method.train()
     crowding.start()
     with PassTimer(method.student, method.teacher, watch) as passes, _reporting(watcher, epoch, train):
@@ -278,25 +287,20 @@ def _train_epoch(
             if batch is None or not sizes.take(batch, resumed=epoch.resumed):
                 meter.skip_step()
                 training.step_scheduler("step")
-                continue
-            train_step(training, options, batch, meter, watch, passes)
-            for note in method.take_notes():
-                watcher.note(note)
-            training.step_scheduler("step")
-            watch.lap("student")
-            meter.waited = train.waited
-            watcher.batch_done(meter)
-            if (hint := crowding.hint(meter.waited)) is not None:
-                watcher.note(hint)
-            save, ask_to_stop = control.after_step(meter.steps)
-            if save:
-                watcher.checkpoint(epoch.number, meter.steps, save_state(training, epoch.position()))
-            if ask_to_stop:
-                # The launcher kills the other ranks once one has exited; all must have written by then.
-                distributed.barrier()
-                raise Preempted(f"stopped in epoch {epoch.number} after step {meter.steps}")
+            else:
+                train_step(training, options, batch, meter, watch, passes)
+                for note in method.take_notes():
+                    watcher.note(note)
+                training.step_scheduler("step")
+                watch.lap("student")
+                meter.waited = train.waited
+                watcher.batch_done(meter)
+                if (hint := crowding.hint(meter.waited)) is not None:
+                    watcher.note(hint)
+            save_or_stop(*control.after_step(meter.steps))
             watch.lap("other")
         meter.drain()
+        save_or_stop(*control.after_epoch(meter.steps))
 
 
 @contextlib.contextmanager

@@ -79,7 +79,7 @@ class Control:
         every: steps (an int) or time (``"15min"``, ``"900s"``, ``"2h"``) between checkpoints; None: only when
             stopping.
         stop: called to ask whether to stop.
-        interval: with several ranks, steps between their exchanges.
+        interval: with several ranks, steps of an epoch between their exchanges; its end is one more.
     """
 
     def __init__(self, every: int | str | None, stop: Callable[[], bool] | None, interval: int) -> None:
@@ -90,11 +90,22 @@ class Control:
         self._last = time.monotonic()
 
     def after_step(self, step: int) -> tuple[bool, bool]:
-        """(write a checkpoint, stop)."""
+        """(write a checkpoint, stop) after a step of the epoch, from 1, trained on or left out."""
         due = self._steps is not None and step % self._steps == 0
+        return self._asked(due) if self._exchanges(step) else (due, False)
+
+    def after_epoch(self, steps: int) -> tuple[bool, bool]:
+        """As ``after_step``, for what came since the last exchange of an epoch of this many steps.
+
+        Otherwise several ranks would never stop in epochs shorter than ``interval``.
+        """
+        return (False, False) if self._exchanges(steps) else self._asked(False)
+
+    def _exchanges(self, step: int) -> bool:
+        return distributed.world() == 1 or step % self._interval == 0
+
+    def _asked(self, due: bool) -> tuple[bool, bool]:
         if self._seconds is None and self._stop is None:
-            return due, False
-        if distributed.world() > 1 and step % self._interval:
             return due, False
         late = self._seconds is not None and time.monotonic() - self._last >= self._seconds
         late, stop = distributed.any_over_ranks(late, self._stop is not None and self._stop())

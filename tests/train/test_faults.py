@@ -110,8 +110,9 @@ def test_a_scheduler_takes_the_machine_away(name: str, tell: Any, at_step: Any, 
     )
 
 
-def test_sigterm_to_one_of_two_processes(tell: Any, workplace: Path) -> None:
-    arguments = ["fashion-mnist/student", *TINY, "train.epochs=40"]
+@pytest.mark.parametrize("log_every", [1, 20])  # of epochs of 4 steps
+def test_sigterm_to_one_of_two_processes(log_every: int, tell: Any, workplace: Path) -> None:
+    arguments = ["fashion-mnist/student", *TINY, "train.epochs=40", f"train.log_every={log_every}"]
     processes = start(2, in_folder, str(workplace), arguments)
     deadline = time.monotonic() + 60
     while steps_done(RUN) < 2:
@@ -122,7 +123,7 @@ def test_sigterm_to_one_of_two_processes(tell: Any, workplace: Path) -> None:
     assert finish(processes) == [75, 75]
     assert 2 <= steps_done(RUN) < 160
     tell(
-        "SIGTERM to one of two processes",
+        "SIGTERM to one of two processes" + (", epochs shorter than `log_every`" if log_every > 1 else ""),
         "both stop at the same step, one checkpoint, a status to requeue on",
         "status 75 of both, the checkpoint can be read",
     )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.cli import main
+from fastkd.errors import Preempted
 from fastkd.models import build_model
 from fastkd.train import Watcher, fit_method
 from fastkd.train.batches import micro_batches
@@ -95,6 +96,14 @@ def test_a_last_batch_of_one_is_left_out_and_said(rows: int) -> None:
         "a batch of 1 image cannot be trained on and is left out in each epoch: ValueError: "
     )
     assert [r["val_rows"] for r in result.history] == [33, 33]
+
+
+def test_a_training_can_stop_at_a_batch_that_is_left_out() -> None:
+    method = make_method("cross_entropy")
+    method.student = normed()
+    asked = iter([False, True])
+    with pytest.raises(Preempted, match="in epoch 1 after step 2"):
+        fit_method(method, Loader(17, 16), None, epochs=2, stop=lambda: next(asked), progress=False)
 
 
 def test_a_network_that_takes_one_row_gets_it() -> None:
