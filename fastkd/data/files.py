@@ -132,7 +132,7 @@ class FileLoader(IndexedLoader):
     def indexed(
         self, start: int = 0, rank: int = 0, world: int = 1, even: bool = False
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """``(images, target, sample indices)``, without unreadable images.
+        """``(images, target, sample indices)``, without unreadable images: without rows if all are.
 
         For ``even`` shares each of them is replaced by another image of the same share.
         """
@@ -156,6 +156,8 @@ class FileLoader(IndexedLoader):
                     raise DataError(
                         f"no image in this rank's share of a batch can be read: {missing[0].name} …"
                     )
+                # Not left out here: positions and schedules count every batch of the order.
+                yield pixels[:0].to(self._device, torch.float32), labels[:0].to(self._device), indices[:0]
                 continue
             images = self._normalize(pixels)
             target = labels.to(self._device, non_blocking=True)

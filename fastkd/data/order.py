@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -95,6 +96,14 @@ class EpochLoader:
         return len(self._order)
 
 
+_Parts = TypeVar("_Parts", bound=tuple[Tensor, ...])
+
+
+def with_rows(batches: Iterator[_Parts]) -> Iterator[_Parts]:
+    """The batches that have rows, for loops that do not count positions: a mean over no rows is NaN."""
+    return (batch for batch in batches if len(batch[0]))
+
+
 class IndexedLoader(EpochLoader, ABC):
     """A loader whose images depend only on (seed, epoch, sample index), so that they can be cached for.
 
@@ -106,12 +115,12 @@ class IndexedLoader(EpochLoader, ABC):
     mixed_from: tuple[Tensor, Tensor] | None = None
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return self.batches()
+        return with_rows(self.batches())
 
     def batches(
         self, start: int = 0, rank: int = 0, world: int = 1, even: bool = False
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's rows of ``(images, target)``, from batch ``start`` of the epoch on."""
+        """This rank's rows of ``(images, target)``, from batch ``start`` on; some may have none."""
         for images, target, _ in self.indexed(start, rank, world, even):
             yield images, target
 

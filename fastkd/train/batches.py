@@ -59,7 +59,7 @@ class Batches:
     ) -> None:
         self._name = name
         self.waited = 0.0  # seconds in this epoch that the host waited for the loader
-        self.left_out = 0  # batches with fewer than two rows per rank
+        self.left_out = 0  # batches with too few rows
         self._loader, self._device, self._even = loader, device, even
         self._channels_last = channels_last
         mean, std = getattr(loader, "mean", None), getattr(loader, "std", None)
@@ -83,13 +83,17 @@ class Batches:
     def start(self, position: int = 0) -> Iterator[Batch | None]:
         """Start an epoch at batch ``position``; earlier batches of a plain loader are skipped here.
 
-        None stands for a batch of which a rank gets fewer than two rows: a step that is left out.
+        None stands for a batch without rows and, in training, for one of which several ranks get under two
+        each: a step that is left out.
         """
         self.waited = 0.0
         return self._timed(self._rows(position))
 
     def whole(self, position: int) -> Batch | None:
         """Batch ``position`` of all ranks as loaded; None if the loader is an exhausted iterator."""
+        native = getattr(self._loader, "batches", None)
+        if callable(native):
+            return next(iter(native(position, 0, 1, False)), None)
         return next(itertools.islice(iter(self._loader), position, None), None)
 
     def _rows(self, position: int) -> Iterator[Batch]:
@@ -125,7 +129,7 @@ class Batches:
                 return
             images, *rest = checked_batch(batch, self._name)
             # Batch normalisation needs two rows.
-            if self._even and distributed.world() > 1 and len(images) < 2:
+            if len(images) < (2 if self._even and distributed.world() > 1 else 1):
                 self.left_out += 1
                 yield None
                 continue

@@ -82,7 +82,7 @@ def evaluate_rows(
         for batch in Batches(
             loader, device, even=False, channels_last=channels_last, name="val_loader"
         ).start():
-            if batch is None or len(batch[1]) == 0:  # this rank has no rows of the batch
+            if batch is None:  # this rank has no rows of the batch
                 continue
             images, target, *_ = batch
             with autocast(device, precision):

@@ -241,9 +241,8 @@ def fit_method(
             control = Control(checkpoint_every, stop, epoch.meter.interval)
             _train_epoch(training, options, epoch, train, sizes, control, watcher, crowding)
             if train.left_out and not training.history:
-                watcher.note(
-                    f"left out in each epoch: {train.left_out} batches of under two images per process"
-                )
+                few = "of under two images per process" if distributed.world() > 1 else "without images"
+                watcher.note(f"left out in epoch {epoch.number}: {train.left_out} batches {few}")
             if epoch.meter.rows == 0:
                 raise TrainError(_nothing_came(number, epoch.meter))
             training.step_scheduler("epoch")
@@ -341,7 +340,10 @@ def _reporting(watcher: Watcher, epoch: Epoch, train: Batches) -> Iterator[None]
 
 def _nothing_came(epoch: int, meter: LossMeter) -> str:
     if meter.skipped:
-        return f"no loss was finite in all of epoch {epoch + 1}: {meter.skipped} steps skipped"
+        return (
+            f"nothing was trained on in all of epoch {epoch + 1}: {meter.skipped} steps skipped, of too few "
+            "images or with a loss that is not finite"
+        )
     again = "; a generator can be iterated once only: give a list or a DataLoader" if epoch else ""
     return f"the train loader yielded no batch in epoch {epoch + 1}{again}"
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,12 +13,15 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
+from fastkd.data.files import load_file_data
 from fastkd.data.order import rows_of
 from fastkd.errors import LaunchError, RecipeError
 from fastkd.recipe.schema import load_recipe
+from fastkd.recipe.sections import FolderData
 from fastkd.train import FitResult, distributed, evaluate, fit_method
 from fastkd.train.run import build
 from fastkd.train.run.run import check_ranks
+from tests.data.image_trees import make_tree
 
 from .ranks import on_two_ranks
 from .sync_batchnorm import synchronised
@@ -34,7 +39,7 @@ def train(variant: str, norm: bool = True, **options: Any) -> tuple[dict[str, to
     return {key: value.detach().clone() for key, value in method.state_dict().items()}, result
 
 
-def all_variants() -> dict[str, Any]:
+def all_variants(tree: Path) -> dict[str, Any]:
     done: dict[str, Any] = {}
     for variant in VARIANTS:
         weights, result = train(variant)
@@ -42,7 +47,7 @@ def all_variants() -> dict[str, Any]:
     for label, (_, of_two) in MORE.items():
         weights, result = train("dhkd shared", **of_two)
         done[label] = weights, result.history
-    done["left out"] = left_out()
+    done["left out"] = left_out(), left_out(files(tree))
     done["in parts"] = train("kd", norm=False, accumulate=2)[0]
     done["counts"] = counts()
     done["normalised"] = normalised(slice(8 * distributed.rank(), 8 * distributed.rank() + 8))
@@ -58,13 +63,19 @@ MORE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def left_out() -> list[tuple[float, int]]:
+def files(tree: Path) -> Any:
+    """A loader of 9 images, of the last of which two ranks get none."""
+    config = FolderData(name="imagefolder", root=str(tree), size=24, workers=0)
+    return load_file_data(config).train_loader(4, 1, CPU)
+
+
+def left_out(loader: Any = None) -> list[tuple[float, int]]:
     """Learning rate and steps left out, by epoch. Of the last 3 of 33 images each of two ranks gets one."""
     method = make_method("kd")
     optimizer = torch.optim.SGD(method.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [8])
     options = {"epochs": 3, "optimizer": optimizer, "scheduler": scheduler, "progress": False}
-    history = fit_method(method, Loader(33, 10), None, **options).history
+    history = fit_method(method, loader or Loader(33, 10), None, **options).history
     return [(record["lr"], record["skipped"]) for record in history]
 
 
@@ -98,8 +109,13 @@ def counts() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return on_two_ranks(all_variants, tmp_path_factory.mktemp("ranks"))
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tree(tmp_path_factory.mktemp("images") / "tree", train=3)
+
+
+@pytest.fixture(scope="module")
+def both(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return on_two_ranks(functools.partial(all_variants, tree), tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("variant", [*VARIANTS, *MORE])
@@ -137,11 +153,14 @@ def test_each_image_counts_once(both: list[dict[str, Any]]) -> None:
             assert found == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_batch_that_is_left_out_is_a_step_of_the_schedule(both: list[dict[str, Any]]) -> None:
-    rates = pytest.approx([0.1, 0.01, 0.01])  # the milestone is the end of the second epoch
-    for of_one, skipped in ((left_out(), 0), *((one["left out"], 1) for one in both)):
-        assert [lr for lr, _ in of_one] == rates
-        assert [count for _, count in of_one] == [skipped] * 3
+def test_a_batch_that_is_left_out_is_a_step_of_the_schedule(both: list[dict[str, Any]], tree: Path) -> None:
+    # The milestone, step 8, is the end of the second epoch of 4 steps, and in the third of 3.
+    rates = [pytest.approx([0.1, 0.01, 0.01]), pytest.approx([0.1, 0.1, 0.01])]
+    one_process = left_out(), left_out(files(tree))
+    for found, skipped in ((one_process, 0), *((one["left out"], 1) for one in both)):
+        for epochs, expected in zip(found, rates, strict=True):
+            assert [lr for lr, _ in epochs] == expected
+            assert [count for _, count in epochs] == [skipped] * 3
 
 
 def test_loaders_that_draw_another_order_on_each_rank_are_refused(both: list[dict[str, Any]]) -> None:

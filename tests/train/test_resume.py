@@ -14,12 +14,15 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+from fastkd.data.files import load_file_data
 from fastkd.distill import Method, find_method
 from fastkd.errors import CheckpointError, Preempted
 from fastkd.recipe.durations import seconds_of
+from fastkd.recipe.sections import FolderData
 from fastkd.train import FitResult, Watcher, fit_method
 from fastkd.train.run.checkpoint import load_checkpoint, save_checkpoint
 from fastkd.train.signals import Control, StopSignals, restore_handlers
+from tests.data.image_trees import make_tree
 
 from .tiny import VARIANTS, Loader, Net, make_method
 
@@ -105,6 +108,18 @@ def test_torchs_own_shuffling_loader(own: bool, step: int, tmp_path: Path) -> No
         return DataLoader(data, 16, shuffle=True, generator=generator)
 
     ends_the_same(tmp_path / "last.pt", "kd", 2, step, make_loader)
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_batch_of_unreadable_images_is_a_step(step: int, tmp_path: Path) -> None:
+    root = make_tree(tmp_path / "tree")  # 12 images: 4 steps
+    config = FolderData(name="imagefolder", root=str(root), size=24, workers=0)
+    data = load_file_data(config)
+    loader = data.train_loader(3, 1, torch.device("cpu"))
+    loader.set_epoch(1)
+    for index in list(loader.indexed())[1][2]:
+        Path(data.source.name(int(index))).write_text("no image")
+    ends_the_same(tmp_path / "last.pt", "kd", 2, step, lambda: data.train_loader(3, 1, torch.device("cpu")))
 
 
 def test_a_state_in_memory_is_not_changed_by_resuming() -> None:

@@ -164,7 +164,7 @@ def test_small_last_batches_on_two_ranks(tmp_path: Path) -> None:
     for one, other in zip(first, second, strict=True):
         assert one[0] == other[0] == 16
         assert torch.equal(one[2], other[2])
-    assert first[0][1] == ["left out in each epoch: 1 batches of under two images per process"]
+    assert first[0][1] == ["left out in epoch 1: 1 batches of under two images per process"]
     assert first[1][1] == [
         "a batch of 2 images cannot be trained on and is left out in each epoch: RuntimeError: three at least"
     ]

@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from fastkd.data.data import Data, load_data
-from fastkd.data.order import IndexedLoader
+from fastkd.data.order import IndexedLoader, with_rows
 from fastkd.errors import RecipeError
 from fastkd.files.paths import user_path
 from fastkd.recipe.schema import Recipe, load_recipe
@@ -149,7 +149,7 @@ def _outputs(
     loader: IndexedLoader, epoch: int, store: Store, teacher: nn.Module, recipe: Recipe
 ) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
     loader.set_epoch(epoch)
-    for images, target, indices in loader.indexed():
+    for images, target, indices in with_rows(loader.indexed()):
         yield indices, teacher_outputs(store, teacher, images, target, recipe)
 
 

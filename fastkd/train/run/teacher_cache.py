@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fastkd.data.data import Data
-from fastkd.data.order import IndexedLoader
+from fastkd.data.order import IndexedLoader, with_rows
 from fastkd.distill import GivenFeatures, GivenTeacher, find_method
 from fastkd.errors import CheckpointError, RecipeError
 from fastkd.files.atomic import make_folder, take_room, write_atomically
@@ -229,13 +229,13 @@ class CachedLoader:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        return self.batches()
+        return with_rows(self.batches())
 
     def batches(
         self, start: int = 0, rank: int = 0, world: int = 1, even: bool = False
     ) -> Iterator[tuple[Tensor, ...]]:
         for images, target, indices in self._loader.indexed(start, rank, world, even):
-            if self._loader.mixed_from is not None:
+            if self._loader.mixed_from is not None and len(indices):
                 self._cache.check_mixed(self._epoch, *self._loader.mixed_from)
             yield images, target, *self._cache.outputs(self._epoch, indices, images.device)
 
