@@ -1,4 +1,4 @@
-"""Signal handling of data workers, which must survive the signals that schedulers send to a whole job."""
+"""Signal handling of data workers, which must survive the signals that a whole job or process group gets."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ _WAITS = hasattr(signal, "sigtimedwait")  # not on macOS and Windows
 
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
-    """Delay SIGTERM and SIGUSR1 until after the block; processes and threads started in it never get them."""
+    """Delay SIGTERM, SIGUSR1 and SIGINT until after the block; what is started in it never gets them.
+
+    A terminal sends Ctrl-C to all processes. A worker that it ended while starting would print a traceback,
+    and replace KeyboardInterrupt in the training process with torch's error about that worker.
+    """
     if not _WAITS:
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [*stop_signals(), signal.SIGINT])
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Data workers among the signals that a scheduler sends to all processes of a job."""
+"""Data workers among the signals that a scheduler or a terminal sends to all processes of a job."""
 
 import contextlib
 import os
@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from .image_trees import make_tree
 
 # As FileLoader does it; prints the workers' process numbers, and ends when told to.
 PROGRAM = """
@@ -54,3 +56,48 @@ def test_a_scheduler_s_signal_does_not_hide_the_process_s_own() -> None:
         for worker in workers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(worker, signal.SIGKILL)
+
+
+# The command line, whose workers take a second to start.
+SLOW_START = """
+import sys, time
+from multiprocessing import util
+from fastkd.cli import main
+
+util.register_after_fork(main, lambda _: time.sleep(1))
+sys.exit(main(sys.argv[1:]))
+"""
+TRAIN = [
+    "train", "imagenet/r18", "data.root=tree", "data.size=24", "data.workers=2", "student.name=small_cnn",
+    "student.width=4", "train.batch_size=4", "train.epochs=2", "train.milestones=[1]", "train.lr=0.01",
+    "train.device=cpu", "train.threads=1",
+]  # fmt: skip
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux")
+def test_ctrl_c_while_workers_start(tmp_path: Path) -> None:
+    make_tree(tmp_path / "tree")
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_START, *TRAIN],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.monotonic() + 60
+    try:
+        while len(workers := children.read_text().split()) < 2 or not [*tmp_path.glob("runs/*")]:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline, "no workers came"
+            time.sleep(0.005)
+        os.killpg(process.pid, signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130
+    (run,) = tmp_path.glob("runs/*")
+    assert error.strip() == f"stopped; to resume: fastkd train --resume {run.relative_to(tmp_path)}"
+    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
