@@ -17,6 +17,7 @@ from fastkd.data.data import Data, load_data
 from fastkd.data.order import IndexedLoader, with_rows
 from fastkd.errors import RecipeError
 from fastkd.files.paths import user_path
+from fastkd.messages import kind_and_text
 from fastkd.recipe.schema import Recipe, load_recipe
 from fastkd.train.display.console import make_console
 from fastkd.train.distributed import number
@@ -94,15 +95,22 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         console.print("stopped; the same command resumes after the last complete epoch")
         return 130
-    report = {
-        "store": store.facts,
-        "bytes_per_sample": cache.bytes_per_sample,
-        "megabytes": cache.bytes_in_all / 1e6,
-        "agreement": measure_agreement(cache, store, recipe, data, teacher.model, device),
-    }
-    write_json(args.to / "report.json", report)
-    for line in _described(report, data):
-        console.print(line, markup=False, soft_wrap=True)
+    try:
+        report = {
+            "store": store.facts,
+            "bytes_per_sample": cache.bytes_per_sample,
+            "megabytes": cache.bytes_in_all / 1e6,
+            "agreement": measure_agreement(cache, store, recipe, data, teacher.model, device),
+        }
+        write_json(args.to / "report.json", report)
+        for line in _described(report, data):
+            console.print(line, markup=False, soft_wrap=True)
+    except Exception as error:  # the cache is complete: a report must not make it fail
+        console.print(
+            f"the cache is complete, but its report failed: {kind_and_text(error)}",
+            markup=False,
+            soft_wrap=True,
+        )
     override = shlex.quote(f"teacher.cache={args.to}")
     console.print(f"to train from it: {override}", markup=False, soft_wrap=True)
     return 0

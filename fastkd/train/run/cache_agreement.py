@@ -14,7 +14,7 @@ from fastkd.distill.taps import eval_mode, named_logits
 from fastkd.distill.terms import total_of
 from fastkd.recipe.sections import Recipe
 from fastkd.train.precision import Numerics, autocast, place
-from fastkd.train.trial import unchanged
+from fastkd.train.trial import Sizes, unchanged
 
 from .build import build_method, build_network
 from .cache_stores import Store, TopKStore
@@ -41,6 +41,8 @@ def measure_agreement(
 
     For top-k the difference is the definition's: the other classes are one. "rounding" is the part of it that
     float16 causes: the difference from the same classes unrounded.
+
+    Batches that training would leave out are left out.
     """
     torch.manual_seed(recipe.train.seed)
     student = build_network(recipe.student, data).to(device)
@@ -50,8 +52,9 @@ def measure_agreement(
     for method in (live, cached):
         place(method, Numerics(device, recipe.train.precision), recipe.train.teacher_precision)
     loader: Any = CachedLoader(data.train_loader(recipe.train.batch_size, recipe.train.seed, device), cache)
+    sizes = Sizes(live, recipe.train.precision, 1, lambda _: None)
     differences, rounding = [], []
-    for batch in itertools.islice(loader, BATCHES):
+    for batch in itertools.islice((batch for batch in loader if sizes.take(batch[:2])), BATCHES):
         images, target, *_ = batch
         ours = _loss_and_gradient(cached, batch, recipe)
         differences.append(_difference(ours, _loss_and_gradient(live, (images, target), recipe)))

@@ -122,6 +122,36 @@ def test_glyphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert "batch_size: 128 in the cache, 64 in the recipe" in capsys.readouterr().err
 
 
+NORMED = """
+from torch import nn
+def Network(num_classes):
+    pool = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    return nn.Sequential(pool, nn.BatchNorm1d(12), nn.Linear(12, num_classes))
+"""
+
+
+def test_a_batch_too_small_to_train_on_is_cached_but_not_measured(recipe: list[str]) -> None:
+    Path("normed.py").write_text(NORMED)
+    student = ["student.name=normed:Network", "student.width=null"]
+    assert main(["cache-teacher", *recipe, *student, "--to", "cache"]) == 0
+    report = json.loads(Path("cache/report.json").read_text())
+    assert report["agreement"]["batches"] == 3  # of 5 images; the fourth has one
+
+
+def test_a_report_that_fails_does_not_make_the_cache_fail(
+    recipe: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: object) -> None:
+        raise ValueError("no such layer")
+
+    monkeypatch.setattr("fastkd.train.commands.cache_teacher.measure_agreement", fails)
+    assert main(["cache-teacher", *recipe, "--to", "cache"]) == 0
+    out = capsys.readouterr().out
+    assert "the cache is complete, but its report failed: ValueError: no such layer\n" in out
+    assert "to train from it: teacher.cache=cache\n" in out
+    TeacherCache(Path("cache"))
+
+
 def test_one_process_writes_a_cache(
     recipe: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
