@@ -36,7 +36,7 @@ from fastkd.recipe.sections import Recipe
 from fastkd.train.display.console import make_console
 from fastkd.train.loop import evaluate
 from fastkd.train.optimization import build_optimizer, build_scheduler
-from fastkd.train.run.build import build_method, build_network, resolve_device
+from fastkd.train.run.build import build_method, build_network, prepare_device
 from fastkd.train.run.teachers import find_teacher
 
 Row = dict[str, Any]
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="FOLDER")
     args = parser.parse_intermixed_args()
     path = args.output.with_name(args.output.name + ".jsonl")
-    device = resolve_device(load_recipe(args.recipe, args.overrides)[1].train.device)
+    device = prepare_device(load_recipe(args.recipe, args.overrides)[1].train)
     if not path.exists():
         append(path, header(device.type, {}, command=" ".join(sys.argv)))
     for seed in args.seeds:
@@ -83,8 +83,6 @@ def main() -> None:
 
 def study(recipe: Recipe, device: torch.device, title: str, every: int, runs: Path) -> list[Row]:
     """Train as the recipe says; a row of cosines every so many steps."""
-    if recipe.train.threads is not None:
-        torch.set_num_threads(recipe.train.threads)
     console = make_console()
     data: Data = load_data(recipe.data)
     assert recipe.teacher is not None

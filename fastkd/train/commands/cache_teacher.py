@@ -21,7 +21,7 @@ from fastkd.messages import kind_and_text
 from fastkd.recipe.schema import Recipe, load_recipe
 from fastkd.train.display.console import make_console
 from fastkd.train.distributed import number
-from fastkd.train.run.build import build_network, resolve_device, tried, try_method
+from fastkd.train.run.build import build_network, prepare_device, tried, try_method
 from fastkd.train.run.cache_agreement import measure_agreement, teacher_outputs
 from fastkd.train.run.cache_stores import STORES, LogitsStore, Store, TopKStore, features_store
 from fastkd.train.run.folder import write_json
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         raise RecipeError(f"--top-k is of --store top_k, but the store is {args.store}")
     console = make_console()
     _, recipe = load_recipe(args.words[0], args.words[1:])
-    device = resolve_device(recipe.train.device)
+    device = prepare_device(recipe.train)
     data = load_data(recipe.data)
     console.print(f"data: {data.describe()}", markup=False)
     facts = wanted_facts(recipe, data, device)

@@ -14,7 +14,7 @@ from fastkd.errors import CheckpointError, RecipeError
 from fastkd.recipe.sections import Recipe
 from fastkd.train import distributed
 from fastkd.train.evaluation import evaluate_rows
-from fastkd.train.run.build import build_network, resolve_device, tried
+from fastkd.train.run.build import build_network, prepare_device, tried
 from fastkd.train.run.checkpoint import load_checkpoint
 from fastkd.train.run.teachers import load_given_teacher
 from fastkd.train.run.weights import averaged_weights, check_class_names, load_weights, state_dict_in
@@ -26,7 +26,7 @@ def evaluate_networks(name: str, recipe: Recipe, folder: Path | None, console: C
 
     Raises ``TrainError``, also if there is nothing to validate.
     """
-    device = resolve_device(recipe.train.device)
+    device = prepare_device(recipe.train)
     with distributed.first_rank_first():
         data = load_data(recipe.data)
     console.print(f"data: {data.describe()}", markup=False)

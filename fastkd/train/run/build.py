@@ -14,15 +14,22 @@ from fastkd.distill.heads import RowBatchNorm
 from fastkd.errors import RecipeError, TrainError
 from fastkd.messages import kind_and_text
 from fastkd.models import build_model
-from fastkd.recipe.sections import Model, Optimization, Recipe
+from fastkd.recipe.sections import Model, Optimization, Recipe, Train
 from fastkd.train import distributed
 from fastkd.train.batches import Batch
 from fastkd.train.random_state import get_random_state, set_random_state
 from fastkd.train.trial import left_out, repeated, try_step
 
 
-def resolve_device(name: str) -> torch.device:
-    """The torch device; ``auto`` is CUDA if available. Raises ``RecipeError`` if it cannot be used."""
+def prepare_device(train: Train) -> torch.device:
+    """Set torch's number of threads, and return the device; ``auto`` is CUDA if available.
+
+    Every command that computes with a recipe starts here. Raises ``RecipeError`` for a device that cannot be
+    used.
+    """
+    if train.threads is not None:
+        torch.set_num_threads(train.threads)
+    name = train.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and distributed.world() > 1:

@@ -25,7 +25,7 @@ from fastkd.train.random_state import seed_generators
 from fastkd.train.signals import StopSignals
 
 from .agreement import check_content, check_folder, check_state
-from .build import build_method, build_network, resolve_device, synchronised, try_method
+from .build import build_method, build_network, prepare_device, synchronised, try_method
 from .fitting import fit_in_folder, owned, read_state
 from .folder import create_run_folder, write_facts, write_json, write_recipe
 from .resume import check_recipe, identity
@@ -63,9 +63,7 @@ class Prepared:
 
 def prepare(name: str, recipe: Recipe, console: Console) -> Prepared:
     """Find unusable data, checkpoints and layers before anything is trained. Raises ``TrainError``."""
-    device = resolve_device(recipe.train.device)
-    if recipe.train.threads is not None:
-        torch.set_num_threads(recipe.train.threads)
+    device = prepare_device(recipe.train)
     console.print(f"{name}: {recipe.description}", markup=False)
     check_ranks(recipe, device)
     if recipe.train.compile:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastkd.cli import main
 from fastkd.train.run.lock import locked
@@ -120,6 +121,22 @@ def test_glyphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert [e["loss"] for e in cached] == pytest.approx([e["loss"] for e in live], rel=1e-3)
     assert main(["train", *letters, "train.batch_size=64", "teacher.cache=cache"]) == 2
     assert "batch_size: 128 in the cache, 64 in the recipe" in capsys.readouterr().err
+
+
+def test_the_number_of_threads(recipe: list[str]) -> None:
+    before = torch.get_num_threads()
+    try:
+        for command in (
+            ["cache-teacher", *recipe, "train.threads=1", "--to", "cache"],
+            ["train", *recipe, "train.threads=1"],
+            ["train", "--eval-only", "--resume"],
+        ):
+            torch.set_num_threads(2)
+            run = [str(path) for path in Path("runs").glob("imagenet-*")]
+            assert main([*command, *run]) == 0
+            assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 NORMED = """
