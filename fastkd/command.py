@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 from fastkd.environment import EnvironmentValueError
+from fastkd.messages import printable
 
 BROKEN_PIPE_STATUS = 141  # of a process that SIGPIPE ended, as the shell reports it
 
@@ -59,9 +60,8 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 def print_json(summary: Mapping[str, Any]) -> None:
     """Print one JSON object on stdout. NaN and infinity, which JSON lacks, become null."""
-    text = json.dumps(_plain(summary), ensure_ascii=False, allow_nan=False)
-    # The bytes of a file's name need not be UTF-8: Python's escape for such a one is JSON's.
-    print(text.encode("utf-8", "backslashreplace").decode(), flush=True)
+    # Python's escapes of a file's name that is not UTF-8 are JSON's.
+    print(printable(json.dumps(_plain(summary), ensure_ascii=False, allow_nan=False)), flush=True)
 
 
 def _plain(value: Any) -> Any:

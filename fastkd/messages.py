@@ -26,6 +26,11 @@ def kind_and_text(error: BaseException) -> str:
     return f"{kind}: {text}" if text else kind
 
 
+def printable(text: str) -> str:
+    """With the bytes of a file's name that are not UTF-8 as escapes, which every stream and log file takes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def not_utf8(names: Iterable[str]) -> str | None:
     """The first name that has no UTF-8, such as that of a file with other bytes; None if there is none."""
     return next((name for name in names if name.encode("utf-8", "ignore").decode() != name), None)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fastkd.errors import DataError
+from fastkd.messages import printable
 
 _log = logging.getLogger(__name__)
 
@@ -41,7 +42,8 @@ class CorruptImages(dict[str, str]):
             return
         self[image.name] = image.reason
         self._check()
-        _log.warning("skipped %s (%d of at most %d): %s", image.name, len(self), self.limit, image.reason)
+        name = printable(image.name)
+        _log.warning("skipped %s (%d of at most %d): %s", name, len(self), self.limit, image.reason)
 
     def join(self, of_ranks: Sequence[Mapping[str, str]]) -> None:
         """Take the images of all ranks, in the same order on each. Raises ``DataError`` beyond the limit."""
