@@ -7,9 +7,11 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from functools import cache
+from types import TracebackType
 
 _WAITS = hasattr(signal, "sigtimedwait")  # not on macOS and Windows
 
@@ -42,6 +44,7 @@ def from_one_process_only(process: int, worker: int) -> None:
     if not _WAITS:
         return
     numbers = stop_signals()
+    sys.excepthook = _unless_the_reader_has_gone
 
     def watch() -> None:
         while True:
@@ -55,6 +58,14 @@ def from_one_process_only(process: int, worker: int) -> None:
                 os._exit(0)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _unless_the_reader_has_gone(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    # Called by the thread that hands tensors over: after Ctrl-C the training process may leave in the middle.
+    if not isinstance(error, EOFError | ConnectionError):
+        sys.__excepthook__(kind, error, trace)
 
 
 @cache
