@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from fastkd import environment
 from fastkd.command import run_command
 from fastkd.errors import Preempted, TrainError
-from fastkd.messages import nearest, one_line, resume_command
+from fastkd.messages import nearest, one_line
 from fastkd.version import __version__
 
 # Each module has ``add_arguments(parser)`` and ``run(args)``, which returns the exit status.
@@ -112,15 +112,6 @@ def _run(args: argparse.Namespace, *, in_python: bool) -> int:
             raise
         print(f"fastkd: error{process}: {text}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt as stop:
-        folder = getattr(stop, "folder", None)
-        print(
-            f"\nstopped; to resume: {resume_command(folder)}"
-            if folder
-            else "\nstopped before anything was written",
-            file=sys.stderr,
-        )
-        return 130
     finally:
         if in_python and "fastkd.train.signals" in sys.modules:
             from fastkd.train.signals import restore_handlers

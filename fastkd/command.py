@@ -14,13 +14,17 @@ from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 from fastkd.environment import EnvironmentValueError
+from fastkd.errors import Stopped
 from fastkd.messages import printable
 
-BROKEN_PIPE_STATUS = 141  # of a process that SIGPIPE ended, as the shell reports it
+# Of a process that the signal ended, as the shell reports it.
+INTERRUPTED_STATUS = 130  # SIGINT
+BROKEN_PIPE_STATUS = 141  # SIGPIPE
 
 
 def run_command(work: Callable[[], int]) -> int:
-    """The exit status of ``work()``; 2 and one line on stderr for an invalid environment variable.
+    """The exit status of ``work()``, or 2 for an invalid environment variable and 130 after Ctrl-C, with one
+    line on stderr.
 
     When a reader closes the pipe (``fastkd recipes | head -1``), Python raises at the next write or at the
     flush on exit; the command then ends silently.
@@ -36,6 +40,9 @@ def run_command(work: Callable[[], int]) -> int:
         except EnvironmentValueError as error:
             print(f"fastkd: error: {error}", file=sys.stderr)
             return 2
+        except KeyboardInterrupt as stop:
+            print(f"\n{stop}" if isinstance(stop, Stopped) else "\nstopped", file=sys.stderr)
+            return INTERRUPTED_STATUS
         finally:
             sys.stdout.flush()
     except BrokenPipeError:

@@ -54,3 +54,7 @@ class LaunchError(TrainError):
 
 class Preempted(Exception):
     """SIGTERM or SIGUSR1 stopped training after a checkpoint; the exit status asks for a requeue."""
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C in a command; the message says that, and what was written and how to resume."""

@@ -27,7 +27,7 @@ def kind_and_text(error: BaseException) -> str:
 
 
 def printable(text: str) -> str:
-    """With the bytes of a file's name that are not UTF-8 as escapes, which every stream and log file takes."""
+    """With escapes for the bytes of a file's name that are not UTF-8, which streams and log files refuse."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 

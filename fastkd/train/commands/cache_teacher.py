@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastkd.data.data import Data, load_data
 from fastkd.data.order import IndexedLoader, with_rows
-from fastkd.errors import RecipeError
+from fastkd.errors import RecipeError, Stopped
 from fastkd.files.paths import user_path
 from fastkd.messages import kind_and_text
 from fastkd.recipe.schema import Recipe, load_recipe
@@ -85,16 +85,15 @@ def run(args: argparse.Namespace) -> int:
     tried_with = _store(args, recipe, data, untrained)
     for note in try_method(recipe, data, device, given=tried_with.teacher()):
         console.print(note, markup=False)
-    teacher = find_teacher(recipe.teacher, data, args.runs, device, console)
-    facts["val_accuracy"] = teacher.summary["val_accuracy"]
-    console.print(f"teacher: {facts['val_accuracy']:.2%}, {teacher.summary['checkpoint']}", markup=False)
-    store = _store(args, recipe, data, teacher.model.to(device))
-    writer = CacheWriter(args.to, facts, store)
     try:
+        teacher = find_teacher(recipe.teacher, data, args.runs, device, console)
+        facts["val_accuracy"] = teacher.summary["val_accuracy"]
+        console.print(f"teacher: {facts['val_accuracy']:.2%}, {teacher.summary['checkpoint']}", markup=False)
+        store = _store(args, recipe, data, teacher.model.to(device))
+        writer = CacheWriter(args.to, facts, store)
         cache = _fill(writer, store, recipe, data, teacher.model, facts["epochs"], device, console)
     except KeyboardInterrupt:
-        console.print("stopped; the same command resumes after the last complete epoch")
-        return 130
+        raise Stopped("stopped; the same command resumes after the last complete epoch") from None
     try:
         report = {
             "store": store.facts,
@@ -105,6 +104,8 @@ def run(args: argparse.Namespace) -> int:
         write_json(args.to / "report.json", report)
         for line in _described(report, data):
             console.print(line, markup=False, soft_wrap=True)
+    except KeyboardInterrupt:
+        raise Stopped(f"stopped; the cache is complete, but has no report: teacher.cache={args.to}") from None
     except Exception as error:  # the cache is complete: a report must not make it fail
         console.print(
             f"the cache is complete, but its report failed: {kind_and_text(error)}",

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from fastkd.data.data import Data, load_data
-from fastkd.errors import DataError, NonFiniteLossError, Preempted, RecipeError, StorageError
+from fastkd.errors import DataError, NonFiniteLossError, Preempted, RecipeError, Stopped, StorageError
 from fastkd.files.sealed import short_digest_of
 from fastkd.messages import resume_command
 from fastkd.recipe.sections import Recipe
@@ -43,12 +43,11 @@ from .teachers import (
 )
 
 
-class Stopped(KeyboardInterrupt):
-    """Ctrl-C after a run folder was created; ``--resume`` takes its ``folder``."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self.folder = folder
+def stopped(folder: Path | None) -> Stopped:
+    """What to raise at Ctrl-C, given the folder to resume, if one was created."""
+    if folder is None:
+        return Stopped("stopped before anything was written")
+    return Stopped(f"stopped; to resume: {resume_command(folder)}")
 
 
 @dataclass(frozen=True)
@@ -128,9 +127,7 @@ def run_recipe(
                     write_facts(folder, name, teacher.summary["val_accuracy"])
             summary = _distil(name, recipe, data, teacher, folder, device, console, cache, resume, known_as)
     except KeyboardInterrupt:
-        if folder is None:
-            raise
-        raise Stopped(resumed_by(folder)) from None
+        raise stopped(None if folder is None else resumed_by(folder)) from None
     except Preempted as error:
         assert folder is not None  # it is raised in a training
         raise Preempted(f"{error}; to resume: {resume_command(resumed_by(folder))}") from None

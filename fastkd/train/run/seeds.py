@@ -12,7 +12,7 @@ from fastkd.files.atomic import make_folder
 from fastkd.recipe.sections import Recipe
 
 from .folder import create_run_folder, is_summary, read_json, write_json, write_recipe
-from .run import run_recipe
+from .run import run_recipe, stopped
 from .teacher_cache import CacheError, TeacherCache
 
 _GROUP = "seeds.json"
@@ -48,15 +48,18 @@ def run_seeds(
         summary: dict[str, Any] = {} if run is None else read_json(run / "summary.json")
         if not is_summary(summary):
             seeded = recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": seed})})
-            summary = run_recipe(
-                name,
-                seeded,
-                runs=runs,
-                console=console,
-                folder=run,
-                create=create,
-                resumed_by=lambda run: run.parent,  # the other seeds are to be run too
-            )
+            try:
+                summary = run_recipe(
+                    name,
+                    seeded,
+                    runs=runs,
+                    console=console,
+                    folder=run,
+                    create=create,
+                    resumed_by=lambda run: run.parent,  # the other seeds are to be run too
+                )
+            except KeyboardInterrupt:
+                raise stopped(folder) from None
         summaries.append(summary)
     assert folder is not None
     if len({summary["comparison"] for summary in summaries}) > 1:

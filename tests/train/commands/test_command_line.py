@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -52,6 +53,12 @@ def test_what_needs_no_torch_does_not_import_it(words: list[str]) -> None:
     assert done.returncode == 0, done.stderr
     assert time.perf_counter() - began < 3  # 0.2 s on idle cores; torch alone takes longer than this
     assert {"--version": fastkd.__version__, "recipes": "glyphs/kd"}.get(words[0], "usage: ") in done.stdout
+
+
+def test_ctrl_c_while_a_command_is_imported(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr("importlib.import_module", lambda name: signal.raise_signal(signal.SIGINT))
+    assert main(["cache-teacher", "glyphs/kd", "--to", "cache"]) == 130
+    assert capsys.readouterr().err == "\nstopped\n"
 
 
 def test_the_lazy_package_has_every_name() -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from fastkd.cli import main
+from fastkd.train.batches import Batches
+from fastkd.train.display.console import ConsoleProgress
 from fastkd.train.run.lock import locked
 from fastkd.train.run.teacher_cache import TeacherCache
 from tests.data.image_trees import make_tree
@@ -137,6 +141,29 @@ def test_the_number_of_threads(recipe: list[str]) -> None:
             assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+def test_ctrl_c(
+    recipe: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the teacher's second epoch, and while the finished cache is measured."""
+    command = ["cache-teacher", *recipe, "teacher.epochs=3", "--to", "cache"]
+
+    def interrupt(*_: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            ConsoleProgress, "epoch_done", lambda *_: patch.setattr(Batches, "set_epoch", interrupt)
+        )
+        assert main(command) == 130
+    assert capsys.readouterr().err == "\nstopped; the same command resumes after the last complete epoch\n"
+    monkeypatch.setattr("fastkd.train.commands.cache_teacher.measure_agreement", interrupt)
+    assert main(command) == 130
+    out, err = capsys.readouterr()
+    assert "teacher: resuming after epoch 1 of 3" in out
+    assert err == "\nstopped; the cache is complete, but has no report: teacher.cache=cache\n"
+    TeacherCache(Path("cache"))
 
 
 NORMED = """
