@@ -1,11 +1,15 @@
 """Shared by all tests: the backends that run on this machine, and a fixed seed."""
 
 import os
+import signal
 
 # One torch thread per worker avoids oversubscription. Set before torch is imported, and inherited by
 # subprocesses.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell ignores Ctrl-C in what it starts in the background, and so do the processes of tests about it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch

@@ -192,7 +192,8 @@ def eager_rows(
     if label is not None and label.dim() == 1 and not _were_checked(label, row_weight):
         # Torch's gather would stop at such a label, on a GPU with an error that ends the process.
         wrong = (label < 0) | (label >= students[0].shape[-1])
-        students = [one * torch.where(wrong, torch.nan, 1.0).to(one.dtype)[:, None] for one in students]
+        factor = torch.ones_like(wrong, dtype=students[0].dtype).masked_fill(wrong, torch.nan)
+        students = [one * factor[:, None] for one in students]
         label = label.masked_fill(wrong, 0)
     row_loss = LOSSES[loss].rows if indices is None else partial(known_rows, LOSSES[loss], indices)
     pairs = [row_loss(s, t, label, *options) for s, t in zip(students, teachers, strict=True)]
