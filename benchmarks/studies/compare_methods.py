@@ -23,18 +23,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import torch
 from choose_hyperparameters import append, read
 from comparison_rows import DIFFERENCES, PROBLEMS, rows_of
 
-from fastkd.data.data import load_data
-from fastkd.distill import GivenLogits
-from fastkd.errors import RecipeError
+from fastkd.distill import find_method
 from fastkd.files.sealed import short_digest_of
 from fastkd.recipe.schema import load_recipe
-from fastkd.recipe.sections import Recipe
 from fastkd.train.display.console import make_console
-from fastkd.train.run.build import build_method, build_network
 from fastkd.train.run.run import run_recipe
 
 Line = dict[str, Any]
@@ -75,7 +70,8 @@ def train(label: str, words: list[str], seed: int, args: argparse.Namespace) -> 
     if load_recipe(words[0], [*words[1:], *rest])[1].teacher is None:
         given = rest
     name, recipe = load_recipe(words[0], [*words[1:], *given, f"train.seed={seed}"])
-    cached = args.cache is not None and reads_only_logits(recipe)
+    reads_layers = find_method(recipe.method).reads_layers(recipe.options)
+    cached = args.cache is not None and recipe.teacher is not None and not reads_layers
     if cached:
         given.append(f"teacher.cache={args.cache.replace('{seed}', str(seed))}")
         name, recipe = load_recipe(words[0], [*words[1:], *given, f"train.seed={seed}"])
@@ -96,19 +92,6 @@ def train(label: str, words: list[str], seed: int, args: argparse.Namespace) -> 
     line |= {which: summary[which] for which in ("best", "last", "made_with")}
     line |= {"teacher": teacher.get("val_accuracy"), "seconds": round(sum(summary["seconds"].values()), 1)}
     append(output, {**line, "cache": cached, "commit": commit()})
-
-
-def reads_only_logits(recipe: Recipe) -> bool:
-    """Whether the recipe has a teacher, and its method can do without the teacher's layers."""
-    if recipe.teacher is None:
-        return False
-    data = load_data(recipe.data)
-    student = build_network(recipe.student, data)
-    try:
-        build_method(recipe, student, GivenLogits(data.num_classes), data, torch.device("cpu"))
-    except RecipeError:
-        return False
-    return True
 
 
 def commit() -> str:

@@ -62,9 +62,8 @@ class FolderSource:
         of_folders = [path.partition(os.sep)[0] for path in self._index.paths]  # in the order of classes
         self.classes = list(dict.fromkeys(of_folders))
         self.num_classes = len(self.classes)
-        if (
-            name := not_utf8(self.classes)
-        ) is not None:  # before a network is trained that nothing can describe
+        # Before a network is trained that nothing can describe.
+        if (name := not_utf8(self.classes)) is not None:
             raise DataError(
                 f"data.root: the class folder {os.fsencode(name)!r} of {root} has a name that is not UTF-8, "
                 "which the files of an export need; rename it"

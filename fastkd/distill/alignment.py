@@ -32,7 +32,7 @@ class GradientAlignment:
             raise ValueError(f"scope is {scope!r}; expected 'all' or 'shared'")
         self.scope = scope
         self._parameters: list[nn.Parameter] = []
-        self._reached: list[bool] = []  # by the first loss, in the last micro-batch
+        self._reached: list[nn.Parameter] = []  # by the first loss, in the last micro-batch
         self._first: list[Tensor] | None = None  # g0 so far in this step
 
     def add(self, first: Tensor, rest: Sequence[Tensor], scaler: GradScaler | None = None) -> None:
@@ -45,24 +45,22 @@ class GradientAlignment:
             return
         loss = first if scaler is None else scaler.scale(first)
         found = torch.autograd.grad(loss, self._parameters, retain_graph=True, allow_unused=True)
-        self._reached = [gradient is not None for gradient in found]
-        gradients: Sequence[Tensor] = [
-            torch.zeros_like(parameter) if gradient is None else gradient
-            for parameter, gradient in zip(self._parameters, found, strict=True)
-        ]
+        pairs = list(zip(self._parameters, found, strict=True))
+        self._reached = [parameter for parameter, gradient in pairs if gradient is not None]
+        gradients = [torch.zeros_like(p) if gradient is None else gradient for p, gradient in pairs]
         if scaler is not None:
             # Scaling 1 gives the scale without a synchronisation.
             scale = scaler.scale(torch.ones_like(first))
             gradients = [gradient / scale.to(gradient.dtype) for gradient in gradients]
         if self._first is None:
-            self._first = list(gradients)
+            self._first = gradients
         else:
             self._first = [total + gradient for total, gradient in zip(self._first, gradients, strict=True)]
 
     def check(self) -> None:
         """Raise ``RuntimeError`` if the backward pass has left no ``.grad`` to correct."""
-        for parameter, reached in zip(self._parameters, self._reached, strict=True):
-            if reached and parameter.grad is None:
+        for parameter in self._reached:
+            if parameter.grad is None:
                 raise RuntimeError(
                     f"a parameter of shape {list(parameter.shape)} has no .grad to align: it is sharded "
                     "(FSDP), or an optimizer has stepped in the backward pass; use DDP, or align='none'"

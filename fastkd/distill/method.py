@@ -226,9 +226,8 @@ class Method(nn.Module):
         with self.student_taps.reading() as student_features:
             student_logits = logits_of(self.student, inputs, "student")
         parts = [part for name, part in self.named_children() if name != "student"]
-        student_features, teacher_features = (
-            in_dtype_of_parts(features, parts) for features in (student_features, teacher_features)
-        )
+        student_features = in_dtype_of_parts(student_features, parts)
+        teacher_features = in_dtype_of_parts(teacher_features, parts)
         for role, found in self._classifiers.items():
             check_makes_logits(role, *found, student_logits if role == "student" else teacher_logits)
         seen = Seen(student_logits, teacher_logits, target, student_features, teacher_features)

@@ -11,13 +11,13 @@ from fastkd.ops.backend import faster_for
 from fastkd.ops.call import Call
 from fastkd.ops.plan import NATIVE_ROWS
 from fastkd.ops.spec import LOSSES
-from fastkd.ops.tensors import as_ordinary, is_readable, is_traced
+from fastkd.ops.tensors import as_ordinary, is_traced
 from fastkd.reference import centered
 
 from . import arguments, sharded
 from .form_rows import form_rows
 from .forms import Form
-from .rows import Rows, backend_for, eager_rows, numbers_of, rows_of
+from .rows import Rows, backend_for, can_check, eager_rows, numbers_of, rows_of
 
 Logits: TypeAlias = Form | Sequence[Form]
 
@@ -56,7 +56,7 @@ def reduced_loss(
             arguments.check_target(target, student)
             target = as_ordinary("target", target)
             target = target if target.dim() == 1 else target.reshape(-1)
-            readable = is_readable(target) and (weight is None or is_readable(weight))
+            readable = can_check(target, weight)
             none_ignored = readable and arguments.check_labels(
                 target, student.shape[-1], ignore_index, weight=weight
             )

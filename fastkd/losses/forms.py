@@ -220,17 +220,17 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype:
 def _register(kind: type[LinearLogits] | type[TopKLogits] | type[ShardedLogits], *constant: str) -> None:
     """As a pytree of ``tensors``, or of ``local``; the constants are part of its structure."""
 
+    def with_keys(form: Any) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
+        parts = {"local": form.local} if kind is ShardedLogits else form.tensors
+        keyed = [(_pytree.GetAttrKey(name), part) for name, part in parts.items()]
+        return keyed, tuple(getattr(form, name) for name in constant)
+
     def flatten(form: Any) -> tuple[list[Any], tuple[Any, ...]]:
-        parts = [form.local] if kind is ShardedLogits else list(form.tensors.values())
-        return parts, tuple(getattr(form, name) for name in constant)
+        keyed, values = with_keys(form)
+        return [part for _, part in keyed], values
 
     def unflatten(tensors: Iterable[Any], values: tuple[Any, ...]) -> Any:
         return kind(*tensors, **dict(zip(constant, values, strict=True)))
-
-    def with_keys(form: Any) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
-        parts, values = flatten(form)
-        names = ["local"] if kind is ShardedLogits else list(form.tensors)
-        return [(_pytree.GetAttrKey(name), part) for name, part in zip(names, parts, strict=True)], values
 
     _pytree.register_pytree_node(
         kind,

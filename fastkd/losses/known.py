@@ -53,9 +53,9 @@ def top_k(
         # Compiled code with as many parts as there are rows would be compiled for each number of rows.
         whole = torch.compiler.is_compiling() and not isinstance(teacher_logits, LinearLogits)
         step = max(_BLOCK // classes, 1)
-        starts = () if whole else range(0, max(len(rows), 1), step)
+        spans = [slice(None)] if whole else [slice(i, i + step) for i in range(0, max(len(rows), 1), step)]
         parts = []
-        for part in [slice(start, start + step) for start in starts] or [slice(None)]:
+        for part in spans:
             logits = rows[part]
             if isinstance(teacher_logits, LinearLogits):
                 logits = teacher_logits.of([logits, *list(teacher_logits.tensors.values())[1:]]).dense()

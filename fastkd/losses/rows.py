@@ -163,9 +163,9 @@ def _savable(tensor: Tensor | None) -> Tensor | None:
     return tensor.clone()
 
 
-def _were_checked(label: Tensor, row_weight: Tensor | None) -> bool:
-    """Whether ``reduced_loss`` has read the labels."""
-    return is_readable(label) and (row_weight is None or is_readable(row_weight))
+def can_check(label: Tensor, weight: Tensor | None) -> bool:
+    """Whether the labels of the rows that count can be read, so that ``reduced_loss`` has checked them."""
+    return is_readable(label) and (weight is None or is_readable(weight))
 
 
 def eager_rows(
@@ -189,7 +189,7 @@ def eager_rows(
         )
         if label is not None and label.dim() == 1:
             label = label.masked_fill(unread, 0)
-    if label is not None and label.dim() == 1 and not _were_checked(label, row_weight):
+    if label is not None and label.dim() == 1 and not can_check(label, row_weight):
         # Torch's gather would stop at such a label, on a GPU with an error that ends the process.
         wrong = (label < 0) | (label >= students[0].shape[-1])
         factor = torch.ones_like(wrong, dtype=students[0].dtype).masked_fill(wrong, torch.nan)

@@ -94,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
         cache = _fill(writer, store, recipe, data, teacher.model, facts["epochs"], device, console)
     except KeyboardInterrupt:
         raise Stopped("stopped; the same command resumes after the last complete epoch") from None
+    override = shlex.quote(f"teacher.cache={args.to}")
     try:
         report = {
             "store": store.facts,
@@ -105,14 +106,13 @@ def run(args: argparse.Namespace) -> int:
         for line in _described(report, data):
             console.print(line, markup=False, soft_wrap=True)
     except KeyboardInterrupt:
-        raise Stopped(f"stopped; the cache is complete, but has no report: teacher.cache={args.to}") from None
+        raise Stopped(f"stopped; the cache is complete, but has no report: {override}") from None
     except Exception as error:  # the cache is complete: a report must not make it fail
         console.print(
             f"the cache is complete, but its report failed: {kind_and_text(error)}",
             markup=False,
             soft_wrap=True,
         )
-    override = shlex.quote(f"teacher.cache={args.to}")
     console.print(f"to train from it: {override}", markup=False, soft_wrap=True)
     return 0
 
