@@ -19,6 +19,10 @@ from filelock import FileLock
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# The first backward pass of a process starts autograd's threads: on a CPU none, but hundreds once a tensor was fake
+# (torch.compile, torch.export), after which no forked child can compute a gradient. So it comes before those.
+torch.ones(1, requires_grad=True).sum().backward()
+
 import fastkd
 from fastkd.ops import native
 from fastkd.ops.backend import missing
