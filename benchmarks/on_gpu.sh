@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in a limited time: the tests with every kernel compiled, `fastkd check`, the
-# accuracy table, the benchmark suite, native beside Triton by shape, losses in compiled code, training steps, the
-# trainer's throughput, the cost of each method, the losses of linear layers, the report.
+# accuracy table, the benchmark suite, native beside Triton by shape, both with other plans, losses in compiled code,
+# training steps, the trainer's throughput, the cost of each method, the losses of linear layers, the report.
 #
 #     benchmarks/on_gpu.sh FOLDER [SECONDS]           # 540 seconds unless said otherwise; 240 are enough for a look
+#     KERNELS=KERNELS.tar.xz benchmarks/on_gpu.sh …   # with kernels from tools/compile_ahead.py: no compilation
 #
 # Run from the repository's root with torch and Triton; what a step lacks (pytest, torchvision, pydantic) fails that
 # step only. Correctness comes first and takes at most 40 % of the time; each step writes its own files, so that a
@@ -58,6 +59,11 @@ bench() { # bench NAME PERCENT OPTION...: `fastkd bench` that starts no case aft
   show "$name"
 }
 
+if [ -n "${KERNELS:-}" ]; then
+  run unpack 60 python3 tools/compile_ahead.py unpack "$KERNELS"
+  show unpack
+fi
+
 # Correctness. Most of its time is compilation: in parallel, on as many processes as there are cores.
 cores=$(nproc)
 spread=()
@@ -84,31 +90,35 @@ fi
 # `auto` may choose between them (fastkd/ops/plan.py); then training; then every case without torch.compile, which
 # takes half an hour for all of them.
 dry --shapes 16x100 --losses kd jsd --peers native triton eager liger quack --seconds 0.01
-bench suite 62 --dtypes bfloat16 --passes forward+backward --losses kd dkd binary-kl-norm ce-kd jsd \
+bench suite 56 --dtypes bfloat16 --passes forward+backward --losses kd dkd binary-kl-norm ce-kd jsd \
   --shapes 256x1000 8192x1000 8192x32768 2048x131072 256x1000000 --seconds 0.3
 dry --shapes 16x100 --losses kd jsd --seconds 0.01
-bench paths 70 --dtypes bfloat16 --passes forward+backward --peers native triton \
+bench paths 64 --dtypes bfloat16 --passes forward+backward --peers native triton \
   --losses kd dkd ce-kd binary-kl-norm lskd jsd --seconds 0.1 \
   --shapes 8192x32768 4096x131072 256x1000000 4x1000000 2048x21841 128x21841 64x131072 2048x8192 2048x4096 1024x100
+dry --device cpu --shapes 16x100 --losses kd --seconds 0.01
+run plans $(($(until_share 72) + 20)) python3 benchmarks/plans.py --time-limit "$(until_share 72)" --seconds 0.2 \
+  --losses kd dkd ce-kd binary-kl-norm lskd jsd --device $device --output "$out/plans.jsonl" "${extra[@]}"
+show plans
 dry --shapes 16x100 --losses kd --seconds 0.01
-bench compiled 73 --dtypes bfloat16 --passes forward+backward --peers fastkd-compiled fastkd-in-place \
+bench compiled 75 --dtypes bfloat16 --passes forward+backward --peers fastkd-compiled fastkd-in-place \
   --losses kd dkd --shapes 8192x32768 8192x1000 --seconds 0.2
 dry --steps glyph-2263 --batch 2 --peers eager
-run steps "$(until_share 76)" python3 -m fastkd.bench --device $device --step --seconds 0.2 \
+run steps "$(until_share 78)" python3 -m fastkd.bench --device $device --step --seconds 0.2 \
   --output "$out/steps.jsonl" "${extra[@]}"
 show steps
 dry --size 32 --batch 2 --steps 1 --warm-up 1 --turns 1
-run throughput "$(until_share 86)" python3 benchmarks/throughput.py --device $device --steps 30 --turns 5 \
+run throughput "$(until_share 87)" python3 benchmarks/throughput.py --device $device --steps 30 --turns 5 \
   --output "$out/throughput.jsonl" "${extra[@]}"
 show throughput
 dry --pair resnet32x4-resnet8x4 --batch 2 --turns 1
-run methods "$(until_share 90)" python3 benchmarks/cost_of_methods.py --device $device \
-  --time-limit "$(until_share 89)" --output "$out/methods.jsonl" "${extra[@]}"
+run methods "$(until_share 91)" python3 benchmarks/cost_of_methods.py --device $device \
+  --time-limit "$(until_share 90)" --output "$out/methods.jsonl" "${extra[@]}"
 show methods
 dry --shapes 16x100 --losses kd
-bench forms 94 --forms --losses kd ce --dtypes bfloat16 --seconds 0.1
+bench forms 95 --forms --losses kd ce --dtypes bfloat16 --seconds 0.1
 dry --shapes 16x100 --losses kd
-bench all 97 --peers native triton eager liger quack --seconds 0.1
+bench all 98 --peers native triton eager liger quack --seconds 0.1
 
 files=()
 for name in suite paths compiled all steps forms; do

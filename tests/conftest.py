@@ -19,14 +19,14 @@ from filelock import FileLock
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# The first backward pass of a process starts autograd's threads: on a CPU none, but hundreds once a tensor was fake
-# (torch.compile, torch.export), after which no forked child can compute a gradient. So it comes before those.
-torch.ones(1, requires_grad=True).sum().backward()
-
 import fastkd
 from fastkd.ops import native
 from fastkd.ops.backend import missing
 from tests import cuda_emulation
+
+# The first backward pass of a process starts autograd's threads: none on a CPU, but several once a tensor was
+# fake (torch.compile, torch.export), and then no forked child can compute a gradient.
+torch.ones(1, requires_grad=True).sum().backward()
 
 FUSED = [("native", "cpu"), ("triton", "cuda" if torch.cuda.is_available() else "cpu")]
 # An extension built without nvcc has no kernels for GPUs; `fastkd doctor` says so.

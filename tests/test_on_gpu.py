@@ -14,8 +14,8 @@ from fastkd.ops.plan import NATIVE_CLASSES
 
 ROOT = Path(__file__).parents[1]
 MEASURED = ROOT / "benchmarks/results/gpu-h200-paths-2026-11-26.jsonl"
-BENCHMARKS = ["suite", "paths", "compiled", "steps", "throughput", "methods", "forms", "all"]
-STEPS = ["doctor", "check", "accuracy", "tests", *BENCHMARKS, "report"]
+BENCHMARKS = ["suite", "paths", "plans", "compiled", "steps", "throughput", "methods", "forms", "all"]
+STEPS = ["unpack", "doctor", "check", "accuracy", "tests", *BENCHMARKS, "report"]
 # Prints what it was called with; the check fails, the accuracy table never ends, a benchmark writes its file.
 PYTHON = """#!/bin/bash
 echo "called with $*"
@@ -38,7 +38,7 @@ def test_the_script_survives_a_step_that_fails_and_one_that_does_not_end(tmp_pat
     program.write_text(PYTHON)
     program.chmod(0o755)
     path = f"{program.parent}:{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "DRY": dry, "FOLDER": str(out)}
+    environment = {**os.environ, "PATH": path, "DRY": dry, "FOLDER": str(out), "KERNELS": "k.tar.xz"}
     command = ["bash", "benchmarks/on_gpu.sh", str(out), "5"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=60)
     assert done.returncode == 1, done.stderr

@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LOSS",
         help=f"{_list(cases.FASTKD)} (default: {' '.join(cases.LOSSES)})",
     )
-    parser.add_argument("--shapes", nargs="+", type=_shape, metavar="NxC", help="such as 256x1000 4x131072")
+    parser.add_argument("--shapes", nargs="+", type=shape, metavar="NxC", help="such as 256x1000 4x131072")
     parser.add_argument(
         "--dtypes",
         nargs="+",
@@ -226,7 +226,7 @@ def _line(records: list[dict]) -> str:
     return f"{head} {', '.join(parts)}"
 
 
-def _shape(text: str) -> tuple[int, int]:
+def shape(text: str) -> tuple[int, int]:
     rows, cross, classes = text.lower().partition("x")
     if not (cross and rows.isdigit() and classes.isdigit() and int(rows) >= 1 and int(classes) >= 3):
         raise argparse.ArgumentTypeError(f"{text!r} is no shape; expected rows x classes such as 256x1000")
