@@ -77,7 +77,11 @@ def output_of(*command: str) -> str:
 
 
 def code_generation(nvcc: str) -> list[str]:
-    """nvcc's -gencode flags. Two virtual architectures: without clusters (80) and with (90)."""
+    """nvcc's -gencode flags. Two virtual architectures: without clusters (80) and with (90).
+
+    Later devices compile the PTX of the largest one, if it has clusters: a library without them would
+    run there and be launched in clusters.
+    """
     asked = os.environ.get("FASTKD_CUDA_ARCHS")
     architectures = [int(number) for number in re.findall(r"\d+", asked or CUDA_ARCHITECTURES)]
     if not asked:
@@ -89,9 +93,9 @@ def code_generation(nvcc: str) -> list[str]:
         (90, [number for number in architectures if number >= 90]),
     ):
         if members:
-            codes = [f"sm_{number}" for number in members] + [f"compute_{virtual}"] * (
-                max(architectures) in members
-            )
+            codes = [f"sm_{number}" for number in members]
+            if virtual == 90:
+                codes.append("compute_90")
             flags.append(f"-gencode=arch=compute_{virtual},code=[{','.join(codes)}]")
     return flags
 

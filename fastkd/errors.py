@@ -23,10 +23,10 @@ class CheckpointError(TrainError):
 
 
 class NonFiniteLossError(TrainError):
-    """The loss became NaN or infinite; training stopped before or right after that step."""
+    """The loss, or a weight, became NaN or infinite; training stopped before or soon after that step."""
 
     epoch = 0  # from 1
-    step = 0  # of the epoch, from 1
+    step = 0  # of the epoch, from 1; 0 if it is not known
     terms: Mapping[str, float] = MappingProxyType({})
 
     @classmethod
@@ -37,6 +37,17 @@ class NonFiniteLossError(TrainError):
             + "; a lower learning rate or a higher temperature often helps"
         )
         error.epoch, error.step, error.terms = epoch, step, terms
+        return error
+
+    @classmethod
+    def of_weights(cls, epoch: int, step: int) -> NonFiniteLossError:
+        """A weight was found not to be finite after ``step``; the loss was so until then."""
+        error = cls(
+            f"weights are NaN or infinite after epoch {epoch}, step {step}, though every loss was finite: "
+            "the gradient of that step, or of one before it, was not; usual causes are the derivative of a "
+            "square root or a norm at 0, and a learning rate that is too high"
+        )
+        error.epoch = epoch
         return error
 
 

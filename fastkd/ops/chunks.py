@@ -316,7 +316,7 @@ def _multiply(gradient: Tensor, weight: Tensor, out: Tensor) -> None:
     if gradient.dtype in _WIDE:
         torch.mm(gradient, weight, out=out)
     elif gradient.is_cuda:
-        out.copy_(torch.mm(gradient, weight, out_dtype=torch.float32))
+        torch.mm(gradient, weight, out_dtype=torch.float32, out=out)
     else:
         out.zero_()
         for block in _blocks(gradient, weight.shape[1]):
@@ -328,7 +328,7 @@ def _accumulate(gradient: Tensor, hidden: Tensor, scale: float, out: Tensor) -> 
     if gradient.dtype in _WIDE:
         out.addmm_(gradient.t(), hidden, alpha=scale)
     elif gradient.is_cuda and hidden.dtype == gradient.dtype:
-        out.copy_(torch.addmm(out, gradient.t(), hidden, alpha=scale, out_dtype=torch.float32))
+        torch.addmm(out, gradient.t(), hidden, alpha=scale, out_dtype=torch.float32, out=out)
     else:
         wide = hidden.float()
         for block in _blocks(gradient, hidden.shape[1]):

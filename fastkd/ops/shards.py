@@ -155,7 +155,8 @@ class _Deviation(torch.autograd.Function):
         mean = x.sum(-1, keepdim=True) / max(x.shape[-1], 1)
         squares = (x - mean).square_().sum(-1, keepdim=True)
         means, parts = shard.gathered(torch.stack([mean, squares])).unbind(1)
-        counts = x.new_tensor(shard.sizes).view(-1, 1, 1)
+        # Filled on the device: a tensor made of a list would wait for it.
+        counts = torch.stack([x.new_full((1, 1), size) for size in shard.sizes])
         mean = (counts * means).sum(0) / shard.classes
         total = (parts + counts * (means - mean).square()).sum(0)
         result = (total / (shard.classes - 1)).sqrt()

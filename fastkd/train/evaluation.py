@@ -88,7 +88,9 @@ def evaluate_rows(
             with autocast(device, precision):
                 logits = logits_of(model, images, "network")
             labelled = target != IGNORED
-            correct += (logits.argmax(-1) == target).sum()
+            guess = logits.argmax(-1)  # of NaN, if there is any: no guess
+            certain = ~logits.gather(1, guess.unsqueeze(1)).isnan().squeeze(1)
+            correct += ((guess == target) & certain).sum()
             if logits.shape[-1] > TOP5_ABOVE:
                 has_top5 = 1
                 before = ranks(logits, target.masked_fill(~labelled, 0))

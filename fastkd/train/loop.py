@@ -27,7 +27,7 @@ from .preflight import check_loaders, check_optimizer, check_others, check_sched
 from .random_state import own_generators
 from .signals import Control
 from .state import Training, load_state, save_state
-from .step import StepOptions, train_step
+from .step import StepOptions, train_step, weights_are_finite
 from .trial import Sizes
 from .watcher import Record, Shielded, Watcher
 
@@ -167,7 +167,7 @@ def fit_method(
             not changed.
 
     Raises:
-        NonFiniteLossError: the loss became NaN or infinite.
+        NonFiniteLossError: the loss or a weight became NaN or infinite.
         Preempted: ``stop`` returned true.
         ValueError, TypeError: an option has a wrong value or type; raised before anything is changed.
         ValueError: the optimizer or scheduler does not fit the method; raised before training.
@@ -270,8 +270,13 @@ def _train_epoch(
     method, meter, watch = training.method, epoch.meter, epoch.watch
     batches = epoch.batches(train)
 
+    def check_weights() -> None:
+        if not weights_are_finite(method):
+            raise NonFiniteLossError.of_weights(epoch.number, meter.steps)
+
     def save_or_stop(save: bool, stop: bool) -> None:
         if save:
+            check_weights()
             watcher.checkpoint(epoch.number, meter.steps, save_state(training, epoch.position()))
         if stop:
             # The launcher kills the other ranks once one has exited; all must have written by then.
@@ -280,7 +285,8 @@ def _train_epoch(
 
     method.train()
     crowding.start()
-    with PassTimer(method.student, method.teacher, watch) as passes, _reporting(watcher, epoch, train):
+    reporting = _reporting(training, epoch, train, watcher)
+    with PassTimer(method.student, method.teacher, watch) as passes, reporting:
         for batch in batches:
             watch.lap("data")
             if batch is None or not sizes.take(batch, resumed=epoch.resumed):
@@ -299,6 +305,7 @@ def _train_epoch(
             save_or_stop(*control.after_step(meter.steps))
             watch.lap("other")
         meter.drain()
+        check_weights()
         save_or_stop(*control.after_epoch(meter.steps))
 
 
@@ -329,13 +336,18 @@ def _default_watcher(progress: bool) -> Watcher:
 
 
 @contextlib.contextmanager
-def _reporting(watcher: Watcher, epoch: Epoch, train: Batches) -> Iterator[None]:
+def _reporting(training: Training, epoch: Epoch, train: Batches, watcher: Watcher) -> Iterator[None]:
     """Give the watcher the batch of a loss that is not finite, read again, since losses are fetched later."""
     try:
         yield
-    except NonFiniteLossError as error:
-        watcher.not_finite(error, epoch.whole(train, error.step) if distributed.is_first() else None)
-        raise
+    except NonFiniteLossError as raised:
+        error = raised
+        # A loss that is fetched in its own step has not changed the weights: then the batch is not the cause.
+        if error.step and epoch.meter.interval == 1 and not weights_are_finite(training.method):
+            error = NonFiniteLossError.of_weights(error.epoch, error.step - 1)
+        known = error.step and distributed.is_first()
+        watcher.not_finite(error, epoch.whole(train, error.step) if known else None)
+        raise error from None
 
 
 def _nothing_came(epoch: int, meter: LossMeter) -> str:

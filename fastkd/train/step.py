@@ -36,10 +36,11 @@ def train_step(
     watch: Stopwatch,
     passes: PassTimer,
 ) -> None:
-    """Train on ``batch``. With ``skip_nonfinite`` a step whose loss is not finite changes nothing.
+    """Train on ``batch``.
 
-    Otherwise the meter raises ``NonFiniteLossError`` when it fetches the loss. Raises ``TrainError`` for a
-    loss that does not depend on the student.
+    With ``skip_nonfinite`` a step whose loss or gradient is not finite changes nothing. Otherwise the meter
+    raises ``NonFiniteLossError`` when it fetches the loss. Raises ``TrainError`` for a loss that does not
+    depend on the student.
     """
     method, optimizer, scaler = training.method, training.optimizer, training.scaler
     optimizer.zero_grad(set_to_none=True)
@@ -54,15 +55,17 @@ def train_step(
             meter.add(total_of(terms).detach(), _logged(terms), passes.logits, part[1])
             watch.lap("other")
             method.backward(terms, scaler=scaler, micro_batches=share)
-    if options.skip_nonfinite and not meter.step_is_finite():
+    finite = not options.skip_nonfinite or meter.step_is_finite()
+    if finite and scaler is not None:
+        scaler.unscale_(optimizer)
+    method.finish_gradients()  # also clears what the method keeps between backward passes
+    if finite and options.skip_nonfinite and scaler is None:  # a scaler leaves such steps out itself
+        finite = all_finite(p.grad for p in method.parameters() if p.grad is not None)
+    if not finite:
         meter.skip_step()
-        method.finish_gradients()  # clears what the method keeps between backward passes
         _restore(method.buffers(), before)
         return
     meter.end_step()
-    if scaler is not None:
-        scaler.unscale_(optimizer)
-    method.finish_gradients()
     if options.clip_norm is not None:
         nn.utils.clip_grad_norm_(method.parameters(), options.clip_norm)
     if scaler is not None:
@@ -72,6 +75,18 @@ def train_step(
         optimizer.step()
     if training.average is not None:
         training.average.update_parameters(method.student)
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no number of them is NaN or infinite; makes the host wait once."""
+    values = (tensor.coalesce().values() if tensor.is_sparse else tensor for tensor in tensors)
+    finite = [tensor.isfinite().all() for tensor in values]
+    return not finite or bool(torch.stack(finite).all())
+
+
+def weights_are_finite(method: nn.Module) -> bool:
+    """Of those that are trained; makes the host wait once."""
+    return all_finite(p.detach() for p in method.parameters() if p.requires_grad)
 
 
 def _terms(runner: nn.Module, batch: Batch) -> Terms:

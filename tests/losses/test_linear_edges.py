@@ -3,7 +3,9 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastkd
 from fastkd import BackendUnavailable, LinearLogits
@@ -143,6 +145,39 @@ def test_stored_logits_of_two_strides(layers):
             for teacher in (form, form.dense())
         ]
         torch.testing.assert_close(*gradients)
+
+
+class _Made(TorchDispatchMode):
+    """Notes the operators whose result is a new tensor of this shape."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape, self.operators = shape, []
+
+    def __torch_dispatch__(self, function, types, given=(), named=None):
+        result = function(*given, **(named or {}))
+        if isinstance(result, torch.Tensor) and result.shape == self.shape:
+            known = [*given, *(named or {}).values()]
+            if not any(result is other for other in known):
+                self.operators.append(function)
+        return result
+
+
+@pytest.mark.skipif(
+    torch.__version__ < "2.12", reason="addmm with out_dtype fails on tensors that are not real in torch 2.11"
+)
+def test_products_on_a_gpu_are_summed_where_they_stay():
+    """With tensors that are not real; bfloat16 operands, float32 sums."""
+    with FakeTensorMode():
+        half, wide = ({"device": "cuda", "dtype": dtype} for dtype in (torch.bfloat16, torch.float32))
+        gradient, hidden, weight = (torch.empty(*size, **half) for size in ((6, 50), (6, 7), (50, 7)))
+        to_weight, to_hidden = torch.empty(50, 7, **wide), torch.empty(6, 7, **wide)
+        with _Made((50, 7)) as made:
+            chunks._accumulate(gradient, hidden, 0.5, to_weight)
+        assert made.operators == []
+        with _Made((6, 7)) as made:
+            chunks._multiply(gradient, weight, to_hidden)
+        assert made.operators == []
 
 
 @pytest.mark.parametrize("frozen", [0, 1, 2])

@@ -178,6 +178,27 @@ def test_an_invalid_variable_stops_the_build(source_tree, tmp_path, name, value)
     assert not (tmp_path / "temp").exists()
 
 
+@pytest.mark.parametrize(
+    ("architectures", "flags"),
+    [
+        ("80 89", ["-gencode=arch=compute_80,code=[sm_80,sm_89]"]),
+        ("90", ["-gencode=arch=compute_90,code=[sm_90,compute_90]"]),
+        (
+            "120 80",
+            ["-gencode=arch=compute_80,code=[sm_80]", "-gencode=arch=compute_90,code=[sm_120,compute_90]"],
+        ),
+    ],
+)
+def test_code_without_clusters_is_not_there_for_devices_that_have_them(architectures, flags):
+    """The driver would compile PTX of 8.0 for a 9.0, where rows are given to clusters."""
+    code = "import setuptools; setuptools.setup = dict; import setup; print(setup.code_generation(''))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "FASTKD_CUDA_ARCHS": architectures},
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1] == str(flags), done.stderr
+
+
 def test_without_a_compiler_the_install_succeeds_and_reports_it(source_tree, tmp_path):
     wheel, output = build_wheel(
         source_tree,

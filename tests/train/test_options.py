@@ -25,7 +25,7 @@ from fastkd.train.optimization import build_optimizer, build_scheduler
 from fastkd.train.run.checkpoint import load_checkpoint
 from fastkd.train.run.folder import averaged_weights
 
-from .tiny import Loader, Net, make_method
+from .tiny import CLASSES, Loader, Net, make_method
 
 CPU = torch.device("cpu")
 TINY = ["data.synthetic=60", "student.width=2", "train.batch_size=16", "train.device=cpu", "train.threads=1"]
@@ -133,6 +133,22 @@ def test_the_average_is_torchs_formula_and_what_is_validated() -> None:
         )
     assert watcher.record["student_accuracy"] == evaluate(method.student, val, device=CPU)[0]
     assert fit_method(method, Loader(), val, epochs=1, progress=False).average is None
+
+
+def test_the_average_keeps_tables_of_whole_numbers() -> None:
+    class Permuted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("order", torch.arange(192).flip(0))
+            self.fc = nn.Linear(192, CLASSES)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.fc(images.flatten(1)[:, self.order])
+
+    method = CrossEntropy(Permuted())
+    average = fit_method(method, Loader(), epochs=2, ema=0.9, progress=False).average
+    assert average is not None
+    assert average.order.tolist() == list(range(191, -1, -1))
 
 
 def test_uint8_images_are_normalised_on_the_device() -> None:

@@ -59,7 +59,8 @@ class _Pool:
     """The counters of a device."""
 
     def __init__(self, device: torch.device) -> None:
-        self.counters = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+        with torch.inference_mode(False):  # ordinary tensors, whatever the first loss runs in
+            self.counters = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
         self.given = 0
         self.of_streams: dict[int, Tensor | None] = {}
         if self.counters.is_cuda:
