@@ -49,7 +49,9 @@ def test_every_field_of_a_record(run):
         if record["pass"] == "forward":
             assert record["gradient_error"] is None
         else:
-            assert record["gradient_error"] < (1e-4 if record["dtype"] == "float32" else 0.2)
+            # The released BinaryKL-Norm may be NaN in bfloat16, where 1 - 1e-8 is 1.
+            if (record["variant"], record["loss"], size) != ("eager", "binary-kl-norm", 2):
+                assert record["gradient_error"] < (1e-4 if record["dtype"] == "float32" else 0.2)
             # At least the gradient.
             assert record["extra_bytes"] >= size * record["rows"] * record["classes"]
         if record["variant"] == "fastkd":
