@@ -28,7 +28,7 @@ from .random_state import own_generators
 from .signals import Control
 from .state import Training, load_state, save_state
 from .step import StepOptions, train_step
-from .trial import Sizes
+from .trial import Sizes, leaves_parameters_out
 from .watcher import Record, Shielded, Watcher
 
 __all__ = ["FitResult", "Watcher", "evaluate", "fit", "fit_method"]
@@ -211,7 +211,6 @@ def fit_method(
     watcher = _default_watcher(progress) if watcher is None else watcher
     if resume is not None:
         load_state(training, resume, epochs)
-    training.runner = distributed.wrap(method)
     check_scheduler(
         scheduler,
         optimizer,
@@ -287,6 +286,11 @@ def _train_epoch(
                 meter.skip_step()
                 training.step_scheduler("step")
             else:
+                if distributed.world() > 1 and training.runner is method:
+                    left_out = leaves_parameters_out(
+                        method, batch, options.numerics.precision, options.accumulate
+                    )
+                    training.runner = distributed.wrap(method, leaves_parameters_out=left_out)
                 train_step(training, options, batch, meter, watch, passes)
                 for note in method.take_notes():
                     watcher.note(note)

@@ -31,7 +31,10 @@ _NEW_RUN = "start a new run for it, without --resume"
 
 @dataclass
 class Training:
-    """Everything that a training changes. ``runner`` is the method, under DDP if there are several ranks."""
+    """Everything that a training changes.
+
+    ``runner`` is the method, from the first step on under DDP if there are several ranks.
+    """
 
     method: Method
     optimizer: torch.optim.Optimizer

@@ -44,9 +44,12 @@ def unchanged(*networks: nn.Module | None) -> Iterator[None]:
             module.training = training
 
 
-def try_step(method: Method, batch: Batch, precision: str, accumulate: int = 1) -> None:
-    """Forward and backward in train mode, without side effects. Raises whatever the step raises."""
-    images = batch[0]
+def try_step(method: Method, batch: Batch, precision: str, accumulate: int = 1) -> bool:
+    """Forward and backward in train mode, without side effects. Raises whatever the step raises.
+
+    Returns whether every trained parameter got a gradient.
+    """
+    images, complete = batch[0], True
     with unchanged(method, method.teacher):
         method.train()
         for part, _ in micro_batches(batch, accumulate):
@@ -55,7 +58,18 @@ def try_step(method: Method, batch: Batch, precision: str, accumulate: int = 1) 
             wanted = [p for p in method.parameters() if p.requires_grad and not _lazy(p)]
             # Not backward(), which would change .grad and run DDP's hooks.
             if loss.requires_grad and wanted:
-                torch.autograd.grad(loss, wanted, allow_unused=True)
+                gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
+                complete = complete and all(gradient is not None for gradient in gradients)
+    return complete
+
+
+def leaves_parameters_out(method: Method, batch: Batch, precision: str, accumulate: int) -> bool:
+    """Whether DDP must expect parameters without gradient: of the method, or in a step of any rank."""
+    complete = True
+    # The step itself raises what the trial does, after the ranks have agreed.
+    with contextlib.suppress(Exception):
+        complete = try_step(method, batch, precision, accumulate)
+    return any(distributed.any_over_ranks(method.leaves_parameters_out() or not complete))
 
 
 class Sizes:
