@@ -58,6 +58,12 @@ def check_others(scheduler_interval: str, compile: Any, stop: Callable[[], bool]
         raise TypeError(f"stop is {stop!r}; expected a function without arguments, or None")
 
 
+def check_trainable(method: Method) -> None:
+    """Raise ``ValueError`` if all parameters are frozen."""
+    if not any(parameter.requires_grad for parameter in method.parameters()):
+        raise ValueError("nothing to train: no parameter of the network or the method has requires_grad=True")
+
+
 def check_optimizer(method: Method, optimizer: Any) -> None:
     """``optimizer`` must have exactly the parameters that the method trains. Raises ``ValueError``.
 
@@ -69,9 +75,8 @@ def check_optimizer(method: Method, optimizer: Any) -> None:
             f"optimizer is {_kind(optimizer)}; expected one torch.optim.Optimizer"
             + (", with parameter groups for different settings" if several else "")
         )
+    check_trainable(method)
     wanted = {p: name for name, p in method.named_parameters() if p.requires_grad}
-    if not wanted:
-        raise ValueError("nothing to train: no parameter of the student or the method has requires_grad=True")
     held = dict.fromkeys(parameter for group in optimizer.param_groups for parameter in group["params"])
     known = dict.fromkeys(method.parameters(), "")
     # Not by the teacher's truth value: a compiled module has a length only if the module in it has one.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastkd.distill.method import Method
 from fastkd.distill.terms import total_of
+from fastkd.errors import TrainError
 from fastkd.messages import kind_and_text
 
 from . import distributed
@@ -55,9 +56,11 @@ def try_step(method: Method, batch: Batch, precision: str, accumulate: int = 1) 
         for part, _ in micro_batches(batch, accumulate):
             with autocast(images.device, precision):
                 loss = total_of(method(part))
+            if not loss.requires_grad:
+                raise TrainError("the loss does not depend on the parameters that are trained")
             wanted = [p for p in method.parameters() if p.requires_grad and not _lazy(p)]
             # Not backward(), which would change .grad and run DDP's hooks.
-            if loss.requires_grad and wanted:
+            if wanted:
                 gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
                 complete = complete and all(gradient is not None for gradient in gradients)
     return complete
