@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,7 +23,7 @@ from .random_state import get_random_state, set_random_state
 
 @contextlib.contextmanager
 def unchanged(*networks: nn.Module | None) -> Iterator[None]:
-    """Restore buffers, modes and random generators bit by bit after the block."""
+    """Restore buffers, extra states, modes and random generators bit by bit after the block."""
     modules = [module for network in networks if network is not None for module in network.modules()]
     modes = [module.training for module in modules]
     buffers = [
@@ -30,6 +31,12 @@ def unchanged(*networks: nn.Module | None) -> Iterator[None]:
         for module in modules
         for name, buffer in module._buffers.items()
         if buffer is not None
+    ]
+    extras = [
+        (module, copy.deepcopy(module.get_extra_state()))
+        for module in modules
+        if type(module).get_extra_state is not nn.Module.get_extra_state
+        and type(module).set_extra_state is not nn.Module.set_extra_state
     ]
     randoms = get_random_state()
     try:
@@ -41,6 +48,8 @@ def unchanged(*networks: nn.Module | None) -> Iterator[None]:
                 module._buffers[name] = buffer
                 if before is not None:
                     buffer.copy_(before)
+        for module, extra in extras:
+            module.set_extra_state(extra)
         for module, training in zip(modules, modes, strict=True):
             module.training = training
 

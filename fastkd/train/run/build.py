@@ -21,6 +21,8 @@ from fastkd.train.preflight import check_trainable
 from fastkd.train.random_state import get_random_state, set_random_state
 from fastkd.train.trial import left_out, repeated, try_step
 
+from .checkpoint import check_extra_states
+
 
 def prepare_device(train: Train) -> torch.device:
     """Set torch's number of threads, and return the device; ``auto`` is CUDA if available.
@@ -139,6 +141,7 @@ def _try_steps(
     device: torch.device,
 ) -> list[str]:
     tried(what, check_trainable, method)
+    tried(what, check_extra_states, method)
     images, target = (part.to(device) for part in data.example())
     notes = []
     loader = data.train_loader(config.batch_size, config.seed, device)
