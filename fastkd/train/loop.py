@@ -141,8 +141,9 @@ def fit_method(
     others are a ``LaunchError``.
 
     Args:
-        train_loader, val_loader: iterables of ``(images, target)``, iterated once per epoch; int64 targets
-            ``[N]``. ``set_epoch(epoch)`` of the loader or its sampler is called first, counting from 0.
+        train_loader, val_loader: iterables of ``(images, target)``, iterated once per epoch, with ``ema``
+            ``val_loader`` twice; int64 targets ``[N]``. ``set_epoch(epoch)`` of the loader or its sampler is
+            called first, counting from 0.
             Without a ``val_loader`` nothing is validated, and no epoch is the best.
         optimizer: of ``method.parameters()``, including heads; by default AdamW with learning rate 1e-3.
         scheduler: stepped after each optimizer step, or each epoch with ``scheduler_interval="epoch"``.
@@ -189,7 +190,7 @@ def fit_method(
         channels_last=channels_last,
     )
     check_others(scheduler_interval, compile, stop)
-    check_loaders(train_loader, val_loader, epochs)
+    check_loaders(train_loader, val_loader, epochs, averaged=ema is not None)
     student = method.student
     device = torch.device(device) if device is not None else _device_of(student)
     numerics = Numerics(device, precision, channels_last)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from fastkd.distill.method import Method
 from fastkd.distill.options import checked_by, model_of
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 _LISTED = 4
-# Exhausted after one epoch. Other iterators may be able to restart.
-_ONCE = (types.GeneratorType, zip, map, filter, enumerate)
 _ENTRIES = "expected (images, target), or (images, target, teacher_logits) to train"
 
 
@@ -176,10 +174,10 @@ def check_channels_last(method: Method) -> None:
             )
 
 
-def check_loaders(train: Any, val: Any, epochs: int) -> None:
-    """Raise ``TrainError`` for a loader that is empty or cannot be iterated once per epoch.
+def check_loaders(train: Any, val: Any, epochs: int, *, averaged: bool) -> None:
+    """Raise ``TrainError`` for a loader that is empty or cannot be iterated as often as it is read.
 
-    ``val`` may be None.
+    ``val`` may be None. ``averaged``: each epoch validates the student and its average.
     """
     for name, loader in (("train_loader", train), ("val_loader", val)):
         if loader is None and name == "val_loader":
@@ -188,13 +186,21 @@ def check_loaders(train: Any, val: Any, epochs: int) -> None:
             raise TrainError(f"{name} is {_kind(loader)}; expected an iterable of (images, target)")
         if isinstance(loader, Mapping | str | bytes | Tensor):
             raise TrainError(f"{name} is {_kind(loader)}; expected an iterable of batches (images, target)")
-        if isinstance(loader, _ONCE) and epochs > 1:
+        twice = averaged and name == "val_loader"
+        if _once(loader) and (epochs > 1 or twice):
+            often = f"there are {epochs} epochs" if epochs > 1 else "with ema an epoch is validated twice"
             raise TrainError(
-                f"{name} is {_kind(loader)}, but there are {epochs} epochs; a generator can be iterated once "
-                "only: give a list or a DataLoader"
+                f"{name} is {_kind(loader)}, but {often}; {_kind(loader)} can be iterated once only: give a "
+                "list or a DataLoader"
             )
     if isinstance(val, Sequence) and not len(val):
         raise TrainError("the validation loader yielded no batch")
+
+
+def _once(loader: Any) -> bool:
+    """Whether ``loader`` is an iterator that cannot restart. Others may, as NVIDIA DALI's do."""
+    known = isinstance(loader, _BaseDataLoaderIter) or type(loader).__module__ in ("builtins", "itertools")
+    return isinstance(loader, Iterator) and known
 
 
 def first_of(loader: Any) -> Any:

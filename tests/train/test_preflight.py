@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 from typing import Any
 
@@ -186,14 +187,33 @@ def test_options_that_are_numpys_numbers() -> None:
         ({"val": [(IMAGES[:, :1], TARGET)]}, "validation fails on the first batch of val_loader"),
         ({"val": (pair for pair in GOOD)}, "val_loader is a generator, but there are 2 epochs"),
         ({"train": zip([IMAGES], [TARGET], strict=True)}, "train_loader is a zip, but there are 2 epochs"),
+        ({"train": iter(GOOD)}, "train_loader is a list_iterator, but there are 2 epochs; a list_"),
+        ({"val": itertools.islice(GOOD, 1)}, "val_loader is a islice, but there are 2 epochs"),
+        ({"train": iter(DataLoader([(IMAGES[0], 1)]))}, "is a _SingleProcessDataLoaderIter, but there are 2"),
+        ({"val": (pair for pair in GOOD), "epochs": 1, "ema": 0.9},
+         "val_loader is a generator, but with ema an epoch is validated twice; a generator can be "),
     ],
 )  # fmt: skip
 def test_loaders(loaders: dict[str, Any], words: str) -> None:
     method = make_method("kd")
     before = copy.deepcopy(method.state_dict())
     with pytest.raises(TrainError, match=words):
-        train(method, epochs=2, **{"train": GOOD, "val": GOOD, **loaders})
+        train(method, **{"epochs": 2, "train": GOOD, "val": GOOD, **loaders})
     assert all(torch.equal(value, before[key]) for key, value in method.state_dict().items())
+
+
+def test_loaders_that_are_read_once() -> None:
+    assert train(make_method("kd"), train=iter(GOOD), val=(pair for pair in GOOD)).history
+
+    class Restarting:  # an iterator, as those of NVIDIA DALI
+        def __iter__(self) -> Any:
+            self.batches = iter(GOOD)
+            return self
+
+        def __next__(self) -> Any:
+            return next(self.batches)
+
+    assert train(make_method("kd"), train=Restarting(), val=Restarting(), epochs=2, ema=0.9).history
 
 
 def test_looking_at_the_validation_loader_changes_nothing() -> None:
