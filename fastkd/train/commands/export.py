@@ -11,6 +11,7 @@ import contextlib
 import copy
 import io
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
             f"--to {path}: {path.suffix} is the suffix of --format {other}; expected "
             f"{SUFFIXES[args.format]} for --format {args.format}"
         )
-    if path.exists():
+    if os.path.lexists(path):
         raise ExportError(f"{path} already exists and is not overwritten; choose another file with --to")
     model, about = read_student(args.folder, args.weights)
     text = about.to_json()
@@ -103,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _is(beside: Path, text: str) -> bool:
     """Whether the description is there already. Raises ``ExportError`` for another file of that name."""
-    if not beside.exists():
+    if not os.path.lexists(beside):
         return False
     with contextlib.suppress(OSError):
         if read_regular(beside) == text.encode():
