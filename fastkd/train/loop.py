@@ -212,6 +212,8 @@ def fit_method(
     watcher = _default_watcher(progress) if watcher is None else watcher
     if resume is not None:
         load_state(training, resume, epochs)
+        if training.history and getattr(train_loader, "persistent_workers", False):
+            watcher.note(_PERSISTENT)
     check_scheduler(
         scheduler,
         optimizer,
@@ -341,6 +343,12 @@ def _reporting(watcher: Watcher, epoch: Epoch, train: Batches) -> Iterator[None]
     except NonFiniteLossError as error:
         watcher.not_finite(error, epoch.whole(train, error.step) if distributed.is_first() else None)
         raise
+
+
+_PERSISTENT = (
+    "train_loader has persistent workers, whose random states no checkpoint has: if they draw numbers, "
+    "this run ends differently than without the stop; persistent_workers=False avoids it"
+)
 
 
 def _nothing_came(epoch: int, meter: LossMeter) -> str:
