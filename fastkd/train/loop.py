@@ -23,7 +23,15 @@ from .epoch import Epoch
 from .evaluation import best_of, evaluate, try_validation, validate
 from .meters import LossMeter, PassTimer
 from .precision import Numerics, compiled_networks, make_scaler, place
-from .preflight import check_loaders, check_optimizer, check_others, check_scheduler, checked_options
+from .preflight import (
+    check_loaders,
+    check_not_scripted,
+    check_optimizer,
+    check_others,
+    check_scheduler,
+    checked_options,
+    other_format,
+)
 from .random_state import own_generators
 from .signals import Control
 from .state import Training, load_state, save_state
@@ -99,6 +107,7 @@ def fit(
         **options: those of ``fit_method``. Its other arguments and errors apply as well.
     """
     check_apart(student, teacher)  # before freezing the teacher and what it shares
+    check_not_scripted(student, teacher)
     device = torch.device(device) if device is not None else _device_of(student)
     with _frozen(teacher, device):
         method = LossMethod(student, teacher, loss)
@@ -191,6 +200,7 @@ def fit_method(
     )
     check_others(scheduler_interval, compile, stop)
     check_loaders(train_loader, val_loader, epochs, averaged=ema is not None)
+    check_not_scripted(method.student, method.teacher)
     student = method.student
     device = torch.device(device) if device is not None else _device_of(student)
     numerics = Numerics(device, precision, channels_last)
@@ -294,7 +304,8 @@ def _train_epoch(
                         method, batch, options.numerics.precision, options.accumulate
                     )
                     training.runner = distributed.wrap(method, leaves_parameters_out=left_out)
-                train_step(training, options, batch, meter, watch, passes)
+                with _formats_named(method, batch[0], options.numerics.precision):
+                    train_step(training, options, batch, meter, watch, passes)
                 for note in method.take_notes():
                     watcher.note(note)
                 training.step_scheduler("step")
@@ -333,6 +344,19 @@ def _default_watcher(progress: bool) -> Watcher:
     from .display.console import ConsoleProgress  # the only use of rich
 
     return Shielded(ConsoleProgress())
+
+
+@contextlib.contextmanager
+def _formats_named(method: Method, images: Tensor, precision: str) -> Iterator[None]:
+    """Name the network in torch's error about a network and images of different formats."""
+    try:
+        yield
+    except RuntimeError as error:
+        networks = [("teacher", method.teacher)] if method.teacher_dtype in (None, torch.float32) else []
+        for role, network in (*networks, ("student", method.student)) if precision == "float32" else ():
+            if (hint := other_format(role, network, images, error)) is not None:
+                raise TrainError(hint) from error
+        raise
 
 
 @contextlib.contextmanager

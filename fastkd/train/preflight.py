@@ -161,6 +161,30 @@ def cannot_be_averaged(student: nn.Module, error: Exception) -> ValueError:
     return ValueError(f"ema: the average starts as a copy of the student, which cannot be copied: {remedy}")
 
 
+def check_not_scripted(student: nn.Module, teacher: nn.Module | None) -> None:
+    """Raise ``ValueError`` for a network of torch.jit, which takes no hooks."""
+    for role, network in (("student", student), ("teacher", teacher)):
+        if isinstance(network, torch.jit.ScriptModule):
+            raise ValueError(
+                f"{role} is {_kind(network)} of torch.jit, which cannot be trained here; expected the "
+                "torch.nn.Module that it was made of (compile=True compiles it)"
+            )
+
+
+def other_format(role: str, network: nn.Module | None, images: Tensor, error: Exception) -> str | None:
+    """What to say of ``error`` if ``network`` has parameters of another format than ``images``; else None."""
+    if "type" not in str(error):  # as in torch's messages about it, and not in one about memory
+        return None
+    parameters = () if network is None else network.parameters()
+    found = next((p.dtype for p in parameters if p.is_floating_point()), images.dtype)
+    if found == images.dtype:
+        return None
+    remedy = "give it as float32, and precision='bfloat16' or 'float16' to compute in another format"
+    if role == "teacher" and found in (torch.bfloat16, torch.float16):
+        remedy = f"give teacher_precision={str(found).removeprefix('torch.')!r}"
+    return f"the {role}'s parameters are {found}, but its images {images.dtype}: {remedy} ({error})"
+
+
 def check_channels_last(method: Method) -> None:
     """Raise ``ValueError`` if a network has weights of 3-D convolutions."""
     for role, network in (("method", method), ("teacher", method.teacher)):
