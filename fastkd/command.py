@@ -29,6 +29,7 @@ def run_command(work: Callable[[], int]) -> int:
     When a reader closes the pipe (``fastkd recipes | head -1``), Python raises at the next write or at the
     flush on exit; the command then ends silently.
     """
+    _open_closed_streams()
     try:
         try:
             # Without the variable and the module there is nothing to check, and torch can wait.
@@ -48,6 +49,16 @@ def run_command(work: Callable[[], int]) -> int:
     except BrokenPipeError:
         discard(sys.stdout, sys.stderr)
         return BROKEN_PIPE_STATUS
+
+
+def _open_closed_streams() -> None:
+    """Discard output to a stream that the shell has closed (``>&-``), for which Python has None.
+
+    Its number is taken by that, and not by a file that libraries would then print into.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 
 
 def discard(*streams: TextIO) -> None:

@@ -118,6 +118,15 @@ def test_a_closed_pipe_ends_the_command_quietly(command):
     assert process.returncode == (help_status() if "--help" in command else 141)
 
 
+def test_a_command_without_stdout_and_stderr(tmp_path):
+    words = ["train", "fashion-mnist/student", "data.synthetic=8", "train.epochs=1", "train.device=cpu"]
+    code = "import os, sys; os.close(1); os.close(2); os.execv(sys.executable, sys.argv[1:])"
+    command = [sys.executable, "-m", "fastkd", *words, "--runs", str(tmp_path)]
+    process = subprocess.run([sys.executable, "-c", code, *command], cwd=ROOT)
+    assert process.returncode == 0
+    assert [path.name for path in tmp_path.glob("*/summary.json")] == ["summary.json"]
+
+
 @pytest.mark.parametrize(
     ("device", "kind", "message"),
     [

@@ -130,15 +130,18 @@ def check_agreement(values: Mapping[str, Any], remedy: str) -> None:
         check_same(of_all_ranks((platform.node(), dict(values))), remedy)
 
 
-def wrap(method: Method) -> nn.Module:
-    """``method`` under DDP if there are several ranks; it has the student and the heads, not the teacher."""
+def wrap(method: Method, *, leaves_parameters_out: bool) -> nn.Module:
+    """``method`` under DDP if there are several ranks; it has the student and the heads, not the teacher.
+
+    ``leaves_parameters_out``: a step may leave trained parameters without gradient, for which DDP would wait.
+    """
     if world() == 1 or not any(parameter.requires_grad for parameter in method.parameters()):
         return method
     device = next(method.parameters()).device
     return nn.parallel.DistributedDataParallel(
         method,
         device_ids=[device] if device.type == "cuda" else None,
-        find_unused_parameters=method.leaves_parameters_out(),
+        find_unused_parameters=leaves_parameters_out,
         gradient_as_bucket_view=True,
     )
 

@@ -19,7 +19,7 @@ from fastkd.reference import at_least_float32
 from . import distributed
 from .batches import Batches
 from .precision import Numerics, autocast
-from .preflight import first_of
+from .preflight import first_of, other_format
 from .watcher import Record
 
 # Of few classes, five are no measure: with 10, half of all guesses are right.
@@ -142,6 +142,13 @@ def try_validation(student: nn.Module, loader: Any, numerics: Numerics) -> None:
         raise
     except Exception as error:
         images, target = batch[:2]
+        hint = None
+        if numerics.precision == "float32":
+            hint = other_format("student", student, images, error)
+        if target.is_floating_point():
+            hint = f"target is {target.dtype} of shape {list(target.shape)}; expected int64 labels [N]"
+        if hint is not None:
+            raise TrainError(f"validation fails on the first batch of val_loader: {hint}") from error
         raise TrainError(
             f"validation fails on the first batch of val_loader, images {list(images.shape)} of "
             f"{images.dtype} and target {list(target.shape)} of {target.dtype}: "

@@ -23,12 +23,20 @@ from .epoch import Epoch
 from .evaluation import best_of, evaluate, try_validation, validate
 from .meters import LossMeter, PassTimer
 from .precision import Numerics, compiled_networks, make_scaler, place
-from .preflight import check_loaders, check_optimizer, check_others, check_scheduler, checked_options
+from .preflight import (
+    check_loaders,
+    check_not_scripted,
+    check_optimizer,
+    check_others,
+    check_scheduler,
+    checked_options,
+    other_format,
+)
 from .random_state import own_generators
 from .signals import Control
 from .state import Training, load_state, save_state
 from .step import StepOptions, train_step, weights_are_finite
-from .trial import Sizes
+from .trial import Sizes, leaves_parameters_out
 from .watcher import Record, Shielded, Watcher
 
 __all__ = ["FitResult", "Watcher", "evaluate", "fit", "fit_method"]
@@ -99,6 +107,7 @@ def fit(
         **options: those of ``fit_method``. Its other arguments and errors apply as well.
     """
     check_apart(student, teacher)  # before freezing the teacher and what it shares
+    check_not_scripted(student, teacher)
     device = torch.device(device) if device is not None else _device_of(student)
     with _frozen(teacher, device):
         method = LossMethod(student, teacher, loss)
@@ -141,8 +150,9 @@ def fit_method(
     others are a ``LaunchError``.
 
     Args:
-        train_loader, val_loader: iterables of ``(images, target)``, iterated once per epoch; int64 targets
-            ``[N]``. ``set_epoch(epoch)`` of the loader or its sampler is called first, counting from 0.
+        train_loader, val_loader: iterables of ``(images, target)``, iterated once per epoch, with ``ema``
+            ``val_loader`` twice; int64 targets ``[N]``. ``set_epoch(epoch)`` of the loader or its sampler is
+            called first, counting from 0.
             Without a ``val_loader`` nothing is validated, and no epoch is the best.
         optimizer: of ``method.parameters()``, including heads; by default AdamW with learning rate 1e-3.
         scheduler: stepped after each optimizer step, or each epoch with ``scheduler_interval="epoch"``.
@@ -189,7 +199,8 @@ def fit_method(
         channels_last=channels_last,
     )
     check_others(scheduler_interval, compile, stop)
-    check_loaders(train_loader, val_loader, epochs)
+    check_loaders(train_loader, val_loader, epochs, averaged=ema is not None)
+    check_not_scripted(method.student, method.teacher)
     student = method.student
     device = torch.device(device) if device is not None else _device_of(student)
     numerics = Numerics(device, precision, channels_last)
@@ -211,7 +222,8 @@ def fit_method(
     watcher = _default_watcher(progress) if watcher is None else watcher
     if resume is not None:
         load_state(training, resume, epochs)
-    training.runner = distributed.wrap(method)
+        if training.history and getattr(train_loader, "persistent_workers", False):
+            watcher.note(_PERSISTENT)
     check_scheduler(
         scheduler,
         optimizer,
@@ -293,7 +305,13 @@ def _train_epoch(
                 meter.skip_step()
                 training.step_scheduler("step")
             else:
-                train_step(training, options, batch, meter, watch, passes)
+                if distributed.world() > 1 and training.runner is method:
+                    left_out = leaves_parameters_out(
+                        method, batch, options.numerics.precision, options.accumulate
+                    )
+                    training.runner = distributed.wrap(method, leaves_parameters_out=left_out)
+                with _formats_named(method, batch[0], options.numerics.precision):
+                    train_step(training, options, batch, meter, watch, passes)
                 for note in method.take_notes():
                     watcher.note(note)
                 training.step_scheduler("step")
@@ -336,6 +354,19 @@ def _default_watcher(progress: bool) -> Watcher:
 
 
 @contextlib.contextmanager
+def _formats_named(method: Method, images: Tensor, precision: str) -> Iterator[None]:
+    """Name the network in torch's error about a network and images of different formats."""
+    try:
+        yield
+    except RuntimeError as error:
+        networks = [("teacher", method.teacher)] if method.teacher_dtype in (None, torch.float32) else []
+        for role, network in (*networks, ("student", method.student)) if precision == "float32" else ():
+            if (hint := other_format(role, network, images, error)) is not None:
+                raise TrainError(hint) from error
+        raise
+
+
+@contextlib.contextmanager
 def _reporting(training: Training, epoch: Epoch, train: Batches, watcher: Watcher) -> Iterator[None]:
     """Give the watcher the batch of a loss that is not finite, read again, since losses are fetched later."""
     try:
@@ -348,6 +379,12 @@ def _reporting(training: Training, epoch: Epoch, train: Batches, watcher: Watche
         known = error.step and distributed.is_first()
         watcher.not_finite(error, epoch.whole(train, error.step) if known else None)
         raise error from None
+
+
+_PERSISTENT = (
+    "train_loader has persistent workers, whose random states no checkpoint has: if they draw numbers, "
+    "this run ends differently than without the stop; persistent_workers=False avoids it"
+)
 
 
 def _nothing_came(epoch: int, meter: LossMeter) -> str:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from fastkd.distill.method import Method
 from fastkd.distill.options import checked_by, model_of
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 _LISTED = 4
-# Exhausted after one epoch. Other iterators may be able to restart.
-_ONCE = (types.GeneratorType, zip, map, filter, enumerate)
 _ENTRIES = "expected (images, target), or (images, target, teacher_logits) to train"
 
 
@@ -58,6 +56,12 @@ def check_others(scheduler_interval: str, compile: Any, stop: Callable[[], bool]
         raise TypeError(f"stop is {stop!r}; expected a function without arguments, or None")
 
 
+def check_trainable(method: Method) -> None:
+    """Raise ``ValueError`` if all parameters are frozen."""
+    if not any(parameter.requires_grad for parameter in method.parameters()):
+        raise ValueError("nothing to train: no parameter of the network or the method has requires_grad=True")
+
+
 def check_optimizer(method: Method, optimizer: Any) -> None:
     """``optimizer`` must have exactly the parameters that the method trains. Raises ``ValueError``.
 
@@ -69,9 +73,8 @@ def check_optimizer(method: Method, optimizer: Any) -> None:
             f"optimizer is {_kind(optimizer)}; expected one torch.optim.Optimizer"
             + (", with parameter groups for different settings" if several else "")
         )
+    check_trainable(method)
     wanted = {p: name for name, p in method.named_parameters() if p.requires_grad}
-    if not wanted:
-        raise ValueError("nothing to train: no parameter of the student or the method has requires_grad=True")
     held = dict.fromkeys(parameter for group in optimizer.param_groups for parameter in group["params"])
     known = dict.fromkeys(method.parameters(), "")
     # Not by the teacher's truth value: a compiled module has a length only if the module in it has one.
@@ -158,6 +161,30 @@ def cannot_be_averaged(student: nn.Module, error: Exception) -> ValueError:
     return ValueError(f"ema: the average starts as a copy of the student, which cannot be copied: {remedy}")
 
 
+def check_not_scripted(student: nn.Module, teacher: nn.Module | None) -> None:
+    """Raise ``ValueError`` for a network of torch.jit, which takes no hooks."""
+    for role, network in (("student", student), ("teacher", teacher)):
+        if isinstance(network, torch.jit.ScriptModule):
+            raise ValueError(
+                f"{role} is {_kind(network)} of torch.jit, which cannot be trained here; expected the "
+                "torch.nn.Module that it was made of (compile=True compiles it)"
+            )
+
+
+def other_format(role: str, network: nn.Module | None, images: Tensor, error: Exception) -> str | None:
+    """What to say of ``error`` if ``network`` has parameters of another format than ``images``; else None."""
+    if "type" not in str(error):  # as in torch's messages about it, and not in one about memory
+        return None
+    parameters = () if network is None else network.parameters()
+    found = next((p.dtype for p in parameters if p.is_floating_point()), images.dtype)
+    if found == images.dtype:
+        return None
+    remedy = "give it as float32, and precision='bfloat16' or 'float16' to compute in another format"
+    if role == "teacher" and found in (torch.bfloat16, torch.float16):
+        remedy = f"give teacher_precision={str(found).removeprefix('torch.')!r}"
+    return f"the {role}'s parameters are {found}, but its images {images.dtype}: {remedy} ({error})"
+
+
 def check_channels_last(method: Method) -> None:
     """Raise ``ValueError`` if a network has weights of 3-D convolutions."""
     for role, network in (("method", method), ("teacher", method.teacher)):
@@ -171,10 +198,10 @@ def check_channels_last(method: Method) -> None:
             )
 
 
-def check_loaders(train: Any, val: Any, epochs: int) -> None:
-    """Raise ``TrainError`` for a loader that is empty or cannot be iterated once per epoch.
+def check_loaders(train: Any, val: Any, epochs: int, *, averaged: bool) -> None:
+    """Raise ``TrainError`` for a loader that is empty or cannot be iterated as often as it is read.
 
-    ``val`` may be None.
+    ``val`` may be None. ``averaged``: each epoch validates the student and its average.
     """
     for name, loader in (("train_loader", train), ("val_loader", val)):
         if loader is None and name == "val_loader":
@@ -183,13 +210,21 @@ def check_loaders(train: Any, val: Any, epochs: int) -> None:
             raise TrainError(f"{name} is {_kind(loader)}; expected an iterable of (images, target)")
         if isinstance(loader, Mapping | str | bytes | Tensor):
             raise TrainError(f"{name} is {_kind(loader)}; expected an iterable of batches (images, target)")
-        if isinstance(loader, _ONCE) and epochs > 1:
+        twice = averaged and name == "val_loader"
+        if _once(loader) and (epochs > 1 or twice):
+            often = f"there are {epochs} epochs" if epochs > 1 else "with ema an epoch is validated twice"
             raise TrainError(
-                f"{name} is {_kind(loader)}, but there are {epochs} epochs; a generator can be iterated once "
-                "only: give a list or a DataLoader"
+                f"{name} is {_kind(loader)}, but {often}; {_kind(loader)} can be iterated once only: give a "
+                "list or a DataLoader"
             )
     if isinstance(val, Sequence) and not len(val):
         raise TrainError("the validation loader yielded no batch")
+
+
+def _once(loader: Any) -> bool:
+    """Whether ``loader`` is an iterator that cannot restart. Others may, as NVIDIA DALI's do."""
+    known = isinstance(loader, _BaseDataLoaderIter) or type(loader).__module__ in ("builtins", "itertools")
+    return isinstance(loader, Iterator) and known
 
 
 def first_of(loader: Any) -> Any:

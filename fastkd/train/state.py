@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
 from fastkd.distill.method import Method
@@ -31,7 +32,10 @@ _NEW_RUN = "start a new run for it, without --resume"
 
 @dataclass
 class Training:
-    """Everything that a training changes. ``runner`` is the method, under DDP if there are several ranks."""
+    """Everything that a training changes.
+
+    ``runner`` is the method, from the first step on under DDP if there are several ranks.
+    """
 
     method: Method
     optimizer: torch.optim.Optimizer
@@ -52,6 +56,16 @@ class Training:
         if self.scheduler is not None and self.scheduler_interval == after:
             self.scheduler.step()
 
+    def buffers_beside(self) -> dict[str, Tensor]:
+        """The buffers that state dicts leave out (``persistent=False``), which training may change too."""
+        found: dict[str, Tensor] = {}
+        for owner, module in (("method", self.method), ("ema", self.average)):
+            if module is not None:
+                kept = module.state_dict()
+                buffers = module.named_buffers(owner)
+                found |= {k: b for k, b in buffers if k.partition(".")[2] not in kept and not is_lazy(b)}
+        return found
+
     def parts(self) -> dict[str, Any]:
         """What a training may have or not, by the names in a state."""
         return {"scheduler": self.scheduler, "scaler": self.scaler, "ema": self.average}
@@ -68,6 +82,7 @@ def save_state(training: Training, position: dict[str, Any] | None = None) -> Ca
     return lambda: {
         "student": training.method.student.state_dict(),
         "method": training.method.parts_state(),
+        "buffers": training.buffers_beside(),
         "optimizer": training.optimizer.state_dict(),
         **{name: None if part is None else part.state_dict() for name, part in training.parts().items()},
         "history": list(training.history),
@@ -94,6 +109,7 @@ def load_state(training: Training, state: Mapping[str, Any], epochs: int) -> Non
             _check_schedule(training.scheduler.state_dict(), state["scheduler"])
         fill(method.student, state["student"], "the state's student", _NEW_RUN)
         method.load_parts_state(state["method"])
+        _fill_buffers(training.buffers_beside(), state.get("buffers", {}))  # older states have none
         _check_moments(optimizer, state["optimizer"])
         # The optimizer would go on in the tensors that it is given.
         optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
@@ -107,6 +123,14 @@ def load_state(training: Training, state: Mapping[str, Any], epochs: int) -> Non
     except Exception as error:  # a damaged or foreign state can raise anything
         raise _unfit(f"{type(error).__name__}: {one_line(error)[:300]}") from None
     set_random_state(of_this_rank(state["random"], training.generators), training.generators)
+
+
+@torch.no_grad()
+def _fill_buffers(buffers: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    for name, buffer in buffers.items():
+        # A cache that has grown to another shape is made again by its network.
+        if name in saved and saved[name].shape == buffer.shape:
+            buffer.copy_(saved[name])
 
 
 def of_this_rank(states: list[Any], generators: list[torch.Generator]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +18,12 @@ _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # of GoogLeNet and Inception
 _LISTED = 20
 
 
-def fill(model: nn.Module, weights: Mapping[str, Tensor], origin: str, remedy: str) -> None:
+def is_extra_state(key: str) -> bool:
+    """Whether ``key`` is of what a module's ``get_extra_state`` returns: anything, not only a tensor."""
+    return key.rpartition(".")[2] == "_extra_state"
+
+
+def fill(model: nn.Module, weights: Mapping[str, Any], origin: str, remedy: str) -> None:
     """``load_state_dict``, with a ``CheckpointError`` that names ``origin`` and every mismatch."""
     expected: Any = model.state_dict()
     weights = {**{key: value for key, value in expected.items() if key.endswith(COUNTER)}, **weights}
@@ -26,7 +32,7 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], origin: str, remedy: s
     shapes = [
         f"{key} has shape {list(weights[key].shape)}, expected {list(value.shape)}"
         for key, value in expected.items()
-        if key in weights and weights[key].shape != value.shape
+        if not is_extra_state(key) and key in weights and weights[key].shape != value.shape
     ]
     faults = {
         "missing": [key for key in expected if key not in weights],
@@ -35,14 +41,17 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], origin: str, remedy: s
         "of an unexpected kind": [
             f"{key} is {kind}"
             for key, value in weights.items()
-            if key in expected and (kind := _other_kind(value, expected[key])) is not None
+            if key in expected
+            and not is_extra_state(key)
+            and (kind := _other_kind(value, expected[key])) is not None
         ],
     }
     listed = [f"{len(names)} {fault}: {some(names, _LISTED)}" for fault, names in faults.items() if names]
     if listed:
         raise CheckpointError(f"{origin} does not fit the model: {'; '.join(listed)}; {remedy}")
     # Layers look up their format version there; missing counters have been filled in above.
-    weights = OrderedDict(weights)
+    # A network may keep and change its extra state, so it gets a copy, as load_state_dict copies tensors.
+    weights = OrderedDict((k, copy.deepcopy(v) if is_extra_state(k) else v) for k, v in weights.items())
     weights._metadata = expected._metadata  # type: ignore[attr-defined]
     model.load_state_dict(weights)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from fastkd.distill.method import Method
 from fastkd.distill.terms import total_of
+from fastkd.errors import TrainError
 from fastkd.messages import kind_and_text
 
 from . import distributed
@@ -21,7 +23,7 @@ from .random_state import get_random_state, set_random_state
 
 @contextlib.contextmanager
 def unchanged(*networks: nn.Module | None) -> Iterator[None]:
-    """Restore buffers, modes and random generators bit by bit after the block."""
+    """Restore buffers, extra states, modes and random generators bit by bit after the block."""
     modules = [module for network in networks if network is not None for module in network.modules()]
     modes = [module.training for module in modules]
     buffers = [
@@ -29,6 +31,12 @@ def unchanged(*networks: nn.Module | None) -> Iterator[None]:
         for module in modules
         for name, buffer in module._buffers.items()
         if buffer is not None
+    ]
+    extras = [
+        (module, copy.deepcopy(module.get_extra_state()))
+        for module in modules
+        if type(module).get_extra_state is not nn.Module.get_extra_state
+        and type(module).set_extra_state is not nn.Module.set_extra_state
     ]
     randoms = get_random_state()
     try:
@@ -40,22 +48,40 @@ def unchanged(*networks: nn.Module | None) -> Iterator[None]:
                 module._buffers[name] = buffer
                 if before is not None:
                     buffer.copy_(before)
+        for module, extra in extras:
+            module.set_extra_state(extra)
         for module, training in zip(modules, modes, strict=True):
             module.training = training
 
 
-def try_step(method: Method, batch: Batch, precision: str, accumulate: int = 1) -> None:
-    """Forward and backward in train mode, without side effects. Raises whatever the step raises."""
-    images = batch[0]
+def try_step(method: Method, batch: Batch, precision: str, accumulate: int = 1) -> bool:
+    """Forward and backward in train mode, without side effects. Raises whatever the step raises.
+
+    Returns whether every trained parameter got a gradient.
+    """
+    images, complete = batch[0], True
     with unchanged(method, method.teacher):
         method.train()
         for part, _ in micro_batches(batch, accumulate):
             with autocast(images.device, precision):
                 loss = total_of(method(part))
+            if not loss.requires_grad:
+                raise TrainError("the loss does not depend on the parameters that are trained")
             wanted = [p for p in method.parameters() if p.requires_grad and not _lazy(p)]
             # Not backward(), which would change .grad and run DDP's hooks.
-            if loss.requires_grad and wanted:
-                torch.autograd.grad(loss, wanted, allow_unused=True)
+            if wanted:
+                gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
+                complete = complete and all(gradient is not None for gradient in gradients)
+    return complete
+
+
+def leaves_parameters_out(method: Method, batch: Batch, precision: str, accumulate: int) -> bool:
+    """Whether DDP must expect parameters without gradient: of the method, or in a step of any rank."""
+    complete = True
+    # The step itself raises what the trial does, after the ranks have agreed.
+    with contextlib.suppress(Exception):
+        complete = try_step(method, batch, precision, accumulate)
+    return any(distributed.any_over_ranks(method.leaves_parameters_out() or not complete))
 
 
 class Sizes:

@@ -52,6 +52,7 @@ def all_variants(tree: Path) -> dict[str, Any]:
     done["counts"] = counts()
     done["normalised"] = normalised(slice(8 * distributed.rank(), 8 * distributed.rank() + 8))
     done["orders"] = orders()
+    done["unused"] = unused()
     done["agreement"] = distributed.any_over_ranks(distributed.rank() == 1, False)
     return done
 
@@ -77,6 +78,15 @@ def left_out(loader: Any = None) -> list[tuple[float, int]]:
     options = {"epochs": 3, "optimizer": optimizer, "scheduler": scheduler, "progress": False}
     history = fit_method(method, loader or Loader(33, 10), None, **options).history
     return [(record["lr"], record["skipped"]) for record in history]
+
+
+def unused() -> torch.Tensor:
+    """The weights after a training of a student with a layer that no pass uses."""
+    method = make_method("kd", norm=False)
+    method.student.spare = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(method.parameters(), lr=0.05)
+    fit_method(method, Loader(), None, epochs=1, optimizer=optimizer, progress=False, accumulate=2)
+    return nn.utils.parameters_to_vector(method.parameters()).detach()
 
 
 def orders() -> list[str]:
@@ -168,6 +178,11 @@ def test_loaders_that_draw_another_order_on_each_rank_are_refused(both: list[dic
         assert "checksum of the labels in train_loader's first batch is" in first
         assert "give the loader a torch.Generator of the same seed on all ranks" in first
         assert second == "trained"
+
+
+def test_parameters_without_gradient(both: list[dict[str, Any]]) -> None:
+    for one in both:
+        torch.testing.assert_close(one["unused"], unused(), rtol=1e-3, atol=1e-5)
 
 
 def test_ranks_agree_on_flags(both: list[dict[str, Any]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 from typing import Any
 
@@ -184,16 +185,37 @@ def test_options_that_are_numpys_numbers() -> None:
         ({"train": [(IMAGES, [1, 2, 3, 4])]}, "entry 1 is a list"),
         ({"val": [(IMAGES, TARGET + 50)]}, "validation fails on the first batch of val_loader"),
         ({"val": [(IMAGES[:, :1], TARGET)]}, "validation fails on the first batch of val_loader"),
+        ({"val": [(IMAGES, torch.rand(4, CLASSES))]},
+         r"val_loader: target is torch.float32 of shape \[4, 7\]; expected int64 labels \[N\]"),
         ({"val": (pair for pair in GOOD)}, "val_loader is a generator, but there are 2 epochs"),
         ({"train": zip([IMAGES], [TARGET], strict=True)}, "train_loader is a zip, but there are 2 epochs"),
+        ({"train": iter(GOOD)}, "train_loader is a list_iterator, but there are 2 epochs; a list_"),
+        ({"val": itertools.islice(GOOD, 1)}, "val_loader is a islice, but there are 2 epochs"),
+        ({"train": iter(DataLoader([(IMAGES[0], 1)]))}, "is a _SingleProcessDataLoaderIter, but there are 2"),
+        ({"val": (pair for pair in GOOD), "epochs": 1, "ema": 0.9},
+         "val_loader is a generator, but with ema an epoch is validated twice; a generator can be "),
     ],
 )  # fmt: skip
 def test_loaders(loaders: dict[str, Any], words: str) -> None:
     method = make_method("kd")
     before = copy.deepcopy(method.state_dict())
     with pytest.raises(TrainError, match=words):
-        train(method, epochs=2, **{"train": GOOD, "val": GOOD, **loaders})
+        train(method, **{"epochs": 2, "train": GOOD, "val": GOOD, **loaders})
     assert all(torch.equal(value, before[key]) for key, value in method.state_dict().items())
+
+
+def test_loaders_that_are_read_once() -> None:
+    assert train(make_method("kd"), train=iter(GOOD), val=(pair for pair in GOOD)).history
+
+    class Restarting:  # an iterator, as those of NVIDIA DALI
+        def __iter__(self) -> Any:
+            self.batches = iter(GOOD)
+            return self
+
+        def __next__(self) -> Any:
+            return next(self.batches)
+
+    assert train(make_method("kd"), train=Restarting(), val=Restarting(), epochs=2, ema=0.9).history
 
 
 def test_looking_at_the_validation_loader_changes_nothing() -> None:
@@ -213,6 +235,31 @@ def test_looking_at_the_validation_loader_changes_nothing() -> None:
 
     val = DataLoader(TensorDataset(LOADER.images, LOADER.target), batch_size=16, shuffle=True)
     assert losses(val) == losses(Unseen(val))
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "val", "words"),
+    [
+        (Net(4).half(), Net(6), GOOD, "val_loader: the student's parameters are torch.float16, but its"),
+        (Net(4).bfloat16(), Net(6), None, "student's parameters .* give it as float32, and precision="),
+        (Net(4), Net(6).half(), GOOD, "teacher's parameters are .* give teacher_precision='float16'"),
+    ],
+)  # fmt: skip
+def test_networks_of_another_format(student: Any, teacher: Any, val: Any, words: str) -> None:
+    loss = fastkd.DistillLoss(ce_weight=0.1, kd_weight=0.9)
+    with pytest.raises(TrainError, match=words):
+        fit(student, teacher, GOOD, val, loss=loss, epochs=1, progress=False)
+    if val is not None and student.fc.weight.dtype == torch.float32:
+        assert fit(student, teacher, GOOD, val, loss=loss, epochs=1, teacher_precision="float16").history
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_networks_of_torch_jit(role: str) -> None:
+    networks = {"student": Net(4), "teacher": Net(6)}
+    networks[role] = torch.jit.trace(networks[role].eval(), IMAGES)
+    with pytest.raises(ValueError, match=f"{role} is a TopLevelTracedModule of torch.jit.*expected the"):
+        fit(**networks, train_loader=GOOD, loss=fastkd.DistillLoss(ce_weight=0.1), epochs=1)
 
 
 def test_without_a_teacher_a_loss_of_labels_alone() -> None:

@@ -122,6 +122,53 @@ def test_a_batch_of_unreadable_images_is_a_step(step: int, tmp_path: Path) -> No
     ends_the_same(tmp_path / "last.pt", "kd", 2, step, lambda: data.train_loader(3, 1, torch.device("cpu")))
 
 
+class Warming(Net):
+    """Scales its logits by a count of steps that its state dict leaves out."""
+
+    def __init__(self) -> None:
+        super().__init__(4)
+        self.register_buffer("steps", torch.zeros(()), persistent=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.steps += self.training
+        return super().forward(images) * self.steps.clamp(max=20) / 20
+
+
+def test_buffers_that_state_dicts_leave_out(tmp_path: Path) -> None:
+    results = []
+
+    def train(**options: Any) -> Method:
+        torch.manual_seed(0)
+        method = find_method("kd")(Warming(), Net(6))
+        results.append(fit_method(method, Loader(), Loader(17, 4), epochs=3, ema=0.9, **options))
+        return method
+
+    train(progress=False)
+    with pytest.raises(Killed):
+        train(watcher=KillAfter(tmp_path / "last.pt", 2, 2), checkpoint_every=1)
+    state = load_checkpoint(tmp_path / "last.pt", remedy="")
+    resumed = train(resume=state, progress=False)
+    assert resumed.student.steps == 3 * STEPS
+    assert without_time(results[0]) == without_time(results[1])
+    del state["buffers"]  # as an older version wrote it
+    assert train(resume=state, progress=False).student.steps == 2 * STEPS - 2
+
+
+def test_persistent_workers_are_said(tmp_path: Path) -> None:
+    notes: list[str] = []
+
+    class Notes(Watcher):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    data = TensorDataset(Loader().images, Loader().target)
+    persistent = DataLoader(data, 16, num_workers=1, persistent_workers=True)
+    state = state_of(tmp_path)
+    for loader in (Loader(), persistent):
+        start("kd", loader, watcher=Notes(), resume=state)[1]()
+    assert [note[:35] for note in notes] == ["train_loader has persistent workers"]
+
+
 def test_a_state_in_memory_is_not_changed_by_resuming() -> None:
     states: list[dict[str, Any]] = []
 

@@ -211,6 +211,13 @@ class Broken(Tuple):
         if self.training:
             raise KeyError("no such key")
         return self.fc(images.flatten(1))
+def frozen(num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, num_classes)).requires_grad_(False)
+def spare(num_classes):
+    network = frozen(num_classes)
+    network.spare = nn.Linear(2, 2)
+    network.forward = lambda images: network[1](images.flatten(1))
+    return network
 def bad(num_classes):
     raise OSError("disk on fire")
 """
@@ -229,6 +236,10 @@ def train(*words: str) -> int:
          "ValueError: the student returns a tuple of 2"),
         (["teacher.name=nets:Tuple"], "teacher nets:Tuple: a training step on images [64, 1, 28, 28] fails"),
         (["student.name=nets:Broken"], "fails: KeyError: 'no such key'"),
+        (["student.name=nets:frozen"], "method kd: nothing to train: no parameter of the network or the"),
+        (["student.name=nets:frozen", "--dry-run"], "method kd: nothing to train"),
+        (["student.name=nets:spare"], "fails: TrainError: the loss does not depend on the parameters that"),
+        (["teacher.name=nets:frozen"], "teacher nets:frozen: nothing to train: no parameter of"),
         (["student.name=nets:bad"], "student nets:bad: OSError: disk on fire"),
         (["student.name=nets:normed", "train.batch_size=1"], "[1, 1, 28, 28] fails: ValueError: Expected"),
     ],

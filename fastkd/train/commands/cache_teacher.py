@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import time
 from collections.abc import Iterator
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     assert recipe.teacher is not None
     if recipe.teacher.cache is not None:
         raise RecipeError("teacher.cache is given, but this command creates a cache")
-    if args.to.exists():  # before a teacher is trained
+    if os.path.lexists(args.to):  # before a teacher is trained; also a link to nothing
         raise RecipeError(
             f"--to {args.to}: it already exists; a cache is never overwritten: choose a new folder"
         )

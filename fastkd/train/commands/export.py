@@ -11,6 +11,7 @@ import contextlib
 import copy
 import io
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from fastkd.distill.taps import logits_of, named_logits
 from fastkd.errors import TrainError
 from fastkd.files.atomic import make_folder, write_atomically
 from fastkd.files.paths import user_path
+from fastkd.files.plain import load_plain
 from fastkd.files.regular import read_regular
 from fastkd.train.display.console import make_console
 from fastkd.train.run.about import About
@@ -61,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
             f"--to {path}: {path.suffix} is the suffix of --format {other}; expected "
             f"{SUFFIXES[args.format]} for --format {args.format}"
         )
-    if path.exists():
+    if os.path.lexists(path):
         raise ExportError(f"{path} already exists and is not overwritten; choose another file with --to")
     model, about = read_student(args.folder, args.weights)
     text = about.to_json()
@@ -102,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _is(beside: Path, text: str) -> bool:
     """Whether the description is there already. Raises ``ExportError`` for another file of that name."""
-    if not beside.exists():
+    if not os.path.lexists(beside):
         return False
     with contextlib.suppress(OSError):
         if read_regular(beside) == text.encode():
@@ -147,6 +149,13 @@ def export(model: nn.Module, about: About, form: str, path: Path) -> float | Non
                 f"the exported network's outputs differ by {difference:.3g}; nothing was written"
             )
 
+    if form == "safetensors":
+        for key, value in model.state_dict().items():
+            if not isinstance(value, Tensor):
+                raise ExportError(
+                    f"--format safetensors: {key} is a {type(value).__name__}, but the format holds tensors "
+                    "only; expected --format state_dict for this network"
+                )
     make_folder(path.parent)
     write_atomically(path, write)
     return difference
@@ -176,13 +185,14 @@ def _run_safetensors(model: nn.Module, probe: Tensor, path: Path) -> Tensor:
 def _save_state_dict(model: nn.Module, example: Tensor, about: str, path: Path) -> None:
     # Through memory: on a full disk torch's own writer reports no reason.
     buffer = io.BytesIO()
-    torch.save({key: value.cpu() for key, value in model.state_dict().items()}, buffer)
+    # The model is on the CPU. An extra state may be no tensor.
+    torch.save(dict(model.state_dict()), buffer)
     path.write_bytes(buffer.getbuffer())
 
 
 def _run_state_dict(model: nn.Module, probe: Tensor, path: Path) -> Tensor:
     again = copy.deepcopy(model)
-    again.load_state_dict(torch.load(path, weights_only=True))
+    again.load_state_dict(load_plain(path))
     return _outputs_of(again, probe)
 
 

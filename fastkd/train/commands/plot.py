@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -67,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.to.exists():
+    if os.path.lexists(args.to):
         raise PlotError(f"{args.to} already exists and is not overwritten; choose another file with --to")
     if args.to.suffix not in (".png", ".svg", ".pdf"):
         raise PlotError(f"--to {args.to}: expected a .png, .svg or .pdf file")

@@ -17,8 +17,11 @@ from fastkd.models import build_model
 from fastkd.recipe.sections import Model, Optimization, Recipe, Train
 from fastkd.train import distributed
 from fastkd.train.batches import Batch
+from fastkd.train.preflight import check_trainable
 from fastkd.train.random_state import get_random_state, set_random_state
 from fastkd.train.trial import left_out, repeated, try_step
+
+from .checkpoint import check_extra_states
 
 
 def prepare_device(train: Train) -> torch.device:
@@ -137,6 +140,8 @@ def _try_steps(
     data: Data,
     device: torch.device,
 ) -> list[str]:
+    tried(what, check_trainable, method)
+    tried(what, check_extra_states, method)
     images, target = (part.to(device) for part in data.example())
     notes = []
     loader = data.train_loader(config.batch_size, config.seed, device)

@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastkd.errors import CheckpointError
 from fastkd.files.atomic import write_atomically
 from fastkd.files.plain import load_plain
 from fastkd.files.regular import open_regular
 from fastkd.files.sealed import Damage, check_sealed, seal
+from fastkd.messages import kind_and_text
+from fastkd.train.state_dicts import is_extra_state
 
 _FORMAT = "fastkd-2"
 _WITHOUT_DIGEST = "fastkd-1"  # written by older versions
@@ -62,6 +65,23 @@ def load_checkpoint(path: Path, *, remedy: str) -> dict[str, Any]:
         )
     _check_format(path, content.get("format"), sealed, remedy)
     return content
+
+
+def check_extra_states(network: nn.Module) -> None:
+    """Raise ``ValueError`` for an extra state (``get_extra_state``) that a checkpoint could not give back."""
+    for key, value in network.state_dict().items():
+        if not is_extra_state(key):
+            continue
+        module = network.get_submodule(key.rpartition(".")[0])
+        buffer = io.BytesIO()
+        try:
+            torch.save(value, buffer)
+            module.set_extra_state(load_plain(buffer))
+        except Exception as error:  # pickle's or the module's own
+            raise ValueError(
+                f"{key} of {type(module).__name__}.get_extra_state cannot be saved and loaded: "
+                f"{kind_and_text(error)}; expected tensors and plain values, and a set_extra_state for them"
+            ) from None
 
 
 def _check_format(path: Path, name: object, sealed: bool, remedy: str) -> None:

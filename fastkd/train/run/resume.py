@@ -18,6 +18,7 @@ from fastkd.files.regular import read_regular
 from fastkd.recipe.files import dump_flat_yaml, parse_flat_yaml
 from fastkd.recipe.schema import load_recipe
 from fastkd.recipe.sections import Recipe, Teacher, Train
+from fastkd.train.state_dicts import is_extra_state
 
 from .folder import folders_of
 
@@ -148,6 +149,8 @@ def fingerprint(model: nn.Module) -> str:
     """A hash of a network's weights."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
+        if is_extra_state(name):  # no weights, and it may change as the network runs
+            continue
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:12]

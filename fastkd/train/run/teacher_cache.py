@@ -248,7 +248,7 @@ class CacheWriter:
     """
 
     def __init__(self, folder: Path, facts: dict[str, Any], store: Store) -> None:
-        if folder.exists():
+        if os.path.lexists(folder):
             raise CacheError(f"{folder} already exists; a cache is never overwritten: choose another folder")
         self._folder = folder
         self.partial = folder.with_name(folder.name + ".partial")

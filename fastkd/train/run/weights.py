@@ -14,7 +14,7 @@ from fastkd.data.data import Data
 from fastkd.errors import CheckpointError
 from fastkd.files.sealed import short_digest_of
 from fastkd.messages import other_class
-from fastkd.train.state_dicts import COUNTER, fill
+from fastkd.train.state_dicts import COUNTER, fill, is_extra_state
 
 from .checkpoint import load_checkpoint
 
@@ -75,7 +75,7 @@ def check_class_names(facts: Mapping[str, Any], path: Path, data: Data, remedy: 
         )
 
 
-def averaged_weights(ema: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def averaged_weights(ema: Mapping[str, Any]) -> dict[str, Any]:
     """The student's state dict, from that of its average."""
     return {key.removeprefix("module."): value for key, value in ema.items() if key.startswith("module.")}
 
@@ -86,25 +86,34 @@ def as_validated(content: dict[str, Any]) -> dict[str, Any]:
     return {**content, _WRAPPERS[0]: averaged_weights(ema)} if ema else content
 
 
-def state_dict_in(content: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor] | None:
+def state_dict_in(content: Mapping[str, Any], model: nn.Module) -> dict[str, Any] | None:
     """The state dict for ``model`` in a checkpoint's content, without prefixes; None if there is none."""
     for candidate in (*(content.get(key) for key in _WRAPPERS), content):
         if not isinstance(candidate, Mapping) or not candidate:
             continue
-        if all(isinstance(key, str) and isinstance(value, Tensor) for key, value in candidate.items()):
+        if all(
+            isinstance(key, str) and (isinstance(value, Tensor) or is_extra_state(key))
+            for key, value in candidate.items()
+        ):
             return _without_prefix(_modern(candidate), model)
     return None
 
 
-def _without_prefix(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def _without_prefix(weights: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """Remove the prefix under which most of the model's keys are found.
 
     If all of them have it, other entries (Lightning's losses or metrics) are dropped.
     """
-    expected = {key: v.shape for key, v in model.state_dict().items() if not key.endswith(COUNTER)}
+    expected = {
+        key: value.shape
+        for key, value in model.state_dict().items()
+        if not (key.endswith(COUNTER) or is_extra_state(key))
+    }
     named: Counter[str] = Counter()
     fitting: Counter[str] = Counter()
     for key, value in weights.items():
+        if is_extra_state(key):
+            continue
         parts = key.split(".")
         for n in range(len(parts)):
             name, prefix = ".".join(parts[n:]), "".join(f"{part}." for part in parts[:n])
@@ -127,7 +136,7 @@ def _without_prefix(weights: dict[str, Tensor], model: nn.Module) -> dict[str, T
     return {key.removeprefix(best) if most else key: value for key, value in weights.items()}
 
 
-def _modern(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _modern(weights: Mapping[str, Any]) -> dict[str, Any]:
     """Rename ``norm.1`` in torchvision's published DenseNets to the module's ``norm1``."""
     return {
         re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.(\d)\.", r"\1\2.", k): v for k, v in weights.items()

@@ -109,6 +109,9 @@ def test_refused_exports(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     path.write_text("mine")
     assert "is not overwritten" in refused(str(run), "--to", str(path))
     assert path.read_text() == "mine"
+    link = tmp_path / "link.safetensors"
+    link.symlink_to("nowhere")
+    assert "link.safetensors already exists and is not overwritten" in refused(str(run), "--to", str(link))
     other = tmp_path / "other"
     other.mkdir()
     (other / "s.json").write_text("mine")
@@ -232,8 +235,11 @@ def test_refused_pictures(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "metrics.jsonl").write_text(json.dumps({"epoch": 1})[:-3])
+    link = tmp_path / "link.png"
+    link.symlink_to("nowhere")
     cases: dict[str, list[Any]] = {
-        "is not overwritten": [run, "--to", there],
+        "there.png already exists and is not overwritten": [run, "--to", there],
+        "link.png already exists and is not overwritten": [run, "--to", link],
         "expected a .png, .svg or .pdf file": [run, "--to", tmp_path / "a.jpeg"],
         "holds no metrics.jsonl with a finished epoch": [tmp_path, "--to", tmp_path / "a.png"],
         "metrics.jsonl cannot be read": [broken, "--to", tmp_path / "a.png"],

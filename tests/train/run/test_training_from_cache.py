@@ -321,6 +321,13 @@ def test_what_cannot_be_cached_is_refused_before_a_teacher_is_trained(
     assert not list(Path().glob("c2*"))
 
 
+def test_a_link_to_nothing_is_no_new_folder(recipe: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("link").symlink_to("nowhere")
+    assert main(["cache-teacher", *recipe, "--to", "link"]) == 2
+    assert "--to link: it already exists" in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
 def test_a_recipe_without_a_teacher(recipe: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["cache-teacher", "imagenet/r18", "data.synthetic=2", "--to", "c2"]) == 2
     assert "cannot be cached for this recipe: it has none" in capsys.readouterr().err
