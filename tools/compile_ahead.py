@@ -164,19 +164,20 @@ def unpack(archive: Path) -> None:
     import triton
     from triton.runtime.cache import get_cache_manager, triton_key
 
-    with tarfile.open(archive) as tar, tempfile.TemporaryDirectory() as name:
-        tar.extractall(name, filter="data")
-        index = json.loads((Path(name) / INDEX).read_text())
-        if index["triton"] != triton.__version__:
-            found = f"{archive} is for Triton {index['triton']}, not {triton.__version__}"
-            raise SystemExit(f"compile_ahead.py: error: {found}")
-        for folder, rest in index["kernels"].items():
-            key = f"{triton_key()}-{rest}"
-            manager = get_cache_manager(hashlib.sha256(key.encode("utf-8")).hexdigest())
-            group = {}
-            for file in (Path(name) / folder).iterdir():
-                group[file.name] = manager.put(file.read_bytes(), file.name)
-            manager.put_group(next(name for name in group if name.endswith(".json")), group)
+    contents: dict[str, dict[str, bytes]] = {}  # by folder and name
+    with tarfile.open(archive) as tar:
+        for member in filter(tarfile.TarInfo.isfile, tar):
+            folder, _, name = member.name.rpartition("/")
+            contents.setdefault(folder, {})[name] = tar.extractfile(member).read()  # type: ignore[union-attr]
+    index = json.loads(contents[""][INDEX])
+    if index["triton"] != triton.__version__:
+        found = f"{archive} is for Triton {index['triton']}, not {triton.__version__}"
+        raise SystemExit(f"compile_ahead.py: error: {found}")
+    for folder, rest in index["kernels"].items():
+        key = f"{triton_key()}-{rest}"
+        manager = get_cache_manager(hashlib.sha256(key.encode("utf-8")).hexdigest())
+        group = {name: manager.put(content, name) for name, content in contents[folder].items()}
+        manager.put_group(next(name for name in group if name.endswith(".json")), group)
     print(f"{len(index['kernels'])} kernels")
 
 

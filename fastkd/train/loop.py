@@ -30,7 +30,7 @@ from .preflight import (
     check_others,
     check_scheduler,
     checked_options,
-    other_format,
+    formats_named,
 )
 from .random_state import own_generators
 from .signals import Control
@@ -310,7 +310,7 @@ def _train_epoch(
                         method, batch, options.numerics.precision, options.accumulate
                     )
                     training.runner = distributed.wrap(method, leaves_parameters_out=left_out)
-                with _formats_named(method, batch[0], options.numerics.precision):
+                with formats_named(method, batch[0], options.numerics.precision):
                     train_step(training, options, batch, meter, watch, passes)
                 for note in method.take_notes():
                     watcher.note(note)
@@ -351,19 +351,6 @@ def _default_watcher(progress: bool) -> Watcher:
     from .display.console import ConsoleProgress  # the only use of rich
 
     return Shielded(ConsoleProgress())
-
-
-@contextlib.contextmanager
-def _formats_named(method: Method, images: Tensor, precision: str) -> Iterator[None]:
-    """Name the network in torch's error about a network and images of different formats."""
-    try:
-        yield
-    except RuntimeError as error:
-        networks = [("teacher", method.teacher)] if method.teacher_dtype in (None, torch.float32) else []
-        for role, network in (*networks, ("student", method.student)) if precision == "float32" else ():
-            if (hint := other_format(role, network, images, error)) is not None:
-                raise TrainError(hint) from error
-        raise
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
@@ -183,6 +184,19 @@ def other_format(role: str, network: nn.Module | None, images: Tensor, error: Ex
     if role == "teacher" and found in (torch.bfloat16, torch.float16):
         remedy = f"give teacher_precision={str(found).removeprefix('torch.')!r}"
     return f"the {role}'s parameters are {found}, but its images {images.dtype}: {remedy} ({error})"
+
+
+@contextlib.contextmanager
+def formats_named(method: Method, images: Tensor, precision: str) -> Iterator[None]:
+    """Name the network in torch's error about a network and images of different formats."""
+    try:
+        yield
+    except RuntimeError as error:
+        networks = [("teacher", method.teacher)] if method.teacher_dtype in (None, torch.float32) else []
+        for role, network in (*networks, ("student", method.student)) if precision == "float32" else ():
+            if (hint := other_format(role, network, images, error)) is not None:
+                raise TrainError(hint) from error
+        raise
 
 
 def check_channels_last(method: Method) -> None:
