@@ -118,7 +118,8 @@ class Method(nn.Module):
         super().__init__()
         check_apart(student, teacher)
         if teacher is None and (self.uses_teacher or hint_weight or distance_weight or angle_weight):
-            raise ValueError(f"teacher is None, but {self.name or 'a hint or relation'} distils from one")
+            what = self.name or type(self).__name__ if self.uses_teacher else "a hint or a relation"
+            raise ValueError(f"teacher is None, but {what} distils from one")
         self.student = student
         self._example = example
         self.epoch = 0

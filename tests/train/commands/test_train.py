@@ -372,7 +372,10 @@ def test_bad_input_is_refused_before_anything_is_written(
         ),
         (["glyphs/dhkd", "method.feature=stage"], ["the student has no layer 'stage'", "stages"]),
         (["glyphs/kd", "method=fitnets"], ["hint_layer is missing"]),
-        (["glyphs/student", "method.hint_weight=1.0", "method.hint_layer=stages.0"], ["teacher is None"]),
+        (
+            ["glyphs/student", "method.hint_weight=1.0", "method.hint_layer=stages.0"],
+            ["teacher is None", "a hint or a relation distils"],
+        ),
         (["glyphs/student", "student.name=resnet8", "student.width=null"], ["takes images of 3 channels"]),
         (["glyphs/kd", "data.exclude=[Nobody]"], ["data.exclude: no face 'Nobody'"]),
         (["cifar100/kd-resnet32x4-resnet8x4"], ["data.folder is missing"]),
