@@ -16,6 +16,7 @@ from .batches import Batch, micro_batches
 from .meters import LossMeter, PassTimer, Stopwatch
 from .precision import Numerics
 from .state import Training
+from .trial import Snapshot
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def train_step(
     """
     method, optimizer, scaler = training.method, training.optimizer, training.scaler
     optimizer.zero_grad(set_to_none=True)
-    before = [buffer.clone() for buffer in method.buffers()] if options.skip_nonfinite else []
+    before = Snapshot(method) if options.skip_nonfinite else None
     parts = micro_batches(batch, options.accumulate)
     for number, (part, share) in enumerate(parts, start=1):
         # Ranks exchange gradients once per step.
@@ -61,9 +62,9 @@ def train_step(
     method.finish_gradients()  # also clears what the method keeps between backward passes
     if finite and options.skip_nonfinite and scaler is None:  # a scaler leaves such steps out itself
         finite = all_finite(p.grad for p in method.parameters() if p.grad is not None)
-    if not finite:
+    if before is not None and not finite:
         meter.skip_step()
-        _restore(method.buffers(), before)
+        before.restore()  # the forward pass has updated the running statistics
         return
     meter.end_step()
     if options.clip_norm is not None:
@@ -101,10 +102,3 @@ def _terms(runner: nn.Module, batch: Batch) -> Terms:
 
 def _logged(terms: Terms) -> Terms:
     return {name: value.detach() for name, value in terms.items() if name != TOTAL}
-
-
-@torch.no_grad()
-def _restore(buffers: Iterable[Tensor], before: list[Tensor]) -> None:
-    # The forward pass has updated the running statistics.
-    for buffer, value in zip(buffers, before, strict=True):
-        buffer.copy_(value)

@@ -21,35 +21,45 @@ from .precision import autocast
 from .random_state import get_random_state, set_random_state
 
 
+class Snapshot:
+    """Buffers and extra states of networks as they are now, to be put back bit by bit."""
+
+    def __init__(self, *networks: nn.Module | None) -> None:
+        modules = [module for network in networks if network is not None for module in network.modules()]
+        self._buffers = [
+            (module, name, buffer, None if _lazy(buffer) else buffer.clone())
+            for module in modules
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        self._extras = [
+            (module, copy.deepcopy(module.get_extra_state()))
+            for module in modules
+            if type(module).get_extra_state is not nn.Module.get_extra_state
+            and type(module).set_extra_state is not nn.Module.set_extra_state
+        ]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for module, name, buffer, before in self._buffers:
+            module._buffers[name] = buffer
+            if before is not None:
+                buffer.copy_(before)
+        for module, extra in self._extras:
+            module.set_extra_state(extra)
+
+
 @contextlib.contextmanager
 def unchanged(*networks: nn.Module | None) -> Iterator[None]:
     """Restore buffers, extra states, modes and random generators bit by bit after the block."""
     modules = [module for network in networks if network is not None for module in network.modules()]
     modes = [module.training for module in modules]
-    buffers = [
-        (module, name, buffer, None if _lazy(buffer) else buffer.clone())
-        for module in modules
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    extras = [
-        (module, copy.deepcopy(module.get_extra_state()))
-        for module in modules
-        if type(module).get_extra_state is not nn.Module.get_extra_state
-        and type(module).set_extra_state is not nn.Module.set_extra_state
-    ]
-    randoms = get_random_state()
+    before, randoms = Snapshot(*networks), get_random_state()
     try:
         yield
     finally:
         set_random_state(randoms)
-        with torch.no_grad():
-            for module, name, buffer, before in buffers:
-                module._buffers[name] = buffer
-                if before is not None:
-                    buffer.copy_(before)
-        for module, extra in extras:
-            module.set_extra_state(extra)
+        before.restore()
         for module, training in zip(modules, modes, strict=True):
             module.training = training
 

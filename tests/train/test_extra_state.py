@@ -124,3 +124,15 @@ def test_fit_resumes_it_and_leaves_the_state_as_it_is() -> None:
     train(again, epochs=2, resume=states[0])
     assert again.seen["steps"] == 8
     assert states[0]["student"]["_extra_state"] == {"steps": 4}
+
+
+def test_a_skipped_step_leaves_it_as_it_was() -> None:
+    def train(batches: Any, student: Counted) -> int:
+        options: dict[str, Any] = {"loss": fastkd.DistillLoss(ce_weight=1.0), "nonfinite": "skip"}
+        result = fit(student, None, batches, None, epochs=1, **options)
+        return int(result.history[0]["skipped"])
+
+    batches, student = list(Loader()), Counted()
+    batches[1][0][:] = float("nan")
+    assert train(batches, student) == 1
+    assert student.seen["steps"] == 3
