@@ -65,6 +65,13 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 def _used(request):
     name, device = request.param
     reason = missing(name, device)

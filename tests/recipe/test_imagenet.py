@@ -23,13 +23,7 @@ TINY = [
 ]  # fmt: skip
 
 
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def test_r18_dkd_as_people_run_it(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_r18_dkd_as_people_run_it(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     script = [sys.executable, str(ROOT / "tools/make_imagefolder.py"), "tree", "--tiny"]
     done = subprocess.run(script, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -44,7 +38,7 @@ def test_r18_dkd_as_people_run_it(place: Path, capsys: pytest.CaptureFixture[str
     )
     assert done.returncode == 0, done.stderr
     assert "teacher epoch" not in done.stdout
-    (run,) = place.glob("runs/imagenet-r18-dkd-*")
+    (run,) = workplace.glob("runs/imagenet-r18-dkd-*")
     record = json.loads((run / "metrics.jsonl").read_text())
     assert set(record["terms"]) == {"ce", "tckd", "nckd"}
     assert torch.load(run / "best.pt", weights_only=True)["input"] == [3, 32, 32]
@@ -54,9 +48,9 @@ def test_r18_dkd_as_people_run_it(place: Path, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize("name", ["r18", "mbv1-kd"])
-def test_the_others_on_shards_and_mixed(place: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_others_on_shards_and_mixed(workplace: Path, name: str) -> None:
     pytest.importorskip("webdataset")
-    make_shards(place / "shards", classes=3)
+    make_shards(workplace / "shards", classes=3)
     small = (
         []
         if name == "r18"
@@ -64,14 +58,14 @@ def test_the_others_on_shards_and_mixed(place: Path, name: str, capsys: pytest.C
     )
     arguments = [f"imagenet/{name}", "data.name=webdataset", "data.root=shards", *TINY, *small]
     assert main(["train", *arguments, "data.mixup=0.2", "data.cutmix=1.0"]) == 0
-    (run,) = place.glob("runs/imagenet-*")
+    (run,) = workplace.glob("runs/imagenet-*")
     assert json.loads((run / "summary.json").read_text())["num_classes"] == 3
 
 
 def test_mixing_is_refused_where_a_loss_needs_one_label(
-    place: Path, capsys: pytest.CaptureFixture[str]
+    workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make_tree(place / "tree")
+    make_tree(workplace / "tree")
     assert (
         main(["train", "imagenet/r18-dkd", "data.root=tree", "teacher.weights=null", *TINY, "data.mixup=0.2"])
         == 2
@@ -79,17 +73,17 @@ def test_mixing_is_refused_where_a_loss_needs_one_label(
     text = capsys.readouterr().err
     assert "method dkd: soft targets are not defined for dkd" in text
     assert "an image must have one label" in text
-    assert not (place / "runs").exists()
+    assert not (workplace / "runs").exists()
     assert main(["train", "imagenet/r18", *TINY]) == 2
     assert "data.root is missing" in capsys.readouterr().err
 
 
-def test_corrupt_images_end_up_in_the_summary(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bad = make_tree(place / "tree") / "train/n00000001/train_1_2.JPEG"
+def test_corrupt_images_end_up_in_the_summary(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = make_tree(workplace / "tree") / "train/n00000001/train_1_2.JPEG"
     bad.write_bytes(bad.read_bytes()[:200])
     student = ["student.name=small_cnn", "student.width=2"]
     assert main(["train", "imagenet/r18", "data.root=tree", *TINY, *student]) == 0
-    (run,) = place.glob("runs/imagenet-*")
+    (run,) = workplace.glob("runs/imagenet-*")
     for arguments in ([], ["--resume", str(run)]):  # the second reads no training image
         assert not arguments or main(["train", *arguments]) == 0
         assert json.loads((run / "summary.json").read_text())["corrupt_images"].keys() == {str(bad)}
@@ -97,20 +91,20 @@ def test_corrupt_images_end_up_in_the_summary(place: Path, capsys: pytest.Captur
     assert str(bad) in capsys.readouterr().err
 
 
-def test_the_summary_has_the_corrupt_images_of_all_ranks(place: Path) -> None:
-    tree = make_tree(place / "tree", train=8)
+def test_the_summary_has_the_corrupt_images_of_all_ranks(workplace: Path) -> None:
+    tree = make_tree(workplace / "tree", train=8)
     bad = [tree / f"train/n0000000{label}/train_{label}_{i}.JPEG" for label in (0, 1) for i in (0, 1)]
     for path in bad:
         path.write_text("no image")
     recipe = ["imagenet/r18", "data.root=tree", *TINY, "data.workers=0", "train.batch_size=8"]
     recipe += ["student.name=small_cnn", "student.width=2", "data.corrupt_limit=4"]
-    assert launch(2, place, recipe) == [0, 0]
-    (run,) = place.glob("runs/imagenet-*")
+    assert launch(2, workplace, recipe) == [0, 0]
+    (run,) = workplace.glob("runs/imagenet-*")
     assert json.loads((run / "summary.json").read_text())["corrupt_images"].keys() == set(map(str, bad))
 
 
-def test_throughput_data(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = place / "mine.yaml"
+def test_throughput_data(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = workplace / "mine.yaml"
     path.write_text(
         "description: x\ndata.name: synthetic\ndata.images: 8\ndata.classes: 6\ndata.size: 20\n"
         "student.name: small_cnn\nstudent.width: 2\nmethod: cross_entropy\n"

@@ -25,11 +25,7 @@ from fastkd.train.run.results import student_alone_command
 
 ROOT = Path(__file__).resolve().parents[2]
 FASHION = ["data.synthetic=20", "train.epochs=1", "train.device=cpu"]
-
-
-@pytest.fixture(autouse=True)
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("workplace")
 
 
 def test_another_method_is_another_name(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:

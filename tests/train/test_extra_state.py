@@ -51,8 +51,7 @@ SHORT = [
 
 
 @pytest.fixture(autouse=True)
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def networks(workplace: Path) -> None:
     Path("counted.py").write_text(NETWORKS)
 
 

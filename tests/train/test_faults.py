@@ -30,6 +30,8 @@ from tests.data.image_trees import make_tree
 from .ranks import finish, in_folder, kill_after, launch, start, steps_done
 from .tiny import Loader, make_method
 
+pytestmark = pytest.mark.usefixtures("workplace")
+
 RUN = Path("runs/fashion-mnist-student-001")
 # 60 random images: 4 steps per epoch.
 TINY = [
@@ -37,12 +39,6 @@ TINY = [
     "train.device=cpu", "train.threads=1", "train.checkpoint_every=1",
 ]  # fmt: skip
 STUDENT = ["fashion-mnist/student", *TINY]
-
-
-@pytest.fixture(autouse=True)
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 @pytest.fixture

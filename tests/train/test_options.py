@@ -27,15 +27,11 @@ from fastkd.train.run.folder import averaged_weights
 
 from .tiny import CLASSES, Loader, Net, make_method
 
+pytestmark = pytest.mark.usefixtures("workplace")
+
 CPU = torch.device("cpu")
 TINY = ["data.synthetic=60", "student.width=2", "train.batch_size=16", "train.device=cpu", "train.threads=1"]
 STUDENT = ["fashion-mnist/student", *TINY, "train.epochs=3"]
-
-
-@pytest.fixture(autouse=True)
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def trained(variant: str = "kd", loader: Any = None, *, net: Any = None, **options: Any) -> dict[str, Tensor]:

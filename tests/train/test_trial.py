@@ -21,12 +21,7 @@ from fastkd.train.trial import try_step
 from .ranks import on_two_ranks
 from .tiny import METHODS, Loader, Net, make_method
 
-
-@pytest.fixture(autouse=True)
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
+pytestmark = pytest.mark.usefixtures("workplace")
 LEFT_OUT = "a batch of 1 image cannot be trained on and is left out in each epoch"
 
 

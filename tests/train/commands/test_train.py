@@ -23,11 +23,7 @@ from fastkd.models import GlyphCNN
 from fastkd.train.run.checkpoint import save_checkpoint
 from tests.small_fonts import tiny_student
 
-
-@pytest.fixture(autouse=True)
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("workplace")
 
 
 def metrics(folder: Path) -> list[dict]:

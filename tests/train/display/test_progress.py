@@ -27,17 +27,14 @@ from fastkd.train.precision import Numerics
 from tests.train.ranks import on_two_ranks
 from tests.train.tiny import Loader, Net
 
+pytestmark = pytest.mark.usefixtures("workplace")
+
 CPU = torch.device("cpu")
 TERMS = dict.fromkeys(("ce", "kd", "head_ce", "head_kd", "teacher_head_ce"), 0.5)
 RECORD = {
     "epoch": 12, "loss": 1.25, "terms": TERMS, "train_accuracy": 0.5, "val_accuracy": 0.6,
     "val_top5_accuracy": 0.8, "seconds": {"loss": 12.3},
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.parametrize("width", [60, 80, 120, 200])
