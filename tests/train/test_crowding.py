@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
-from fastkd.train import Watcher, crowding, fit
+from fastkd.train import crowding, fit
 
-from .tiny import CLASSES, Loader
+from .tiny import CLASSES, Loader, Notes, labels_alone
 
 CPU = torch.device("cpu")
-
-
-class Notes(Watcher):
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.texts.append(text)
 
 
 @pytest.fixture
@@ -35,12 +26,8 @@ def hints() -> list[str]:
     """Of a training of two epochs."""
     notes = Notes()
     student = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, CLASSES))
-
-    def loss(logits: Tensor, _: Tensor | None, target: Tensor) -> Tensor:
-        return F.cross_entropy(logits, target)
-
-    fit(student, None, Loader(), loss=loss, epochs=2, watcher=notes, device=CPU)
-    return [text for text in notes.texts if "other programs" in text]
+    fit(student, None, Loader(), loss=labels_alone, epochs=2, watcher=notes, device=CPU)
+    return [text for text in notes.notes if "other programs" in text]
 
 
 def test_said_once_with_what_to_do(busy: None) -> None:

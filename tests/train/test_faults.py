@@ -28,7 +28,7 @@ from fastkd.train.run.lock import locked
 from tests.data.image_trees import make_tree
 
 from .ranks import finish, in_folder, kill_after, launch, start, steps_done
-from .tiny import Loader, make_method
+from .tiny import Evil, Loader, make_method
 
 pytestmark = pytest.mark.usefixtures("workplace")
 
@@ -180,11 +180,6 @@ def flip_a_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[position + largest.file_size // 2] ^= 4
     path.write_bytes(content)
-
-
-class Evil:
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.system, ("touch owned",)
 
 
 def make_evil(path: Path) -> None:

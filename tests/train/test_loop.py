@@ -21,14 +21,10 @@ from fastkd.train import FitResult, Watcher, evaluate, fit, fit_method
 from fastkd.train.meters import PARTS, LossMeter
 from fastkd.train.run.checkpoint import load_checkpoint, save_checkpoint
 
-from .tiny import VARIANTS, Loader, make_method
+from .tiny import VARIANTS, Loader, labels_alone, make_method
 
 CPU = torch.device("cpu")
 KD = fastkd.DistillLoss(ce_weight=0.1, kd_weight=0.9)
-
-
-def cross_entropy(student: Tensor, teacher: Tensor | None, target: Tensor) -> Tensor:
-    return F.cross_entropy(student, target)
 
 
 @pytest.fixture
@@ -42,7 +38,7 @@ def network(data: GlyphData, width: int = 2, seed: int = 0) -> nn.Module:
 
 
 def run(data: GlyphData, student: nn.Module, teacher: nn.Module | None, **options: Any) -> FitResult:
-    options = {"loss": KD if teacher else cross_entropy, "epochs": 2, "progress": False, **options}
+    options = {"loss": KD if teacher else labels_alone, "epochs": 2, "progress": False, **options}
     return fit(student, teacher, data.train_loader(16, 0, CPU), data.val_loader(CPU), **options)
 
 
@@ -321,7 +317,7 @@ def test_loaders_are_told_the_epoch(data: GlyphData) -> None:
             yield images, target
 
     loader = Loader()
-    fit(network(data), None, loader, loader, loss=cross_entropy, epochs=3, progress=False)
+    fit(network(data), None, loader, loader, loss=labels_alone, epochs=3, progress=False)
     assert loader.sampler.epochs == [0, 1, 2]
 
 
@@ -329,7 +325,7 @@ def test_plain_iterables_and_their_faults(data: GlyphData) -> None:
     batches = list(data.train_loader(32, 0, CPU))
     student = network(data)
 
-    def go(train: Any, val: Any = batches, loss: Any = cross_entropy) -> FitResult:
+    def go(train: Any, val: Any = batches, loss: Any = labels_alone) -> FitResult:
         return fit(student, None, train, val, loss=loss, epochs=2, progress=False)
 
     assert len(go(batches).history) == 2
@@ -345,9 +341,9 @@ def test_plain_iterables_and_their_faults(data: GlyphData) -> None:
     with pytest.raises(TrainError, match="scalar"):
         go(batches, loss=lambda s, t, y: s)
     with pytest.raises(ValueError, match="epochs"):
-        fit(student, None, batches, batches, loss=cross_entropy, epochs=0)
+        fit(student, None, batches, batches, loss=labels_alone, epochs=0)
     with pytest.raises(ValueError, match="scheduler_interval"):
-        fit(student, None, batches, batches, loss=cross_entropy, epochs=1, scheduler_interval="batch")
+        fit(student, None, batches, batches, loss=labels_alone, epochs=1, scheduler_interval="batch")
 
 
 def test_bfloat16_networks(data: GlyphData) -> None:

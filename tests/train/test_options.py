@@ -25,7 +25,7 @@ from fastkd.train.optimization import build_optimizer, build_scheduler
 from fastkd.train.run.checkpoint import load_checkpoint
 from fastkd.train.run.folder import averaged_weights
 
-from .tiny import CLASSES, Loader, Net, make_method
+from .tiny import CLASSES, Loader, Net, Notes, make_method
 
 pytestmark = pytest.mark.usefixtures("workplace")
 
@@ -76,14 +76,9 @@ def test_channels_last_and_compiled_networks_are_the_same_function() -> None:
 
 
 def test_networks_that_are_looked_into_stay_eager() -> None:
-    notes: list[str] = []
-
-    class Keeps(Watcher):
-        def note(self, text: str) -> None:
-            notes.append(text)
-
-    close(trained("dhkd", compile="aot_eager", watcher=Keeps()), trained("dhkd"), 1e-4)
-    compiled, offset = notes
+    watcher = Notes()
+    close(trained("dhkd", compile="aot_eager", watcher=watcher), trained("dhkd"), 1e-4)
+    compiled, offset = watcher.notes
     assert compiled == "train.compile: the student stays eager, dhkd reads fc:input"
     assert offset.startswith("teacher's logits in the first batch: row mean")
 

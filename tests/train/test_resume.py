@@ -24,7 +24,7 @@ from fastkd.train.run.checkpoint import load_checkpoint, save_checkpoint
 from fastkd.train.signals import Control, StopSignals, restore_handlers
 from tests.data.image_trees import make_tree
 
-from .tiny import VARIANTS, Loader, Net, make_method
+from .tiny import VARIANTS, Loader, Net, Notes, make_method
 
 STEPS = 4  # of an epoch of 56 images in batches of 16
 
@@ -155,18 +155,13 @@ def test_buffers_that_state_dicts_leave_out(tmp_path: Path) -> None:
 
 
 def test_persistent_workers_are_said(tmp_path: Path) -> None:
-    notes: list[str] = []
-
-    class Notes(Watcher):
-        def note(self, text: str) -> None:
-            notes.append(text)
-
+    watcher = Notes()
     data = TensorDataset(Loader().images, Loader().target)
     persistent = DataLoader(data, 16, num_workers=1, persistent_workers=True)
     state = state_of(tmp_path)
     for loader in (Loader(), persistent):
-        start("kd", loader, watcher=Notes(), resume=state)[1]()
-    assert [note[:35] for note in notes] == ["train_loader has persistent workers"]
+        start("kd", loader, watcher=watcher, resume=state)[1]()
+    assert [note[:35] for note in watcher.notes] == ["train_loader has persistent workers"]
 
 
 def test_a_state_in_memory_is_not_changed_by_resuming() -> None:

@@ -13,24 +13,16 @@ from torch import Tensor, nn
 from fastkd.cli import main
 from fastkd.errors import Preempted
 from fastkd.models import build_model
-from fastkd.train import Watcher, fit_method
+from fastkd.train import fit_method
 from fastkd.train.batches import micro_batches
 from fastkd.train.random_state import get_random_state
 from fastkd.train.trial import try_step
 
 from .ranks import on_two_ranks
-from .tiny import METHODS, Loader, Net, make_method
+from .tiny import METHODS, Loader, Net, Notes, make_method
 
 pytestmark = pytest.mark.usefixtures("workplace")
 LEFT_OUT = "a batch of 1 image cannot be trained on and is left out in each epoch"
-
-
-class Notes(Watcher):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 def normed() -> nn.Module:

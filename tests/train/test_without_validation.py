@@ -15,24 +15,21 @@ from rich.console import Console
 from torch.nn.functional import cross_entropy
 
 from fastkd.errors import TrainError
-from fastkd.train import FitResult, Watcher, fit, fit_method
+from fastkd.train import FitResult, fit, fit_method
 from fastkd.train.display.console import ConsoleProgress
 from fastkd.train.display.loggers import CSVFile
 from fastkd.train.run.checkpoint import load_checkpoint
 from fastkd.train.run.folder import RunRecorder
 
-from .tiny import Loader, make_method
+from .tiny import Loader, Notes, make_method
 
 TRAIN, VAL = Loader(), Loader(shuffle=False)
 
 
-class Kept(Watcher):
+class Kept(Notes):
     def __init__(self) -> None:
-        self.notes: list[str] = []
+        super().__init__()
         self.states: list[dict[str, Any]] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
     def epoch_done(self, record: dict[str, Any], state: Any) -> None:
         self.states.append(state())

@@ -1,14 +1,20 @@
-"""A data set and networks of a few kilobytes, and every method on them: trainings that take milliseconds."""
+"""A data set and networks of a few kilobytes, and every method on them: trainings that take milliseconds.
+
+Also a loss of the labels alone, a watcher that keeps notes, and an object whose unpickling runs code.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastkd.distill import Method, find_method
+from fastkd.train import Watcher
 
 CLASSES = 7
 ROWS, BATCH = (
@@ -66,6 +72,25 @@ class Loader:
             if self.shuffle:
                 images = images + 0.1 * torch.randn(images.shape, generator=generator)
             yield images, self.target[chosen]
+
+
+def labels_alone(student: Tensor, teacher: Tensor | None, target: Tensor) -> Tensor:
+    return F.cross_entropy(student, target)
+
+
+class Notes(Watcher):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+class Evil:
+    """A pickle of it would create the file ``owned``."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("touch owned",)
 
 
 # Every method, with options that enable all its terms and without dropout in heads.

@@ -29,9 +29,9 @@ from fastkd.distill import DHKD, KD
 from fastkd.models import build_model
 from fastkd.recipe.schema import load_recipe
 from fastkd.recipe.sections import FolderData
-from fastkd.train import Watcher, fit, fit_method
+from fastkd.train import fit, fit_method
 from fastkd.train.run.weights import load_weights
-from tests.train.tiny import CLASSES, Loader, Net
+from tests.train.tiny import CLASSES, Loader, Net, Notes, labels_alone
 
 Row = tuple[str, str, Callable[[], str]]
 IMAGES, TARGET = Loader().images[:8], Loader().target[:8]
@@ -94,10 +94,6 @@ def fit_with(train: Any = GOOD, val: Any = GOOD, teacher: Any = None, loss: Any 
     options = {"epochs": 1, "progress": False, **more}
     student = options.pop("student", None) or Net(4)
     return fit(student, teacher, train, val, loss=loss or labels_alone, **options)
-
-
-def labels_alone(student: Tensor, teacher: Tensor | None, target: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(student, target)
 
 
 def without_heads() -> str:
@@ -176,17 +172,12 @@ def tuple_output() -> str:
 
 
 def last_of_one() -> str:
-    notes: list[str] = []
-
-    class Notes(Watcher):
-        def note(self, text: str) -> None:
-            notes.append(text)
-
+    watcher = Notes()
     student = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.BatchNorm1d(12), nn.Linear(12, CLASSES))
     loader = Loader(17, 16)
-    record = fit_with(loader, loader, student=student, watcher=Notes()).last
+    record = fit_with(loader, loader, student=student, watcher=watcher).last
     assert record["rows"] == 16
-    return f"trained on 16 images; it said: {short(notes[0])}"
+    return f"trained on 16 images; it said: {short(watcher.notes[0])}"
 
 
 def tuple_in_train_mode() -> str:

@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from fastkd.cli import main
 from fastkd.train import fit
 from fastkd.train.commands import plot as plot_command
 from fastkd.train.display.console import ConsoleProgress
-from tests.train.tiny import STUDENT, Loader, Net
+from tests.train.tiny import STUDENT, Loader, Net, labels_alone
 
 ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.usefixtures("workplace")
@@ -26,10 +24,6 @@ pytestmark = pytest.mark.usefixtures("workplace")
 def whole(folder: str = "runs/fashion-mnist-student-001") -> bool:
     summary = json.loads((Path(folder) / "summary.json").read_text())
     return summary["last"]["epoch"] == 2 and (Path(folder) / "best.pt").exists()
-
-
-def labels_alone(student: Tensor, teacher: None, target: Tensor) -> Tensor:
-    return cross_entropy(student, target)
 
 
 def breaks(*_: Any, **__: Any) -> None:

@@ -13,6 +13,7 @@ from fastkd.models import GlyphCNN
 from fastkd.train.random_state import get_random_state, set_random_state
 from fastkd.train.run.checkpoint import load_checkpoint, save_checkpoint
 from fastkd.train.run.weights import load_weights
+from tests.train.tiny import Evil
 
 
 @pytest.fixture
@@ -66,11 +67,6 @@ def test_files_that_are_something_else(path: Path, tmp_path: Path) -> None:
     torch.save({"format": "fastkd-1"}, path)
     assert "no state dict" in problem(path, model)
     assert "no checkpoint" in problem(tmp_path / "missing.pt", model)
-
-
-class Evil:
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.system, ("touch owned",)
 
 
 def test_code_in_a_checkpoint_is_not_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from fastkd.errors import CheckpointError
 from fastkd.models import build_model
 from fastkd.train.run.torchvision_weights import torchvision_network
 from fastkd.train.run.weights import load_weights
+from tests.train.tiny import Evil
 
 # A small member of every module of torchvision.models, and those with special weights.
 MEMBERS = [
@@ -108,11 +108,6 @@ def test_features_alone_are_no_teacher() -> None:
         torchvision_network("torchvision/vgg16", "IMAGENET1K_FEATURES", num_classes=1000, size=224)
     with pytest.raises(CheckpointError, match=r"unknown model 'torchvision/resnet19' \(did you mean"):
         torchvision_network("torchvision/resnet19", "DEFAULT", num_classes=1000, size=224)
-
-
-class Evil:
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.system, ("touch owned",)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from fastkd.files.plain import load_plain
 from fastkd.models import build_model
 from fastkd.train.run.checkpoint import save_checkpoint
 from fastkd.train.run.weights import load_weights
+from tests.train.tiny import Evil
 
 
 def network(seed: int = 0) -> nn.Module:
@@ -173,11 +173,6 @@ def test_heads_of_an_mhkd_run_are_read_as_safely(tmp_path: Path) -> None:
             example=example,
             teacher_heads=str(tmp_path / "last.pt"),
         )
-
-
-class Evil:
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.system, ("touch owned",)
 
 
 @pytest.mark.parametrize("wrapper", [None, "model", "state_dict"])
