@@ -21,7 +21,7 @@ from .files import find_recipe, parse_flat_yaml, parse_scalar
 from .names import description_of, name_of
 from .sections import DATA_SECTIONS, Model, Optimization, Recipe, Section, Teacher, Train
 
-_SECTIONS = ("data", "student", "teacher", "method", "train")
+SECTIONS = ("data", "student", "teacher", "method", "train")
 # The teacher's section defaults to these values of train.
 _SHARED = [name for name in Optimization.model_fields if name != "seed"]
 
@@ -95,7 +95,7 @@ def make_recipe(values: Mapping[str, Any], origin: str) -> Recipe:
                 nested.setdefault("options" if section == "method" else section, {})[option] = value
             else:
                 nested[section] = value
-        elif isinstance(value, Mapping) and key in _SECTIONS:
+        elif isinstance(value, Mapping) and key in SECTIONS:
             raise RecipeError(
                 f"{origin}: {key}: recipes are flat, one dotted key per line, for instance "
                 f"`{key}.{next(iter(value), 'name')}: …`"

@@ -16,6 +16,7 @@ from fastkd.files.paths import user_path
 from fastkd.messages import some
 
 from .run.exported import SUFFIX, load_exported
+from .run.folder import is_seed_group
 from .run.student import read_student
 
 # Formats that are run by other programs.
@@ -71,7 +72,7 @@ def load(
     if weights not in ("best", "last"):
         raise ValueError(f"weights is {weights!r}; expected 'best' or 'last'")
     path = user_path(path)
-    if (path / "recipe.yaml").exists() or (path / "seeds.json").exists():
+    if (path / "recipe.yaml").exists() or is_seed_group(path):
         return _loaded(*read_student(path, weights, network))
     file = _file_of(path)
     if weights != "best":

@@ -102,8 +102,8 @@ def load_state(training: Training, state: Mapping[str, Any], epochs: int) -> Non
         _check_position(state, epochs, training.batches)
         for name, part in parts.items():
             if (part is None) != (state.get(name) is None):
-                has = "has none" if state.get(name) is None else "has one"
-                raise _unfit(f"{_PARTS[name]}: the state {has}, this training {_has(part)}")
+                has, now = _has(state.get(name)), _has(part)
+                raise _unfit(f"{_PARTS[name]}: the state {has}, this training {now}")
         _check_optimizer(optimizer, state["optimizer"])
         if training.scheduler is not None:
             _check_schedule(training.scheduler.state_dict(), state["scheduler"])

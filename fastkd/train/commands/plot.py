@@ -19,7 +19,7 @@ from fastkd.files.paths import user_path
 from fastkd.files.regular import read_regular
 from fastkd.train.display.console import make_console
 from fastkd.train.display.curves import COLOURS, make_figure
-from fastkd.train.run.folder import read_json
+from fastkd.train.run.folder import is_seed_group, read_json
 
 Records = list[dict[str, Any]]
 # Colours for parts of time, distinct from those of runs.
@@ -97,7 +97,7 @@ def _summary(one: Shown) -> dict[str, Any]:
 
 def read_shown(folder: Path) -> Shown:
     """Read the results so far of a run folder or a group of seeds. Raises ``PlotError``."""
-    members = sorted(folder.glob("seed-*")) if (folder / "seeds.json").exists() else [folder]
+    members = sorted(folder.glob("seed-*")) if is_seed_group(folder) else [folder]
     runs = [records for member in members if (records := _records(member))]
     if not runs:
         raise PlotError(f"{folder} holds no metrics.jsonl with a finished epoch; expected a run folder")

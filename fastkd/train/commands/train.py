@@ -104,8 +104,9 @@ def _run_launched(args: argparse.Namespace) -> int:
     from fastkd.train import distributed
     from fastkd.train.display.console import make_console
     from fastkd.train.run.agreement import check_command
+    from fastkd.train.run.folder import is_seed_group
     from fastkd.train.run.resume import find_run
-    from fastkd.train.run.seeds import is_seed_group, seed_count
+    from fastkd.train.run.seeds import seed_count
 
     console = make_console(quiet=not distributed.is_first(), stderr=args.json)
     runs: Path = args.runs

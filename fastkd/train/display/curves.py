@@ -10,10 +10,10 @@ from typing import Any
 from fastkd.files.atomic import write_atomically
 from fastkd.imports import import_matplotlib
 from fastkd.train.evaluation import best_of
+from fastkd.train.meters import PARTS
 
 # Okabe and Ito's palette, distinguishable for colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_PARTS = ("data", "teacher", "student", "loss", "other", "validation")
 
 
 def make_figure(**options: Any) -> Any:
@@ -77,7 +77,7 @@ def plot_curves(
     losses.legend(frameon=False)
 
     bottom = [0.0] * len(history)
-    for part, colour in zip(_PARTS, COLOURS, strict=False):
+    for part, colour in zip(PARTS, COLOURS, strict=False):
         values = [r["seconds"][part] for r in history]
         if any(values):
             seconds.bar(epochs, values, bottom=bottom, color=colour, width=0.8, label=part)

@@ -9,6 +9,8 @@ best.pt         the weights of the best epoch (their average, with `train.ema`),
 metrics.jsonl   one line per epoch; metrics.csv too, with `train.csv`
 curves.png      accuracy, loss terms, time
 summary.json    written when the run is finished
+
+A group of seeds is a folder of run folders, with a recipe.yaml and a run.json of its own, and seeds.json.
 """
 
 from __future__ import annotations
@@ -35,6 +37,11 @@ from .checkpoint import load_checkpoint, save_checkpoint
 from .weights import averaged_weights
 
 _PREVIOUS = "previous.pt"
+GROUP = "seeds.json"
+
+
+def is_seed_group(folder: Path) -> bool:
+    return (folder / GROUP).exists()
 
 
 def create_run_folder(runs: Path, name: str) -> Path:

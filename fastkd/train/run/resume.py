@@ -16,7 +16,7 @@ from fastkd.distill.options import is_file, options_of
 from fastkd.errors import CheckpointError, RecipeError
 from fastkd.files.regular import read_regular
 from fastkd.recipe.files import dump_flat_yaml, parse_flat_yaml
-from fastkd.recipe.schema import load_recipe
+from fastkd.recipe.schema import SECTIONS, load_recipe
 from fastkd.recipe.sections import Recipe, Teacher, Train
 from fastkd.train.state_dicts import is_extra_state
 
@@ -34,7 +34,6 @@ _PLACE = {
     "device", "threads", "log_every", "checkpoint_every", "keep_every", "tensorboard", "csv", "wandb"
 }  # fmt: skip
 _FREE = _PLACE | {"channels_last", "compile", "accumulate", "nonfinite", "epochs"}
-_SECTIONS = ("data", "student", "teacher", "method", "train")
 # With these schedules the learning rate of every step depends on the number of steps.
 _SPREAD = ("one_cycle", "cosine")
 
@@ -50,7 +49,7 @@ def find_run(runs: Path, name: str, recipe: Recipe) -> tuple[Path | None, str]:
     for _, folder in sorted(folders_of(runs, name).items(), reverse=True):
         with contextlib.suppress(OSError, UnicodeDecodeError, RecipeError):
             was = parse_flat_yaml(read_regular(folder / "recipe.yaml").decode(), "a run")
-            found = _differences(was, is_, _SECTIONS, recipe)
+            found = _differences(was, is_, SECTIONS, recipe)
             found = [text for text in found if text.partition(":")[0] not in place]
             if not found:
                 return folder, ""

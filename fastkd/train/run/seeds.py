@@ -11,15 +11,9 @@ from fastkd.errors import RecipeError
 from fastkd.files.atomic import make_folder
 from fastkd.recipe.sections import Recipe
 
-from .folder import create_run_folder, is_summary, read_json, write_json, write_recipe
+from .folder import GROUP, create_run_folder, is_summary, read_json, write_json, write_recipe
 from .run import run_recipe, stopped
 from .teacher_cache import CacheError, TeacherCache
-
-_GROUP = "seeds.json"
-
-
-def is_seed_group(folder: Path) -> bool:
-    return (folder / _GROUP).exists()
 
 
 def run_seeds(
@@ -39,7 +33,7 @@ def run_seeds(
             if folder is None:
                 folder = create_run_folder(runs, name)
                 write_recipe(folder, name, recipe)
-                write_json(folder / _GROUP, {"count": count})
+                write_json(folder / GROUP, {"count": count})
             run = folder / f"seed-{seed}"
             make_folder(run)
             return run
@@ -83,8 +77,8 @@ def check_cache_of_seeds(recipe: Recipe, count: int) -> None:
 
 def seed_count(folder: Path) -> int:
     """The number of seeds of a group. Raises ``RecipeError`` if its file is damaged."""
-    content = read_json(folder / _GROUP)
+    content = read_json(folder / GROUP)
     count = content.get("count") if isinstance(content, dict) else None
     if type(count) is not int or count < 1:
-        raise RecipeError(f"{folder / _GROUP} is damaged: count = {count!r}, expected a number of seeds")
+        raise RecipeError(f"{folder / GROUP} is damaged: count = {count!r}, expected a number of seeds")
     return count

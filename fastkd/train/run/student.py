@@ -21,7 +21,7 @@ from fastkd.version import __version__
 
 from .about import About, Network, make_about, without_paths
 from .checkpoint import load_checkpoint
-from .folder import read_json
+from .folder import is_seed_group, read_json
 from .weights import as_validated, state_dict_in
 
 
@@ -33,7 +33,7 @@ def read_student(
     ``network``: into which the weights are loaded, in place of the one that the recipe names. Raises
     ``TrainError``.
     """
-    if (folder / "seeds.json").exists():
+    if is_seed_group(folder):
         raise CheckpointError(f"{folder} is a group of seeds; name one of its runs: {folder}/seed-…")
     if not (folder / "recipe.yaml").is_file():
         raise CheckpointError(f"{folder} is not a run folder (it has no recipe.yaml)")
