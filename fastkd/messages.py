@@ -20,6 +20,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of the error's text, or its type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip()
+
+
 def kind_and_text(error: BaseException) -> str:
     """``ValueError: its text`` in one line; only the type if there is no text."""
     kind, text = type(error).__name__, " ".join(str(error).split())

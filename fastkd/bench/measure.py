@@ -14,6 +14,7 @@ import fastkd
 from fastkd.bench import cases, peers
 from fastkd.bench.cases import FASTKD, AnyCase, Case
 from fastkd.bench.protocol import Clock, Launch, interleaved, percentile, relative_error
+from fastkd.messages import first_line
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 Record = dict[str, Any]
@@ -125,7 +126,7 @@ def run_suite(
         try:
             records = measure(case, clock, chosen, seconds=seconds)
         except torch.OutOfMemoryError as error:  # of the inputs, or of all variants together
-            records = [{"kind": "skipped", **case.about, "reason": str(error).splitlines()[0]}]
+            records = [{"kind": "skipped", **case.about, "reason": first_line(error)}]
         if chosen & {"compiled", *peers.IN_COMPILED_CODE}:
             torch._dynamo.reset()
         if clock.device == "cuda":

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastkd.errors import DataError
+from fastkd.messages import first_line
 
 Decoder = Literal["pillow", "torchcodec"]
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
@@ -47,9 +48,8 @@ def torchcodec_decoders() -> Any:
     try:
         from torchcodec import decoders
     except (ImportError, OSError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0]
         raise DataError(
-            f"data.decoder = torchcodec needs the torchcodec library: {reason}; "
+            f"data.decoder = torchcodec needs the torchcodec library: {first_line(error)}; "
             'pip install "fastkd[torchcodec]"'
         ) from None
     if not hasattr(decoders, "decode_jpeg"):

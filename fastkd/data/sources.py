@@ -17,7 +17,7 @@ import numpy as np
 from fastkd.errors import DataError
 from fastkd.files.mounts import keeps_times
 from fastkd.files.regular import open_regular, read_regular
-from fastkd.messages import not_utf8
+from fastkd.messages import first_line, not_utf8
 
 from .index import Entry, Index, kept_index, part_of, stamp_of
 from .shards import expand, samples_of
@@ -57,8 +57,9 @@ class FolderSource:
             )
             hidden = sorted(e.name for e in os.scandir(root) if _hidden(e.name) and e.is_dir())
         except OSError as error:
-            reason = str(error).splitlines()[0]
-            raise DataError(f"data.root: {root} must hold one folder of images per class: {reason}") from None
+            raise DataError(
+                f"data.root: {root} must hold one folder of images per class: {first_line(error)}"
+            ) from None
         of_folders = [path.partition(os.sep)[0] for path in self._index.paths]  # in the order of classes
         self.classes = list(dict.fromkeys(of_folders))
         self.num_classes = len(self.classes)

@@ -13,6 +13,7 @@ from functools import cache
 import torch
 
 from fastkd import environment
+from fastkd.messages import first_line
 from fastkd.ops.plan import NATIVE_CAPABILITY, device_of, native_is_faster
 from fastkd.ops.spec import Family
 
@@ -90,9 +91,8 @@ def checked_device(device: str | torch.device, argument: str) -> torch.device:
         try:
             torch.empty(0, device=found)
         except Exception as error:  # its type depends on the device
-            reason = str(error).splitlines()[0]
             raise ValueError(
-                f"{argument} is {str(device)!r}, which torch cannot use here: {reason}"
+                f"{argument} is {str(device)!r}, which torch cannot use here: {first_line(error)}"
             ) from None
     return found
 

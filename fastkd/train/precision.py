@@ -14,7 +14,7 @@ from torch.amp import GradScaler
 
 from fastkd.distill.method import Method
 from fastkd.errors import TrainError
-from fastkd.messages import one_line
+from fastkd.messages import first_line, one_line
 
 from .preflight import check_channels_last
 
@@ -66,9 +66,8 @@ def check_compiler(device: torch.device) -> None:
     try:
         torch.compile(lambda x: x * now)(torch.ones(2, device=device))
     except Exception as error:  # torch's, a compiler's or Triton's
-        reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
         raise TrainError(
-            f"train.compile: torch.compile does not work on this machine's {device.type}: {reason}"
+            f"train.compile: torch.compile does not work on this machine's {device.type}: {first_line(error)}"
         ) from None
 
 

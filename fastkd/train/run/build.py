@@ -12,7 +12,7 @@ from fastkd.data.data import Data
 from fastkd.distill import CrossEntropy, GivenTeacher, Method, find_method
 from fastkd.distill.heads import RowBatchNorm
 from fastkd.errors import RecipeError, TrainError
-from fastkd.messages import kind_and_text
+from fastkd.messages import first_line, kind_and_text
 from fastkd.models import build_model
 from fastkd.recipe.sections import Model, Optimization, Recipe, Train
 from fastkd.train import distributed
@@ -41,8 +41,7 @@ def prepare_device(train: Train) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except Exception as error:  # each backend raises types of its own
-        reason = str(error).strip().splitlines()[0]
-        raise RecipeError(f"train.device = {name!r} cannot be used here: {reason}") from None
+        raise RecipeError(f"train.device = {name!r} cannot be used here: {first_line(error)}") from None
     return device
 
 

@@ -21,7 +21,7 @@ from fastkd.files.atomic import write_atomically
 from fastkd.files.plain import load_plain
 from fastkd.files.regular import open_regular
 from fastkd.files.sealed import Damage, check_sealed, seal
-from fastkd.messages import kind_and_text
+from fastkd.messages import first_line, kind_and_text
 from fastkd.train.state_dicts import is_extra_state
 
 _FORMAT = "fastkd-2"
@@ -57,8 +57,9 @@ def load_checkpoint(path: Path, *, remedy: str) -> dict[str, Any]:
     except MemoryError:
         raise
     except Exception as error:  # damaged pickles can raise anything
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"checkpoint {path} is truncated or damaged: {reason}; {remedy}") from None
+        raise CheckpointError(
+            f"checkpoint {path} is truncated or damaged: {first_line(error)}; {remedy}"
+        ) from None
     if not isinstance(content, dict):
         raise CheckpointError(
             f"checkpoint {path} holds a {type(content).__name__}, expected a dict; {remedy}"
