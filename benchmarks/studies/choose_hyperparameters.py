@@ -118,7 +118,7 @@ def choose(
         if line is None:
             given = [f"method.{option}={value}" for option, value in point.items()]
             _, recipe = load_recipe(name, [*overrides, *split, *given, f"train.seed={seed}"])
-            console.print(f"{name}, {json.dumps(point)}, seed {seed}", markup=False)
+            console.print(f"{name}, {json.dumps(point)}, seed {seed}")
             summary = run_recipe(name, recipe, runs=runs, console=console)
             line = {"recipe": name, "options": point, "seed": seed, "last": summary["last"]["val_accuracy"]}
             line |= {"best": summary["best"]["val_accuracy"], "overrides": overrides, "split": split}
@@ -136,7 +136,7 @@ def choose(
         if accuracy(found) <= accuracy(best):
             break
         best = found
-    console.print(f"{name}: chosen {best}, {accuracy(best):.2%} on the face or images held out", markup=False)
+    console.print(f"{name}: chosen {best}, {accuracy(best):.2%} on the face or images held out")
     choice = {"recipe": name, "chosen": best, "last": accuracy(best), "tried": len(means)}
     choice |= {"overrides": overrides, "split": split}
     if choice not in earlier:

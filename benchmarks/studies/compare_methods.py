@@ -85,7 +85,7 @@ def train(label: str, words: list[str], seed: int, args: argparse.Namespace) -> 
             append(output, {**equal[0], **key, "words": words})
         return
     console = make_console()
-    console.print(f"{problem}, {label}, seed {seed}", markup=False)
+    console.print(f"{problem}, {label}, seed {seed}")
     summary = run_recipe(name, recipe, runs=args.runs, console=console)
     teacher = summary["teacher"] or {}
     line = {**key, "words": words}

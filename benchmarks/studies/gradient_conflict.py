@@ -114,7 +114,6 @@ def study(recipe: Recipe, device: torch.device, title: str, every: int, runs: Pa
         console.print(
             f"{title}, epoch {epoch + 1}/{recipe.train.epochs}: validation {accuracy:.2%}, "
             f"cosine in the classifier {last['classifier']:+.3f}, in the backbone {last['backbone']:+.3f}",
-            markup=False,
         )
     return [{**row, "val_accuracy": accuracy} for row in rows]
 

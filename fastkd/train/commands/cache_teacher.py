@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     _, recipe = load_recipe(args.words[0], args.words[1:])
     device = prepare_device(recipe.train)
     data = load_data(recipe.data)
-    console.print(f"data: {data.describe()}", markup=False)
+    console.print(f"data: {data.describe()}")
     facts = wanted_facts(recipe, data, device)
     assert recipe.teacher is not None
     if recipe.teacher.cache is not None:
@@ -85,11 +85,11 @@ def run(args: argparse.Namespace) -> int:
     untrained = tried(f"teacher {recipe.teacher.name}", build_network, recipe.teacher, data)
     tried_with = _store(args, recipe, data, untrained)
     for note in try_method(recipe, data, device, given=tried_with.teacher()):
-        console.print(note, markup=False)
+        console.print(note)
     try:
         teacher = find_teacher(recipe.teacher, data, args.runs, device, console)
         facts["val_accuracy"] = teacher.summary["val_accuracy"]
-        console.print(f"teacher: {facts['val_accuracy']:.2%}, {teacher.summary['checkpoint']}", markup=False)
+        console.print(f"teacher: {facts['val_accuracy']:.2%}, {teacher.summary['checkpoint']}")
         store = _store(args, recipe, data, teacher.model.to(device))
         writer = CacheWriter(args.to, facts, store)
         cache = _fill(writer, store, recipe, data, teacher.model, facts["epochs"], device, console)
@@ -105,16 +105,15 @@ def run(args: argparse.Namespace) -> int:
         }
         write_json(args.to / "report.json", report)
         for line in _described(report, data):
-            console.print(line, markup=False, soft_wrap=True)
+            console.print(line, soft_wrap=True)
     except KeyboardInterrupt:
         raise Stopped(f"stopped; the cache is complete, but has no report: {override}") from None
     except Exception as error:  # the cache is complete: a report must not make it fail
         console.print(
             f"the cache is complete, but its report failed: {kind_and_text(error)}",
-            markup=False,
             soft_wrap=True,
         )
-    console.print(f"to train from it: {override}", markup=False, soft_wrap=True)
+    console.print(f"to train from it: {override}", soft_wrap=True)
     return 0
 
 

@@ -96,6 +96,6 @@ def _draw(summaries: Sequence[dict[str, Any]], path: Path, console: Any) -> bool
     try:
         plot([read_shown(Path(summary["folder"])) for summary in summaries], path)
     except Exception as error:  # fonts, settings, a full disk
-        console.print(f"{path} could not be drawn: {type(error).__name__}: {error}", markup=False)
+        console.print(f"{path} could not be drawn: {type(error).__name__}: {error}")
         return False
     return True

@@ -66,7 +66,7 @@ def dry_run(
         f"it would {'resume' if folder else 'create'} {place}; nothing was written there",
     ]
     for line in lines:
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     return {
         "name": name, "data": ready.data.describe(), "teacher": teacher, "student": student, "seeds": seeds,
         "seconds": seconds, "folder": place,
@@ -81,7 +81,7 @@ def _epochs_done(ready: Prepared, recipe: Recipe, folder: Path, console: Console
     made_by = teacher_hash(recipe, ready.data, ready.teacher, ready.cache)
     known_as = identity(recipe, short_digest_of(ready.data.fingerprint), made_by)
     for note in check_recipe(state, known_as, recipe, folder):
-        console.print(note, markup=False)
+        console.print(note)
     return len(state["history"])
 
 

@@ -29,7 +29,7 @@ def evaluate_networks(name: str, recipe: Recipe, folder: Path | None, console: C
     device = prepare_device(recipe.train)
     with distributed.first_rank_first():
         data = load_data(recipe.data)
-    console.print(f"data: {data.describe()}", markup=False)
+    console.print(f"data: {data.describe()}")
     networks: dict[str, nn.Module] = {}
     if recipe.teacher is not None and (recipe.teacher.checkpoint or recipe.teacher.weights):
         teacher = load_given_teacher(recipe.teacher, data, device, console)

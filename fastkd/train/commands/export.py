@@ -90,7 +90,6 @@ def run(args: argparse.Namespace) -> int:
         f"{path} ({size:.1f} MB) and {beside.name}, {args.weights} epoch{accuracy}, input {tuple(shape)}, "
         f"{about.network.num_classes:,} classes; {result}",
         soft_wrap=True,
-        markup=False,
     )
     if args.json:
         print_json(

@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         raise
     except Exception as error:  # matplotlib, its fonts or settings
         raise PlotError(f"{args.to} cannot be drawn: {type(error).__name__}: {error}") from error
-    make_console(stderr=args.json).print(str(args.to), markup=False, soft_wrap=True)
+    make_console(stderr=args.json).print(str(args.to), soft_wrap=True)
     if args.json:
         print_json({"file": str(args.to), "runs": [_summary(one) for one in shown]})
     return 0

@@ -134,14 +134,14 @@ def _run_launched(args: argparse.Namespace) -> int:
         name, recipe = load_recipe(_recipe_of(args.words), args.words[1:])
         check_command(args, recipe)
         for note in without_effect(recipe, args.words[1:]):
-            console.print(note, markup=False)
+            console.print(note)
         if args.resume is not None:
             if count:
                 raise RecipeError("--resume with --seeds needs the run folder")
             found = find_run(runs, name, recipe) if distributed.is_first() else None
             folder, nearest = distributed.from_first(found)
             unknown = "no run of this recipe yet" + (f": {nearest}" if nearest else "")
-            console.print(f"resuming {folder}" if folder else unknown, soft_wrap=True, markup=False)
+            console.print(f"resuming {folder}" if folder else unknown, soft_wrap=True)
     if folder is not None and is_seed_group(folder):
         if args.eval_only:
             raise RecipeError(
@@ -191,8 +191,6 @@ def _summary_of(
     try:
         print_results(summaries, recipe, folder, runs, console)
     except Exception as error:  # the run is complete: a table must not make it fail
-        console.print(
-            f"the table of results could not be shown: {type(error).__name__}: {error}", markup=False
-        )
-    console.print(f"run folder: {folder}", soft_wrap=True, markup=False)
+        console.print(f"the table of results could not be shown: {type(error).__name__}: {error}")
+    console.print(f"run folder: {folder}", soft_wrap=True)
     return summaries[0] if count is None else {"name": name, "folder": str(folder), "seeds": summaries}

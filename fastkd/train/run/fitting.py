@@ -39,9 +39,7 @@ def owned(folder: Path) -> Iterator[None]:
 
 def read_state(folder: Path, role: str, console: Console) -> dict[str, Any] | None:
     """The newest state in ``folder``, or None; damaged ones are reported on ``console``."""
-    return read_resume_state(
-        folder, lambda text: console.print(f"{role}: {text}", markup=False, soft_wrap=True)
-    )
+    return read_resume_state(folder, lambda text: console.print(f"{role}: {text}", soft_wrap=True))
 
 
 def fit_in_folder(

@@ -42,9 +42,7 @@ def print_results(
         if not alone:
             command = student_alone_command(first["name"], recipe, folder, runs)
             hint = "" if command is None else f": run `{command}`"
-            console.print(
-                f"student alone is not known for these data and settings{hint}", soft_wrap=True, markup=False
-            )
+            console.print(f"student alone is not known for these data and settings{hint}", soft_wrap=True)
     rows.append((f"{first['name']}{_over(summaries)}", *_accuracies(summaries)))
     console.print(results_table("results", rows))
     parts = first["seconds"]

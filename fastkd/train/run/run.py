@@ -63,16 +63,16 @@ class Prepared:
 def prepare(name: str, recipe: Recipe, console: Console) -> Prepared:
     """Find unusable data, checkpoints and layers before anything is trained. Raises ``TrainError``."""
     device = prepare_device(recipe.train)
-    console.print(f"{name}: {recipe.description}", markup=False)
+    console.print(f"{name}: {recipe.description}")
     check_ranks(recipe, device)
     if recipe.train.compile:
         check_compiler(device)
     require_loggers(recipe.train)
     with distributed.first_rank_first():
         data = load_data(recipe.data)
-    console.print(f"data: {data.describe()}", markup=False)
+    console.print(f"data: {data.describe()}")
     for note in data.notes:
-        console.print(f"  {note}", markup=False)
+        console.print(f"  {note}")
     cache = open_cache(recipe, data, device)
     teacher = None
     if cache is not None:
@@ -80,7 +80,7 @@ def prepare(name: str, recipe: Recipe, console: Console) -> Prepared:
     elif recipe.teacher is not None:
         teacher = load_given_teacher(recipe.teacher, data, device, console)
     for note in try_method(recipe, data, device, teacher=None if teacher is None else teacher.model):
-        console.print(note, markup=False)
+        console.print(note)
     return Prepared(device, data, cache, teacher)
 
 
@@ -116,13 +116,13 @@ def run_recipe(
             resume = read_state(folder, "student", console)
             check_state(resume)
             for note in check_recipe(resume, known_as, recipe, folder) if resume else ():
-                console.print(note, markup=False)
+                console.print(note)
             if distributed.is_first():
                 write_recipe(folder, name, recipe)
             if recipe.teacher is not None and teacher is None:
                 teacher = own_teacher(recipe.teacher, data, runs, device, console)
             if teacher is not None:
-                console.print(f"teacher: {described(teacher)}", markup=False)
+                console.print(f"teacher: {described(teacher)}")
                 if distributed.is_first():
                     write_facts(folder, name, teacher.summary["val_accuracy"])
             summary = _distil(name, recipe, data, teacher, folder, device, console, cache, resume, known_as)

@@ -59,7 +59,7 @@ def run_seeds(
     if len({summary["comparison"] for summary in summaries}) > 1:
         epochs = ", ".join(f"seed {one['seed']}: {one['last']['epoch']}" for one in summaries)
         note = f"the seeds of {folder} had different settings (epochs: {epochs}), and so has their mean"
-        console.print(note, soft_wrap=True, markup=False)
+        console.print(note, soft_wrap=True)
     return folder, summaries
 
 

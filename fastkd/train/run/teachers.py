@@ -59,7 +59,7 @@ def load_given_teacher(
             size=data.example()[0].shape[-1],
         )
         for note in notes:
-            console.print(f"teacher: {note}", markup=False)
+            console.print(f"teacher: {note}")
         return TeacherInUse(model, {"checkpoint": config.weights, **_accuracies(config, model, data, device)})
     model = build_network(config, data)
     assert config.checkpoint is not None
