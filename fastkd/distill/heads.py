@@ -20,9 +20,7 @@ class RowBatchNorm(nn.BatchNorm1d):
         return super().forward(input)
 
 
-def pooled_head(
-    kind: str, width: int, num_classes: int, *, hidden: int = 200, dropout: float = 0.1
-) -> nn.Module:
+def pooled_head(kind: str, width: int, num_classes: int, *, hidden: int, dropout: float) -> nn.Module:
     """From ``[N, width]`` to logits: Linear; "nonlinear": Linear, Dropout, BatchNorm, ReLU, Linear."""
     if kind == "linear":
         return nn.Linear(width, num_classes)

@@ -16,12 +16,12 @@ def dtype_of_parts(model: nn.Module) -> torch.dtype:
     return torch.promote_types(next(floating, torch.float32), torch.float32)
 
 
-def in_dtype_of_parts(features: Mapping[str, Tensor], parts: Iterable[nn.Module | None]) -> dict[str, Tensor]:
+def in_dtype_of_parts(features: Mapping[str, Tensor], parts: Iterable[nn.Module]) -> dict[str, Tensor]:
     """Features for heads and projections, which take float32 where no autocast converts what they get.
 
     If their user has moved them to half precision, they take that.
     """
-    dtype = next((p.dtype for part in parts if part is not None for p in part.parameters()), torch.float32)
+    dtype = next((p.dtype for part in parts for p in part.parameters()), torch.float32)
     half = dtype in (torch.bfloat16, torch.float16)
     converted = {}
     for path, value in features.items():

@@ -15,9 +15,7 @@ from pathlib import Path
 from fastkd.errors import StorageError
 
 _DAY = 86400.0
-# O_NOFOLLOW, O_NONBLOCK: missing on Windows.
-_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
-_NONBLOCK = getattr(os, "O_NONBLOCK", 0)
+_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)  # missing on Windows
 
 
 def write_atomically(path: Path, write: Callable[[Path], object], *, keep_as: Path | None = None) -> None:

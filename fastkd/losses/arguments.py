@@ -89,7 +89,7 @@ def check_size(name: str, value: int, least: int, most: int | None = None, what:
 
 
 def check_top_k_form(name: str, form: TopKLogits) -> None:
-    """Raise TypeError or ValueError that names the field; ``top_k.known_of`` checks the values."""
+    """Raise TypeError or ValueError that names the field; ``known.known_of`` checks the values."""
     log_probs, indices = form.log_probs, form.indices
     for field, tensor in form.tensors.items():
         _check_part(f"{name}.{field}", tensor, f"{name}.log_probs", log_probs, field == "indices")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -111,15 +111,10 @@ def check_top_k(form: TopKLogits, target: Tensor | None = None) -> None:
         _raise_for(form, log_probs, indices, target, wrong)
 
 
-class Known(NamedTuple):
-    """A teacher's logits [N, K + 1] at a temperature, and the classes [N, K] in ascending order."""
-
-    logits: Tensor
-    indices: Tensor
-
-
-def known_of(form: TopKLogits, label: Tensor | None, row_weight: Tensor | None, dtype: torch.dtype) -> Known:
-    """The teacher of a loss whose student has this dtype.
+def known_of(
+    form: TopKLogits, label: Tensor | None, row_weight: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """A teacher for a student of this dtype: logits [N, K + 1], and the classes [N, K] in ascending order.
 
     ``label`` [N] must be among the classes. Rows of weight 0 may hold anything; others are checked: on a CPU
     an error, elsewhere a NaN.
@@ -155,7 +150,7 @@ def known_of(form: TopKLogits, label: Tensor | None, row_weight: Tensor | None, 
         log_rest = torch.log1p(-log_probs.exp().sum(-1, keepdim=True).clamp(max=1 - _LEAST_REST))
     else:
         log_rest = form.log_rest.reshape(-1, 1).to(log_probs.dtype)
-    return Known(form.temperature * torch.cat([log_probs, log_rest], 1), indices)
+    return form.temperature * torch.cat([log_probs, log_rest], 1), indices
 
 
 def _by_row(form: TopKLogits) -> tuple[Tensor, Tensor]:

@@ -59,7 +59,7 @@ def chunk_rows_of(chosen: int, rows: int, classes: int, element_bytes: int, devi
     return -(-rows // max(chunks, 1)) or 1
 
 
-def count_rows(tensors: Sequence[Tensor], classes: int) -> int:
+def count_rows(tensors: Sequence[Tensor]) -> int:
     """Of the tensors of a model: its logits [..., C], or hidden [N, H], weight and bias."""
     first = tensors[0]
     return first.shape[0] if len(tensors) > 1 else first.shape[:-1].numel()
@@ -107,7 +107,7 @@ def _compute(
     student: Sequence[Tensor], teacher: Sequence[Tensor], options: LinearCall, wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
     call, classes, first, shard = options.call, options.classes, student[0], options.shard
-    count = count_rows(student, classes)
+    count = count_rows(student)
     kept = _kept_rows(call.row_weight)
     used = count if kept is None else len(kept)
     widest = classes if shard is None else shard.largest  # so that all ranks have the same chunks

@@ -84,7 +84,7 @@ def _shapes(
 ) -> tuple[Tensor, ...]:
     options = _unflat(arguments)
     call, names = options.call, options.call.spec.terms
-    shape = () if call.reduced else (count_rows(student, options.classes),)
+    shape = () if call.reduced else (count_rows(student),)
     rows = student[0].new_empty(shape, dtype=torch.float32)
     terms = rows.new_empty((len(names), *shape)) if call.with_terms and names else None
     return rows, *_present(rows, terms, new_gradients(student, wanted, zeros=False))
@@ -129,7 +129,7 @@ def _gradients(ctx: Any, grad_output: Tensor | None) -> Sequence[Tensor | None]:
     student, *teacher = inputs[CALL_TENSORS:]
     if not traced:  # since the forward, FSDP may have freed a teacher's weight
         teacher = [as_ordinary("teacher_logits", tensor) for tensor in teacher]
-    count = count_rows([student], ctx.recompute.classes)
+    count = count_rows([student])
     factors = grad_output.float().reshape(-1).expand(count)
     factors = factors.contiguous() if call.row_weight is None else factors * call.row_weight
     call = call._replace(row_weight=factors, reduced=False, with_terms=False)

@@ -106,7 +106,7 @@ def any_over_ranks(*flags: bool) -> list[bool]:
     return [count > 0 for count in sum_over_ranks(torch.tensor(flags, dtype=torch.float32)).tolist()]
 
 
-def from_first(value: Any = None) -> Any:
+def from_first(value: Any) -> Any:
     """The first rank's value, on every rank."""
     if world() == 1:
         return value

@@ -21,10 +21,10 @@ from .preflight import check_channels_last
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def dtype_of(precision: str, name: str = "precision") -> torch.dtype | None:
+def dtype_of(precision: str) -> torch.dtype | None:
     """The dtype for autocast; None for float32, which uses none. Raises ``ValueError``."""
     if precision not in DTYPES:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, DTYPES))}, got {precision!r}")
+        raise ValueError(f"precision must be one of {', '.join(map(repr, DTYPES))}, got {precision!r}")
     return DTYPES[precision]
 
 
@@ -52,7 +52,7 @@ def place(method: Method, numerics: Numerics, teacher_precision: str | None) -> 
         check_channels_last(method)
         method.to(memory_format=torch.channels_last)
     if teacher_precision is not None:
-        method.teacher_dtype = dtype_of(teacher_precision, "teacher_precision") or torch.float32
+        method.teacher_dtype = dtype_of(teacher_precision) or torch.float32
 
 
 def make_scaler(device: torch.device, precision: str) -> GradScaler | None:
