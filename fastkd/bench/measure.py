@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,10 +14,10 @@ import fastkd
 from fastkd.bench import cases, peers
 from fastkd.bench.cases import FASTKD, AnyCase, Case
 from fastkd.bench.protocol import Clock, Launch, interleaved, percentile, relative_error
+from fastkd.bench.results import Record
 from fastkd.messages import first_line
 
 Inputs = tuple[Tensor, Tensor, Tensor]
-Record = dict[str, Any]
 C = TypeVar("C", bound=AnyCase)
 # Rows of the gradient that are compared with float64: this many elements.
 COMPARED_ELEMENTS = 2**21

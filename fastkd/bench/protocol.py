@@ -18,6 +18,7 @@ Call = Callable[[], Any]
 # Bytes of the copy that measures the bandwidth: more than any last-level cache holds.
 COPY_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 MOST_INPUT_SETS = 16
+MOST_TURNS = 101
 # A graph keeps what its call allocates; larger cases are launched normally.
 GRAPH_BYTES = 4 * 2**30
 FLUSH_BYTES = 512 * 2**20
@@ -182,7 +183,7 @@ def make_clock(device: str) -> Clock:
 
 
 def interleaved(
-    clock: Clock, launches: dict[str, Launch], *, seconds: float, least: int = 7, most: int = 101
+    clock: Clock, launches: dict[str, Launch], *, seconds: float, least: int = 7
 ) -> tuple[dict[str, list[float]], float]:
     """Time the launches in turns, each in another random order, for about ``seconds``.
 
@@ -194,7 +195,7 @@ def interleaved(
         clock.time(launches[name], 0)
     turn_seconds = max(time.perf_counter() - begin, 1e-6)
     clock.bandwidth()
-    turns = max(least, min(most, int(seconds / turn_seconds)))
+    turns = max(least, min(MOST_TURNS, int(seconds / turn_seconds)))
     times: dict[str, list[float]] = {name: [] for name in names}
     order = random.Random(0)
     bandwidths = []

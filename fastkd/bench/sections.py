@@ -29,10 +29,9 @@ def write_section(path: Path, title: str, heading: str, body: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def measured_on(device: str = "cpu") -> str:
-    """Device, versions and date, for the line above a table."""
-    cores = f", {os.cpu_count()} cores" if device == "cpu" else ""
+def measured_on() -> str:
+    """CPU, versions and date, for the line above a table."""
     return (
-        f"{device_name(device)}{cores}, torch {torch.__version__}, Python {platform.python_version()}, "
-        f"fastkd {__version__}, {date.today()}"
+        f"{device_name('cpu')}, {os.cpu_count()} cores, torch {torch.__version__}, "
+        f"Python {platform.python_version()}, fastkd {__version__}, {date.today()}"
     )

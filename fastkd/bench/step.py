@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.bench import peers
-from fastkd.bench.protocol import percentile
+from fastkd.bench.measure import timing
+from fastkd.bench.protocol import MOST_TURNS
 from fastkd.bench.results import Record
 
 # 0.1 CE + 0.9 KD at T 4: the most common recipe; one pass for the fused loss.
@@ -61,7 +62,7 @@ def run_steps(
 
 
 def measure_step(
-    name: str, device: str, chosen: set[str], *, batch: int | None = None, seconds: float = 1.0
+    name: str, device: str, chosen: set[str], *, batch: int | None, seconds: float
 ) -> list[Record]:
     """Time the variants in turns, one step each, on the same networks and synthetic images in bytes."""
     setup = STEPS[name]
@@ -106,7 +107,7 @@ def measure_step(
     begin = time.perf_counter()
     one_step(losses["fastkd"])
     # Steps are long and their small parts matter: ten times the seconds of a loss, at least seven steps.
-    turns = max(7, min(101, int(10 * seconds / (time.perf_counter() - begin) / len(losses))))
+    turns = max(7, min(MOST_TURNS, int(10 * seconds / (time.perf_counter() - begin) / len(losses))))
     taken: dict[str, list[list[float]]] = {variant: [] for variant in losses}
     for turn in range(turns):
         for variant in losses if turn % 2 else reversed(losses):
@@ -121,7 +122,6 @@ def _record(name: str, batch: int, setup: Setup, variant: str, taken: list[list[
         part: statistics.median(values) * 1e3
         for part, values in zip(PARTS, zip(*taken, strict=True), strict=True)
     }
-    low, median, high = (percentile(totals, share) for share in (0.2, 0.5, 0.8))
     return {
         "kind": "step",
         "step": name,
@@ -129,10 +129,7 @@ def _record(name: str, batch: int, setup: Setup, variant: str, taken: list[list[
         "classes": setup.classes,
         "loss": LOSS,
         "variant": variant,
-        "ms": median,
-        "p20": low,
-        "p80": high,
-        "turns": len(totals),
+        **timing(totals),
         "split_ms": split,
         "loss_share": split["loss"] / sum(split.values()),
     }
