@@ -6,14 +6,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-from fastkd.bench.results import Record, read
+from fastkd.bench.results import Record, by_case, name_of, read
 
 # Smaller changes are never flagged, however little noise the runs had.
 LEAST_CHANGE = 0.10
 LEAST_ERROR_CHANGE = 2.0
 # What times are relative to, besides the copy: none of fastkd's own variants.
 YARDSTICKS = ("eager", "compiled", "liger")
-KEY = ("loss", "rows", "classes", "dtype", "pass")
 
 
 def compare(old: Path, new: Path) -> tuple[str, int]:
@@ -25,7 +24,10 @@ def compare(old: Path, new: Path) -> tuple[str, int]:
     within the runs (p20 to p80). A gradient error is flagged if it doubled.
     """
     (old_header, old_records), (new_header, new_records) = read(old), read(new)
-    before, after = (_by_case(records) for records in (old_records, new_records))
+    before, after = (
+        by_case(record for record in records if record["kind"] in ("loss", "failed"))
+        for records in (old_records, new_records)
+    )
     lines = [f"old: {_about(old_header)}", f"new: {_about(new_header)}"]
     if old_header.get("name") != new_header.get("name"):
         lines.append("the devices differ: ratios to peers may differ for that reason alone")
@@ -37,7 +39,7 @@ def compare(old: Path, new: Path) -> tuple[str, int]:
             kind, text = verdict
             regressions += kind == "slower" or kind == "less exact"
             improvements += kind == "faster"
-            lines.append(f"{kind:10s} {_name(key)}: {text}")
+            lines.append(f"{kind:10s} {name_of(key)}: {text}")
     lost = sum(1 for key in before if key not in after and "fastkd" in before[key])
     lines.append(
         f"{len(shared)} cases in both, {lost} only in the old, {len(after) - len(shared)} only in the new: "
@@ -46,15 +48,6 @@ def compare(old: Path, new: Path) -> tuple[str, int]:
     if not shared:
         lines.append("nothing could be compared")
     return "\n".join(lines), regressions
-
-
-def _by_case(records: list[Record]) -> dict[tuple, dict[str, Record]]:
-    found: dict[tuple, dict[str, Record]] = {}
-    for record in records:
-        if record["kind"] in ("loss", "failed"):
-            key = tuple(record[name] for name in KEY)
-            found.setdefault(key, {})[record["variant"]] = record
-    return found
 
 
 def _verdict(old: dict[str, Record], new: dict[str, Record]) -> tuple[str, str] | None:
@@ -100,7 +93,3 @@ def _spread(record: Record) -> float:
 def _about(header: dict[str, Any]) -> str:
     names = ("name", "backend", "torch", "fastkd", "date")
     return ", ".join(f"{header.get(name)}" for name in names)
-
-
-def _name(key: tuple) -> str:
-    return f"{key[0]} {key[1]} x {key[2]} {key[3]} {key[4]}"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastkd.bench import forms, paths, peers
-from fastkd.bench.results import Record, ResultFileError, read
+from fastkd.bench.results import CASE, Record, ResultFileError, by_case, name_of, read
 
 # A loss with less than this share of a step cannot matter much.
 SMALL_SHARE = 0.05
@@ -94,7 +94,7 @@ def loss_table(rows: Sequence[Record]) -> str:
     columns += ["gradient error: " + ", ".join(["fastkd", *(n for n in others if n != "quack")])]
     columns += ["extra MB: " + ", ".join(["fastkd", *others]), "host us"]
     lines = []
-    for case in _cases(rows):
+    for case in by_case(rows).values():
         ours = case.get("fastkd")
         if ours is None:
             continue
@@ -111,7 +111,7 @@ def loss_table(rows: Sequence[Record]) -> str:
 
 def peer_wins(rows: Sequence[Record]) -> str:
     """List the cases in which a peer is faster."""
-    lost, cases = [], _cases(rows)
+    lost, cases = [], by_case(rows).values()
     for case in cases:
         ours = case.get("fastkd")
         for name, ratio in (ours or {}).get("speedup_over", {}).items():
@@ -170,16 +170,8 @@ def table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def _cases(rows: Iterable[Record]) -> list[dict[str, Record]]:
-    found: dict[tuple, dict[str, Record]] = {}
-    for record in rows:
-        key = tuple(record[name] for name in ("loss", "rows", "classes", "dtype", "pass"))
-        found.setdefault(key, {})[record["variant"]] = record
-    return list(found.values())
-
-
 def _case(record: Record) -> str:
-    return f"{record['loss']} {record['rows']} x {record['classes']} {record['dtype']} {record['pass']}"
+    return name_of(tuple(record[name] for name in CASE))
 
 
 def _time(record: Record) -> str:

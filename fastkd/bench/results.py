@@ -19,6 +19,8 @@ import fastkd
 from fastkd.bench import peers
 
 Record = dict[str, Any]
+# The fields of a record that name the case of a loss.
+CASE = ("loss", "rows", "classes", "dtype", "pass")
 
 
 class ResultFileError(Exception):
@@ -62,6 +64,20 @@ def read(path: Path) -> tuple[Record, list[Record]]:
     if kinds[:1] != ["header"] or None in kinds:
         raise ResultFileError(f"{path} is no result file of `fastkd bench`: its first line is no header")
     return records[0], records[1:]
+
+
+def by_case(records: Iterable[Record]) -> dict[tuple, dict[str, Record]]:
+    """The records of losses by case and variant."""
+    found: dict[tuple, dict[str, Record]] = {}
+    for record in records:
+        found.setdefault(tuple(record[name] for name in CASE), {})[record["variant"]] = record
+    return found
+
+
+def name_of(case: tuple) -> str:
+    """The case of a loss in words."""
+    loss, rows, classes, dtype, mode = case
+    return f"{loss} {rows} x {classes} {dtype} {mode}"
 
 
 def header(device: str, not_measured: dict[str, str], **more: Any) -> Record:
