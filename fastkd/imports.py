@@ -46,3 +46,14 @@ def import_matplotlib() -> Any:
     import matplotlib
 
     return matplotlib
+
+
+def make_figure(**options: Any) -> Any:
+    """A ``matplotlib.figure.Figure`` on an Agg canvas: pyplot keeps global state and looks for a display."""
+    import_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(**options)
+    FigureCanvasAgg(figure)
+    return figure

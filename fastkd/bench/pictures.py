@@ -10,6 +10,7 @@ from typing import Any
 from fastkd.bench.cases import DTYPES, FASTKD
 from fastkd.bench.peers import VARIANTS
 from fastkd.bench.results import Record
+from fastkd.imports import make_figure
 from fastkd.ops.plan import ELEMENT_BYTES
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
@@ -55,12 +56,7 @@ def draw(
 
 
 def _figure(width: float, height: float, title: str) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # Figure and canvas directly: pyplot would keep global state and look for a display.
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = make_figure(figsize=(width, height), layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
     return figure
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastkd.bench import forms, paths, peers
 from fastkd.bench.results import CASE, Record, ResultFileError, by_case, name_of, read
+from fastkd.imports import import_matplotlib
 
 # A loss with less than this share of a step cannot matter much.
 SMALL_SHARE = 0.05
@@ -64,7 +65,7 @@ def _pictures(
     header: dict[str, Any], measured: list[Record], steps: list[Record], folder: Path, stem: str
 ) -> list[str]:
     try:
-        import matplotlib  # noqa: F401
+        import_matplotlib()
     except ImportError:
         return ["No pictures: matplotlib is not installed.\n"]
     from fastkd.bench import pictures

@@ -17,8 +17,9 @@ from fastkd.errors import TrainError
 from fastkd.files.atomic import write_atomically
 from fastkd.files.paths import user_path
 from fastkd.files.regular import read_regular
+from fastkd.imports import make_figure
 from fastkd.train.display.console import make_console
-from fastkd.train.display.curves import COLOURS, make_figure
+from fastkd.train.display.curves import COLOURS
 from fastkd.train.run.folder import is_seed_group, read_json
 
 Records = list[dict[str, Any]]

@@ -8,23 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from fastkd.files.atomic import write_atomically
-from fastkd.imports import import_matplotlib
+from fastkd.imports import make_figure
 from fastkd.train.evaluation import best_of
 from fastkd.train.meters import PARTS
 
 # Okabe and Ito's palette, distinguishable for colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-
-
-def make_figure(**options: Any) -> Any:
-    """A ``matplotlib.figure.Figure`` on an Agg canvas: pyplot keeps global state and looks for a display."""
-    import_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(**options)
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def plot_curves(

@@ -30,7 +30,7 @@ def breaks(*_: Any, **__: Any) -> None:
     raise RuntimeError("no fonts here")
 
 
-@pytest.mark.parametrize("what", ["run.folder.plot_curves", "display.curves.import_matplotlib"])
+@pytest.mark.parametrize("what", ["run.folder.plot_curves", "display.curves.make_figure"])
 def test_a_picture_that_cannot_be_drawn(
     what: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
