@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastkd.distill.loss_method import LossMethod
 from fastkd.distill.method import Method
 from fastkd.distill.sharing import check_apart
+from fastkd.distill.taps import eval_mode
 from fastkd.errors import NonFiniteLossError, Preempted, TrainError
 
 from . import distributed
@@ -333,16 +334,14 @@ def _frozen(model: nn.Module | None, device: torch.device) -> Iterator[None]:
     if model is None:
         yield
         return
-    modes = {module: module.training for module in model.modules()}
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        model.to(device).eval().requires_grad_(False)
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
+    with eval_mode(model):
+        try:
+            model.to(device).requires_grad_(False)
+            yield
+        finally:
+            for parameter, flag in flags.items():
+                parameter.requires_grad_(flag)
 
 
 def _default_watcher(progress: bool) -> Watcher:
