@@ -107,10 +107,8 @@ def softmax_rows(
     u, v = (standardized(z_s), standardized(z_t)) if standardize else (z_s, z_t)
     u, v = u / temperature, v / temperature
     square = temperature * temperature
-    zero = z_s[:, :0].sum(
-        -1
-    )  # part of the graph, so that the loss has a (zero) gradient if all weights are 0
-    ce = kd = tckd = nckd = zero
+    # Zeros that are part of the graph, so that the loss has a (zero) gradient if all weights are 0.
+    ce = kd = tckd = nckd = z_s[:, :0].sum(-1)
     if kd_weight:
         kd = square * kl_from_logits(u, v)
     if target is not None:

@@ -81,11 +81,8 @@ class Index:
         left_out: Sequence[LeftOut],
     ) -> None:
         self.paths, self.stamps, self.counts, self.left_out = paths, stamps, counts, left_out
-        self.names, self.lengths, self.numbers = (
-            np.frombuffer(whole.names, np.uint8),
-            whole.lengths,
-            whole.numbers,
-        )
+        self.names = np.frombuffer(whole.names, np.uint8)
+        self.lengths, self.numbers = whole.lengths, whole.numbers
         self._first, self._begin = _starts(counts), _starts(whole.lengths)
         self._number = {path: number for number, path in enumerate(paths)}
 

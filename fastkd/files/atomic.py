@@ -119,10 +119,7 @@ def take_room(path: Path) -> None:
     with path.open("r+b") as file:
         try:
             os.posix_fallocate(file.fileno(), 0, size)  # glibc writes zeros if the file system cannot
-        except (
-            AttributeError,
-            OSError,
-        ) as error:  # missing on macOS and Windows; other C libraries may refuse
+        except (AttributeError, OSError) as error:  # missing on macOS, Windows; other C libraries may refuse
             if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                 raise
             for begin in range(0, size, 2**20):  # rewrite the content, holes as zeros

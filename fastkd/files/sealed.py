@@ -77,9 +77,7 @@ def check_sealed(file: BinaryIO) -> bool:
             raise Damage("its SHA-256 does not match")
         return True
     file.seek(0)
-    if zipfile.is_zipfile(
-        file
-    ):  # otherwise an older format of torch's, or not a checkpoint: torch reports it
+    if zipfile.is_zipfile(file):  # or an older format of torch's, or not a checkpoint: torch reports it
         _check_archive(file)
     return False
 

@@ -1,8 +1,8 @@
 """The single list of losses, used by kernels, plans, `fastkd check`, benchmarks and tests.
 
 A loss is an entry of ``LOSSES``. Its name is also that of its formula in fastkd/ops/triton/formulas.py and in
-csrc/row_formulas.h; names, options and needs are compared when the native library is loaded. CONTRIBUTING.md
-says how to add a loss.
+csrc/row_formulas.h; names, options and needs are compared when the native library is loaded.
+docs/add-a-loss.md says how to add a loss.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -44,8 +44,6 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: Optimization, batc
     elif config.schedule == "steps":
         milestones = [batches * epoch for epoch in config.milestones]
         schedulers.append(lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1))
-    return lr_scheduler.ChainedScheduler(schedulers, optimizer) if len(schedulers) > 1 else _only(schedulers)
-
-
-def _only(schedulers: list[Any]) -> Any:
+    if len(schedulers) > 1:
+        return lr_scheduler.ChainedScheduler(schedulers, optimizer)
     return schedulers[0] if schedulers else None

@@ -17,10 +17,8 @@ from fastkd.distill import Method, find_method
 from fastkd.train import Watcher
 
 CLASSES = 7
-ROWS, BATCH = (
-    56,
-    16,
-)  # the last batch of an epoch has 8 rows: fewer than the others, and divisible among ranks
+# The last batch of an epoch has 8 rows: fewer than the others, and divisible among ranks.
+ROWS, BATCH = 56, 16
 
 # A recipe of two steps an epoch, on random images.
 STUDENT = [

@@ -74,10 +74,8 @@ def load_given_teacher(
 
 
 def _accuracies(config: Teacher, model: nn.Module, data: Data, device: torch.device) -> dict[str, float]:
-    what, loader = (
-        f"teacher {config.name} on the validation images",
-        data.val_loader(device, config.batch_size),
-    )
+    what = f"teacher {config.name} on the validation images"
+    loader = data.val_loader(device, config.batch_size)
     record = tried(what, evaluate_rows, model.to(device), loader, device=device).record()
     return {key: record[key] for key in ACCURACIES if key in record}
 
