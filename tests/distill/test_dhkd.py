@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from torch import Tensor, nn
 
 from fastkd.distill import DHKD, GradientAlignment, find_method
 from fastkd.distill.alignment import parameters_of
 from fastkd.distill.heads import RowBatchNorm
+from tests.train.ranks import on_two_ranks
 
 from .models import CLASSES, METHODS, Net, batch, pair
 
@@ -196,10 +194,8 @@ def test_clipping_sees_the_aligned_gradient() -> None:
     )
 
 
-def _rank(rank: int, port: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+def of_this_rank() -> dict[str, list[dict[str, Tensor]]]:
+    rank = torch.distributed.get_rank()
     found: dict[str, list[dict[str, Tensor]]] = {}
     for scope in SCOPES:
         method, (images, target) = conflicting(scope)
@@ -217,8 +213,7 @@ def _rank(rank: int, port: int, folder: str) -> None:
         found[scope] = [whole, gradients(method)]
     for name in ("dckd", "mhkd"):
         found[name] = [gradients_of(name, slice(4 * rank, 4 * rank + 4), wrapped=True)]
-    torch.save(found, Path(folder) / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return found
 
 
 def gradients_of(name: str, mine: slice, *, wrapped: bool) -> dict[str, Tensor]:
@@ -230,21 +225,18 @@ def gradients_of(name: str, mine: slice, *, wrapped: bool) -> dict[str, Tensor]:
 
 
 def test_two_processes_align_the_reduced_gradient(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(_rank, (port, str(tmp_path)), nprocs=2)
+    of_ranks = on_two_ranks(of_this_rank, tmp_path)
     for name in ("dckd", "mhkd"):  # DCKD's relations are those of the whole batch too
         expected = gradients_of(name, slice(None), wrapped=False)
-        for rank in (0, 1):
-            (found,) = torch.load(tmp_path / f"{rank}.pt")[name]
+        for of_rank in of_ranks:
+            (found,) = of_rank[name]
             for key, gradient in found.items():
                 torch.testing.assert_close(gradient, expected[key], rtol=1e-4, atol=1e-6)
     for scope in SCOPES:
         method, one = conflicting(scope)
         expected = aligned(*separate(method, [one]), scope)
-        for rank in (0, 1):
-            for found in torch.load(tmp_path / f"{rank}.pt")[scope]:
+        for of_rank in of_ranks:
+            for found in of_rank[scope]:
                 assert found.keys() == expected.keys()
                 for name, gradient in found.items():
                     torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
