@@ -24,10 +24,6 @@ INT = torch.zeros(4, 6, dtype=torch.int64)
 @pytest.mark.parametrize(
     ("call", "kind", "message"),
     [
-        (lambda: fastkd.kd_loss(S, T[:, :5]), ValueError, "6 classes and teacher_logits 5"),
-        (lambda: fastkd.kd_loss(S, T[:3]), ValueError, r"\[4, 6\] and teacher_logits \[3, 6\]"),
-        (lambda: fastkd.kd_loss(S[:, :1], T[:, :1]), ValueError, "at least 2 classes"),
-        (lambda: fastkd.kd_loss(torch.tensor(1.0), T), ValueError, r"student_logits has shape \[\]"),
         (lambda: fastkd.kd_loss(S, T.to("meta")), ValueError, "on cpu and teacher_logits on meta"),
         (lambda: fastkd.kd_loss(INT, T), TypeError, "student_logits has dtype torch.int64"),
         (lambda: fastkd.kd_loss(S, T.tolist()), TypeError, "teacher_logits is a list"),
@@ -35,15 +31,9 @@ INT = torch.zeros(4, 6, dtype=torch.int64)
         (lambda: fastkd.kd_loss([S, S[:3]], [T, T[:3]]), ValueError, r"student_logits\[1\] is .* \[3, 6\]"),
         (lambda: fastkd.kd_loss([S, S], [T, T.half()]), ValueError, r"teacher_logits\[1\] is torch.float16"),
         (lambda: fastkd.kd_loss([S, INT], [T, T]), TypeError, r"student_logits\[1\] has dtype torch.int64"),
-        (lambda: fastkd.kd_loss([], []), TypeError, r"student_logits is \[\]"),
         (lambda: fastkd.kd_loss(S.tolist(), T.tolist()), TypeError, r"student_logits\[0\] is a list"),
-        (lambda: fastkd.kd_loss(S, T.clone().requires_grad_()), ValueError, "teacher_logits requires grad"),
-        (lambda: fastkd.kd_loss(S, T, temperature=0.0), ValueError, "temperature is 0.0"),
-        (lambda: fastkd.kd_loss(S, T, temperature=-1), ValueError, "temperature is -1"),
-        (lambda: fastkd.kd_loss(S, T, temperature=float("inf")), ValueError, "temperature is inf"),
         (lambda: fastkd.kd_loss(S, T, temperature=torch.tensor(4.0)), TypeError, "temperature is a tensor"),
         (lambda: fastkd.kd_loss(S, T, temperature="4"), TypeError, "temperature is '4'"),
-        (lambda: fastkd.kd_loss(S, T, reduction="mean"), ValueError, "weaker by the number of classes"),
         (lambda: fastkd.kd_loss(S, T, reduction="avg"), ValueError, "reduction is 'avg'"),
         (lambda: fastkd.kd_loss(S, T, target=Y[:3]), ValueError, r"target has shape \[3\]; expected \[4\]"),
         (lambda: fastkd.dkd_loss(S, T, None), TypeError, "target is None"),
@@ -52,16 +42,6 @@ INT = torch.zeros(4, 6, dtype=torch.int64)
         (lambda: fastkd.dkd_loss(S, T, Y + 6), ValueError, r"target has the label \d+; expected 0 to 5"),
         (lambda: fastkd.dkd_loss(S, T, Y - 7), ValueError, "target has the label -"),
         (lambda: fastkd.dkd_loss(S, T, Y, alpha=float("nan")), ValueError, "alpha is nan"),
-        (
-            lambda: fastkd.distill_loss(S, T, Y, ce_weight=1, kd_weight=float("inf")),
-            ValueError,
-            "kd_weight is inf",
-        ),
-        (
-            lambda: fastkd.distill_loss(S, T, Y, ce_weight=1, label_smoothing=2),
-            ValueError,
-            "label_smoothing is 2",
-        ),
         (lambda: fastkd.kd_loss(S, T, weight=[1.0] * 4), TypeError, "weight is a list"),
         (
             lambda: fastkd.kd_loss(S, T, weight=torch.ones(3)),
@@ -74,8 +54,6 @@ INT = torch.zeros(4, 6, dtype=torch.int64)
             ValueError,
             "weight requires grad",
         ),
-        (lambda: fastkd.ttm_loss(S, T, gamma=0.0), ValueError, "gamma is 0.0"),
-        (lambda: fastkd.jsd_loss(S, T, beta=1.5), ValueError, "beta is 1.5"),
         (lambda: fastkd.nkd_loss(S, T, Y, gamma="1"), TypeError, "gamma is '1'"),
         (lambda: fastkd.set_backend("cuda"), ValueError, "backend is 'cuda'"),
         (lambda: fastkd.KDLoss(temperature=0), ValueError, "temperature is 0"),
@@ -84,6 +62,7 @@ INT = torch.zeros(4, 6, dtype=torch.int64)
     ],
 )
 def test_message_names_what_is_wrong(call, kind, message):
+    """Beside the lines of docs/bad-inputs.md, which are tried on every backend."""
     with pytest.raises(kind, match=message):
         call()
 
