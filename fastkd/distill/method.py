@@ -251,7 +251,8 @@ class Method(nn.Module):
                 the rows of the step divided by the rows of this one.
         """
         total = total_of(terms)
-        scaled(total / micro_batches if micro_batches != 1 else total, scaler).backward()
+        loss = total / micro_batches if micro_batches != 1 else total
+        (loss if scaler is None else scaler.scale(loss)).backward()
         return total.detach()
 
     def finish_gradients(self) -> None:
@@ -379,10 +380,6 @@ class Method(nn.Module):
         if self.teacher is not None:
             self.teacher._apply(fn)  # .to(device) moves the teacher along
         return self
-
-
-def scaled(value: Tensor, scaler: GradScaler | None) -> Tensor:
-    return value if scaler is None else scaler.scale(value)
 
 
 def find_method(name: str) -> type[Method]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fastkd.distill.method import Method
 from fastkd.distill.terms import total_of
@@ -27,7 +27,7 @@ class Snapshot:
     def __init__(self, *networks: nn.Module | None) -> None:
         modules = [module for network in networks if network is not None for module in network.modules()]
         self._buffers = [
-            (module, name, buffer, None if _lazy(buffer) else buffer.clone())
+            (module, name, buffer, None if is_lazy(buffer) else buffer.clone())
             for module in modules
             for name, buffer in module._buffers.items()
             if buffer is not None
@@ -77,7 +77,7 @@ def try_step(method: Method, batch: Batch, precision: str, accumulate: int = 1) 
                 loss = total_of(method(part))
             if not loss.requires_grad:
                 raise TrainError("the loss does not depend on the parameters that are trained")
-            wanted = [p for p in method.parameters() if p.requires_grad and not _lazy(p)]
+            wanted = [p for p in method.parameters() if p.requires_grad and not is_lazy(p)]
             # Not backward(), which would change .grad and run DDP's hooks.
             if wanted:
                 gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
@@ -137,10 +137,6 @@ def left_out(rows: int, reason: str) -> str:
     """The note about a last batch that cannot be trained on."""
     images = "1 image" if rows == 1 else f"{rows} images"
     return f"a batch of {images} cannot be trained on and is left out in each epoch: {reason}"
-
-
-def _lazy(value: Any) -> bool:
-    return torch.nn.parameter.is_lazy(value)
 
 
 def repeated(part: Tensor, rows: int) -> Tensor:
