@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from fastkd.errors import DataError
 from fastkd.recipe.sections import ArraysData, FolderData, ImageData, MemoryImages, ShardData, SyntheticData
 
-from .order import EpochOrder, IndexedLoader
+from .order import EpochOrder, IndexedLoader, split_off
 from .transforms import IMAGENET_MEAN, IMAGENET_STD, Mixing, Normalize
 from .validation import ValidationTransform
 
@@ -235,10 +235,7 @@ def array_data(
     if config.holdout is None:
         where = "validated on its test images"
         return ArrayData(kind, train, test, config.augment, where, mixing, class_names)
-    if config.holdout >= len(train[1]):
-        raise DataError(f"data.holdout = {config.holdout} leaves none of {len(train[1])} training images")
-    order = torch.from_numpy(np.random.default_rng(0).permutation(len(train[1])))
-    held, kept = order[: config.holdout], order[config.holdout :]
+    kept, held = map(torch.from_numpy, split_off(len(train[1]), config.holdout))
     where = "validated on some of its training images, test images unused"
     parts = (train[0][kept], train[1][kept]), (train[0][held], train[1][held])
     return ArrayData(kind, *parts, config.augment, where, mixing, class_names)

@@ -21,7 +21,7 @@ from fastkd.messages import one_line
 from fastkd.recipe.sections import FolderData, ShardData
 
 from .corrupt import Corrupt, CorruptImages
-from .order import Chosen, EpochOrder, IndexedLoader
+from .order import Chosen, EpochOrder, IndexedLoader, split_off
 from .pixels import Decoder, decode, torchcodec_decoders
 from .sources import FolderSource, ShardSource, Source
 from .transforms import (
@@ -333,11 +333,7 @@ def load_file_data(config: FolderData | ShardData) -> FileData:
     if isinstance(config, FolderData):
         source = FolderSource(root / config.train)
         if config.holdout is not None:
-            count = len(source.labels)
-            if config.holdout >= count:
-                raise DataError(f"data.holdout = {config.holdout} leaves none of {count} training images")
-            order = np.random.default_rng(0).permutation(count)
-            train, val = order[config.holdout :], order[: config.holdout]
+            train, val = split_off(len(source.labels), config.holdout)
             return FileData(config, source, source, np.sort(train), np.sort(val), corrupt, source.notes)
         val_source = FolderSource(root / config.val)
         if source.classes != val_source.classes:

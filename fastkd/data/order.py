@@ -1,4 +1,4 @@
-"""The order of samples in an epoch: its batches, starting anywhere, divided among ranks."""
+"""Which images are trained on, and their order in an epoch: batches, from anywhere, divided among ranks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,16 @@ from typing import TypeVar
 
 import numpy as np
 from torch import Tensor
+
+from fastkd.errors import DataError
+
+
+def split_off(count: int, holdout: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of ``count`` training images: those kept, and the ``holdout`` that validate. Raises ``DataError``."""
+    if holdout >= count:
+        raise DataError(f"data.holdout = {holdout} leaves none of {count} training images")
+    order = np.random.default_rng(0).permutation(count)
+    return order[holdout:], order[:holdout]
 
 
 def rows_of(count: int, rank: int, world: int, *, even: bool) -> slice:
