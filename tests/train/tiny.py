@@ -76,6 +76,10 @@ def labels_alone(student: Tensor, teacher: Tensor | None, target: Tensor) -> Ten
     return F.cross_entropy(student, target)
 
 
+def without_time(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in history]
+
+
 class Notes(Watcher):
     def __init__(self) -> None:
         self.notes: list[str] = []

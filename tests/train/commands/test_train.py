@@ -22,6 +22,7 @@ from fastkd.cli import main
 from fastkd.models import GlyphCNN
 from fastkd.train.run.checkpoint import save_checkpoint
 from tests.small_fonts import tiny_student
+from tests.train.tiny import without_time
 
 pytestmark = pytest.mark.usefixtures("workplace")
 
@@ -38,10 +39,6 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 def same_weights(a: Path, b: Path) -> bool:
     first, second = weights(a), weights(b)
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
-
-
-def without_time(records: list[dict]) -> list[dict]:
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
 
 
 def test_a_run_from_nothing(tiny: list[str], workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
