@@ -17,6 +17,6 @@ from .models import ROWS as OF_MODELS
 from .recipes import RECIPES
 from .resuming import RESUME
 
-__all__ = ["LIMITS", "ROWS", "NotTriedError", "happened"]
+__all__ = ["ROWS", "NotTriedError", "happened"]
 
 ROWS: list[Row] = [*RECIPES, *IMAGES, *ARRAYS, *RESUME, *OTHER_FILES, *DISK, *OF_MODELS, *LIMITS]

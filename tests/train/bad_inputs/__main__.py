@@ -1,7 +1,4 @@
-"""Writes the table: `python -m tests.train.bad_inputs > docs/trainer-bad-inputs.md`.
-
-`python -m tests.train.bad_inputs limits` prints the rows of docs/reports/imagenet.md alone.
-"""
+"""Writes the table: `python -m tests.train.bad_inputs > docs/trainer-bad-inputs.md`."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from . import LIMITS, ROWS, NotTriedError, happened
+from . import ROWS, NotTriedError, happened
 
 HEAD = """# Bad inputs to the trainer
 
@@ -23,11 +20,10 @@ and locks are tested by `tests/train/run/test_bit_flips.py` and `tests/files/tes
 
 
 def write_table() -> int:
-    only_limits = sys.argv[1:] == ["limits"]
-    print("\n".join(HEAD.splitlines()[-2:]) if only_limits else HEAD)
+    print(HEAD)
     failed = 0
     os.environ["FASTKD_CACHE"] = tempfile.mkdtemp()
-    for what, must, act in LIMITS if only_limits else ROWS:
+    for what, must, act in ROWS:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 seen = happened(act, Path(folder)).replace(f"{folder}/", "")
