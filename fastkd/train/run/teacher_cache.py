@@ -93,8 +93,8 @@ def _teacher_facts(teacher: Teacher) -> dict[str, Any]:
 class TeacherCache:
     """A finished cache, opened for reading. Raises ``CacheError``."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = folder = Path(folder)
         try:
             self.facts = read_facts(folder / _FACTS)
             self._samples, self._epochs = int(self.facts["samples"]), int(self.facts["epochs"])

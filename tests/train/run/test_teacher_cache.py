@@ -170,7 +170,7 @@ def test_cached_teachers_from_python(tmp_path: Path) -> None:
         (few.train_loader(5, 0, CPU), f"its samples is {few.samples}, .* made for {data.samples}"),
     ):
         with pytest.raises(CacheError, match=difference):
-            CachedLoader(other, TeacherCache(tmp_path / "logits"))
+            CachedLoader(other, TeacherCache(str(tmp_path / "logits")))
 
 
 def test_mixed_images_of_which_some_cannot_be_read(tmp_path: Path) -> None:
