@@ -212,6 +212,11 @@ class CachedLoader:
     """
 
     def __init__(self, loader: IndexedLoader, cache: TeacherCache) -> None:
+        if not isinstance(loader, IndexedLoader):
+            raise CacheError(
+                f"loader is a {type(loader).__name__}; expected a training loader of fastkd, which knows its "
+                "images' numbers: load_data(recipe.data).train_loader(batch_size, seed, device)"
+            )
         for name, value in loader.order_facts.items():
             made_for = cache.facts.get(name)
             if made_for not in (None, value):
