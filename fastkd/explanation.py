@@ -39,7 +39,7 @@ class Explanation:
     bytes: int
     bandwidth: float
     chunk_rows: int | None = None  # of LinearLogits; the following too
-    buffer_bytes: int = 0  # of a chunk's logits of both models, and their gradient if it has its own buffer
+    buffer_bytes: int = 0  # of a chunk's logits of each layer, and their gradient if it has its own buffer
     held_bytes: int = 0  # of gradients in float32, from the loss until backward
     choice: str = ""  # why auto took this backend, where it has a choice
 
@@ -83,7 +83,8 @@ def explain(
     ``loss`` is a case of ``fastkd.ops.spec``, such as kd, lskd, dkd, ce_kd, nkd, ttm, reverse_kl, jsd or
     binary_kl. The time is that of the memory traffic alone, at the bandwidth of a copy that is measured once
     per device. ``hidden`` are the widths of the student's and the teacher's last layers, if their logits are
-    ``LinearLogits``; ``known`` is K of a teacher that is ``TopKLogits``.
+    ``LinearLogits``; ``known`` is K of a teacher that is ``TopKLogits``. With both the student alone has a
+    layer, and the teacher's width is not used.
     """
     if rows < 1 or classes < 2:
         raise ValueError(f"rows is {rows} and classes {classes}; expected at least 1 row and 2 classes")
@@ -118,10 +119,11 @@ def explain(
     explained = Explanation(*of_call, *path, moved, copy_bandwidth(device), choice=choice)
     if hidden is None or chunk is None:
         return explained
+    stored = work.reads if known is None else 1  # a teacher known at K classes has no logits in a chunk
     return replace(
         explained,
         chunk_rows=chunk,
-        buffer_bytes=(work.reads + (not work.in_place)) * chunk * classes * ELEMENT_BYTES[dtype],
+        buffer_bytes=(stored + (not work.in_place)) * chunk * classes * ELEMENT_BYTES[dtype],
         held_bytes=4 * hidden[0] * (classes + rows),
     )
 

@@ -121,6 +121,8 @@ def test_a_teacher_known_at_some_classes(fused):
     explained = fastkd.explain(4, 5000, device=fused, known=64)
     assert explained.accesses <= fastkd.explain(4, 5000, device=fused).accesses
     assert "all but 64" in str(explained)
+    layer = fastkd.explain(4, 5000, device=fused, known=64, hidden=(8, 8))
+    assert layer.buffer_bytes == 2 * 4 * 5000 * 4  # the student's logits of a chunk, and their gradient
     with pytest.raises(ValueError, match=r"binary_kl.*not defined"):
         fastkd.explain(4, 5000, device=fused, loss="binary_kl", known=64)
     with pytest.raises(ValueError, match="known is 0; expected 1 to 5000"):

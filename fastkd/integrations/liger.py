@@ -25,7 +25,8 @@ class KLDivLoss(nn.Module):
     The value is theirs for log_softmax(z_s / T) and softmax(z_t / T), so **without T^2**. ``reduction`` is
     theirs too: "batchmean" divides by the size of the first dimension, "sum" by nothing, and "mean", their
     default, by the number of all elements including classes: with C classes the loss is C times weaker.
-    "none" would be one value per element, which no fused loss has.
+    "none" would be one value per element, which no fused loss has. Name it in calls: the first argument is
+    torch's ``size_average`` and Liger's ``eps``, so that ``torch.nn.KLDivLoss("batchmean")`` is "mean".
     """
 
     def __init__(self, reduction: str = "mean", *, temperature: float = 1.0) -> None:

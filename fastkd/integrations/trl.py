@@ -28,6 +28,9 @@ def generalized_jsd_loss(
 ) -> Tensor:
     """``GKDTrainer.generalized_jsd_loss`` of TRL 1.16: same arguments, same value, no T^2.
 
+    Of the reductions "batchmean", which the trainer uses, and "sum"; TRL's "mean", which divides by the
+    classes too, and its one value per class are refused.
+
     Logits [batch, length, C], ``labels`` [batch, length] with -100 for ignored tokens. "batchmean"
     divides by the non-ignored tokens, or without labels by the batch (not by its tokens); "sum" by nothing;
     ``num_items_in_batch``, if given, is the divisor instead. ``logits_are_probs`` is an argument of older

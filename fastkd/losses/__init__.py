@@ -32,8 +32,9 @@ Common to all of them:
   reaches it before it is rounded. It differentiates once; ``create_graph=True`` raises (use
   ``fastkd.set_backend("eager")`` for second derivatives). Inside the transforms of ``torch.func`` and in
   forward-mode AD the backend "auto" computes in plain torch, and a fused one asked for by name refuses.
-- Weights, temperatures and other numbers may change at every call, under ``torch.compile`` too: none is
-  compiled in. Temperatures are from 1e-6 to 1e6.
+- Weights, temperatures and other numbers may change at every call, under ``torch.compile`` too: from its
+  second value on none is compiled in, except that 0 and 1, which may select other code, compile once more.
+  Temperatures are from 1e-6 to 1e6.
 - TypeError and ValueError name the argument, its value and what is expected, before anything is computed.
 """
 

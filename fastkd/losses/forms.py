@@ -97,8 +97,8 @@ class LinearLogits:
 class TopKLogits:
     """A teacher known at K of C classes; all others count as one class, the rest.
 
-    A loss of it is the loss over K + 1 classes: exact for what is known, and never negative. ``fastkd.top_k``
-    makes them from logits; a serving engine's log-probabilities fit as they are.
+    A loss of it is the loss over K + 1 classes: exact for what is known, and, up to rounding, never negative.
+    ``fastkd.top_k`` makes them from logits; a serving engine's log-probabilities fit as they are.
 
     Args:
         log_probs: [..., K], at ``temperature`` and of all C classes.

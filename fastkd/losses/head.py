@@ -33,9 +33,10 @@ class LinearDistillLoss(nn.Module):
             the student's ``num_classes``, and neither of the others.
         form: ``scale``, ``softcap``, ``num_classes`` and ``chunk_rows`` of the student's.
 
-    Raises ``ValueError`` for wrong options and for heads of different classes, and ``TypeError`` for a layer
-    whose output is not that of its weight and bias: one with a forward of its own (LoRA, a cosine) or with
-    hooks (``torch.nn.utils.weight_norm``; its successor in ``torch.nn.utils.parametrizations`` is fine).
+    Raises ``ValueError`` for wrong values and for heads of different classes, and ``TypeError`` for an
+    unknown option and for a layer whose output is not that of its weight and bias: one with a forward of its
+    own (LoRA, a cosine) or with hooks (``torch.nn.utils.weight_norm``; its successor in
+    ``torch.nn.utils.parametrizations`` is fine).
     Each call asks again, but not compiled ones.
     """
 

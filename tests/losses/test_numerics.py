@@ -178,6 +178,21 @@ def test_nan_in_is_nan_out_in_that_row_alone(fused, case, dtype, classes):
         assert gradient[:bad].isnan().all()
 
 
+@each_case
+def test_nan_in_is_nan_out_in_plain_torch(case):
+    student, teacher, target = make_logits(3, 9)
+    target[:] = 0
+    student[0, 4], teacher[1, 4] = torch.nan, torch.nan
+    with fastkd.use_backend("eager"):
+        loss, gradient = loss_and_gradient(case, student, teacher, target, reduction="none")
+    bad = torch.tensor([True, case.reads_teacher, False])
+    assert torch.equal(loss.isnan(), bad)
+    assert torch.equal(gradient.isnan().any(1), bad)
+    if case.family != "pointwise":
+        rest = gradient[:, 1:] if case.name == "nckd" else gradient  # which the label's logit has no part in
+        assert torch.equal(rest.isnan().all(1), bad)
+
+
 @each_kernel
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("backend", ["native", "triton", "eager"])

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from fastkd.distill import CrossEntropy, Method
+from fastkd.distill import CrossEntropy, Method, options_of
 from fastkd.errors import RecipeError
 from fastkd.files.sealed import short_digest_of
 from fastkd.recipe.files import dump_scalar
@@ -111,7 +111,13 @@ class _Tries:
         recipe, ready = self._recipe, self._ready
         student = build_network(recipe.student, ready.data).to(ready.device)
         method = build_method(recipe, student, self._network, ready.data, ready.device)
-        options = {key: value for key, value in recipe.options.items() if value not in (None, 0, False)}
+        # What is off by default, as most is, is left out.
+        defaults = {key: option.default for key, option in options_of(type(method)).items()}
+        options = {
+            key: value
+            for key, value in recipe.options.items()
+            if value not in (None, 0, False) or value != defaults.get(key)
+        }
         words = ", ".join(f"{key} {dump_scalar(value)}" for key, value in options.items())
         parts = sum(p.numel() for p in method.parameters()) - sum(p.numel() for p in student.parameters())
         heads = f"; {parts:,} parameters of its own" if parts else ""

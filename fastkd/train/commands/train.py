@@ -137,7 +137,10 @@ def _run_launched(args: argparse.Namespace) -> int:
             console.print(note)
         if args.resume is not None:
             if count:
-                raise RecipeError("--resume with --seeds needs the run folder")
+                raise RecipeError(
+                    "--resume takes no --seeds, since a group has its own number of them: leave out --seeds "
+                    "to resume the newest run or group of the recipe, or --resume to start a new one"
+                )
             found = find_run(runs, name, recipe) if distributed.is_first() else None
             folder, nearest = distributed.from_first(found)
             unknown = "no run of this recipe yet" + (f": {nearest}" if nearest else "")

@@ -93,8 +93,8 @@ def _teacher_facts(teacher: Teacher) -> dict[str, Any]:
 class TeacherCache:
     """A finished cache, opened for reading. Raises ``CacheError``."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = folder = Path(folder)
         try:
             self.facts = read_facts(folder / _FACTS)
             self._samples, self._epochs = int(self.facts["samples"]), int(self.facts["epochs"])
@@ -212,6 +212,11 @@ class CachedLoader:
     """
 
     def __init__(self, loader: IndexedLoader, cache: TeacherCache) -> None:
+        if not isinstance(loader, IndexedLoader):
+            raise CacheError(
+                f"loader is a {type(loader).__name__}; expected a training loader of fastkd, which knows its "
+                "images' numbers: load_data(recipe.data).train_loader(batch_size, seed, device)"
+            )
         for name, value in loader.order_facts.items():
             made_for = cache.facts.get(name)
             if made_for not in (None, value):

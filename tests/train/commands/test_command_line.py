@@ -184,6 +184,9 @@ def test_a_dry_run_writes_nothing(tiny: list[str], workplace: Path, capsys) -> N
     assert not list(workplace.iterdir())
     assert main(["train", "glyphs/mhkd", *tiny, "--dry-run", "method.layers=[nowhere]"]) == 2
     assert "no layer 'nowhere'" in capsys.readouterr().err
+    off = "method.center_teacher=false"  # which is on by default
+    assert main(["train", "glyphs/binary-kl-norm", *tiny, "--dry-run", off]) == 0
+    assert "center_teacher false" in capsys.readouterr().out
 
 
 def test_summaries_as_json(capsys: pytest.CaptureFixture[str]) -> None:

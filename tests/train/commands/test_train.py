@@ -227,6 +227,8 @@ def test_resuming_from_within_a_run_folder(
         assert "teacher epoch" not in capsys.readouterr().out
         assert [path.name for path in workplace.rglob("teachers")] == ["teachers"]
     assert len(metrics(group / "seed-0")) == 3
+    assert main(["train", "glyphs/kd", *tiny, *short, "--seeds", "2", "--resume"]) == 2
+    assert "leave out --seeds to resume the newest run or group" in capsys.readouterr().err
 
 
 def test_an_extended_run_is_found_by_its_recipe(

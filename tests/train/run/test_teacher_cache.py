@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import pytest
 import torch
 
 import fastkd
+from fastkd.cli import main
 from fastkd.data.files import load_file_data
+from fastkd.distill import DKD
 from fastkd.models import SmallCNN
 from fastkd.recipe.sections import FolderData
-from fastkd.train import fit
+from fastkd.train import fit, fit_method
 from fastkd.train.run.cache_stores import CacheError, LogitsStore, TopKStore, features_store
 from fastkd.train.run.teacher_cache import CachedLoader, CacheWriter, TeacherCache, read_facts
 from tests.data.image_trees import make_tree
@@ -170,7 +173,29 @@ def test_cached_teachers_from_python(tmp_path: Path) -> None:
         (few.train_loader(5, 0, CPU), f"its samples is {few.samples}, .* made for {data.samples}"),
     ):
         with pytest.raises(CacheError, match=difference):
-            CachedLoader(other, TeacherCache(tmp_path / "logits"))
+            CachedLoader(other, TeacherCache(str(tmp_path / "logits")))
+    with pytest.raises(CacheError, match="loader is a list; expected a training loader of fastkd"):
+        CachedLoader([], TeacherCache(tmp_path / "logits"))  # type: ignore[arg-type]
+
+
+def test_the_own_loop_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_tree(Path("tree"), classes=4)
+    words = [
+        "data.root=tree", "data.size=16", "data.workers=0", "student.name=small_cnn", "student.width=2",
+        "teacher.name=small_cnn", "teacher.width=2", "teacher.weights=null", "teacher.epochs=1",
+        "train.epochs=1", "train.batch_size=8", "train.device=cpu", "train.schedule=constant",
+        "train.milestones=[]",
+    ]  # fmt: skip
+    assert main(["cache-teacher", "imagenet/r18-dkd", *words, "--to", "cache", "--top-k", "3"]) == 0
+    text = (Path(__file__).resolve().parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"<!-- cache, .*?-->\n```python\n(.*?)```", text, re.DOTALL)
+    printed = '["data.root=IMAGENET", "train.epochs=100"]'
+    assert printed in code
+    found = {"torch": torch, "DKD": DKD, "student": SmallCNN(4, width=2, channels=3)}
+    exec(code.replace(printed, repr(words)), found)
+    result = fit_method(found["method"], found["loader"], epochs=1, progress=False)
+    assert set(result.last["terms"]) == {"ce", "tckd", "nckd"}
 
 
 def test_mixed_images_of_which_some_cannot_be_read(tmp_path: Path) -> None:
