@@ -1,5 +1,4 @@
 // The operators of namespace fastkd_native: rows distributed over torch's threads, or launched on a CUDA stream.
-#include "cpu/huge_pages.h"
 #include "operator_arguments.h"
 
 namespace fastkd {
@@ -77,8 +76,6 @@ void loss_on_cpu(const RowArguments& arguments, LossOptions options, const Compu
   const float* values = arguments.dynamic.dense_floats(dynamic);
   for (int64_t i = 0; i < dynamic; i++) options.values[i] = values[i];
   const int pairs = arguments.pairs();
-  if (const Tensor& gradient = arguments.gradient; gradient.given())
-    prefer_huge_pages(gradient.matrix().data, gradient.numel() * width_of(gradient.dtype()));
   float* sums = arguments.sums.given() ? arguments.sums.dense_floats(pairs) : nullptr;
   float* term_sums = arguments.term_sums.given() ? arguments.term_sums.dense_floats(kTerms * pairs) : nullptr;
   for (Rows& rows : arguments.rows()) {
@@ -286,8 +283,6 @@ FASTKD_EXPORT bool fastkd_top_k_ready(const int64_t* indices, const float* log_p
 
 // What is wrong with the environment variable FASTKD_ISA, or nullptr. Unless it is nullptr, kernels() throws.
 FASTKD_EXPORT const char* fastkd_instruction_set_refusal() { return fastkd::instruction_set_refusal(); }
-
-FASTKD_EXPORT void fastkd_prefer_huge_pages(void* data, int64_t bytes) { fastkd::prefer_huge_pages(data, bytes); }
 
 FASTKD_EXPORT const char* fastkd_instruction_set() { return fastkd::kernels().name; }
 

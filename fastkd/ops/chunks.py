@@ -20,7 +20,6 @@ from torch import Tensor
 
 from fastkd.ops.call import Call, Outputs
 from fastkd.ops.layout import as_rows
-from fastkd.ops.native import prefer_huge_pages
 from fastkd.ops.operators import launcher_of
 from fastkd.ops.shards import Shard
 from fastkd.ops.spec import Needs
@@ -75,10 +74,8 @@ def new_gradients(student: Sequence[Tensor], wanted: Sequence[bool], *, zeros: b
     made: list[Tensor | None] = []
     for index, (tensor, asked) in enumerate(zip(student, wanted, strict=True)):
         dtype = wide(tensor.dtype) if layer else tensor.dtype
-        gradient = prefer_huge_pages(tensor.new_empty(tensor.shape, dtype=dtype)) if asked else None
-        if gradient is not None and (zeros or index > 0):  # weight and bias are sums
-            gradient.zero_()
-        made.append(gradient)
+        fresh = tensor.new_zeros if zeros or index > 0 else tensor.new_empty  # weight and bias are sums
+        made.append(fresh(tensor.shape, dtype=dtype) if asked else None)
     return made
 
 
@@ -129,7 +126,7 @@ def _compute(
     to_logits = gradients[0].view(count, classes) if gradients[0] is not None and not to_layer else None
     in_place = to_layer and call.spec.may_alias and not options.student[1]
     apart = (to_layer and not in_place) or (to_logits is not None and kept is not None)
-    spare = prefer_huge_pages(first.new_empty(chunk, classes)) if apart else None
+    spare = first.new_empty(chunk, classes) if apart else None
 
     launch = _launcher(options)
     for start in range(0, used, chunk):
@@ -218,7 +215,7 @@ class _Layer:
         self.weight = weight[:classes]
         self.bias = bias[0][:classes] if bias else None
         self.scale, self.softcap = numbers
-        self.buffer = prefer_huge_pages(self.hidden.new_empty(chunk, classes))
+        self.buffer = self.hidden.new_empty(chunk, classes)
 
     def logits(self, part: Part) -> Tensor:
         """Of the rows ``part``; overwritten by the next call."""

@@ -64,8 +64,6 @@ def _load() -> ctypes.CDLL | str:
     library.fastkd_labels_all_valid.restype = ctypes.c_bool
     library.fastkd_top_k_ready.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 3 + [ctypes.c_float]
     library.fastkd_top_k_ready.restype = ctypes.c_bool
-    library.fastkd_prefer_huge_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-    library.fastkd_prefer_huge_pages.restype = None
     refusal = library.fastkd_register(*torch_libraries)
     return refusal.decode() if refusal else library
 
@@ -136,14 +134,6 @@ def top_k_ready(indices: Tensor, log_probs: Tensor, labels: Tensor | None, class
     return library.fastkd_top_k_ready(
         indices.data_ptr(), log_probs.data_ptr(), address, *indices.shape, classes, most
     )
-
-
-def prefer_huge_pages(tensor: Tensor) -> Tensor:
-    """Ask for large pages in the memory of ``tensor``, which was just made; see csrc/cpu/huge_pages.h."""
-    library = _reader() if type(tensor) in _PLAIN and tensor.is_cpu else None
-    if library is not None:
-        library.fastkd_prefer_huge_pages(tensor.data_ptr(), tensor.nbytes)
-    return tensor
 
 
 def _in_memory(tensor: Tensor, dtype: torch.dtype) -> bool:
