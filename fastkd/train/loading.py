@@ -15,8 +15,9 @@ from fastkd.errors import CheckpointError
 from fastkd.files.paths import user_path
 from fastkd.messages import some
 
-from .run.exported import SUFFIX, load_exported
+from .run.exported import load_exported
 from .run.folder import is_seed_group
+from .run.safetensors_file import SUFFIX
 from .run.student import read_student
 
 # Formats that are run by other programs.

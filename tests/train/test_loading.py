@@ -25,7 +25,7 @@ from fastkd.errors import CheckpointError, TrainError
 from fastkd.models import SmallCNN, build_model
 from fastkd.recipe.schema import load_recipe
 from fastkd.train.run.checkpoint import load_checkpoint, save_checkpoint
-from fastkd.train.run.exported import save_safetensors
+from fastkd.train.run.safetensors_file import save_safetensors
 from fastkd.train.run.student import read_student
 from tests.data.image_trees import make_tree
 from tests.data.test_npz import write

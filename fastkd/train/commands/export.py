@@ -29,8 +29,9 @@ from fastkd.files.plain import load_plain
 from fastkd.files.regular import read_regular
 from fastkd.train.display.console import make_console
 from fastkd.train.run.about import About
-from fastkd.train.run.exported import KEY, SUFFIX, load_exported, save_safetensors
+from fastkd.train.run.exported import load_exported
 from fastkd.train.run.folder import write_text
+from fastkd.train.run.safetensors_file import KEY, SUFFIX, save_safetensors
 from fastkd.train.run.student import read_student
 
 SUFFIXES = {"safetensors": SUFFIX, "state_dict": ".pt", "torch-export": ".pt2", "onnx": ".onnx"}

@@ -65,6 +65,11 @@ class About(Section):
         """By label; the labels' numbers where the data have no names."""
         return tuple(self.classes or map(str, range(self.network.num_classes)))
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """As a checkpoint has them beside its weights."""
+        return {"num_classes": self.network.num_classes, "classes": self.classes}
+
     def to_json(self) -> str:
         return self.model_dump_json(indent=2) + "\n"
 

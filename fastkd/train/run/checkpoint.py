@@ -51,12 +51,6 @@ def load_checkpoint(path: Path, *, remedy: str) -> dict[str, Any]:
     except Damage as damage:
         raise CheckpointError(f"checkpoint {path} is damaged: {damage}; {remedy}") from None
     except pickle.UnpicklingError as error:
-        if path.suffix == ".safetensors":
-            raise CheckpointError(
-                f"checkpoint {path} is a safetensors file; expected one of torch.save, such as that of "
-                "`fastkd export RUN --format state_dict`, or of torch.save(safetensors.torch.load_file(…), "
-                f"…); {remedy}"
-            ) from None
         raise CheckpointError(
             f"checkpoint {path} is damaged or holds more than tensors: {error}; {remedy}"
         ) from None

@@ -17,6 +17,7 @@ from fastkd.messages import other_class
 from fastkd.train.state_dicts import COUNTER, fill, is_extra_state
 
 from .checkpoint import load_checkpoint
+from .safetensors_file import SUFFIX, read_safetensors
 
 # Where checkpoints keep their state dict: fastkd's, Lightning's, timm's, mmengine's, custom ones.
 _WRAPPERS = (
@@ -29,15 +30,13 @@ _LISTED = 20
 def load_weights(model: nn.Module, path: Path, *, num_classes: int, remedy: str) -> dict[str, Any]:
     """Load a checkpoint file into ``model``; returns the file's other entries if fastkd wrote it.
 
-    The file is a state dict, or has one under one of the usual names. Its keys may have a prefix such as
-    DDP's ``module.`` or Lightning's ``model.``. It is read as plain tensors and values, without running code.
+    The file is a state dict, or has one under one of the usual names, or is a safetensors file. Its keys may
+    have a prefix such as DDP's ``module.`` or Lightning's ``model.``. It is read as plain tensors and values,
+    without running code.
 
     Raises ``CheckpointError`` that lists every missing or unexpected name and every other shape.
     """
-    content = load_checkpoint(path, remedy=remedy)
-    facts = content if "format" in content else {}
-    if facts:
-        content = as_validated(content)
+    content, facts = _content_of(path, remedy)
     trained_classes = facts.get("num_classes", num_classes)
     if trained_classes != num_classes:
         raise CheckpointError(
@@ -56,6 +55,15 @@ def load_weights(model: nn.Module, path: Path, *, num_classes: int, remedy: str)
         )
     fill(model, weights, f"checkpoint {path}", remedy)
     return {key: value for key, value in facts.items() if key not in _WRAPPERS}
+
+
+def _content_of(path: Path, remedy: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What holds the state dict, and what the file says of it if fastkd wrote it."""
+    if path.suffix == SUFFIX and path.exists():
+        about, weights = read_safetensors(path)
+        return weights, {} if about is None else about.facts
+    content = load_checkpoint(path, remedy=remedy)
+    return (as_validated(content), content) if "format" in content else (content, {})
 
 
 def check_class_names(facts: Mapping[str, Any], path: Path, data: Data, remedy: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from fastkd.cli import main
@@ -31,6 +33,7 @@ def prefixed(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
     return {prefix + key: value for key, value in state.items()}
 
 
+RUN = Path("runs/fashion-mnist-student-001")
 WRAPPERS = ["model", "state_dict", "model_state_dict", "net", "network", "weights"]
 
 
@@ -44,6 +47,39 @@ def test_state_dicts_as_people_keep_them(tmp_path: Path, prefix: str, wrapper: s
     load_weights(model, tmp_path / "w.pt", num_classes=4, remedy="")
     for key, value in network().state_dict().items():
         assert torch.equal(model.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_safetensors_files_of_other_programs(tmp_path: Path, prefix: str) -> None:
+    path = tmp_path / "model.safetensors"
+    state = {key: value.contiguous() for key, value in network().state_dict().items()}
+    save_file(prefixed(prefix, state), path)
+    model = network(1)
+    assert load_weights(model, path, num_classes=4, remedy="") == {}
+    for key, value in network().state_dict().items():
+        assert torch.equal(model.state_dict()[key], value), key
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(CheckpointError, match="is truncated or damaged, or no safetensors file"):
+        load_weights(model, path, num_classes=4, remedy="")
+    with pytest.raises(CheckpointError, match=r"no checkpoint .*gone"):
+        load_weights(model, tmp_path / "gone.safetensors", num_classes=4, remedy="")
+
+
+def test_an_export_is_a_teacher(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = ["data.synthetic=20", "student.width=2", "train.epochs=1", "train.device=cpu"]
+    assert main(["train", "fashion-mnist/student", *short]) == 0
+    assert main(["export", str(RUN), "--to", "student.safetensors"]) == 0
+    teacher = ["teacher.width=2", "teacher.checkpoint=student.safetensors"]
+    assert main(["train", "fashion-mnist/kd", *short, *teacher]) == 0
+    assert "teacher: " in capsys.readouterr().out
+    (of_kd,) = Path("runs").glob("fashion-mnist-kd*")
+    summaries = [json.loads((run / "summary.json").read_text()) for run in (RUN, of_kd)]
+    assert summaries[1]["teacher"]["val_accuracy"] == summaries[0]["best"]["val_accuracy"]
+    classes = ["data.name=synthetic", "data.size=28", "data.channels=1", "data.classes=7"]
+    other = [word for word in short if "synthetic" not in word] + teacher + classes
+    capsys.readouterr()
+    assert main(["train", "fashion-mnist/kd", *other]) == 2
+    assert "was trained for 10 classes, but this data set has 7" in capsys.readouterr().err
 
 
 def test_the_average_of_a_state_is_what_was_validated(tmp_path: Path) -> None:
