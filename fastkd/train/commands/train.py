@@ -29,11 +29,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RECIPE [key=value …]",
         help="a name that `fastkd recipes` lists or a .yaml file, then overrides such as train.epochs=3",
     )
-    parser.add_argument("--print", action="store_true", help="only print the recipe with overrides, as YAML")
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--print", action="store_true", help="only print the recipe with overrides, as YAML")
+    instead.add_argument(
         "--dry-run",
         action="store_true",
         help="only try it: data, networks, a training step and a validation batch; no run folder",
+    )
+    instead.add_argument(
+        "--eval-only",
+        action="store_true",
+        help="only validate the networks of --resume RUN_FOLDER or teacher.checkpoint",
     )
     parser.add_argument("--seeds", type=positive, metavar="N", help="run N seeds; print mean ± deviation")
     parser.add_argument(
@@ -43,11 +49,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         const="",
         metavar="RUN_FOLDER",
         help="resume a stopped run; without a folder, the newest run of the recipe",
-    )
-    parser.add_argument(
-        "--eval-only",
-        action="store_true",
-        help="only validate the networks of --resume RUN_FOLDER or teacher.checkpoint",
     )
     parser.add_argument(
         "--runs",

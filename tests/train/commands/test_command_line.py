@@ -268,3 +268,10 @@ def test_the_demo(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> N
     assert main(["demo", "--to", "mine"]) == 2
     assert "already exists and is not overwritten" in capsys.readouterr().err
     assert (mine / "demo.png").read_text() == "mine"
+
+
+def test_one_thing_instead_of_training(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["train", *STUDENT, "--print", "--dry-run"])
+    assert ended.value.code == 2
+    assert "--dry-run: not allowed with argument --print" in capsys.readouterr().err
