@@ -65,7 +65,7 @@ _OPTIONS = {
     "emoji": (["layer1", "layer2", "layer3"], ["method.hint_weight=100.0"], _RELATIONS, _PUBLISHED),
 }
 PROBLEMS = tuple(_OPTIONS)
-# Rows of one problem: methods without a recipe of it, with the options chosen for it; and the weights chosen
+# Rows of one problem: methods without a recipe of it, with the options chosen for it; and the options chosen
 # for emoji, which its recipes of DHKD, BinaryKL-Norm and DCKD have too, while its other rows have the
 # published ones.
 _CHOSEN_HINT = ["method.hint_layer=layer3", "method.hint_weight=10.0"]
@@ -77,6 +77,7 @@ _MORE = {
         ],
     },
     "emoji": {
+        "KD, chosen weight": ["emoji/kd", "method.kd_weight=2.8", "method.temperature=2.0"],
         "DHKD, chosen weight": ["emoji/dhkd", "method.alpha=0.32"],
         "one head, chosen weight": ["emoji/binary-kl-norm", "method.weight=0.1"],
         "one head, DHKD's chosen weight": ["emoji/binary-kl-norm", "method.weight=0.32"],
@@ -113,13 +114,19 @@ DIFFERENCES = [
     ("DCKD + RKD", "DCKD"),
     ("DCKD + RKD", "RKD"),
     ("DCKD + RKD", "DKD + RKD"),
+    ("KD, chosen weight", "KD"),
+    ("DKD", "KD, chosen weight"),
+    ("DCKD", "KD, chosen weight"),
+    ("MHKD", "KD, chosen weight"),
     ("DHKD, chosen weight", "labels alone"),
     ("DHKD, chosen weight", "KD"),
+    ("DHKD, chosen weight", "KD, chosen weight"),
     ("DHKD, chosen weight", "DHKD"),
     ("DHKD, chosen weight", "one head"),
     ("DHKD, chosen weight", "one head, chosen weight"),
     ("DHKD, chosen weight", "one head, DHKD's chosen weight"),
     ("one head, chosen weight", "one head"),
+    ("one head, chosen weight", "KD, chosen weight"),
     ("DCKD + hint, chosen weight", "DCKD"),
     ("DCKD + hint, chosen weight", "hint"),
     ("DCKD + hint, chosen weight", "DKD + hint, chosen weight"),
