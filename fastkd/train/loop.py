@@ -215,7 +215,7 @@ def fit_method(
         optimizer,
         scheduler,
         scheduler_interval,
-        scaler=make_scaler(device, precision),
+        scaler=make_scaler(device, precision, optimizer),
         average=make_ema(student, ema) if ema is not None else None,
         batches=train.length,
         generators=own_generators(train_loader),

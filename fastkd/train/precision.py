@@ -55,9 +55,15 @@ def place(method: Method, numerics: Numerics, teacher_precision: str | None) -> 
         method.teacher_dtype = dtype_of(teacher_precision) or torch.float32
 
 
-def make_scaler(device: torch.device, precision: str) -> GradScaler | None:
-    """The loss scaler for float16, whose small gradients underflow otherwise."""
-    return GradScaler(device.type) if precision == "float16" else None
+def make_scaler(device: torch.device, precision: str, optimizer: torch.optim.Optimizer) -> GradScaler | None:
+    """The loss scaler for float16, whose small gradients underflow otherwise; None for other formats."""
+    if precision != "float16":
+        return None
+    if isinstance(optimizer, torch.optim.SGD):
+        # Fused, it leaves a step with infinite gradients out itself. If that is the first, as often, the
+        # next takes momentum from memory that was never written (torch 2.11, 2.14). Now the scaler does it.
+        optimizer._step_supports_amp_scaling = False
+    return GradScaler(device.type)
 
 
 def check_compiler(device: torch.device) -> None:

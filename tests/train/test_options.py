@@ -6,6 +6,7 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from fastkd.cli import main
 from fastkd.distill import CrossEntropy
 from fastkd.errors import RecipeError
 from fastkd.recipe.schema import load_recipe
-from fastkd.train import Watcher, evaluate, fit_method
+from fastkd.train import Watcher, evaluate, fit, fit_method
 from fastkd.train.batches import Batches, micro_batches
 from fastkd.train.display.console import ConsoleProgress, make_console
 from fastkd.train.meters import LossMeter
@@ -52,6 +53,31 @@ def close(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float) -> None:
 )
 def test_half_precision_goes_the_same_way(variant: str, precision: str) -> None:
     close(trained(variant), trained(variant, precision=precision), 0.05)
+
+
+@pytest.fixture
+def fresh_memory_is_nan() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("fresh_memory_is_nan")
+def test_float16_whose_first_step_overflows() -> None:
+    """Torch's fused SGD took its momentum from memory that the step left out had not written."""
+    weights = []
+    for fused in (True, False):
+        student = make_method("kd").student
+        optimizer = torch.optim.SGD(student.parameters(), 0.1, momentum=0.9, fused=fused)
+        options: dict[str, Any] = {"loss": steep, "epochs": 2, "optimizer": optimizer}
+        fit(student, None, Loader(), None, precision="float16", **options)
+        weights.append(student.state_dict())
+    for key, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][key], msg=lambda m, k=key: f"{k}: {m}")
+
+
+def steep(student: Tensor, teacher: Tensor | None, target: Tensor) -> Tensor:
+    return 32 * nn.functional.cross_entropy(student, target)
 
 
 def test_the_teacher_in_a_format_of_its_own() -> None:
