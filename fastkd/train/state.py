@@ -7,6 +7,7 @@ length. ``load_state`` therefore compares first and names every difference.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from numbers import Number
@@ -53,7 +54,13 @@ class Training:
 
     def step_scheduler(self, after: str) -> None:
         """Step the scheduler if it is stepped after each ``after``: ``"step"`` or ``"epoch"``."""
-        if self.scheduler is not None and self.scheduler_interval == after:
+        if self.scheduler is None or self.scheduler_interval != after:
+            return
+        if self.scaler is None:
+            self.scheduler.step()
+            return
+        with warnings.catch_warnings():  # the scaler may have left out the optimizer's first step
+            warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step\(\)` before")
             self.scheduler.step()
 
     def buffers_beside(self) -> dict[str, Tensor]:

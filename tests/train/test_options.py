@@ -6,6 +6,7 @@ import math
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,11 @@ def test_float16_whose_first_step_overflows() -> None:
     for fused in (True, False):
         student = make_method("kd").student
         optimizer = torch.optim.SGD(student.parameters(), 0.1, momentum=0.9, fused=fused)
-        options: dict[str, Any] = {"loss": steep, "epochs": 2, "optimizer": optimizer}
-        fit(student, None, Loader(), None, precision="float16", **options)
+        scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+        options: dict[str, Any] = {"optimizer": optimizer, "scheduler": scheduler}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # such as torch's of a scheduler before its optimizer
+            fit(student, None, Loader(), loss=steep, epochs=2, precision="float16", **options)
         weights.append(student.state_dict())
     for key, value in weights[0].items():
         torch.testing.assert_close(value, weights[1][key], msg=lambda m, k=key: f"{k}: {m}")

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -116,13 +117,18 @@ def is_summary(content: Any) -> bool:
         return False
 
 
+def _kept_states(folder: Path) -> list[Path]:
+    """Those of ``keep_every``, the newest first."""
+    return sorted(folder.glob("epoch-*.pt"), reverse=True)
+
+
 def read_resume_state(folder: Path, note: Callable[[str], None]) -> dict[str, Any] | None:
     """The newest readable state; None if there are no states. Damaged ones are reported to ``note``.
 
     Raises ``CheckpointError`` if there are states but none can be read.
     """
-    kept = sorted(folder.glob("epoch-*.pt"), reverse=True)
-    paths = [path for path in (folder / "last.pt", folder / _PREVIOUS, *kept) if path.exists()]
+    states = (folder / "last.pt", folder / _PREVIOUS, *_kept_states(folder))
+    paths = [path for path in states if path.exists()]
     remedy = "delete it to start this run from its first epoch"
     for path in paths:
         try:
@@ -172,6 +178,9 @@ class RunRecorder(ForwardingWatcher):
     def __enter__(self) -> Watcher:
         if self._history:  # the run may have been killed after writing the state
             self._write_metrics()
+            last, kept = self._folder / "last.pt", _kept_states(self._folder)
+            if kept and not last.exists():  # or between the first kept state and the newest, which it is too
+                write_atomically(last, lambda temporary: shutil.copyfile(kept[0], temporary))
         return super().__enter__()
 
     def __exit__(self, *exception: object) -> None:
