@@ -20,10 +20,12 @@ def _rows(
     def other(method: str, *options: str) -> list[str]:
         return [f"{problem}/kd", f"method={method}", *options]
 
-    dhkd, one_head = ([f"{problem}/{name}", *published.get(name, [])] for name in ("dhkd", "binary-kl-norm"))
+    kd, dhkd, one_head = (
+        [f"{problem}/{name}", *published.get(name, [])] for name in ("kd", "dhkd", "binary-kl-norm")
+    )
     return {
         "labels alone": [f"{problem}/student"],
-        "KD": [f"{problem}/kd"],
+        "KD": kd,
         "LSKD": [f"{problem}/lskd"],
         "DKD": [f"{problem}/dkd"],
         "MHKD": [f"{problem}/mhkd"],
@@ -58,7 +60,11 @@ def _linear(weight: str) -> list[str]:
 # Fashion-MNIST.
 _DISTANCES = ["method.distance_weight=5.0", "method.angle_weight=0.0"]
 _RELATIONS = ["method.distance_weight=25.0", "method.angle_weight=50.0"]
-_PUBLISHED = {"dhkd": ["method.alpha=1.0"], "binary-kl-norm": ["method.weight=1.0"]}
+_PUBLISHED = {
+    "kd": ["method.kd_weight=0.9", "method.temperature=4.0"],
+    "dhkd": ["method.alpha=1.0"],
+    "binary-kl-norm": ["method.weight=1.0"],
+}
 _OPTIONS = {
     "glyphs": (["stages.0", "stages.1", "stages.2"], _linear("1.0"), _DISTANCES, {}),
     "fashion-mnist": (["stages.0", "stages.1", "stages.2"], _linear("0.01"), _DISTANCES, {}),
@@ -66,7 +72,7 @@ _OPTIONS = {
 }
 PROBLEMS = tuple(_OPTIONS)
 # Rows of one problem: methods without a recipe of it, with the options chosen for it; and the options chosen
-# for emoji, which its recipes of DHKD, BinaryKL-Norm and DCKD have too, while its other rows have the
+# for emoji, which its recipes of KD, DHKD, BinaryKL-Norm and DCKD have too, while its other rows have the
 # published ones.
 _CHOSEN_HINT = ["method.hint_layer=layer3", "method.hint_weight=10.0"]
 _MORE = {
