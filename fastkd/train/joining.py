@@ -50,7 +50,7 @@ def join(backend: str) -> None:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, **limits)
     except RuntimeError as error:
         raise LaunchError(
-            f"the processes have found each other but cannot connect: {first_line(error)[:300]}; {_INTERFACE}"
+            f"the processes have found each other but cannot connect: {_first_line(error)}; {_INTERFACE}"
         ) from None
 
 
@@ -86,13 +86,13 @@ def _store(rank: int, world: int, until: _Deadline) -> dist.Store:
     except dist.DistNetworkError as error:
         if serves:
             raise LaunchError(
-                f"rank 0 on {_machine()} cannot listen on {place}: {first_line(error)[:300]}; expected an "
+                f"rank 0 on {_machine()} cannot listen on {place}: {_first_line(error)}; expected an "
                 "address of its own machine and a free port"
             ) from None
-        raise LaunchError(f"{place} answers, but not as torch's store: {first_line(error)[:300]}") from None
+        raise LaunchError(f"{place} answers, but not as torch's store: {_first_line(error)}") from None
     except dist.DistStoreError as error:
         joined = re.search(r"(\d+)/\d+ clients joined", str(error))
-        came = f"only {joined[1]} of the {world} processes came" if joined else first_line(error)[:300]
+        came = f"only {joined[1]} of the {world} processes came" if joined else _first_line(error)
         raise LaunchError(
             f"{came} to {place} within {until.seconds} s ({_JOIN}); start the same command, with this "
             "address and port, on every machine"
@@ -257,3 +257,7 @@ def _peer(text: str) -> str:
 def _ranks(ranks: set[int]) -> str:
     numbers = [str(rank) for rank in sorted(ranks)]
     return f"rank{'s' if len(numbers) > 1 else ''} {some(numbers, 8)}"
+
+
+def _first_line(error: Exception) -> str:
+    return first_line(error)[:300]

@@ -56,7 +56,10 @@ def place(method: Method, numerics: Numerics, teacher_precision: str | None) -> 
 
 
 def make_scaler(device: torch.device, precision: str, optimizer: torch.optim.Optimizer) -> GradScaler | None:
-    """The loss scaler for float16, whose small gradients underflow otherwise; None for other formats."""
+    """The loss scaler for float16, whose small gradients underflow otherwise; None for other formats.
+
+    Steps that it leaves out do not reach a ``torch.optim.SGD`` from then on, fused or not.
+    """
     if precision != "float16":
         return None
     if isinstance(optimizer, torch.optim.SGD):

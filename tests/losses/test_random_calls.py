@@ -5,8 +5,6 @@ Other tests vary one or two of them at a time.
 
 import inspect
 import math
-import random
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -18,6 +16,7 @@ from fastkd import LinearLogits, TopKLogits
 from fastkd.losses.cases import takes_target
 from fastkd.ops import spec
 from fastkd.ops.spec import Needs
+from tests.choices import Choices
 from tests.losses.test_top_k import interpreted
 
 # Relative to the norm, or to FLOOR times a number's usual size if that is larger. A product of a hidden
@@ -31,21 +30,12 @@ FREE = {"temperature", *WEIGHTS} - {"beta"}
 SMOOTH = [(loss, case) for loss, case in spec.CASES.values() if case.function != "tvd_loss"]  # it has signs
 
 
-@dataclass
-class Draw:
-    """Random choices that depend on nothing but the seed."""
+class Draw(Choices):
+    """Choices and tensors."""
 
-    seed: int
-
-    def __post_init__(self):
-        self.random = random.Random(self.seed)
-        self.generator = torch.Generator().manual_seed(self.seed)
-
-    def often(self, probability: float) -> bool:
-        return self.random.random() < probability
-
-    def of(self, *choices: Any) -> Any:
-        return self.random.choice(choices)
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.generator = torch.Generator().manual_seed(seed)
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator)

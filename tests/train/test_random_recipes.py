@@ -5,8 +5,6 @@ Other tests vary one or two of them at a time.
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,10 @@ from fastkd.train import evaluate
 from fastkd.train.display.console import make_console
 from fastkd.train.run import folder as run_folder
 from fastkd.train.run.run import run_recipe
+from tests.choices import Choices
 from tests.data.image_trees import load_script, make_shards, make_tree
+
+from .tiny import Killed
 
 compare_runs = load_script("kill_and_resume").compare_runs
 
@@ -44,24 +45,18 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class Draw:
-    """Random choices that depend on nothing but the seed."""
+class Draw(Choices):
+    """A recipe in the making."""
 
     def __init__(self, seed: int) -> None:
-        self._random = random.Random(seed)
+        super().__init__(seed)
         self.values: dict[str, Any] = {"description": "drawn"}
 
-    def of(self, *choices: Any) -> Any:
-        return self._random.choice(choices)
-
     def layers(self, count: int) -> list[str]:
-        return self._random.sample(LAYERS, count)
-
-    def number(self, least: int, most: int) -> int:
-        return self._random.randint(least, most)
+        return self.random.sample(LAYERS, count)
 
     def maybe(self, probability: float, key: str, *choices: Any) -> None:
-        if self._random.random() < probability:
+        if self.often(probability):
             self.values[key] = self.of(*choices)
 
 
@@ -138,10 +133,6 @@ def _draw_method(draw: Draw, method: str) -> None:
         draw.maybe(0.4, "method.fix_acquired", "argmax", False)
 
 
-class Killed(BaseException):
-    pass
-
-
 class Saves:
     """Counts the states that a run writes, and ends it like a kill right before or after one of them."""
 
@@ -164,7 +155,7 @@ class Saves:
 
 
 @pytest.fixture
-def saves(monkeypatch: pytest.MonkeyPatch) -> Iterator[Saves]:
+def saves(monkeypatch: pytest.MonkeyPatch) -> Saves:
     return Saves(monkeypatch)
 
 
@@ -179,7 +170,7 @@ def test_a_run_killed_anywhere_ends_in_the_same_bits(
         return run_recipe("drawn", recipe, runs=Path(runs), console=make_console(quiet=True), folder=folder)
 
     summary = run("whole")
-    saves.until(draw.number(1, saves.count), draw.of(True, False))
+    saves.until(draw.random.randint(1, saves.count), draw.of(True, False))
     with pytest.raises(Killed):
         run("killed")  # where the teacher is trained too, and may be what is killed
     (killed,) = Path("killed").glob("drawn*")

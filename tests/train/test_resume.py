@@ -24,13 +24,9 @@ from fastkd.train.run.checkpoint import load_checkpoint, save_checkpoint
 from fastkd.train.signals import Control, StopSignals, restore_handlers
 from tests.data.image_trees import make_tree
 
-from .tiny import VARIANTS, Loader, Net, Notes, make_method, without_time
+from .tiny import VARIANTS, Killed, Loader, Net, Notes, make_method, without_time
 
 STEPS = 4  # of an epoch of 56 images in batches of 16
-
-
-class Killed(BaseException):
-    pass
 
 
 class KillAfter(Watcher):

@@ -1,6 +1,7 @@
 """A data set and networks of a few kilobytes, and every method on them: trainings that take milliseconds.
 
-Also a loss of the labels alone, a watcher that keeps notes, and an object whose unpickling runs code.
+Also a loss of the labels alone, a watcher that keeps notes, an exception in place of a signal, and an object
+whose unpickling runs code.
 """
 
 from __future__ import annotations
@@ -86,6 +87,10 @@ class Notes(Watcher):
 
     def note(self, text: str) -> None:
         self.notes.append(text)
+
+
+class Killed(BaseException):
+    """Ends a training like an uncatchable signal."""
 
 
 class Evil:
