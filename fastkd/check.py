@@ -68,8 +68,9 @@ SCALED_SHAPE, SCALE, SCALED_ROWS = (4, 32768), 65536.0, 64
 SMALLEST_HALF, FLUSHED_SHARE = 2.0**-24, 1e-4
 # A constant between the models, to which the softmax is invariant.
 OFFSET, OFFSET_SHAPE, OFFSET_NOISE = 1000.0, (8, 8000), 0.3
-# Other orders of summation in float32 change the errors of a few rows by this factor; and the rounding of the
-# largest terms, which no order avoids, relative to the loss of random logits (or to the gradient itself).
+# Other orders of summation in float32 change the errors of a few rows by this factor (torch's own differ
+# between x86 and Arm); and the rounding of the largest terms, which no order avoids, relative to the loss of
+# random logits (or to the gradient itself).
 ORDER, ROUNDING = 4.0, 4e-7
 
 
@@ -200,12 +201,14 @@ def _compare(verdicts: Sequence[Verdict], loss: Loss, dtype: torch.dtype, shape:
         true_loss, true_gradient = _exact(loss, inputs, grad_output)
         scales = scales or (true_loss, true_gradient)  # of random logits, the first regime
         gradient_scale = scales[1] if regime == "equal" else true_gradient
-        limit = bounds.near_equal if regime == "near-equal" else bounds.gradient
         for verdict in verdicts:
             result = _of_backend(verdict, loss, inputs, grad_output)
             if result is None:
                 continue
             value, gradient = result
+            limit = bounds.near_equal if regime == "near-equal" else bounds.gradient
+            if verdict.backend == "eager":
+                limit *= ORDER
             where = f"at {_name(dtype)} {shape[0]} x {shape[1]}, {regime} logits"
             loss_error = relative(value, true_loss, scales[0])
             gradient_error = relative(gradient, true_gradient, gradient_scale, allowance)

@@ -2,6 +2,10 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "kernels.h"
 
 namespace fastkd {
@@ -17,13 +21,21 @@ struct Choice {
   std::string refusal;  // if kernels is nullptr
 };
 
+#if defined(__x86_64__)
+// By the instruction itself: the compilers' __builtin_cpu_supports knows it from GCC 11 and Clang 17 on.
+bool has_f16c() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+#endif
+
 Choice choose() {
   const char* environment = std::getenv("FASTKD_ISA");
   const std::string wanted = environment == nullptr ? "" : environment;
   const Kernels* runnable[3] = {&portable_kernels};  // fastest last
   int count = 1;
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c())
     runnable[count++] = &avx2_kernels;
   if (count == 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))

@@ -74,7 +74,6 @@ FASTKD_INLINE BlockSums sum_block(const RowJob& job, int64_t offset, int padded,
   const vf base_s = exponents.base_s, base_t = exponents.base_t;
   const Exponent exponent_s = exponents.student, exponent_t = kNeeds & kOwnSlopes ? exponents.teacher : exponent_s;
   BlockSums sums = {}, of_part = {};
-  auto& [sum_s, sum_t, dot_s, dot_t, cross_t, moment_s, moment_t, t1_s, t1_t] = of_part;
   const auto add = [&](int i) __attribute__((always_inline)) {
     vf s, t;
     logits(i, s, t);
@@ -82,27 +81,27 @@ FASTKD_INLINE BlockSums sum_block(const RowJob& job, int64_t offset, int padded,
     // only like a perturbation of the logits.
     const vf x_s = s - base_s, x_t = t - base_t;
     const vf exp_u = exp_or_zero(x_s, exponent_s), exp_v = exp_or_zero(x_t, exponent_t);
-    sum_s += exp_u;
-    sum_t += exp_v;
+    of_part.sum_s += exp_u;
+    of_part.sum_t += exp_v;
     if (kNeeds & kCrossTerm) {
-      cross_t += exp_v * x_s;
+      of_part.cross_t += exp_v * x_s;
     } else if (!(kNeeds & kSumsOnly)) {
       // Exactly 0 for equal logits, finite for masked ones. A common slope is applied to the sum.
       const vf difference = kNeeds & kOwnSlopes ? rounded(x_t * slope_t) - rounded(x_s * slope_s) : x_t - x_s;
-      if (kNeeds & kLogRatio) dot_s += exp_u * difference;
-      else dot_t += exp_v * difference;
+      if (kNeeds & kLogRatio) of_part.dot_s += exp_u * difference;
+      else of_part.dot_t += exp_v * difference;
     }
     if (kNeeds & kStandardized) {
       const vf above_mean = s - mean_s;
-      moment_s += exp_u * above_mean;
-      moment_t += exp_v * above_mean;
+      of_part.moment_s += exp_u * above_mean;
+      of_part.moment_t += exp_v * above_mean;
     }
-    if (kNeeds & kTeacherAtT1) t1_t += exp_or_zero(x_t);
+    if (kNeeds & kTeacherAtT1) of_part.t1_t += exp_or_zero(x_t);
     store(to.student + i, exp_u);
     store(to.teacher + i, exp_v);
     if (kNeeds & kStudentAtT1) {
       const vf exp_z = exp_or_zero(x_s);
-      t1_s += exp_z;
+      of_part.t1_s += exp_z;
       store(to.t1 + i, exp_z);
     }
   };
