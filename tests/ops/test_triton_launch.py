@@ -8,16 +8,15 @@ import math
 import pytest
 import torch
 
+pytest.importorskip("triton")
+
 from fastkd import reference
 from fastkd.ops.call import Call, Marks, Outputs
 from fastkd.ops.spec import CASES
 from fastkd.ops.spec import LOSSES as SPEC
+from fastkd.ops.triton import launch, row_sums, row_weights
 from fastkd.ops.triton.launch_options import _kinds
 from tests.cases import KERNELS
-
-launch = pytest.importorskip("fastkd.ops.triton.launch")
-row_sums = pytest.importorskip("fastkd.ops.triton.row_sums")
-row_weights = pytest.importorskip("fastkd.ops.triton.row_weights")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # By case name: loss, options, whether it takes a label.
