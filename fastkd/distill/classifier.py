@@ -25,8 +25,7 @@ def find_classifier(model: nn.Module, role: str = "student") -> tuple[str, nn.Li
     named: list[Any] = [tell()] if callable(tell) else [getattr(model, name, None) for name in _NAMES]
     paths = {module: path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     found = {_last_linear(module) for module in named if isinstance(module, nn.Module)} - {None}
-    if not found and len(paths) == 1:
-        found = set(paths)
+    found = found or set(paths)
     if len(found) == 1:
         (linear,) = found
         assert linear is not None

@@ -20,7 +20,7 @@ from .method import Method, Seen
 from .options import Count, Epochs, Fraction, Positive, Weight
 from .precision import dtype_of_parts
 from .taps import INPUT, pooled, width_of
-from .terms import TOTAL, Terms
+from .terms import Terms
 
 
 class DHKD(Method):
@@ -115,7 +115,7 @@ class DHKD(Method):
         return terms
 
     def backward(self, terms: Terms, *, scaler: GradScaler | None = None, micro_batches: float = 1) -> Tensor:
-        rest = [value for name, value in terms.items() if name not in ("ce", TOTAL)]
+        rest = [value for name, value in terms.items() if name != "ce"]
         if self.alignment is not None and rest:
             self.alignment.add(terms["ce"] / micro_batches, rest, scaler)
         loss = super().backward(terms, scaler=scaler, micro_batches=micro_batches)

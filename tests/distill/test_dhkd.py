@@ -107,6 +107,17 @@ def test_gradients_that_agree_are_left_alone() -> None:
     matches(method, {n: g0[n] + g1[n] for n in g0})
 
 
+def test_a_frozen_backbone_has_nothing_to_align() -> None:
+    """Each loss then reaches its own head alone."""
+    method, one = conflicting("shared")
+    method.student.features.requires_grad_(False)
+    g0, g1 = separate(method, [one])
+    method.backward(method(one))
+    method.finish_gradients()
+    matches(method, {name: g0[name] + g1[name] for name in g0})
+    assert gradients(method).keys() == {"student.fc.weight", "student.fc.bias", "head.weight", "head.bias"}
+
+
 def test_no_gradient_of_the_labels_is_no_nan() -> None:
     student, teacher = pair()
     method = DHKD(student, teacher, ce_weight=0.0)

@@ -147,8 +147,9 @@ def test_a_hint(projection: str) -> None:
     options = {"hint_layer": "features.1", "hint_teacher_layer": "fc:input", "example": images[:2]}
     with pytest.raises(FeatureError, match=r"two feature maps.* gives \[N, 8, 4, 4\] and .* \[N, 12\]"):
         FitNets(student, teacher, **options)
-    with pytest.raises(ValueError, match="teacher is None"):
-        KD(student, None, hint_weight=1.0, hint_layer="fc")
+    for weight in ("hint_weight", "distance_weight", "angle_weight"):
+        with pytest.raises(ValueError, match="teacher is None, but a hint or a relation distils from one"):
+            CrossEntropy(student, None, **{weight: 1.0})
 
 
 @pytest.mark.parametrize(
@@ -379,8 +380,13 @@ def test_relations_of_near_and_equal_points(loss: Callable[[Tensor, Tensor], Ten
         "equal in pairs": plain[:16].repeat(2, 1),
     }[case]
     expected = relation_gradient(by_differences(loss), points.double(), t.double())
+
+    def under_autocast(s: Tensor, t: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):  # in which near points would be equal
+            return loss(s, t)
+
     # Rounding may give equal points a small distance instead of 0.
-    error = (relation_gradient(loss, points, t) - expected).norm() / expected.norm()
+    error = (relation_gradient(under_autocast, points, t) - expected).norm() / expected.norm()
     assert error < (1e-3 if case == "equal in pairs" else 1e-5)
     points[0, 0] = torch.nan
     assert loss(points, t).isnan()
@@ -393,6 +399,12 @@ def test_relations_are_of_the_pooled_features_by_default() -> None:
     s, t = (model.features(images).mean((2, 3)) for model in (student, teacher))
     torch.testing.assert_close(terms["distance"], 25 * distance_loss(s, t))
     torch.testing.assert_close(terms["angle"], 50 * angle_loss(s, t))
+    for weight, loss in (("distance_weight", distance_loss), ("angle_weight", angle_loss)):
+        # Without any other term that reads the teacher, and with one of the two layers given.
+        alone = {weight: 2.0, "relation_teacher_layer": "features.0"}
+        terms = CrossEntropy(student, teacher, **alone).eval()((images, target))
+        found = terms[weight.removesuffix("_weight")]
+        torch.testing.assert_close(found, 2 * loss(s, teacher.features[0](images)))
 
 
 def test_any_method_with_a_feature_and_a_relation_term() -> None:
@@ -432,7 +444,8 @@ def test_a_layer_that_is_not_the_classifier_is_not_taken_for_it() -> None:
     method = RKD(Named("linear", "last", 8), Named("linear", "last", 16))
     with pytest.raises(FeatureError, match="'linear' was taken for its classifier, but has 8 outputs, and"):
         method((images, target))
-    with pytest.raises(FeatureError, match=r"student's layer 'linear' .* the logits 7 classes"):
-        DHKD(Named("linear", "last", 8), Named("linear", "last", 16))((images, target))
     named = RKD(Named("linear", "last", 8), Named("linear", "last", 16), relation_layer="last:input")
     assert named((images, target))["distance"] > 0
+    for first in (8, 5):  # more outputs than the logits have classes, and fewer
+        with pytest.raises(FeatureError, match=f"has {first} outputs, and the logits 7 classes"):
+            DHKD(Named("linear", "last", first), Named("linear", "last", 16))((images, target))

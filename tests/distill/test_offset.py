@@ -72,3 +72,15 @@ def test_an_offset_far_above_the_spread() -> None:
     said = describe_offset(logits, False)
     assert "row mean +1000.00, standard deviation within a row 1.00" in said
     assert "100% of the squared logits" in said
+
+
+@pytest.mark.parametrize(("share", "warned"), [(0.05, False), (0.15, True)])
+def test_from_which_share_of_the_squares_an_offset_is_warned_of(share: float, warned: bool) -> None:
+    """It is that of each row's own mean: such means may cancel over the rows."""
+    torch.manual_seed(0)
+    spread = torch.randn(16, 1000)
+    spread = (spread - spread.mean(1, keepdim=True)) / spread.std(1, keepdim=True)
+    means = (share / (1 - share)) ** 0.5 * torch.tensor([1.0, -1.0]).repeat(8)
+    said = describe_offset(spread + means[:, None], False)
+    assert "row mean +0.00, standard deviation within a row 1.00" in said.replace("-0.00", "+0.00")
+    assert (f"{share:.0%} of the squared logits" in said) == warned
