@@ -251,6 +251,11 @@ def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(distributed, "world", lambda: 16)
     with pytest.raises(RecipeError, match="two images or more to each"):
         check_ranks(recipe, CPU)
+    monkeypatch.setattr(distributed, "world", lambda: 4)
+    check_ranks(recipe, CPU)
+    _, recipe = load_recipe("fashion-mnist/kd", ["train.batch_size=16", "teacher.batch_size=6"])
+    with pytest.raises(RecipeError, match=r"teacher\.batch_size = 6 cannot be shared among 4 processes"):
+        check_ranks(recipe, CPU)
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 16])

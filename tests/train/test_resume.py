@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from fastkd.data.files import load_file_data
 from fastkd.distill import Method, find_method
@@ -89,15 +90,20 @@ def test_with_everything_else_switched_on(options: dict[str, Any], tmp_path: Pat
     ends_the_same(tmp_path / "last.pt", "dhkd", 2, 3, **options)
 
 
-@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("owner", ["none", "loader", "sampler", "batch sampler"])
 @pytest.mark.parametrize("step", [2, STEPS])
-def test_torchs_own_shuffling_loader(own: bool, step: int, tmp_path: Path) -> None:
-    # Its order comes from the global generator, or its own, in the state of the epoch's start.
+def test_torchs_own_shuffling_loader(owner: str, step: int, tmp_path: Path) -> None:
+    # Its order comes from the global generator, or one of its own, in the state of the epoch's start.
     data = TensorDataset(Loader().images, Loader().target)
 
     def make_loader() -> DataLoader[Any]:
-        generator = torch.Generator().manual_seed(3) if own else None
-        return DataLoader(data, 16, shuffle=True, generator=generator)
+        generator = None if owner == "none" else torch.Generator().manual_seed(3)
+        if owner in ("none", "loader"):
+            return DataLoader(data, 16, shuffle=True, generator=generator)
+        sampler = RandomSampler(data, generator=generator)
+        if owner == "sampler":
+            return DataLoader(data, 16, sampler=sampler)
+        return DataLoader(data, batch_sampler=BatchSampler(sampler, 16, drop_last=False))
 
     ends_the_same(tmp_path / "last.pt", "kd", 2, step, make_loader)
 
@@ -204,6 +210,20 @@ def test_signals_are_seen_and_given_back() -> None:
         assert handlers() == [signal.SIG_IGN, signal.SIG_IGN]
         restore_handlers()
         assert handlers() == before
+
+
+def test_a_training_in_a_thread_leaves_signals_alone() -> None:
+    """Python allows handlers in the main thread only."""
+    before, found = handlers(), []
+
+    def train() -> None:
+        with StopSignals() as stop:
+            found.append((stop(), handlers()))
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    thread.join()
+    assert found == [(False, before)]
 
 
 def test_a_signal_between_two_trainings_stops_the_second() -> None:

@@ -98,6 +98,10 @@ def test_images_without_a_label_do_not_count(classes: int) -> None:
     expected = evaluate_rows(torch.nn.Identity(), [(logits[30:], target[30:])], device=CPU)
     assert found.record() == pytest.approx(expected.record())
     try_validation(torch.nn.Identity(), batches, Numerics(CPU))
+    before = torch.get_rng_state()
+    shuffled = torch.utils.data.DataLoader(list(zip(logits, some, strict=True)), 60, shuffle=True)
+    try_validation(torch.nn.Identity(), shuffled, Numerics(CPU))
+    assert torch.equal(torch.get_rng_state(), before)  # training draws as without the trial
     with pytest.raises(TrainError, match="no image of the validation loader has a label: all are -100"):
         evaluate_rows(torch.nn.Identity(), batches[:1], device=CPU)
 
