@@ -339,7 +339,9 @@ def test_relations() -> None:
         loss(twins, t[:4]).backward()
         assert twins.grad.isfinite().all()  # equal points have no direction, which must not give NaN
         single = s[:1].clone().requires_grad_()
-        loss(single, t[:1]).backward()
+        alone = loss(single, t[:1])
+        assert alone.item() == 0.0
+        alone.backward()
         assert not single.grad.any()
         maps = s[:, :, None, None].expand(6, 3, 2, 2)
         torch.testing.assert_close(loss(maps, t), loss(s, t))

@@ -385,11 +385,10 @@ def test_a_batch_of_too_many_entries() -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_moved_to_bfloat16_as_a_whole(name: str) -> None:
-    """With its heads and projections."""
+    """With its heads and projections, and with its teacher, which is no submodule."""
     student, teacher = pair()
     method = find_method(name)(student, teacher, example=batch(2)[0], **METHODS[name]).to(torch.bfloat16)
     images, target = batch()
-    teacher.to(torch.bfloat16)  # which is no part of the method
     terms = method((images.bfloat16(), target))
     method.backward(terms)
     assert all(value.isfinite() for value in terms.values())
