@@ -16,6 +16,7 @@ import torch
 from fastkd.cli import main
 from fastkd.data.arrays import ArrayData, crop_and_flip, draw_moves, load_image_data
 from fastkd.data.data import load_data
+from fastkd.data.order import split_off
 from fastkd.errors import DataError
 from fastkd.recipe.files import shipped_recipes
 from fastkd.recipe.schema import load_recipe
@@ -74,6 +75,8 @@ def test_a_part_of_the_training_images_held_out(tmp_path: Path) -> None:
     both = torch.cat([data.train[0], data.val[0]])
     rows = {row.numpy().tobytes() for row in both}
     assert rows == {row.tobytes() for row in content["train-images-idx3-ubyte"]}
+    # A run is resumed, and compared, with the images that validated it in any version.
+    assert [part.tolist() for part in split_off(10, 3)] == [[7, 3, 5, 9, 0, 8, 1], [4, 6, 2]]
     assert data.fingerprint != whole.fingerprint
     assert "test images unused" in data.describe()
     with pytest.raises(DataError, match=r"data\.holdout = 30 leaves none of 30"):

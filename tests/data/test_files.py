@@ -14,6 +14,7 @@ from PIL import Image
 
 from fastkd.data.corrupt import Corrupt, CorruptImages
 from fastkd.data.files import FileData, load_file_data
+from fastkd.data.transforms import Mixing
 from fastkd.errors import DataError
 from fastkd.recipe.sections import FolderData, ShardData
 
@@ -126,6 +127,9 @@ def test_mixed_images_and_their_labels(tree: Path) -> None:
     own = (both == images).all(1).float().mean((1, 2))
     assert (own + (both == images.roll(1, 0)).all(1).float().mean((1, 2)) >= 1 - 1e-6).all()
     torch.testing.assert_close(target.sum(1), torch.ones(6))
+    either, ones = Mixing(0.4, 1.0, 3), torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 8, 8)
+    mixed = [either(ones, torch.tensor([0, 1]), key)[0] for key in range(8)]
+    assert {bool(((one == 0) | (one == 1)).all()) for one in mixed} == {True, False}  # CutMix, MixUp
 
 
 def test_a_part_of_the_training_images_validates(tree: Path) -> None:

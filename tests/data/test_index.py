@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from fastkd.files.mounts import kind_of_mount
 from fastkd.files.sealed import seal
 
 from .image_trees import SCRIPT
+
+TICK = index._TICK  # before the tests change it
 
 
 @pytest.fixture(autouse=True)
@@ -240,7 +243,7 @@ def test_what_was_just_written_is_scanned_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scanned: list[object]
 ) -> None:
     # A further change in the same tick of the clock would leave the same time.
-    monkeypatch.setattr(index, "_TICK", 2 * 10**9)
+    monkeypatch.setattr(index, "_TICK", TICK)
     root = tree(tmp_path / "data")
     for _ in range(2):
         scanned.clear()
@@ -290,7 +293,8 @@ def test_folders_without_times_of_change(
     mounts = (
         "22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw\n"
         "30 22 0:40 / /data rw - fuse.gcsfuse bucket rw\n"
-        "31 30 0:41 / /data/my\\040disk rw master:1 - xfs /dev/sdb rw\n"
+        "31 30 0:41 / /data/my\\040disk rw master:1 - nfs /dev/sdb rw\n"
+        "32 31 0:42 / /data/my\\040disk rw master:1 - xfs /dev/sdb rw\n"
     )
     for path, kind in {
         "/": "ext4",
@@ -311,6 +315,15 @@ def test_a_shard_that_is_replaced_in_use(tmp_path: Path) -> None:
     assert source.read(1) == b"10"
     with pytest.raises(OSError, match="the shard was replaced while it is in use"):
         source.read(2)
+
+
+def test_a_copy_for_another_process_opens_its_own_shards(tmp_path: Path) -> None:
+    """The number of an open file means nothing there, or another file."""
+    source = of_shards(shards(tmp_path / "data"))
+    first = source.read(0)
+    copy = pickle.loads(pickle.dumps(source))
+    source.close()
+    assert copy.read(0) == first
 
 
 def archive_of(
@@ -359,6 +372,15 @@ def test_damaged_headers_are_refused_as_by_tarfile(tmp_path: Path, at: int) -> N
             headers.members(path)
     else:
         assert headers.members(path) == expected
+
+
+def test_old_headers_of_gnu_have_times_where_others_have_a_prefix(tmp_path: Path) -> None:
+    path = archive_of(tmp_path / "a.tar", tarfile.GNU_FORMAT, ["a.jpg"])
+    whole = bytearray(path.read_bytes())
+    whole[345:357] = b"15163523016\0"
+    whole[148:156] = b"%06o\0 " % (sum(whole[:148]) + 8 * ord(" ") + sum(whole[156:512]))
+    path.write_bytes(whole)
+    assert headers.members(path) == list(headers._any(path))
 
 
 def test_the_script_repeats_images(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 
 from fastkd.errors import FolderInUseError, StorageError
 from fastkd.files.atomic import owner, remove_leftovers, take_room, write_atomically
+from fastkd.files.cache import cache_folder
 from fastkd.files.regular import NotAFileError, read_regular
 from fastkd.train.run.lock import locked
 from tests.data.image_trees import make_tree
@@ -143,6 +144,27 @@ def test_what_the_dead_left_is_removed_at_the_next_start(tmp_path: Path) -> None
     os.utime(away, (yesterday, yesterday))
     with locked(tmp_path):
         assert not away.exists()
+
+
+@pytest.mark.parametrize(
+    ("variables", "folder"),
+    [
+        ({}, "home/.cache/fastkd"),
+        ({"XDG_CACHE_HOME": "~/elsewhere"}, "home/elsewhere/fastkd"),
+        ({"XDG_CACHE_HOME": ""}, "home/.cache/fastkd"),
+        ({"XDG_CACHE_HOME": "~/elsewhere", "FASTKD_CACHE": "~/mine"}, "home/mine"),
+        ({"FASTKD_CACHE": ""}, "home/.cache/fastkd"),
+    ],
+)
+def test_the_cache_folder(
+    variables: dict[str, str], folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name in ("XDG_CACHE_HOME", "FASTKD_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert cache_folder() == tmp_path / folder
 
 
 def test_only_files_are_read(tmp_path: Path) -> None:
