@@ -105,13 +105,13 @@ class TestMDistiller:
         node = yacs.CfgNode({"DISTILLER": {"TYPE": "DKD"}, "DKD": {"BETA": 2.0, "WARMUP": 1}})
         loss = from_mdistiller(node)
         assert loss.weights == {"ce_weight": 1.0, "tckd_weight": 1.0, "nckd_weight": 2.0}
-        loss(*logits(3, 5), torch.tensor([0, 1, 2]))  # a warm-up of one epoch needs none
 
     @pytest.mark.parametrize(
         ("cfg", "message"),
         [
             ({"DISTILLER": {"TYPE": "CRD"}}, "TYPE is 'CRD'"),
             ({"DISTILLER": {"TYPE": "KD"}, "KD": {"TEMPERATURE": "4"}}, "KD.TEMPERATURE is '4'"),
+            ({"DISTILLER": {"TYPE": "KD"}, "KD": {"TEMPERATURE": True}}, "KD.TEMPERATURE is True"),
             (
                 {"DISTILLER": {"TYPE": "KD"}, "KD": {"TEMPERATURE": 0, "LOSS": {"KD_WEIGHT": 1}}},
                 "KD.TEMPERATURE is 0",
@@ -139,6 +139,8 @@ class TestMDistiller:
             from_mdistiller(cfg)
 
     def test_a_warm_up_needs_the_epoch(self):
+        of_one = {"DISTILLER": {"TYPE": "DKD"}, "DKD": {"WARMUP": 1}}
+        from_mdistiller(of_one)(*logits(3, 5), torch.tensor([0, 1, 2]))  # it is none
         with pytest.raises(TypeError, match="epoch is missing"):
             from_mdistiller({"DISTILLER": {"TYPE": "DKD"}})(*logits(3, 5), torch.tensor([0, 1, 2]))
         with pytest.raises(ValueError, match="epoch is 0"):
@@ -163,6 +165,21 @@ def test_kl_div_is_that_of_torch(reduction, shape):
     log_p = teacher.log_softmax(-1)
     theirs = nn.KLDivLoss(reduction=reduction, log_target=True)(F.log_softmax(student, -1), log_p)
     assert_same(KLDivLoss(reduction)(student.log_softmax(-1), log_p), theirs, student)
+
+
+def test_the_defaults_are_those_of_what_is_replaced():
+    student, teacher = logits(2, 5, 40)
+    trained = teacher.clone().requires_grad_()  # as ModelOpt's may be
+    for ours in (
+        KLDivLoss()(student, teacher),
+        LogitsDistillationLoss()(student, teacher),
+        LogitsDistillationLoss()(student, trained),
+    ):
+        theirs = nn.KLDivLoss()(F.log_softmax(student, -1), F.softmax(teacher, -1))
+        assert_same(ours, theirs, student)
+    for ours, divisor in ((generalized_jsd_loss(student, teacher), 2), (JSD()(student, teacher), 10)):
+        theirs = generalized_jsd(student, teacher, 0.5, 1.0).sum() / divisor
+        assert_same(ours, theirs, student)
 
 
 def test_kl_div_refuses_what_it_has_not():
