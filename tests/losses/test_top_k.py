@@ -184,6 +184,13 @@ def test_a_confident_student_keeps_the_probability_of_the_rest():
     compare("kd-t1", student, form, torch.zeros(4, dtype=torch.int64), floor=0.0)
 
 
+@pytest.mark.parametrize("label", [-100, CLASSES, 255])
+def test_a_label_out_of_range_is_no_class(label):
+    teacher = torch.randn(3, CLASSES)
+    form = fastkd.top_k(teacher, 4, torch.full((3,), label))
+    assert torch.equal(form.indices, fastkd.top_k(teacher, 4).indices)
+
+
 @pytest.mark.parametrize("name", ["ce-kd", "ce-kd-t1", "ce-kd-smoothed", "ce-kd-t1-smoothed", "ce"])
 def test_the_cross_entropy_needs_no_known_label(fused, name):
     student, teacher, target = logits(rows=12, device=fused)
