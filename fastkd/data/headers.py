@@ -61,10 +61,7 @@ def _usual(file: int, end: int) -> list[Member] | None:
         if content + bytes_of_it > end:
             return None
         if kind == b"0":
-            prefix = header[345:500].rstrip(b"\0")
-            if prefix and header[257:263] == b"ustar ":
-                return None
-            name = header[:100].partition(b"\0")[0]
+            prefix, name = header[345:500].partition(b"\0")[0], header[:100].partition(b"\0")[0]
             found.append((os.fsdecode(prefix + b"/" + name if prefix else name), content, bytes_of_it))
         elif kind == b"x" and _MEANT_FOR_TARFILE.search(os.pread(file, bytes_of_it, content)):
             return None

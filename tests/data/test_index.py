@@ -377,7 +377,7 @@ def test_damaged_headers_are_refused_as_by_tarfile(tmp_path: Path, at: int) -> N
 def test_old_headers_of_gnu_have_times_where_others_have_a_prefix(tmp_path: Path) -> None:
     path = archive_of(tmp_path / "a.tar", tarfile.GNU_FORMAT, ["a.jpg"])
     whole = bytearray(path.read_bytes())
-    whole[345:357] = b"15163523016\0"
+    whole[345:369] = b"15163523016\0" * 2
     whole[148:156] = b"%06o\0 " % (sum(whole[:148]) + 8 * ord(" ") + sum(whole[156:512]))
     path.write_bytes(whole)
     assert headers.members(path) == list(headers._any(path))
