@@ -57,8 +57,14 @@ def of_torchvision(args: argparse.Namespace, *, of_tensors: bool) -> Pass:
     images = ImageFolder(str(args.root / "train"), v2.Compose([*steps, *last]))
 
     def whole() -> Iterator[Any]:
+        # Its worker is forked, as FileLoader's is: a fork server's would not be in RUSAGE_CHILDREN.
         loader = torch.utils.data.DataLoader(
-            images, args.batch, shuffle=True, num_workers=1, generator=torch.Generator()
+            images,
+            args.batch,
+            shuffle=True,
+            num_workers=1,
+            multiprocessing_context="fork",
+            generator=torch.Generator(),
         )
         yield from loader
 

@@ -35,7 +35,7 @@ from .transforms import (
     random_crop,
 )
 from .validation import ValidationTransform
-from .workers import end_at_exit, from_one_process_only, held_back
+from .workers import end_at_exit, from_one_process_only, held_back, start_method
 
 # Read errors that concern a single file. The others (too many open files, no memory, a failing disk or mount)
 # would affect any image.
@@ -123,6 +123,7 @@ class FileLoader(IndexedLoader):
             batch_sampler=self._keys,
             collate_fn=collate,
             num_workers=workers,
+            multiprocessing_context=start_method() if workers else None,
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
             worker_init_fn=functools.partial(from_one_process_only, os.getpid()),

@@ -16,6 +16,19 @@ from types import TracebackType
 _WAITS = hasattr(signal, "sigtimedwait")  # not on macOS and Windows
 
 
+def start_method() -> str | None:
+    """How data workers are started: forked on Linux; None for what multiprocessing is set to.
+
+    Python 3.14's default on Linux is a fork server. Its workers import torch again, unpickle the index of the
+    data, share neither with the training process, and do not see its later changes of ``os.environ``.
+    """
+    # The default is the first; it cannot be told from a request for the same method.
+    default = multiprocessing.get_all_start_methods()[0]
+    if sys.platform == "linux" and multiprocessing.get_start_method(allow_none=True) in (None, default):
+        return "fork"
+    return None
+
+
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
     """Delay SIGTERM, SIGUSR1 and SIGINT until after the block; what is started in it never gets them.

@@ -9,6 +9,7 @@ import shutil
 import tarfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -273,7 +274,8 @@ def digest_of(root: Path) -> str:
 
 def test_processes_at_once(tmp_path: Path, kept: Path, scanned: list[object]) -> None:
     root = tree(tmp_path / "data")
-    with ProcessPoolExecutor(4) as pool:
+    # Forked: an earlier fork server, which is Python 3.14's default, would have another FASTKD_CACHE.
+    with ProcessPoolExecutor(4, get_context("fork")) as pool:
         digests = list(pool.map(digest_of, [root] * 12))
     assert len(set(digests)) == 1
     assert len(list(kept.iterdir())) == 1

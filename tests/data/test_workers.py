@@ -1,6 +1,7 @@
 """Data workers among the signals that a scheduler or a terminal sends to all processes of a job."""
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -9,6 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+
+from fastkd.data.files import load_file_data
+from fastkd.data.workers import start_method
+from fastkd.recipe.sections import FolderData
 
 from .image_trees import make_tree
 
@@ -17,10 +23,16 @@ PROGRAM = """
 import functools, os, sys
 import torch
 from torch.utils.data import DataLoader
-from fastkd.data.workers import end_at_exit, from_one_process_only, held_back
+from fastkd.data.workers import end_at_exit, from_one_process_only, held_back, start_method
 
 init = functools.partial(from_one_process_only, os.getpid())
-loader = DataLoader(range(8), num_workers=2, persistent_workers=True, worker_init_fn=init)
+loader = DataLoader(
+    range(8),
+    num_workers=2,
+    multiprocessing_context=start_method(),
+    persistent_workers=True,
+    worker_init_fn=init,
+)
 end_at_exit()
 with held_back():
     batches = iter(loader)
@@ -101,3 +113,34 @@ def test_ctrl_c_while_workers_start(tmp_path: Path) -> None:
     (run,) = tmp_path.glob("runs/*")
     assert error.strip() == f"stopped; to resume: fastkd train --resume {run.relative_to(tmp_path)}"
     assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS and Windows start workers anew")
+def test_workers_share_the_memory_of_their_process(tmp_path: Path) -> None:
+    """A fork server's are children of the server, and share only what that has imported."""
+    make_tree(tmp_path / "tree", classes=2, train=4, val=1)
+    data = load_file_data(FolderData(name="imagefolder", root=str(tmp_path / "tree"), size=24, workers=1))
+    loader = data.train_loader(2, 0, torch.device("cpu"))
+    before = set(multiprocessing.active_children())  # of other tests
+    assert len(list(loader)) == 4
+    (worker,) = set(multiprocessing.active_children()) - before
+    assert f"\nPPid:\t{os.getpid()}\n" in Path(f"/proc/{worker.pid}/status").read_text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS and Windows start workers anew")
+@pytest.mark.parametrize(
+    ("chosen", "default", "used"),
+    [
+        (None, "fork", "fork"),
+        (None, "forkserver", "fork"),
+        ("forkserver", "forkserver", "fork"),  # set by torch or another library as it started a process
+        ("forkserver", "fork", None),
+        ("spawn", "forkserver", None),
+    ],
+)
+def test_a_start_method_that_was_chosen_is_used(
+    monkeypatch: pytest.MonkeyPatch, chosen: str | None, default: str, used: str | None
+) -> None:
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda allow_none: chosen)
+    monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: [default])
+    assert start_method() == used
