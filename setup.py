@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -178,11 +179,15 @@ class BuildNative(build_ext):
         return [path for path in super().get_outputs() if os.path.exists(path)]
 
 
+# A free-threaded Python has no limited API before 3.15, and setuptools refuses the tag there. The library
+# does not use it: only the name of the wheel changes, to that of this Python alone.
+LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")
+
 check_environment()
 setup(
     ext_modules=[
-        Extension("fastkd.ops._native", SOURCES, depends=HEADERS, language="c++", py_limited_api=True),
+        Extension("fastkd.ops._native", SOURCES, depends=HEADERS, language="c++", py_limited_api=LIMITED_API),
     ],
     cmdclass={"build_ext": BuildNative},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if LIMITED_API else {},
 )

@@ -168,6 +168,25 @@ def test_the_wheel_serves_every_python_and_torch(source_tree, tmp_path, compiler
     assert any(name.endswith("recipes/glyphs/kd.yaml") for name in names)
 
 
+FREE_THREADED = """
+import setuptools, sys, sysconfig
+sysconfig.get_config_vars()["Py_GIL_DISABLED"] = int(sys.argv[1])
+from distutils.core import run_setup
+wheel = run_setup("setup.py", ["bdist_wheel"], stop_after="commandline").get_command_obj("bdist_wheel")
+wheel.ensure_finalized()
+print(wheel.py_limited_api)
+"""
+
+
+@pytest.mark.parametrize(("free_threaded", "tag"), [("0", "cp310"), ("1", "False")])
+def test_a_free_threaded_python_gets_a_wheel_of_its_own(source_tree, free_threaded, tag):
+    """setuptools refuses the limited API's tag there. Simulated by the variable that setup.py reads."""
+    command = [sys.executable, "-c", FREE_THREADED, free_threaded]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=source_tree)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == tag
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("FASTKD_WITHOUT_CUDA", "no"), ("FASTKD_CUDA_ARCHS", "sm_80"), ("FASTKD_CUDA_ARCHS", "80,90")],
