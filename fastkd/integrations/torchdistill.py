@@ -29,7 +29,12 @@ except ImportError as error:
         "fastkd.integrations.torchdistill needs torchdistill: pip install torchdistill"
     ) from error
 
-MODULES = {name: getattr(losses, name) for name in losses.__all__ if name.endswith("Loss")}
+# LinearDistillLoss owns a head, which no file can give it.
+MODULES = {
+    name: getattr(losses, name)
+    for name in losses.__all__
+    if name.endswith("Loss") and name != "LinearDistillLoss"
+}
 IODict = dict[str, dict[str, Any]]
 NAMES = {
     "student_logits": "the student's logits", "teacher_logits": "the teacher's logits", "target": "targets",

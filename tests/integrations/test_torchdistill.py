@@ -145,6 +145,11 @@ def test_logits_loss_takes_the_dimension_of_the_classes(class_dim):
         ours.LogitsLoss("KDLoss", *PATHS.values())(*io_dicts(student, teacher))
 
 
+def test_a_loss_that_owns_a_head_is_refused():
+    with pytest.raises(ValueError, match="loss is 'LinearDistillLoss'; expected one of BinaryKLLoss"):
+        ours.LogitsLoss("LinearDistillLoss", *PATHS.values(), head=nn.Linear(4, 9))
+
+
 @pytest.mark.parametrize("name", ours.MODULES)
 def test_every_loss_by_name(name):
     _, case = next(one for one in CASES.values() if one[1].function.replace("_", "") == name.lower())
@@ -188,7 +193,14 @@ def test_bad_input():
             ValueError,
             r"expected \[2, 4\]",
         ),
-        (torch.randn(2, 9), torch.randn(2, 9), torch.randn(2, 9), TypeError, "targets has dtype"),
+        (
+            torch.randn(2, 9),
+            torch.randn(2, 9),
+            torch.full((2, 9), -1.0),
+            ValueError,
+            "row 0 of targets has -1",
+        ),
+        (torch.randn(2, 9), torch.randn(2, 9), torch.ones(2).bool(), TypeError, "targets has dtype"),
         (torch.randn(2, 9), torch.randn(2, 9), torch.tensor([1, 9]), ValueError, "targets has the label 9"),
         (torch.randn(2, 9), torch.randn(2, 9), [1, 2], TypeError, "targets is a list"),
         (
