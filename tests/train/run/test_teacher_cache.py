@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def test_a_full_disk_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("os.posix_fallocate", full)
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
     writer = CacheWriter(tmp_path / "cache", FACTS, STORE)
     with pytest.raises(CacheError, match=r"no space for .* No space left on device"):
         fill(writer, [0])
