@@ -28,8 +28,8 @@ if not torch.cuda.is_available():
 
 import fastkd
 
-BACKENDS = ("native", "triton", "eager")
-FUSED = ("native", "triton")
+FUSED = ("native", "triton") if sys.platform == "linux" else ("native",)  # elsewhere there is no Triton
+BACKENDS = (*FUSED, "eager")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """``fastkd.explain``: paths and memory accesses agree with the plans."""
 
 import importlib
+import sys
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ def test_explanation(fused, loss):
             assert words in str(explained)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no Triton")
 def test_the_path_follows_the_length_of_the_row():
     with fastkd.use_backend("triton"):
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -76,6 +76,10 @@ PROBLEMS = tuple(_OPTIONS)
 # published ones.
 _CHOSEN_HINT = ["method.hint_layer=layer3", "method.hint_weight=10.0"]
 _MORE = {
+    "glyphs": {
+        "NKD": ["glyphs/kd", "method=nkd", "method.gamma=6.0", "method.temperature=4.0"],
+        "BinaryKL": ["glyphs/kd", "method=binary_kl", "method.weight=0.01", "method.temperature=2.0"],
+    },
     "fashion-mnist": {
         "NKD": ["fashion-mnist/kd", "method=nkd", "method.gamma=0.75", "method.temperature=1.0"],
         "BinaryKL": [
