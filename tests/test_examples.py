@@ -49,6 +49,9 @@ def test_example(command: str) -> None:
     need(package)
     script, *options = command.split()
     done = run(EXAMPLES / script, *options)
+    if "terminate called without an active exception" in done.stderr:
+        # A thread of gloo's freed a tensor while Python ended, which torch does not prevent (pytorch#179291).
+        done = run(EXAMPLES / script, *options)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(expected, done.stdout.splitlines()[-1]), done.stdout
 
