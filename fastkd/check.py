@@ -83,7 +83,8 @@ class Bounds:
     ``near_equal``: the same if student and teacher differ by about 0.01; the gradient is then a difference of
     probabilities that agree to two digits or more, which leaves the rest of float32's seven. The bounds of a
     half type are the rounding of the gradient itself (Triton's interpreter truncates to bfloat16); half of
-    its smallest number is allowed per element as well.
+    its smallest number is allowed per element as well. Gradients of plain torch may err ``ORDER`` times as
+    much, for its sums depend on the processor.
     """
 
     loss: float
