@@ -12,7 +12,8 @@ constexpr int kMaxThreads = 512;  // per block
 // Launch bounds, by which the compiler divides a multiprocessor's registers: 80 per thread, for three blocks of 256; or
 // 128, for kernels that would spill with 80.
 constexpr int k80Registers = 768, k128Registers = kMaxThreads;
-constexpr int kMaxBlocks = 8;  // per cluster: the largest portable cluster size
+// Blocks per cluster. Every GPU with clusters runs the portable sizes; larger ones launch.cu has to ask for.
+constexpr int kMaxBlocks = 16, kPortableBlocks = 8;
 
 // The unit of vector loads and stores: 4 float, or 8 half or bfloat16 logits.
 struct alignas(16) Chunk {

@@ -96,7 +96,7 @@ inline const char* refusal(int64_t classes, const TeamPlan& plan) {
     return "a block with several rows must have at most a warp per row, and no cluster";
   if (plan.blocks_per_row < 1 || plan.blocks_per_row > kMaxBlocks ||
       (plan.blocks_per_row > 1 && plan.threads_per_row < kWarp))
-    return "blocks_per_row must be 1 to 8, with at least a warp per row in each block if there are several";
+    return "blocks_per_row must be 1 to 16, with at least a warp per row in each block if there are several";
   if (classes > INT32_MAX - (1 << 20)) return "a row may have at most 2^31 - 2^20 classes";
   const int64_t vectors = (classes + kVector - 2) / kVector + 1, team = plan.threads_per_row * plan.blocks_per_row;
   if (plan.slots < kStages && (vectors + team - 1) / team > plan.slots)

@@ -6,7 +6,7 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
-#include <utility>
+#include <tuple>
 
 #include "kernel_table.h"
 
@@ -40,24 +40,25 @@ class CurrentDevice {
   bool changed_ = false;
 };
 
-// Opts a kernel in to more than 48 KiB of dynamic shared memory, once per device.
-void allow_shared_memory(const void* kernel, int device, int64_t bytes) {
-  constexpr int64_t kAlwaysAllowed = 48 * 1024;
-  if (bytes <= kAlwaysAllowed) return;
+// Raises a limit of a kernel, once per device. `allowed` is what every kernel may do without.
+void raise_limit(cudaFuncAttribute limit, int64_t allowed, int64_t value, const void* kernel, int device) {
+  if (value <= allowed) return;
   static std::mutex mutex;
-  static std::map<std::pair<const void*, int>, int64_t> allowed;
+  static std::map<std::tuple<cudaFuncAttribute, const void*, int>, int64_t> raised;
   const std::lock_guard<std::mutex> lock(mutex);
-  int64_t& limit = allowed[{kernel, device}];
-  if (bytes <= limit) return;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)),
-        "cannot set the shared memory size");
-  limit = bytes;
+  int64_t& before = raised[{limit, kernel, device}];
+  if (value <= before) return;
+  check(cudaFuncSetAttribute(kernel, limit, int(value)), "cannot raise a limit of the kernel");
+  before = value;
 }
 
 template <class Arguments>
 void launch(void (*kernel)(Arguments), const Arguments& arguments, const Grid& grid, const Stream& stream) {
   const CurrentDevice current(stream.device);
-  allow_shared_memory(reinterpret_cast<const void*>(kernel), stream.device, grid.shared_bytes);
+  const void* function = reinterpret_cast<const void*>(kernel);
+  raise_limit(cudaFuncAttributeMaxDynamicSharedMemorySize, 48 * 1024, grid.shared_bytes, function, stream.device);
+  const int beyond_portable = grid.cluster > kPortableBlocks;
+  raise_limit(cudaFuncAttributeNonPortableClusterSizeAllowed, 0, beyond_portable, function, stream.device);
   if (grid.blocks_x > INT32_MAX) throw std::runtime_error("fastkd_native: too many rows for one launch");
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(grid.blocks_x), unsigned(grid.blocks_y));

@@ -16,6 +16,7 @@ VECTOR = 8
 STAGES = 4
 WARP = 32
 MAX_THREADS = 512
+# The largest portable cluster. The kernels take 16, which benchmarks/plans.py tries: never run on a GPU.
 MAX_BLOCKS = 8
 EXCHANGE_BYTES = 2 * (MAX_THREADS // WARP + 1) * 8 * 4
 

@@ -64,6 +64,7 @@ TEAMS = {
     "a cluster of three, partly cached": (32, 1, 3, 5),
     "a cluster of four, not cached": (32, 1, 4, 4),
     "a cluster of eight": (32, 1, 8, 2),
+    "a cluster of sixteen": (32, 1, 16, 1),
 }
 
 
