@@ -263,12 +263,6 @@ FASTKD_FORMULA V mixture_of(float weight_p, float weight_q, V q, V p, V differen
                           : M::fused(difference, M::number(-weight_q), p);
 }
 
-// x y / m, and 0 if m is 0.
-template <class M, class V>
-FASTKD_FORMULA V share_of(V x, V m, V y) {
-  return M::quotient(x * y, M::select(m > 0.0f, m, M::number(1.0f)));
-}
-
 // beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q; h = (1 - beta) log(q / m).
 struct JSD : OneOrigin {
   static constexpr const char* kName = "jsd";
@@ -282,7 +276,8 @@ struct JSD : OneOrigin {
     const V m = mixture_of<M>(beta, rest, q, p, difference);
     const V q_log = M::times_log_ratio(q, m, -beta * difference);
     const V p_log = M::times_log_ratio(p, m, rest * difference);
-    return {beta * p_log + rest * q_log, rest * q_log, M::number(0.0f)};
+    const V slope = rest * q_log;
+    return {M::fused(M::number(beta), p_log, slope), slope, M::number(0.0f)};
   }
 };
 
@@ -316,7 +311,7 @@ struct SkewKL {
     const V m = mixture_of<M>(options.skew, rest, q, p, difference), above = rest * difference;  // p - m
     const auto far = 2.0f * p < q;
     // Adding m - p, whose sum is 0, makes every class's value positive: no cancellation near equality.
-    return {M::times_log_ratio(p, m, above) - above, -rest * share_of<M>(q, m, M::select(far, p, above)),
+    return {M::times_log_ratio(p, m, above) - above, -rest * M::share(q * M::select(far, p, above), m),
             M::select(far, q, M::number(0.0f))};
   }
 };
@@ -332,7 +327,7 @@ struct SkewReverseKL : OneOrigin {
     const float rest = 1.0f - options.skew;
     const V m = mixture_of<M>(rest, options.skew, q, p, difference), below = rest * difference;  // m - q
     const V q_log = M::times_log_ratio(q, m, -below);
-    return {q_log + below, q_log + options.skew * share_of<M>(q, m, below), M::number(0.0f)};
+    return {q_log + below, q_log + options.skew * M::share(q * below, m), M::number(0.0f)};
   }
 };
 

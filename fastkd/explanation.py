@@ -250,7 +250,7 @@ def _team_path(work: _Work, rows: int, classes: int, dtype: torch.dtype, device:
     team = plan_team(rows, classes, element_bytes, device.capability, device.multiprocessors, caches)
     accesses = work.reads + 1.0
     if caches:
-        further = 3 if work.standardized else 2 if work.family == "mixture" else 1  # passes after the first
+        further = 2 if work.standardized or work.family == "mixture" else 1  # passes after the first
         accesses += work.reads * further * (1 - team.cached(classes))
         words = team.describe(classes)
     else:

@@ -49,7 +49,7 @@ def test_native_cuda_paths_report_what_they_cache():
     assert "cluster of 4 blocks" in partly.words
     assert 3 < partly.accesses < 5
     assert "read again" in partly.words
-    assert path("lskd", 4096, 131_072).accesses > path("jsd", 4096, 131_072).accesses > partly.accesses
+    assert path("lskd", 4096, 131_072).accesses == path("jsd", 4096, 131_072).accesses > partly.accesses
     assert path("binary_kl", 256, 1_000_000).accesses == 3
 
 

@@ -24,18 +24,16 @@ FASTKD_DEVICE float exp2_minus_one(float y) {
   return fused(scale, f * slope, scale - 1.0f);
 }
 
+// 1 / m of a probability, within 2 ulp for m above 2^-100; finite for 0.
+FASTKD_DEVICE float bounded_inverse(float m) { return reciprocal(m + 0x1p-126f); }
+
 // x log(x / m) of probabilities; 0 at x = 0, NaN for a NaN of x. `above` is x - m: for close x and m the logarithm is
 // computed from it, because the rounded ratio x / m loses their difference. There is no branch: the threads of a warp
 // would take both ways.
 FASTKD_DEVICE float times_log_ratio(float x, float m, float above) {
-  // x / m = fraction 2^exponent, with a fraction between sqrt(1/2) and sqrt(2).
-  const uint32_t bits = as_bits(x * reciprocal(larger(m, 0x1p-126f)));
-  const uint32_t exponent = uint32_t(int32_t(bits - 0x3f3504f3u) >> 23);
-  const float fraction = as_float(bits - (exponent << 23));
-  const bool close = fabsf(above) < 0.25f * m;
-  const float sum = close ? x + m : fraction + 1.0f, difference = close ? above : fraction - 1.0f;
-  const float octaves = close ? 0.0f : as_float(as_bits(kRounder) + exponent) - kRounder;
-  return x * fused(octaves, 0.693147181f, twice_atanh(difference * reciprocal(sum)));
+  const float inverse = bounded_inverse(m), w = above * bounded_inverse(x + m);
+  const float far = log_of_two(fused(x, inverse, 0x1p-126f)) * 0.693147181f;
+  return x * (fabsf(w) < 1.0f / 3 ? twice_atanh(w) : far);
 }
 
 // The functions used by the formulas of csrc/row_formulas.h.
@@ -46,6 +44,7 @@ struct ScalarMath {
   static FASTKD_DEVICE float fused(float a, float b, float c) { return cuda::fused(a, b, c); }
   static FASTKD_DEVICE float quotient(float a, float b) { return cuda::quotient(a, b); }
   static FASTKD_DEVICE float bounded_quotient(float a, float b) { return a * reciprocal(b); }
+  static FASTKD_DEVICE float share(float part, float m) { return part * bounded_inverse(m); }  // 0 if both are 0
   static FASTKD_DEVICE float with_sign_of(float magnitude, float x) {  // of magnitude >= 0
     return as_float(as_bits(magnitude) | (as_bits(x) & 0x80000000u));
   }

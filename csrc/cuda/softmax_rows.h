@@ -171,31 +171,49 @@ FASTKD_DEVICE float deviation_of(float squares, int classes) {
   return squares < 0 ? 0.0f : sqrtf(squares / float(classes - 1));
 }
 
+// Of a member's logits of one model, relative to the first of them: that one has the row's mean within a few
+// deviations, so that the difference of the squares loses little.
+struct Moments {
+  float first, sum, squares;
+
+  FASTKD_DEVICE void add(float z) {
+    const float above = z - first;
+    sum += above;
+    squares = fused(above, above, squares);
+  }
+};
+
 // Sets the scales of both models for (z - mean) / (deviation + epsilon) / T; deviation with C - 1.
 template <class Type>
 FASTKD_DEVICE void standardize(Team& team, const Share<Type>& share, Row<float>& row) {
   const int classes = int(row.classes);
-  float sums[] = {0.0f, 0.0f};
+  Moments student{}, teacher{};
+  int count = 0;
   share.first_pass([&](int column, const Vector<Type>& s, const Vector<Type>& t) {
+    if (count == 0) {
+#pragma unroll
+      for (int i = kVector - 1; i >= 0; i--)
+        if (is_inside(column + i, classes)) student.first = s.z[i], teacher.first = t.z[i];
+    }
     each_inside(column, classes, [&](int i) {
-      sums[0] += s.z[i];
-      sums[1] += t.z[i];
+      student.add(s.z[i]);
+      teacher.add(t.z[i]);
     });
+    count += (classes - column < kVector ? classes - column : kVector) + (column < 0 ? column : 0);
   });
+  const float number = float(count), inverse = count > 0 ? 1.0f / number : 0.0f;
+  float sums[] = {fused(number, student.first, student.sum), fused(number, teacher.first, teacher.sum)};
   team.all_reduce(sums, Sum());
   // Two steps: these sums are inexact for logits far from 0, so the deviations from them correct the means.
   row.student.mean = sums[0] / float(classes);
   row.teacher.mean = sums[1] / float(classes);
-  float deviations[] = {0.0f, 0.0f, 0.0f, 0.0f};  // sums, and sums of squares
-  share.next_pass([&](int column, const Vector<Type>& s, const Vector<Type>& t) {
-    each_inside(column, classes, [&](int i) {
-      const float from_mean_s = s.z[i] - row.student.mean, from_mean_t = t.z[i] - row.teacher.mean;
-      deviations[0] += from_mean_s;
-      deviations[1] += from_mean_t;
-      deviations[2] = fused(from_mean_s, from_mean_s, deviations[2]);
-      deviations[3] = fused(from_mean_t, from_mean_t, deviations[3]);
-    });
-  });
+  const float above_s = student.sum * inverse, above_t = teacher.sum * inverse;
+  const float from_mean_s = (student.first - row.student.mean) + above_s;
+  const float from_mean_t = (teacher.first - row.teacher.mean) + above_t;
+  // Sums of the logits' deviations, and of their squares.
+  const float sum_s = number * from_mean_s, sum_t = number * from_mean_t;
+  float deviations[] = {sum_s, sum_t, (student.squares - student.sum * above_s) + sum_s * from_mean_s,
+                        (teacher.squares - teacher.sum * above_t) + sum_t * from_mean_t};
   team.all_reduce(deviations, Sum());
   row.student.mean_rest = deviations[0] / float(classes);
   row.teacher.mean_rest = deviations[1] / float(classes);

@@ -49,7 +49,7 @@ KINDS = {
     "labelled": Kind(8192, True, 1024, 8, 2, 80, 3),
     "cross-entropy": Kind(8192, True, 512, 8, 1, 80, 3),
     "standardized": Kind(4096, True, 512, 8, 2, 128, 2),
-    "mixture": Kind(4096, True, 256, 16, 1, 128, 1),
+    "mixture": Kind(4096, True, 512, 16, 1, 128, 1),
     "pointwise": Kind(4096, False, 512, 4, 2, None, 5),
     "scale": Kind(4096, False, 512, 4, 2, None, 5),
 }

@@ -224,6 +224,12 @@ inline float power_of_two(float y) {
   return power + power * noise;
 }
 
+// With a pseudo-random error of up to the device's: 2^-22 of the result, or of 1 where that is less.
+inline float log_of_two(float x) {
+  const float exact = log2f(x), noise = float(int32_t(as_bits(x) * 2654435761u)) * 0x1p-53f;
+  return exact + std::fmax(std::fabs(exact), 1.0f) * noise;
+}
+
 inline float half_to_float(uint32_t bits) {
   const int exponent = int(bits >> 10 & 31), fraction = int(bits & 1023);
   const float magnitude =

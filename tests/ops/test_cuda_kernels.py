@@ -371,7 +371,7 @@ def test_scaled_rows(emulated):
         ((48, 1, 1, 4), "power of two"),
         ((16, 1, 1, 4), "whole warps"),
         ((64, 4, 1, 4), "several rows"),
-        ((32, 1, 9, 4), "1 to 8"),
+        ((32, 1, 17, 4), "1 to 16"),
         ((32, 1, 1, 3), "slots"),
         ((1024, 1, 1, 4), "512 threads"),
     ],
