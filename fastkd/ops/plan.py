@@ -62,8 +62,8 @@ def kind_of(family: Family, needs: int) -> str:
         return family
     if needs & Needs.STANDARDIZED:
         return "standardized"
-    if needs & (Needs.CROSS_ENTROPY | Needs.CROSS_TERM):
-        return "cross-entropy"
+    if needs & Needs.DISTILLS and needs & (Needs.CROSS_ENTROPY | Needs.CROSS_TERM):
+        return "cross-entropy"  # beside a distillation: of both models
     return "labelled" if needs & Needs.LABELLED else "softmax"
 
 
