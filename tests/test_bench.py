@@ -370,6 +370,7 @@ def test_bad_shapes(shape, capsys):
         (["--step", "--time-limit", "3"], "--time-limit has no effect with --step"),
         (["--quick", "--shapes", "4x10"], "--shapes has no effect with --quick"),
         (["--forms", "--passes", "forward"], "--passes has no effect with --forms"),
+        (["--step", "--time-limit", "0"], "--time-limit has no effect with --step"),
         (["--batch", "4"], "--batch has no effect without --step"),
     ],
 )
@@ -379,7 +380,7 @@ def test_options_without_effect(words, said, tmp_path, capsys):
     assert not (tmp_path / "new.jsonl").exists()
 
 
-@pytest.mark.parametrize("option", ["--seconds", "--memory"])
+@pytest.mark.parametrize("option", ["--seconds", "--memory", "--time-limit"])
 @pytest.mark.parametrize("text", ["nan", "-1", "inf", "x"])
 def test_numbers_that_are_none(option, text, capsys):
     with pytest.raises(SystemExit):

@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--time-limit",
-        type=float,
+        type=number_from_0,
         metavar="S",
         help="start no case after this many seconds; the rest is listed as skipped",
     )
@@ -136,7 +136,7 @@ def _measure(args: argparse.Namespace) -> int:
         print(f"fastkd bench: error: --peers {wrong[0]} is {other} --forms only", file=sys.stderr)
         return 2
     mode = next((name for name in _NOT_READ if name and getattr(args, name)), "")
-    if unread := [name for name in _NOT_READ[mode] if getattr(args, name)]:
+    if unread := [name for name in _NOT_READ[mode] if getattr(args, name) is not None]:
         when = f"with --{mode}" if mode else "without --step"
         print(f"fastkd bench: error: --{unread[0].replace('_', '-')} has no effect {when}", file=sys.stderr)
         return 2

@@ -169,6 +169,7 @@ def _by_classes(rows: Sequence[Record], title: str, path: Path, theme: str) -> N
     from matplotlib import rc_context
 
     ground, ink = _THEMES[theme]
+    with_gradient = rows[0]["pass"] == "forward+backward"
     colours: dict[Any, str] = {"figure.facecolor": ground, "axes.facecolor": ground, "text.color": ink}
     for part in ("axes.label", "axes.edge", "axes.title", "xtick.", "ytick."):
         colours[f"{part}color"] = ink
@@ -191,12 +192,17 @@ def _by_classes(rows: Sequence[Record], title: str, path: Path, theme: str) -> N
                 times.plot(
                     classes,
                     [row["bytes"] / row["bandwidth"] * 1e3 for row in records],
-                    label="floor: three accesses, or the gradient",
+                    label="floor: three accesses, or the gradient"
+                    if with_gradient
+                    else "floor: two accesses",
                     **floor,
                 )
-                width = ELEMENT_BYTES[DTYPES[records[0]["dtype"]]]
-                memory.plot(classes, [row["rows"] * row["classes"] * width / 1e6 for row in records], **floor)
-        for axes, label in ((times, "ms, loss and gradient"), (memory, "MB beyond the logits")):
+                if with_gradient:
+                    width = ELEMENT_BYTES[DTYPES[records[0]["dtype"]]]
+                    sizes = [row["rows"] * row["classes"] * width / 1e6 for row in records]
+                    memory.plot(classes, sizes, **floor)
+        words = WORDS[rows[0]["pass"]]
+        for axes, label in ((times, f"ms, {words}"), (memory, "MB beyond the logits")):
             axes.set(xscale="log", yscale="log", xlabel="classes", ylabel=label)
             _tidy(axes)
         _legend_below(figure, labelcolor=ink)
