@@ -1,5 +1,6 @@
 """The numbers of the benchmark suite's records, from clocks that say what they are told to."""
 
+import io
 import statistics
 
 import pytest
@@ -217,6 +218,26 @@ def test_the_memory_of_a_case():
         case = Case("kd", 8, 50, dtype, "forward")
         assert cases.needs_too_much(case, need) is None
         assert "needs up to" in cases.needs_too_much(case, need - 1)
+
+
+def test_half_of_the_available_memory(monkeypatch):
+    lines = io.StringIO("MemTotal: 9 kB\nMemAvailable:       2048 kB\n")
+    monkeypatch.setattr(cases, "open", lambda path: lines, raising=False)
+    assert cases.memory_bound("cpu") == 2**20
+    monkeypatch.setattr(cases, "open", lambda path: io.StringIO(), raising=False)
+    assert cases.memory_bound("cpu") == 4 * 2**30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1000, 8000))
+    assert cases.memory_bound("cuda") == 800
+
+
+def test_cases_with_the_gradient_come_first():
+    """A time limit leaves out the loss alone."""
+    found = list(cases.suite(losses=["kd"], shapes=[(4, 10), (8, 20)], dtypes=["float32"]))
+    assert [(case.mode, case.rows) for case in found] == [
+        ("forward+backward", 4), ("forward+backward", 8), ("forward", 4), ("forward", 8)
+    ]  # fmt: skip
+    assert {case.mode for case in cases.quick_suite()} == {"forward+backward"}
+    assert {case.loss for case in cases.quick_suite()} == set(cases.LOSSES)
 
 
 def test_the_time_limit_lists_the_rest(ticking):
