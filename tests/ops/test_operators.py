@@ -68,6 +68,20 @@ def test_a_graph_that_is_not_retained_gives_its_gradient_once(fused):
     assert torch.equal(student.grad, first)
 
 
+def test_a_factor_near_1_is_a_factor(fused):
+    """Scaling is spared for 1 alone."""
+    student, teacher, _ = make_logits(4, 33, torch.float32, fused)
+    student.requires_grad_()
+    layer = [torch.randn(size, 8, device=fused) for size in (4, 33)]
+    layer[0].requires_grad_()
+    for leaf, logits in ((student, student), (layer[0], fastkd.LinearLogits(*layer))):
+        one, other = (
+            torch.autograd.grad(fastkd.kd_loss(logits, teacher) * factor, leaf)[0] for factor in (1.0, 1.001)
+        )
+        torch.testing.assert_close(other, 1.001 * one, rtol=1e-5, atol=1e-9)
+        assert not torch.equal(other, one)
+
+
 def test_gradient_of_a_shared_loss_is_not_overwritten(fused):
     """Two uses of a loss with different factors add up, without scaling each other's gradient."""
     student, teacher, target = make_logits(3, 20, torch.float32, fused)

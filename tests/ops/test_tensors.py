@@ -86,6 +86,23 @@ def test_a_shifted_sequence_is_not_copied():
         assert torch.equal(rows.reshape(-1, shifted.shape[-1]), shifted.reshape(-1, shifted.shape[-1]))
 
 
+def test_only_what_must_be_is_copied():
+    """A dimension of one row has any stride; beside a teacher of two strides the student is viewed alike."""
+    memory = torch.randn(4, 3, 10, 50)
+    odd, shifted, dense = memory[:, :1, :-1], memory[:, 0, :-1], torch.randn(36, 50)
+    for student, teacher in ((odd, odd), (dense.view(4, 9, 50), shifted), (shifted, dense.view(4, 9, 50))):
+        found = [one for (one,) in as_rows([student], [teacher])]
+        for rows, logits in zip(found, (student, teacher), strict=True):
+            assert rows.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
+            assert torch.equal(rows.reshape(36, 50), logits.reshape(36, 50))
+    # One model whose classes are not dense, of either.
+    apart = dense.t().contiguous().t()
+    for student, teacher in ((dense, apart), (apart, dense)):
+        for (rows,), logits in zip(as_rows([student], [teacher]), (student, teacher), strict=True):
+            assert rows.stride(-1) == 1
+            assert torch.equal(rows, logits)
+
+
 # ---- wrappers, lazy bits, freed storage -------------------------------------------------------------
 
 
