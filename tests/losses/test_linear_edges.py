@@ -77,6 +77,56 @@ def test_rows_without_weight_cost_no_matmul(monkeypatch, layers):
     assert sum(rows) == 4
 
 
+def test_rows_of_float16_that_are_not_read_of_a_captured_graph(monkeypatch, fused):
+    """What the row kernel makes of them is multiplied by 0 afterwards, which NaN would survive."""
+    layers = Layers.random(dtype=torch.float16, device=fused)
+    weight = torch.tensor([0.0, *torch.rand(10)], device=fused)
+    for model in (layers.student, layers.teacher):
+        model[0][0] = torch.nan
+    monkeypatch.setattr(chunks, "_kept_rows", lambda weight: None)
+    value, *gradients = layers.loss_and_gradients(BY_NAME["kd"], weight=weight)
+    assert all(torch.isfinite(found).all() for found in (value, *gradients))
+    assert not gradients[0][0].any()
+
+
+def test_constant_logits_of_float16_standardized(fused):
+    """Their deviation is 0, by which the gradient is scaled while it is stored."""
+    hidden = torch.randn(4, 8, device=fused).half()
+    hidden[1] = 0
+    hidden.requires_grad_()
+    weight, teacher = (torch.randn(33, 8, device=fused).half() for _ in range(2))
+    with_constant = fastkd.kd_loss(
+        LinearLogits(hidden, weight), LinearLogits(hidden.detach(), teacher), standardize=True
+    )
+    (gradient,) = torch.autograd.grad(with_constant, hidden)
+    assert torch.isfinite(gradient).all()
+    assert gradient[0].any()
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rows", "classes", "chunk"),
+    [
+        (100, 250, 33, 84),  # of about equal size
+        (0, 10_000, 1_000_000, 223),  # 80 MiB hold 20 rows, too few for a matmul
+        (0, 10_000, 10_000, 2000),
+        (0, 100, 10_000, 100),
+        (0, 0, 33, 1),
+    ],
+)
+def test_chunks(chosen, rows, classes, chunk):
+    assert chunks.chunk_rows_of(chosen, rows, classes, 4, "cpu") == chunk
+
+
+def test_parts_of_a_chunk():
+    """No indices where all rows count, which would copy them; and what is raised to float32 is bounded."""
+    assert chunks._kept_rows(torch.ones(3)) is None
+    assert chunks._kept_rows(torch.tensor([1.0, 0.0, -1.0])).tolist() == [0, 2]
+    for rows, width in ((4096, 8), (8, 4096)):
+        blocks = chunks._blocks(torch.empty(rows, 1200), width)
+        assert [block.stop - block.start for block in blocks] == [512, 512, 176]
+        assert blocks[0].start == 0
+
+
 @pytest.mark.parametrize("leading", [(0,), (3, 0)])
 def test_no_rows(layers, leading):
     leaves = [torch.randn(*leading, 12), layers.student[1], layers.student[2]]

@@ -68,6 +68,25 @@ def test_a_graph_that_is_not_retained_gives_its_gradient_once(fused):
     assert torch.equal(student.grad, first)
 
 
+def test_a_frozen_student_among_others(fused):
+    (first, teacher, _), (frozen, _, _) = (make_logits(4, 33, torch.float32, fused) for _ in range(2))
+    first.requires_grad_()
+    loss = fastkd.kd_loss([first, frozen], [teacher, teacher])
+    (found,) = torch.autograd.grad(loss.sum(), first)
+    (alone,) = torch.autograd.grad(fastkd.kd_loss(first, teacher), first)
+    torch.testing.assert_close(found, alone)
+
+
+@pytest.mark.parametrize("pairs", [1, 2])
+def test_no_rows(fused, pairs):
+    students = [torch.empty(0, 33, device=fused, requires_grad=True) for _ in range(pairs)]
+    teachers = [torch.empty(0, 33, device=fused)] * pairs
+    loss = fastkd.kd_loss(students[0], teachers[0]) if pairs == 1 else fastkd.kd_loss(students, teachers)
+    assert loss.shape == (() if pairs == 1 else (pairs,))
+    assert not loss.any()
+    assert [g.shape for g in torch.autograd.grad(2 * loss.sum(), students)] == [(0, 33)] * pairs
+
+
 def test_a_factor_near_1_is_a_factor(fused):
     """Scaling is spared for 1 alone."""
     student, teacher, _ = make_logits(4, 33, torch.float32, fused)
