@@ -38,7 +38,10 @@ class Net(nn.Module):
 
 def test_the_parts_of_a_step(ticking, monkeypatch):
     student, teacher = Net("student forward", ticking), Net("teacher", ticking)
-    order, slow = [], iter([1.0, 0.0, 0.5, 9.0])  # of the warm-up; and of one turn, which no median shows
+    order, slow = (
+        [],
+        iter([1.0, 0.0, 0.5, 9.0, 0.0, 9.0]),
+    )  # of the warm-up, and of one turn: no median has it
 
     def loss_of(name):
         def loss(s, t, y):
@@ -46,7 +49,9 @@ def test_the_parts_of_a_step(ticking, monkeypatch):
             assert s.is_leaf
             assert s.requires_grad
             assert not t.requires_grad
-            ticking.now += TAKEN["loss"] * (2 if name == "eager" else 1) + next(slow, 0.0)
+            seconds = TAKEN["loss"] * (2 if name == "eager" else 1)
+            ticking.now += 0.8 * seconds + next(slow, 0.0)
+            s.register_hook(lambda gradient: setattr(ticking, "now", ticking.now + 0.2 * seconds))
             return (s - t).square().sum()
 
         return loss
@@ -110,6 +115,15 @@ def test_memory_of_layers_is_without_the_gradient_of_the_weight(dtype, size):
     assert ours["extra_bytes"] == eager["extra_bytes"] == 1_000_000 - 50 * 8 * size
     assert (ours["ms"], ours["turns"]) == (2.0, 3)
     assert ours["gradient_error"] < (1e-5 if size == 4 else 0.02)
+
+
+def test_the_larger_error_of_a_layer_counts(monkeypatch):
+    found = iter([1.0, 3.0, 4.0, 2.0])
+    monkeypatch.setattr(forms, "relative_error", lambda *_: next(found))
+    clock = Peak()
+    clock.time = lambda launch, turn: 2.0
+    records = forms.measure(forms.Case("kd", 6, 50, 8, 12, "float32"), clock, {"eager"}, seconds=0.0)
+    assert [record["gradient_error"] for record in records] == [3.0, 4.0]
 
 
 def test_layers_have_logits_of_spread_3():
