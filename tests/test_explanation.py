@@ -9,6 +9,7 @@ import torch
 import fastkd
 from fastkd import explanation
 from fastkd.ops.plan import Device
+from fastkd.ops.team_plan import TeamPlan
 
 H100 = Device(multiprocessors=132)
 
@@ -53,6 +54,11 @@ def test_native_cuda_paths_report_what_they_cache():
     assert path("binary_kl", 256, 1_000_000).accesses == 3
 
 
+def test_warps_of_a_block():
+    for threads, rows, warps in ((256, 1, 8), (8, 16, 4), (2, 1, 1)):
+        assert explanation._warps_of(TeamPlan(threads, rows, 1, 1)) == warps
+
+
 def test_native_cuda_path_of_a_teacher_known_at_some_classes(monkeypatch):
     monkeypatch.setattr(explanation, "device_of", lambda device: H100)
     device = torch.device("cuda")
@@ -65,6 +71,8 @@ def test_native_cuda_path_of_a_teacher_known_at_some_classes(monkeypatch):
 def test_bad_input():
     with pytest.raises(ValueError, match="classes 1"):
         fastkd.explain(3, 1)
+    with pytest.raises(ValueError, match="rows is 0 and"):
+        fastkd.explain(0, 10)
     with pytest.raises(ValueError, match="loss is 'kl'"):
         fastkd.explain(3, 10, loss="kl")
     with pytest.raises(TypeError, match="int64"):
@@ -146,3 +154,60 @@ def test_the_choice_of_auto_on_a_gpu_has_its_reason(monkeypatch, chosen, reason)
     monkeypatch.setattr(explanation.backend, "faster_for", lambda *_: chosen)
     explained = fastkd.explain(4096, 131_072, torch.bfloat16, "cuda")
     assert f"backend {chosen} ({reason})\n" in str(explained)
+
+
+@pytest.fixture
+def slow_copy(monkeypatch):
+    """A copy moves 1 GB/s, and four threads share a call."""
+    monkeypatch.setattr(explanation, "copy_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    with fastkd.use_backend("native"):
+        yield
+
+
+def test_units(slow_copy):
+    text = str(fastkd.explain(1000, 1000))
+    assert "3 accesses per element, 12.0 MB; at the 1 GB/s of a copy measured now about 12.000 ms" in text
+
+
+@pytest.mark.parametrize(
+    ("rows", "classes", "dtype", "more", "accesses"),
+    [
+        (4, 1000, torch.float32, {}, 3),
+        (4, 1000, torch.bfloat16, {}, 3),
+        (4, 1000, torch.float16, {}, 5),  # both models are read once more for the gradient
+        (4, 1000, torch.float16, {"loss": "ce"}, 3),
+        (4, 1000, torch.float16, {"hidden": (8, 8)}, 3),  # which a layer has at once
+        # 2^23 exponentials are cached per thread: of float32 in the gradient's place, else of both models.
+        (4, 5_000_000, torch.float32, {}, 3),
+        (4, 5_000_000, torch.bfloat16, {}, 5),
+        (2, 5_000_000, torch.float32, {}, 5),  # of all rows, where threads share each
+        (4, 10_000_000, torch.float16, {}, 7),
+        (4, 10_000_000, torch.float32, {"loss": "binary_kl"}, 3),
+        (4, 1000, torch.float32, {"known": 64}, 2),
+        (4, 1000, torch.float16, {"known": 64}, 3),
+        (4, 10_000_000, torch.float32, {"known": 64}, 3),
+    ],
+)
+def test_accesses_on_a_cpu(slow_copy, rows, classes, dtype, more, accesses):
+    assert fastkd.explain(rows, classes, dtype, **more).accesses == accesses
+
+
+def test_how_threads_share_rows(slow_copy):
+    assert "rows over threads" in fastkd.explain(4, 100).path
+    assert "each row over several threads" in fastkd.explain(3, 100).path
+
+
+def test_passes_of_triton_over_long_rows():
+    def path(loss):
+        return explanation._triton_path(explanation._work_of(loss), 4096, 100_000, torch.bfloat16, H100)
+
+    assert [path(loss).accesses for loss in ("kd", "lskd", "jsd", "ce", "binary_kl")] == [5, 7, 7, 3, 3]
+    assert "3 passes over tiles, 264 rows at a time" in path("lskd").words
+
+
+def test_the_bandwidth_is_the_median_of_nine_copies_after_two(monkeypatch):
+    times = [50.0, 60.0, 9.0, 1.0, 8.0, 2.0, 7.0, 3.0, 6.0, 4.0, 5.0]
+    ticks = iter([tick for duration in times for tick in (0.0, duration)])
+    monkeypatch.setattr(explanation.time, "perf_counter", lambda: next(ticks))
+    assert explanation.copy_bandwidth.__wrapped__("cpu") == 2 * 2**26 / 5.0
