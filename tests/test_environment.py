@@ -63,7 +63,7 @@ def test_an_empty_variable_counts_as_unset():
     assert done.stdout.strip() == "auto"
 
 
-@pytest.mark.parametrize("value", ["two", "0", "-1", "1.5", " 2", "²"])
+@pytest.mark.parametrize("value", ["two", "0", "-1", "1.5", " 2", "²", "٣"])
 def test_an_invalid_count(value, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", value)
     for command in (["train", "glyphs/kd"], ["cache-teacher", "glyphs/kd", "--to", "cache"]):

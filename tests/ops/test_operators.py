@@ -68,6 +68,14 @@ def test_a_graph_that_is_not_retained_gives_its_gradient_once(fused):
     assert torch.equal(student.grad, first)
 
 
+def test_sums_over_the_rows_of_each_pair():
+    """Of what a launcher has not summed, as on a GPU."""
+    values = torch.arange(6.0)
+    assert torch.equal(operators._sum_rows(values, 1), torch.tensor(15.0))
+    assert torch.equal(operators._sum_rows(values, 2), torch.tensor([3.0, 12.0]))
+    assert torch.equal(operators._sum_rows(torch.stack([values, -values]), 2)[1], torch.tensor([-3.0, -12.0]))
+
+
 def test_a_frozen_student_among_others(fused):
     (first, teacher, _), (frozen, _, _) = (make_logits(4, 33, torch.float32, fused) for _ in range(2))
     first.requires_grad_()
