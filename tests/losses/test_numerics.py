@@ -7,7 +7,17 @@ import torch
 
 import fastkd
 from fastkd.ops.spec import Needs
-from tests.cases import BY_NAME, CASES, Case, each_case, each_kernel, exact, loss_and_gradient, make_logits
+from tests.cases import (
+    BY_NAME,
+    CASES,
+    Case,
+    each_case,
+    each_kernel,
+    error,
+    exact,
+    loss_and_gradient,
+    make_logits,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -109,16 +119,52 @@ def test_the_gradient_at_equal_logits_is_0_whatever_the_offset(fused, case):
     assert gradient.count_nonzero() == 0
 
 
-@pytest.mark.parametrize("share", [1e-6, 1e-3, 0.5, 0.9])
-@pytest.mark.parametrize("name", ["jsd", "skew", "skew, reverse"])
+each_mixture = pytest.mark.parametrize("name", ["jsd", "skew", "skew, reverse"])
+# The last is exact in float32, so that the share of the other model is.
+each_share = pytest.mark.parametrize("share", [1e-6, 1e-3, 0.5, 0.9, 1 - 2.0**-12])
+
+
+@each_share
+@each_mixture
 def test_a_mixture_of_any_shares(fused, name, share):
+    assert_mixture_is_as_exact(name, share, fused)
+
+
+def assert_mixture_is_as_exact(name, share, device="cpu"):
     def loss(student, teacher, target, **more):
         if name == "jsd":
             return fastkd.jsd_loss(student, teacher, beta=share, **more)
         return fastkd.skew_kl_loss(student, teacher, skew=share, reverse="reverse" in name, **more)
 
-    student, teacher = 3 * torch.randn(12, 50, device=fused), 3 * torch.randn(12, 50, device=fused)
+    student, teacher = 3 * torch.randn(12, 50, device=device), 3 * torch.randn(12, 50, device=device)
     assert_as_exact(Case(name, loss, family="mixture"), student, teacher)
+
+
+def test_close_logits_differ_exactly():
+    with fastkd.use_backend("native"):
+        assert_close_logits_differ_exactly()
+
+
+def assert_close_logits_differ_exactly():
+    """Eager torch subtracts rounded logarithms; the gradient of reverse KL shows it most."""
+    student, teacher = 3 * torch.randn(24, 300), torch.randn(24, 300)
+    (_, ours), (_, eager), _ = errors(
+        BY_NAME["reverse-kl"], student, student + 1e-5 * teacher, None, torch.ones(24)
+    )
+    assert ours.norm() < 0.1 * eager.norm()
+
+
+@pytest.mark.parametrize("name", ["tvd", "skew-kl", "skew-kl-0.7"])
+def test_a_student_sure_of_what_the_teacher_denies(fused, name):
+    assert_gradient_of_denied_class_is_exact(name, fused)
+
+
+def assert_gradient_of_denied_class_is_exact(name, device="cpu"):
+    """Eager torch loses the gradient of that class, a difference of two numbers near 1."""
+    student, teacher = (confident(torch.randn(24, 10)).to(device) for _ in range(2))
+    _, gradient = loss_and_gradient(BY_NAME[name], student, teacher.roll(1, -1), None, reduction="none")
+    _, true_gradient = exact(BY_NAME[name], student, teacher.roll(1, -1), None, reduction="none")
+    assert error(gradient, true_gradient) < 1e-5
 
 
 # ---- standardised logits ----------------------------------------------------------------------------
@@ -148,6 +194,22 @@ def test_a_mean_far_above_the_spread(fused, case, mean):
     student, teacher, target = make_logits(16, 1000, device=fused, spread=1.0)
     assert_as_exact(case, student + mean, teacher - mean, target)
     assert_as_exact(case, student + mean, teacher, target)
+
+
+@pytest.mark.parametrize("case", STANDARDIZED, ids=lambda case: case.name)
+@pytest.mark.parametrize("classes", [1000, 9001])
+def test_the_mean_of_standardised_rows_is_exact(fused, case, classes):
+    assert_standardised_gradient_is_exact(case, classes, fused)
+
+
+def assert_standardised_gradient_is_exact(case, classes, device="cpu"):
+    """Far from 0, eager torch loses three digits of the gradient with the mean; the kernels' means do not."""
+    student, teacher, target = make_logits(4, classes, device=device, spread=1.0)
+    (_, ours), (_, eager), (_, size) = errors(
+        case, student + 1e4, teacher + 1e4, target, torch.ones(4, device=device)
+    )
+    assert ours.norm() <= 1e-5 * size.norm()
+    assert eager.norm() > 1e-5 * size.norm()  # otherwise the rows are no test of it
 
 
 # ---- NaN and infinity -------------------------------------------------------------------------------
@@ -241,6 +303,15 @@ AT_TEMPERATURE = {
     "binary-kl-norm": lambda s, t, y, **more: fastkd.binary_kl_norm_loss(s, t, **more),
 }
 
+# Losses with sums at T = 1 beside those at a large temperature.
+ALSO_AT_1 = {
+    "ce-kd": lambda s, t, y, **more: fastkd.distill_loss(
+        s, t, y, ce_weight=0.5, kd_weight=0.5, temperature=1000.0, **more
+    )[0],
+    "nkd": partial(fastkd.nkd_loss, temperature=1000.0),
+    "wttm": lambda s, t, y, **more: fastkd.ttm_loss(s, t, gamma=1e-3, weighted=True, **more),
+}
+
 
 @pytest.mark.parametrize("name", AT_TEMPERATURE)
 @pytest.mark.parametrize("temperature", [1e-6, 1e-3, 1e3, 1e6])
@@ -248,3 +319,38 @@ def test_extreme_temperatures(fused, name, temperature):
     loss = partial(AT_TEMPERATURE[name], temperature=temperature)
     student, teacher, target = make_logits(4, 30, device=fused)
     assert_as_exact(Case(name, loss), student, teacher, target)
+
+
+@pytest.mark.parametrize("name", ALSO_AT_1)
+def test_sums_at_1_beside_a_large_temperature(fused, name):
+    """The base of a row's sums may stay some temperatures below a logit, but at T = 1 that would overflow."""
+    assert_sums_at_1_are_as_exact(name, fused)
+
+
+def assert_sums_at_1_are_as_exact(name, device="cpu"):
+    """Logits far apart in one model alone, as the base of either may move that of both."""
+    for spread in ((100.0, 1.0), (1.0, 100.0)):
+        student, teacher, target = make_logits(6, 3000, device=device, spread=1.0)
+        assert_as_exact(Case(name, ALSO_AT_1[name]), spread[0] * student, spread[1] * teacher, target)
+
+
+FINITE_WHERE_BASES_RISE = ["kd-t1", "dkd", "nkd", "wttm", "jsd"]
+
+
+@pytest.mark.parametrize("name", FINITE_WHERE_BASES_RISE)
+@pytest.mark.parametrize("classes", [40, 9001])
+def test_a_base_that_rises_further_than_a_sum_may(fused, name, classes):
+    assert_finite_where_bases_rise(name, classes, fused)
+
+
+def assert_finite_where_bases_rise(name, classes, device="cpu"):
+    """A teacher's sums vanish, times a step of the student's base that overflows: 0, and not NaN."""
+    student, teacher = torch.zeros(2, classes, device=device), torch.zeros(2, classes, device=device)
+    low = classes // 2
+    student[:, :low], student[:, low:], teacher[:, :low] = -1e38, 1e38, -4000.0
+    target = torch.full((2,), classes - 1, device=device)
+    loss, gradient = loss_and_gradient(BY_NAME[name], student, teacher, target, reduction="none")
+    masked = student.masked_fill(student < 0, -torch.inf).clamp_max(0)  # in float64 too 1e38 has no digits
+    true_loss, _ = exact(BY_NAME[name], masked, teacher, target, reduction="none")
+    assert gradient.isfinite().all()
+    torch.testing.assert_close(loss.double(), true_loss, rtol=1e-5, atol=1e-5)
