@@ -158,6 +158,17 @@ def nan_in_is_nan_out_in_that_row_alone(classes):
 
 
 @check
+def a_nan_of_any_bits_stays_one(classes):
+    """Of 32 ones, as of memory that is all ones: rounded to bfloat16 like a number, they carry over to 0."""
+    for dtype in (torch.bfloat16, torch.float16):
+        student, teacher = torch.randn(3, classes).to(dtype), torch.randn(3, classes)
+        teacher.view(torch.int32)[1, 2] = -1
+        for name in ("kd", "jsd", "binary-kl"):
+            _, gradient = loss_and_gradient(BY_NAME[name], student, teacher, None, reduction="none")
+            assert gradient[1, 2].isnan(), (name, dtype)
+
+
+@check
 def an_unread_teacher_may_be_nan(classes):
     student, target = torch.randn(3, classes), torch.tensor([0, 1, classes - 1])
     teacher = torch.full((3, classes), torch.nan)
