@@ -10,7 +10,6 @@ namespace FASTKD_ISA {
 // Chan et al.
 FASTKD_INLINE Moments merged(const Moments& a, const Moments& b) {
   const double count = a.count + b.count, step = b.mean - a.mean;
-  if (count == 0) return a;
   return {count, a.mean + step * b.count / count, a.squares + b.squares + step * step * a.count * b.count / count};
 }
 

@@ -98,8 +98,7 @@ static void sum_others(TopKRow& row) {
     row.sum_t1 += horizontal_sum(sum_t1);
     if (row.bases != nullptr) row.bases[offset / kBlock] = row.base;
   }
-  if (row.base <= kMasked && row.sum == row.sum)  // all are masked, and those left out with them
-    row.sum = row.sum_t1 = double(rows.classes);
+  // If all are masked, each class counts 1 here, those left out too.
   if (!row.at_t1) row.sum_t1 = row.sum;
 }
 
