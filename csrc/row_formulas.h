@@ -267,12 +267,12 @@ FASTKD_FORMULA V mixture_of(float weight_p, float weight_q, V q, V p, V differen
 struct JSD : OneOrigin {
   static constexpr const char* kName = "jsd";
   typedef MixtureFamily Family;
-  FASTKD_OPTIONS(temperature, beta);
+  FASTKD_OPTIONS(temperature, beta, rest);
 
   // `difference` is p - q.
   template <class M, class V>
   FASTKD_FORMULA MixtureTerm<V> formula(const Options& options, V q, V p, V difference) {
-    const float beta = options.beta, rest = 1.0f - beta;
+    const float beta = options.beta, rest = options.rest;
     const V m = mixture_of<M>(beta, rest, q, p, difference);
     const V q_log = M::times_log_ratio(q, m, -beta * difference);
     const V p_log = M::times_log_ratio(p, m, rest * difference);
@@ -302,12 +302,12 @@ struct SkewKL {
   static constexpr const char* kName = "skew_kl";
   static constexpr bool kTwoOrigins = true;
   typedef MixtureFamily Family;
-  FASTKD_OPTIONS(temperature, skew);
+  FASTKD_OPTIONS(temperature, skew, rest);
 
-  FASTKD_FORMULA float origin_step(const Options& options) { return 1.0f - options.skew; }
+  FASTKD_FORMULA float origin_step(const Options& options) { return options.rest; }
   template <class M, class V>
   FASTKD_FORMULA MixtureTerm<V> formula(const Options& options, V q, V p, V difference) {
-    const float rest = 1.0f - options.skew;
+    const float rest = options.rest;
     const V m = mixture_of<M>(options.skew, rest, q, p, difference), above = rest * difference;  // p - m
     const auto far = 2.0f * p < q;
     // Adding m - p, whose sum is 0, makes every class's value positive: no cancellation near equality.
@@ -320,11 +320,11 @@ struct SkewKL {
 struct SkewReverseKL : OneOrigin {
   static constexpr const char* kName = "skew_reverse_kl";
   typedef MixtureFamily Family;
-  FASTKD_OPTIONS(temperature, skew);
+  FASTKD_OPTIONS(temperature, skew, rest);
 
   template <class M, class V>
   FASTKD_FORMULA MixtureTerm<V> formula(const Options& options, V q, V p, V difference) {
-    const float rest = 1.0f - options.skew;
+    const float rest = options.rest;
     const V m = mixture_of<M>(rest, options.skew, q, p, difference), below = rest * difference;  // m - q
     const V q_log = M::times_log_ratio(q, m, -below);
     return {q_log + below, q_log + options.skew * M::share(q * below, m), M::number(0.0f)};

@@ -167,17 +167,27 @@ def reverse_kl_rows(
 
 
 def jsd_rows(
-    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None, temperature: float, beta: float
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None,
+    temperature: float,
+    beta: float,
+    rest: float,
 ) -> tuple[Tensor, Tensor]:
-    """Generalised JSD: beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q, without T^2."""
+    """Generalised JSD: beta KL(p || m) + rest KL(q || m), m = beta p + rest q, rest = 1 - beta, without
+    T^2."""
     log_q = (as_float(student_logits) / temperature).log_softmax(-1)
     log_p = (as_float(teacher_logits) / temperature).log_softmax(-1)
-    share = log_p.new_ones(()) * beta
-    log_m = torch.logaddexp(log_p + share.log(), log_q + (-share).log1p())
+    log_m = _log_of_mixture(log_p, beta, log_q, rest)
     student = (log_q.exp() * (log_q - log_m)).sum(-1)
     teacher = (log_p.exp() * (log_p - log_m)).sum(-1)
-    row = beta * teacher + (1 - beta) * student
+    row = beta * teacher + rest * student
     return row, no_terms(row)
+
+
+def _log_of_mixture(log_x: Tensor, share: float, log_y: Tensor, rest: float) -> Tensor:
+    one = log_x.new_ones(())
+    return torch.logaddexp(log_x + (one * share).log(), log_y + (one * rest).log())
 
 
 def tvd_rows(
@@ -195,27 +205,26 @@ def tvd_rows(
 
 
 def skew_kl_rows(
-    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None, temperature: float, skew: float
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None, *options: float
 ) -> tuple[Tensor, Tensor]:
     """Skew KL: KL(p || m), m = skew p + (1 - skew) q, without T^2. Ko et al. 2024 (DistiLLM)."""
-    return _kl_from_mixture(teacher_logits, student_logits, temperature, skew)
+    return _kl_from_mixture(teacher_logits, student_logits, *options)
 
 
 def skew_reverse_kl_rows(
-    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None, temperature: float, skew: float
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None, *options: float
 ) -> tuple[Tensor, Tensor]:
     """Skew reverse KL: KL(q || m), m = (1 - skew) p + skew q, without T^2. Ko et al. 2024 (DistiLLM)."""
-    return _kl_from_mixture(student_logits, teacher_logits, temperature, skew)
+    return _kl_from_mixture(student_logits, teacher_logits, *options)
 
 
 def _kl_from_mixture(
-    logits: Tensor, other_logits: Tensor, temperature: float, skew: float
+    logits: Tensor, other_logits: Tensor, temperature: float, skew: float, rest: float
 ) -> tuple[Tensor, Tensor]:
-    """KL of the first distribution from skew times itself plus (1 - skew) times the other."""
+    """KL of the first distribution from skew times itself plus rest = 1 - skew times the other."""
     log_x = (as_float(logits) / temperature).log_softmax(-1)
     log_y = (as_float(other_logits) / temperature).log_softmax(-1)
-    share = log_x.new_ones(()) * skew
-    log_m = torch.logaddexp(log_x + share.log(), log_y + (-share).log1p())
+    log_m = _log_of_mixture(log_x, skew, log_y, rest)
     x = log_x.exp()
     # m - x, whose sum is 0, takes the common slope out of the gradient, as in tvd_rows.
     row = (x * (log_x - log_m) + (log_m.exp() - x)).sum(-1)

@@ -52,7 +52,7 @@ def jsd_loss(
     """
     check_fraction("beta", beta)
     check_temperature(temperature)
-    loss: tuple[str, tuple[float, ...]] = "jsd", JSDOptions(temperature, beta)
+    loss: tuple[str, tuple[float, ...]] = "jsd", JSDOptions.of(temperature, plain(beta))
     if beta == 0.0:
         loss = "softmax", SoftmaxOptions(temperature, kd_weight=1.0 / plain(temperature) ** 2)
     elif beta == 1.0:
@@ -121,7 +121,7 @@ def skew_kl_loss(
     check_flag("reverse", reverse)
     check_temperature(temperature)
     name = "skew_reverse_kl" if reverse else "skew_kl"
-    loss: tuple[str, tuple[float, ...]] = name, SkewOptions(temperature, skew)
+    loss: tuple[str, tuple[float, ...]] = name, SkewOptions.of(temperature, plain(skew))
     if skew == 0.0 and reverse:
         loss = "reverse_kl", TemperatureOptions(temperature)
     elif skew == 0.0:

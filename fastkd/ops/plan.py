@@ -47,6 +47,7 @@ class Kind(NamedTuple):
 KINDS = {
     "softmax": Kind(8192, True, 1024, 8, 2, 80, 3),
     "labelled": Kind(8192, True, 1024, 8, 2, 80, 3),
+    "one model": Kind(8192, True, 1024, 8, 1, 80, 3),
     "cross-entropy": Kind(8192, True, 512, 8, 1, 80, 3),
     "standardized": Kind(4096, True, 512, 8, 2, 128, 2),
     "mixture": Kind(4096, True, 512, 16, 1, 128, 1),
@@ -62,8 +63,10 @@ def kind_of(family: Family, needs: int) -> str:
         return family
     if needs & Needs.STANDARDIZED:
         return "standardized"
-    if needs & Needs.DISTILLS and needs & (Needs.CROSS_ENTROPY | Needs.CROSS_TERM):
-        return "cross-entropy"  # beside a distillation: of both models
+    if not needs & Needs.DISTILLS:
+        return "one model"  # a cross-entropy alone
+    if needs & (Needs.CROSS_ENTROPY | Needs.CROSS_TERM):
+        return "cross-entropy"
     return "labelled" if needs & Needs.LABELLED else "softmax"
 
 
@@ -117,7 +120,8 @@ def plan_rows(kind: str, rows: int, classes: int, element_bytes: int, device: De
     if classes <= of.longest:
         tile = max(16, 1 << (classes - 1).bit_length())
         # ptxas would spill a few of these in float32.
-        per_warp = of.per_warp // 2 if kind == "labelled" and element_bytes > 2 else of.per_warp
+        halved = kind in ("labelled", "one model") and element_bytes > 2
+        per_warp = of.per_warp // 2 if halved else of.per_warp
         # A warp that shares its threads between rows has more numbers per row, so half the logits.
         rows_per_program = 1 if kind == "scale" else max(1, min(per_warp // 2 // tile, WARP_ROWS))
         warps = max(1, tile // per_warp)

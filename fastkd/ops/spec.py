@@ -71,11 +71,21 @@ class TemperatureOptions(NamedTuple):
 class JSDOptions(NamedTuple):
     temperature: float
     beta: float
+    rest: float  # 1 - beta, of which float32 would lose digits where beta is near 1
+
+    @classmethod
+    def of(cls, temperature: float, beta: float) -> "JSDOptions":
+        return cls(temperature, beta, 1.0 - beta)
 
 
 class SkewOptions(NamedTuple):
     temperature: float
     skew: float
+    rest: float  # 1 - skew, likewise
+
+    @classmethod
+    def of(cls, temperature: float, skew: float) -> "SkewOptions":
+        return cls(temperature, skew, 1.0 - skew)
 
 
 class Case(NamedTuple):
@@ -345,8 +355,8 @@ _ROWS = (
         "jsd",
         reference.jsd_rows,
         JSDOptions,
-        _case("jsd", "jsd_loss", JSDOptions(1.0, 0.5), benchmarked=True),
-        _case("jsd-0.1", "jsd_loss", JSDOptions(2.0, 0.1), beta=0.1, temperature=2.0),
+        _case("jsd", "jsd_loss", JSDOptions.of(1.0, 0.5), benchmarked=True),
+        _case("jsd-0.1", "jsd_loss", JSDOptions.of(2.0, 0.1), beta=0.1, temperature=2.0),
     ),
     _mixture(
         "tvd",
@@ -358,14 +368,14 @@ _ROWS = (
         "skew_kl",
         reference.skew_kl_rows,
         SkewOptions,
-        _case("skew-kl", "skew_kl_loss", SkewOptions(1.0, 0.1), benchmarked=True),
-        _case("skew-kl-0.7", "skew_kl_loss", SkewOptions(2.0, 0.7), temperature=2.0, skew=0.7),
+        _case("skew-kl", "skew_kl_loss", SkewOptions.of(1.0, 0.1), benchmarked=True),
+        _case("skew-kl-0.7", "skew_kl_loss", SkewOptions.of(2.0, 0.7), temperature=2.0, skew=0.7),
     ),
     _mixture(
         "skew_reverse_kl",
         reference.skew_reverse_kl_rows,
         SkewOptions,
-        _case("skew-reverse-kl", "skew_kl_loss", SkewOptions(1.0, 0.1), reverse=True),
+        _case("skew-reverse-kl", "skew_kl_loss", SkewOptions.of(1.0, 0.1), reverse=True),
     ),
     _pointwise(
         "binary_kl",

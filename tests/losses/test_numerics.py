@@ -36,7 +36,7 @@ def errors(case, student, teacher, target, grad_output):
     return ours, eager, (true_loss.abs(), true_gradient.norm(dim=-1))
 
 
-def assert_as_exact(case, student, teacher, target=None):
+def assert_as_exact(case, student, teacher, target=None, rounding=2e-7):
     """Over the rows of a regime, the largest and the root-mean-square error are close to eager's or smaller.
 
     The factors allow for the order of sums in a result that cancels: four lanes here, sixteen in torch. Eager
@@ -49,8 +49,8 @@ def assert_as_exact(case, student, teacher, target=None):
     ours, eager, truth = errors(case, student, teacher, target, grad_output)
     for what, mine, theirs, size in zip(("loss", "gradient"), ours, eager, truth, strict=True):
         assert mine.isfinite().all(), what
-        assert mine.max() <= 4 * theirs.max() + 2e-7 * size.max(), what
-        assert mine.norm() <= 3 * theirs.norm() + 2e-7 * size.norm(), what
+        assert mine.max() <= 4 * theirs.max() + rounding * size.max(), what
+        assert mine.norm() <= 3 * theirs.norm() + rounding * size.norm(), what
 
 
 REGIMES = {
@@ -83,8 +83,11 @@ def test_as_exact_as_eager(fused, case, regime, classes):
     rows = 24
     student, teacher = REGIMES[regime](torch.randn(rows, classes), torch.randn(rows, classes))
     student, teacher = student.to(fused), teacher.to(fused)
-    target = torch.zeros(rows, dtype=torch.int64, device=fused) if regime == "confident" else None
-    assert_as_exact(case, student, teacher, target)
+    if regime != "confident":
+        return assert_as_exact(case, student, teacher)
+    # What is not the sure class comes from exponents near 8, of which GPU kernels round the product by 1 / T.
+    target = torch.zeros(rows, dtype=torch.int64, device=fused)
+    return assert_as_exact(case, student, teacher, target, rounding=5e-7)
 
 
 @each_kernel
@@ -120,8 +123,8 @@ def test_the_gradient_at_equal_logits_is_0_whatever_the_offset(fused, case):
 
 
 each_mixture = pytest.mark.parametrize("name", ["jsd", "skew", "skew, reverse"])
-# The last is exact in float32, so that the share of the other model is.
-each_share = pytest.mark.parametrize("share", [1e-6, 1e-3, 0.5, 0.9, 1 - 2.0**-12])
+# 1 less the last loses three digits in float32.
+each_share = pytest.mark.parametrize("share", [1e-6, 1e-3, 0.5, 0.9, 0.9999])
 
 
 @each_share
@@ -138,6 +141,23 @@ def assert_mixture_is_as_exact(name, share, device="cpu"):
 
     student, teacher = 3 * torch.randn(12, 50, device=device), 3 * torch.randn(12, 50, device=device)
     assert_as_exact(Case(name, loss, family="mixture"), student, teacher)
+
+
+MIXTURES = [case for case in CASES if case.family == "mixture"]
+
+
+@pytest.mark.parametrize("case", MIXTURES, ids=lambda case: case.name)
+def test_a_small_divergence_keeps_its_digits(fused, case):
+    assert_small_divergence_is_exact(case, fused)
+
+
+def assert_small_divergence_is_exact(case, device="cpu"):
+    """Eager torch has none here, but for the total variation distance."""
+    student, teacher = 3 * torch.randn(24, 100, device=device), torch.randn(24, 100, device=device)
+    (ours, _), _, (size, _) = errors(
+        case, student, student + 1e-3 * teacher, None, torch.ones(24, device=device)
+    )
+    assert ours.norm() < 2e-3 * size.norm()
 
 
 def test_close_logits_differ_exactly():

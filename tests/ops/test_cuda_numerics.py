@@ -7,6 +7,7 @@ from tests.cases import each_case
 from tests.losses.test_numerics import (
     ALSO_AT_1,
     FINITE_WHERE_BASES_RISE,
+    MIXTURES,
     REGIMES,
     STANDARDIZED,
     assert_as_exact,
@@ -14,6 +15,7 @@ from tests.losses.test_numerics import (
     assert_finite_where_bases_rise,
     assert_gradient_of_denied_class_is_exact,
     assert_mixture_is_as_exact,
+    assert_small_divergence_is_exact,
     assert_standardised_gradient_is_exact,
     assert_sums_at_1_are_as_exact,
     each_mixture,
@@ -51,6 +53,11 @@ def test_a_mixture_of_any_shares(fused, name, share):
 @pytest.mark.parametrize("classes", [40, 1200])
 def test_a_base_that_rises_further_than_a_sum_may(emulated, name, classes):
     assert_finite_where_bases_rise(name, classes)
+
+
+@pytest.mark.parametrize("case", MIXTURES, ids=lambda case: case.name)
+def test_a_small_divergence_keeps_its_digits(emulated, case):
+    assert_small_divergence_is_exact(case)
 
 
 @pytest.mark.usefixtures("emulated")

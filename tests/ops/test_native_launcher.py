@@ -29,7 +29,7 @@ LOSSES = {
     "nkd-temperature-1": ("nkd", (1.0, 3.5), ()),
     "wttm": ("ttm", (0.25, 1.0), (1,)),
     "reverse-kl": ("reverse_kl", (2.0,), ()),
-    "jsd": ("jsd", (2.0, 0.3), ()),
+    "jsd": ("jsd", (2.0, 0.3, 0.7), ()),
     "binary-kl": ("binary_kl", (2.0,), ()),
     "binary-kl-norm": ("binary_kl_norm", (2.0,), ()),
 }

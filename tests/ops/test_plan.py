@@ -126,7 +126,7 @@ def test_the_kind_of_every_loss():
     }
     # NKD has a cross-entropy of both models.
     for name, kind in {
-        "kd": "softmax", "reverse-kl": "softmax", "dkd": "labelled", "ce": "labelled",
+        "kd": "softmax", "reverse-kl": "softmax", "dkd": "labelled", "ce": "one model",
         "ce-kd": "cross-entropy", "nkd": "cross-entropy", "lskd": "standardized",
         "ce-lskd": "standardized", "ls-dkd": "standardized",
         "jsd": "mixture", "tvd": "mixture", "binary-kl": "pointwise",

@@ -205,9 +205,17 @@ class Probabilities(NamedTuple):
     d: Any  # log(p / q)
 
 
+class OverMixture(NamedTuple):
+    """Of probabilities q and p and their mixture m."""
+
+    log_q: Any  # log(q / m)
+    log_p: Any
+    q: Any  # q / m
+
+
 @triton.jit
-def logs_over_mixture(d, weight_p, weight_q):
-    """log(q / m) and log(p / m) of m = weight_p p + weight_q q, where weight_p + weight_q = 1.
+def over_mixture(d, weight_p, weight_q):
+    """``OverMixture`` of m = weight_p p + weight_q q, where weight_p + weight_q = 1.
 
     m is the larger of q and p times 1 + x, x = w (e^-|d| - 1), w the weight of the smaller one. Near x = -1,
     1 + x is computed as the sum of the weighted terms, without cancellation."""
@@ -215,20 +223,22 @@ def logs_over_mixture(d, weight_p, weight_q):
     weight_larger = tl.where(teacher_larger, weight_p, weight_q)
     weight_smaller = tl.where(teacher_larger, weight_q, weight_p)
     x = weight_smaller * expm1_of_negative(-tl.abs(d))
-    total = weight_larger + weight_smaller * tl.exp(-tl.abs(d))
-    log_larger = -log1p_of_negative(x, tl.where(total < 1e-37, 1e-37, total))
+    smaller = tl.exp(-tl.abs(d))  # over the larger
+    total = weight_larger + weight_smaller * smaller
+    total = tl.where(total < 1e-37, 1e-37, total)
+    log_larger = -log1p_of_negative(x, total)
     log_q = tl.where(teacher_larger, log_larger - d, log_larger)
     log_p = tl.where(teacher_larger, log_larger, log_larger + d)
-    return log_q, log_p
+    return OverMixture(log_q, log_p, tl.where(teacher_larger, smaller, 1.0) * reciprocal(total))
 
 
 @triton.jit
 def jsd(probs, numbers):
     """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q; h = (1 - beta) log(q / m)."""
-    beta = JSDOptions(*numbers).beta
-    log_q, log_p = logs_over_mixture(probs.d, beta, 1.0 - beta)
-    weighted_slope = (1.0 - beta) * (probs.q * log_q)
-    return beta * (probs.p * log_p) + weighted_slope, weighted_slope, False, 0.0
+    options = JSDOptions(*numbers)
+    over = over_mixture(probs.d, options.beta, options.rest)
+    weighted_slope = options.rest * (probs.q * over.log_q)
+    return options.beta * (probs.p * over.log_p) + weighted_slope, weighted_slope, False, 0.0
 
 
 @triton.jit
@@ -242,24 +252,24 @@ def tvd(probs, numbers):
 def skew_kl(probs, numbers):
     """KL(p || m), m = skew p + (1 - skew) q; h = -(1 - skew) p / m, relative to its value at p = q unless
     p < q / 2."""
-    skew = SkewOptions(*numbers).skew
-    log_q, log_p = logs_over_mixture(probs.d, skew, 1.0 - skew)
-    rest = 1.0 - skew
+    options = SkewOptions(*numbers)
+    rest = options.rest
+    over = over_mixture(probs.d, options.skew, rest)
     above = rest * probs.difference  # p - m
     far = 2.0 * probs.p < probs.q
-    slope = -rest * (tl.exp(log_q) * tl.where(far, probs.p, above))  # q / m = e^log(q / m)
+    slope = -rest * (over.q * tl.where(far, probs.p, above))
     # Adding m - p, whose sum is 0, makes every class's value positive: no cancellation near equality.
-    return probs.p * log_p - above, slope, far, rest
+    return probs.p * over.log_p - above, slope, far, rest
 
 
 @triton.jit
 def skew_reverse_kl(probs, numbers):
     """KL(q || m), m = (1 - skew) p + skew q; h = log(q / m) + skew (1 - q / m)."""
-    skew = SkewOptions(*numbers).skew
-    rest = 1.0 - skew
-    log_q, log_p = logs_over_mixture(probs.d, rest, skew)
-    q_log = probs.q * log_q
-    weighted_slope = q_log + (skew * rest) * (tl.exp(log_q) * probs.difference)
+    options = SkewOptions(*numbers)
+    rest = options.rest
+    over = over_mixture(probs.d, rest, options.skew)
+    q_log = probs.q * over.log_q
+    weighted_slope = q_log + (options.skew * rest) * (over.q * probs.difference)
     return q_log + rest * probs.difference, weighted_slope, False, 0.0
 
 
