@@ -306,20 +306,6 @@ def test_peers_that_run_on_gpus_only_are_named():
     assert "orda_kernel is not installed" in on_gpu.get("orda", "orda_kernel is not installed")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--peers", "trl"], "--peers trl is with --forms only"),
-        (["--forms", "--peers", "native"], "--peers native is without --forms only"),
-    ],
-)
-def test_names_of_the_other_kind_of_run_are_refused(arguments, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert command.main([*arguments, "--device", "cpu"]) == 2
-    assert message in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
 def test_throughput_of_the_trainer(tmp_path):
     script = Path(__file__).parents[1] / "benchmarks/throughput.py"
     output = tmp_path / "run.jsonl"
@@ -354,38 +340,6 @@ def test_measuring_needs_torch_alone(tmp_path):
         [sys.executable, "-c", code, str(tmp_path / "run.jsonl")], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("shape", ["256", "0x10", "4x2", "ax10", "4x10x3"])
-def test_bad_shapes(shape, capsys):
-    with pytest.raises(SystemExit):
-        command.main(["--shapes", shape])
-    assert "is no shape" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--step", "--losses", "kd"], "--losses has no effect with --step"),
-        (["--step", "--time-limit", "3"], "--time-limit has no effect with --step"),
-        (["--quick", "--shapes", "4x10"], "--shapes has no effect with --quick"),
-        (["--forms", "--passes", "forward"], "--passes has no effect with --forms"),
-        (["--step", "--time-limit", "0"], "--time-limit has no effect with --step"),
-        (["--batch", "4"], "--batch has no effect without --step"),
-    ],
-)
-def test_options_without_effect(words, said, tmp_path, capsys):
-    assert command.main([*words, "--device", "cpu", "--output", str(tmp_path / "new.jsonl")]) == 2
-    assert said in capsys.readouterr().err
-    assert not (tmp_path / "new.jsonl").exists()
-
-
-@pytest.mark.parametrize("option", ["--seconds", "--memory", "--time-limit"])
-@pytest.mark.parametrize("text", ["nan", "-1", "inf", "x"])
-def test_numbers_that_are_none(option, text, capsys):
-    with pytest.raises(SystemExit):
-        command.main([option, text])
-    assert "expected a number from 0" in capsys.readouterr().err
 
 
 def test_no_case_of_fastkds_is_no_praise():

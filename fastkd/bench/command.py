@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fastkd.bench import cases, forms, peers
 from fastkd.bench.results import ResultFileError, Writer, header
+from fastkd.bench.step import PEERS as STEP_PEERS
 from fastkd.bench.step import STEPS, describe, run_steps
 from fastkd.command import number_from_0, positive, run_command
 from fastkd.files.paths import user_path
@@ -130,18 +131,21 @@ def _measure(args: argparse.Namespace) -> int:
     if device == "cuda" and not torch.cuda.is_available():
         print("fastkd bench: error: --device cuda, but torch finds no GPU here", file=sys.stderr)
         return 2
-    known = forms.PEERS if args.forms else PEERS
-    if wrong := [name for name in args.peers or () if name not in known]:
-        other = "without" if args.forms else "with"
-        print(f"fastkd bench: error: --peers {wrong[0]} is {other} --forms only", file=sys.stderr)
-        return 2
     mode = next((name for name in _NOT_READ if name and getattr(args, name)), "")
+    known = {"forms": forms.PEERS, "step": STEP_PEERS}.get(mode, PEERS)
+    if wrong := [name for name in args.peers or () if name not in known]:
+        why = f"is {'without' if args.forms else 'with'} --forms only"
+        if mode == "step":
+            why = f"has no effect with --step; its peers are {' and '.join(STEP_PEERS)}"
+        print(f"fastkd bench: error: --peers {wrong[0]} {why}", file=sys.stderr)
+        return 2
     if unread := [name for name in _NOT_READ[mode] if getattr(args, name) is not None]:
         when = f"with --{mode}" if mode else "without --step"
         print(f"fastkd bench: error: --{unread[0].replace('_', '-')} has no effect {when}", file=sys.stderr)
         return 2
     path = args.output or Path(f"bench-{device}-{_now()}.jsonl")
-    absent = forms.not_measured(device) if args.forms else peers.not_measured(device)
+    cannot = forms.not_measured(device) if args.forms else peers.not_measured(device)
+    absent = {name: reason for name, reason in cannot.items() if name in known}
     for name in known:
         if args.peers is not None and name not in {*args.peers, peers.in_force(device)}:
             absent.setdefault(name, "not asked for (--peers)")

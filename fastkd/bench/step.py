@@ -18,6 +18,7 @@ from fastkd.bench.results import Record
 
 # 0.1 CE + 0.9 KD at T 4: the most common recipe; one pass for the fused loss.
 LOSS = "ce-kd"
+PEERS = ("eager", "compiled")
 PARTS = ("data", "teacher", "student forward", "loss", "student backward", "optimizer")
 
 
@@ -73,7 +74,7 @@ def measure_step(
     size = batch or setup.batch[device]
     pixels = torch.randint(0, 256, (size, *setup.image), dtype=torch.uint8)
     target = torch.randint(0, setup.classes, (size,))
-    losses = peers.variants(LOSS, chosen & {"eager", "compiled"}, device)
+    losses = peers.variants(LOSS, chosen & {*PEERS}, device)
 
     def one_step(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> list[float]:
         """Return the seconds of each of PARTS."""
