@@ -74,13 +74,18 @@ def test_failures():
     assert verdict([record("eager")], [record("eager")]) is None
 
 
-def test_cases_of_one_file_and_devices(tmp_path):
-    def file(name, device, *records):
+@pytest.fixture
+def file(tmp_path):
+    def write(name, device, *records):
         path = tmp_path / f"{name}.jsonl"
         header = {"kind": "header", "name": device}
         path.write_text("".join(json.dumps(one) + "\n" for one in (header, *records)))
         return path
 
+    return write
+
+
+def test_cases_of_one_file_and_devices(file):
     old = file(
         "old",
         "A",
@@ -96,3 +101,12 @@ def test_cases_of_one_file_and_devices(tmp_path):
     assert "the devices differ" in text
     assert regressions == 0
     assert "the devices differ" not in compare.compare(old, old)[0]
+    assert "nothing could be compared" not in text
+
+
+def test_no_time_of_fastkd_is_nothing_to_compare(file):
+    """Not even if both files have the case, of a peer or as a failure."""
+    failed = {**CASE, "kind": "failed", "variant": "fastkd", "reason": "OutOfMemoryError: 2 GiB"}
+    for number, records in enumerate(([], [failed], [record("eager")])):
+        one = file(f"run{number}", "A", *records)
+        assert compare.compare(one, one)[0].endswith("nothing could be compared")
