@@ -360,3 +360,14 @@ def test_peak_memory():
     assert peak(lambda form: form) < 3 * chunk + gradients + 2**16
     # A step frees the gradients of the one before.
     assert peak(lambda form: form.dense()) > 3 * logits - gradients
+
+
+def test_a_weight_freed_before_backward_is_an_error_and_not_read():
+    """In float16 the rows are recomputed there, and FSDP may have freed the teacher's weight."""
+    student = torch.randn(6, 20, dtype=torch.float16, requires_grad=True)
+    hidden, weight = (torch.randn(n, 8, dtype=torch.float16) for n in (6, 20))
+    with fastkd.use_backend("native"):
+        loss = fastkd.kd_loss(student, LinearLogits(hidden, weight))
+        weight.untyped_storage().resize_(0)
+        with pytest.raises(ValueError, match="its storage is empty"):
+            loss.backward()
