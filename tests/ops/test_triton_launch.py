@@ -3,7 +3,9 @@
 Results are compared with ``fastkd.reference`` in float64, on the same inputs.
 """
 
+import functools
 import math
+import types
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from fastkd import reference
 from fastkd.ops.call import Call, Marks, Outputs
 from fastkd.ops.spec import CASES
 from fastkd.ops.spec import LOSSES as SPEC
-from fastkd.ops.triton import launch, row_sums, row_weights
+from fastkd.ops.triton import launch, launch_options, row_sums, row_weights
 from fastkd.ops.triton.launch_options import _kinds
 from tests.cases import KERNELS
 
@@ -88,7 +90,7 @@ def assert_close(found, expected, loss_error=1e-5, gradient_error=1e-5):
 def test_leading_dimensions_of_any_stride(name, classes):
     student = logits(3, 5, classes)[:, :-1]
     teacher = logits(4, 3, classes).transpose(0, 1)
-    target = labels(12, classes)
+    target = labels(24, classes)[::2]
     assert not student.is_contiguous()
     assert_close(
         kernel(name, student, teacher, target), reference_in(torch.float64, name, student, teacher, target)
@@ -97,6 +99,29 @@ def test_leading_dimensions_of_any_stride(name, classes):
 
 def test_broadcast_rows():
     student, teacher = logits(1, 1, 40).expand(2, 3, 40), logits(2, 1, 40).expand(2, 3, 40)
+    found = kernel("kd", student, teacher, None)
+    assert_close(found, reference_in(torch.float64, "kd", student, teacher, None))
+
+
+# What has an odd stride or starts between two multiples of 16 bytes: it cannot be accessed 16 bytes at a time.
+@pytest.mark.parametrize("odd", ["student", "teacher", "gradient"])
+@pytest.mark.parametrize("skipped", [0, 1], ids=["stride", "start"])
+def test_wide_accesses_only_where_all_rows_are_aligned(odd, skipped, monkeypatch):
+    vectors = []
+    monkeypatch.setattr(launch, "launch", lambda _kernel, _grid, _given, fixed: vectors.append(fixed["VECTOR"]))
+    rows = {name: logits(2, 48) for name in ("student", "teacher", "gradient")}
+    apart = logits(2, 56 if skipped else 49)[:, skipped : skipped + 48]
+    for of in (rows, {**rows, odd: apart}):
+        call = Call(None, None, 1, *LOSSES["kd"][:2], None, "triton", False, False)
+        losses = torch.empty(2, device=DEVICE)
+        launch.row_loss([of["student"]], [of["teacher"]], call, Outputs(losses, None, of["gradient"]))
+        launch.scale_rows_(of["gradient"], torch.ones(1, 2, device=DEVICE))
+    assert vectors == [8, 8, 1, 1 if odd == "gradient" else 8]
+
+
+@pytest.mark.parametrize("classes", [48, 9000])
+def test_rows_of_an_odd_stride(classes):
+    student, teacher = logits(2, classes + 1)[:, :-1], logits(2, classes + 3)[:, :-3]
     found = kernel("kd", student, teacher, None)
     assert_close(found, reference_in(torch.float64, "kd", student, teacher, None))
 
@@ -169,6 +194,14 @@ def test_row_weights_of_labels(rows, dtype, mean):
     torch.testing.assert_close(found, expected.float(), rtol=2e-7, atol=0)
 
 
+def test_row_weights_with_a_stride_beyond_32_bits():
+    stride = 2**30  # times 2
+    memory = torch.empty(2 * stride + 1, dtype=torch.bfloat16, device=DEVICE)  # only the weights are accessed
+    weight = memory.as_strided((3,), (stride,)).copy_(torch.tensor([1.0, 2.0, 3.0], device=DEVICE))
+    found = row_weights.row_weights(Marks(torch.tensor([0, -100, 1], device=DEVICE), -100, False), weight)
+    assert found.tolist() == [1.0, 0.0, 3.0]
+
+
 def test_row_weights_where_every_label_is_ignored():
     target = torch.full((300,), -100, device=DEVICE)
     assert not row_weights.row_weights(Marks(target, -100, True), None).any()
@@ -219,6 +252,15 @@ def test_which_labels_the_row_kernel_counts(rows, programs, step, dtype, mean, e
     target = torch.zeros(rows * step, dtype=torch.int64)[::step]
     weight = None if dtype is None else torch.ones(rows, dtype=dtype)
     assert row_weights.by_row_kernel(Marks(target, -100, mean), weight, programs) is expected
+
+
+def test_labels_beside_weights_that_are_not_contiguous():
+    student, teacher, target = logits(6, 10), logits(6, 10), labels(6, 10)
+    weight, marks = torch.rand(12, device=DEVICE)[::2], Marks(target, int(target[1]), False)
+    found = kernel("ce-kd", student, teacher, target, weight, marks=marks)
+    expected = kernel("ce-kd", student, teacher, target, weight.clone(), marks=marks)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
 
 
 def test_every_label_ignored_in_the_row_kernel():
@@ -280,6 +322,7 @@ def test_counters_are_shared_on_a_stream_and_given_away_once_otherwise():
     rows = torch.empty(3, device=DEVICE)
     shared = row_sums.counters_of(rows, 1)
     assert row_sums.counters_of(rows, 5).data_ptr() == shared.data_ptr()
+    assert row_sums.counters_of(rows, row_sums.MOST_PAIRS).data_ptr() == shared.data_ptr()
     assert row_sums.counters_of(rows, row_sums.MOST_PAIRS + 1) is None
     pool = row_sums._Pool(rows.device)
     taken = [pool.take(5) for _ in range(row_sums.COUNTERS // 8)]
@@ -456,3 +499,15 @@ def test_kept_launches_tell_widths_of_numbers_as_triton_does():
     """It types whole numbers from -2^31 to 2^31 - 1 as i32, all others as i64."""
     narrow, wide = [_kinds([number]) for number in (5, -(2**31))], [_kinds([2**31]), _kinds([-(2**31) - 1])]
     assert narrow[0] == narrow[1] != wide[0] == wide[1]
+
+
+def test_kept_launches_tell_kernels_and_devices_apart(monkeypatch):
+    """A kernel is compiled for a device and loaded into its memory."""
+    driver = types.SimpleNamespace()
+    monkeypatch.setattr(launch_options, "driver", types.SimpleNamespace(active=driver))
+    keys = set()
+    for device in (0, 1):
+        driver.get_current_device = functools.partial(int, device)
+        for of in (launch.scale_rows, launch.pointwise_rows) * 2:
+            keys.add(launch_options.key_of(of, (logits(3), 1), {"TILE": 16}))
+    assert len(keys) == 4
