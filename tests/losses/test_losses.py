@@ -183,14 +183,15 @@ def test_terms_of_a_list_of_pairs(fused):
 
 
 @each_kernel
-def test_row_strides_beyond_32_bits(fused, case):
-    """Offsets of more than 2^31 elements, in memory of which only the rows are accessed."""
-    row_stride, classes = 2**31 + 64, 40
-    student, teacher, target = make_logits(2, classes, torch.bfloat16, fused)
+@pytest.mark.parametrize(("rows", "row_stride"), [(2, 2**31 + 64), (3, 2**30)])  # of 32 bits, but not its double
+def test_row_offsets_beyond_32_bits(fused, case, rows, row_stride):
+    """Offsets of at least 2^31 elements, in memory of which only the rows are accessed."""
+    classes = 40
+    student, teacher, target = make_logits(rows, classes, torch.bfloat16, fused)
 
     def far_apart(logits):
-        memory = torch.empty(row_stride + classes, dtype=logits.dtype, device=fused)
-        return memory.as_strided((2, classes), (row_stride, 1)).copy_(logits)
+        memory = torch.empty((rows - 1) * row_stride + classes, dtype=logits.dtype, device=fused)
+        return memory.as_strided((rows, classes), (row_stride, 1)).copy_(logits)
 
     assert_matches(case, far_apart(student), far_apart(teacher), target, reduction="sum")
 

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from fastkd import reference
 from fastkd.ops.call import Call, Marks, Outputs
-from fastkd.ops.spec import CASES
+from fastkd.ops.spec import CASES, Needs
 from fastkd.ops.spec import LOSSES as SPEC
 from fastkd.ops.triton import launch, launch_options, row_sums, row_weights
 from fastkd.ops.triton.launch_options import _kinds
@@ -375,6 +375,18 @@ def test_an_infinite_logit_is_not_hidden(name, rows, classes, places):
         assert not values[row].isfinite()
 
 
+@pytest.mark.parametrize("name", [name for name in KERNELS if name not in POINTWISE])
+def test_sums_of_earlier_tiles_vanish_before_a_huge_logit(name):
+    """Their share is 0, whatever they come to relative to a maximum of 3e38."""
+    if CASES[name][0].needs(CASES[name][1].options) & (Needs.STANDARDIZED | Needs.LOG_RATIO):
+        pytest.skip("a variance or a gradient that overflows")
+    student, teacher, target = logits(2, 9000), logits(2, 9000), torch.tensor([0, 8998], device=DEVICE)
+    student[:, 8999], teacher[:, 8999] = 1e38, 3e38
+    found = kernel(name, student, teacher, target)
+    assert found[0].isfinite().all()
+    assert found[1].isfinite().all()
+
+
 # ---- accuracy ------------------------------------------------------------------------------------------
 
 
@@ -461,6 +473,15 @@ def test_a_constant_row_has_no_deviation(name, rows, classes):
         assert (gradient == 0).all()
     assert rows_of_both.isfinite().all()
     assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize(("rows", "classes"), [(6, 10), (2, 9000)])
+@pytest.mark.parametrize("name", ["lskd", "ls-dkd"])
+def test_a_deviation_of_the_size_of_epsilon(name, rows, classes):
+    """The epsilon added to it is 1e-7."""
+    student, teacher, target = logits(rows, classes, spread=1e-7), logits(rows, classes), labels(rows, classes)
+    found = kernel(name, student, teacher, target)
+    assert_close(found, reference_in(torch.float64, name, student, teacher, target))
 
 
 def test_a_constant_student_of_lskd_at_temperature_4():
