@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("triton")
 
 from fastkd import reference
+from fastkd.ops import plan
 from fastkd.ops.call import Call, Marks, Outputs
 from fastkd.ops.spec import CASES, Needs
 from fastkd.ops.spec import LOSSES as SPEC
@@ -124,6 +125,19 @@ def test_rows_of_an_odd_stride(classes):
     student, teacher = logits(2, classes + 1)[:, :-1], logits(2, classes + 3)[:, :-3]
     found = kernel("kd", student, teacher, None)
     assert_close(found, reference_in(torch.float64, "kd", student, teacher, None))
+
+
+@pytest.mark.parametrize("name", ["ls-dkd", "nkd-t3", "jsd"])
+def test_programs_that_have_several_long_rows(name, monkeypatch):
+    """As many programs as a GPU of one multiprocessor has, which take turns in the rows."""
+    monkeypatch.setattr(launch, "device_of", lambda _device: plan.Device(1))
+    student, teacher, target = logits(5, 9000), logits(5, 9000), labels(5, 9000)
+    student[:, 8999] += 20  # the models' maxima move by different steps
+    planned = plan.plan_rows(plan.kind_of(CASES[name][0].family, 0), 5, 9000, 4, plan.Device(1))
+    assert planned.parts == 1
+    assert planned.programs < 5
+    found = kernel(name, student, teacher, target)
+    assert_close(found, reference_in(torch.float64, name, student, teacher, target))
 
 
 @each_kernel
