@@ -129,11 +129,21 @@ def test_any_number_of_parts(parts, dtype, error, label_known, small_tiles, monk
 
 
 @pytest.mark.parametrize("first", [0, 63, 100, 264])
-def test_known_classes_side_by_side(first, small_tiles):
+@pytest.mark.parametrize("parts", [1, 5])
+def test_known_classes_side_by_side(first, parts, small_tiles, monkeypatch):
     """All in one tile or over its boundary, up to the row's last class."""
+    split(monkeypatch, parts)
     problem = Problem("ce-kd", 3, 304, 40)
     problem.indices = (first + torch.arange(40, device=DEVICE)).repeat(3, 1)
     problem.target = torch.tensor([first, first + 39, (first + 100) % 304], device=DEVICE)
+    assert_matches(problem)
+
+
+def test_a_label_that_starts_a_part(small_tiles):
+    """And is not known: its gradient is written by that part alone."""
+    problem = Problem("ce-kd", 3, 304, 20)
+    problem.indices = (1 + torch.arange(20, device=DEVICE)).repeat(3, 1)
+    problem.target = torch.tensor([0, 64, 128], device=DEVICE)
     assert_matches(problem)
 
 
@@ -185,7 +195,7 @@ def test_masked_classes(name, masked, small_tiles):
 @pytest.mark.parametrize("name", DEFINED)
 def test_no_worse_than_eager(name):
     """Near equality, and far from 0."""
-    for offset in (0.0, 1e4):
+    for offset in (0.0, 1e4, -1e4):
         problem = Problem(name, 8, 100, 10)
         known = problem.student.gather(1, problem.indices)
         rest = problem.student.scatter(1, problem.indices, -torch.inf).logsumexp(-1, keepdim=True)
@@ -271,5 +281,15 @@ def test_strided_logits_and_indices(classes, small_tiles):
     problem.student.copy_(student)
     problem.indices = torch.full((20, 8), 1 << 40, device=DEVICE)[:, :4].T
     problem.indices.copy_(indices)
+    for found, true in zip(problem.run(), expected, strict=True):
+        assert torch.equal(found, true)
+
+
+def test_row_offsets_beyond_32_bits():
+    """Of rows whose stride has 32 bits, in memory of which only the rows are accessed."""
+    problem = Problem("ce-kd-t1-smoothed", 3, 40, 5, dtype=torch.bfloat16)
+    expected, row_stride = problem.run(), 2**30
+    memory = torch.empty(2 * row_stride + 40, dtype=torch.bfloat16, device=DEVICE)
+    problem.student = memory.as_strided((3, 40), (row_stride, 1)).copy_(problem.student)
     for found, true in zip(problem.run(), expected, strict=True):
         assert torch.equal(found, true)
