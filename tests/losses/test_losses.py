@@ -183,7 +183,7 @@ def test_terms_of_a_list_of_pairs(fused):
 
 
 @each_kernel
-@pytest.mark.parametrize(("rows", "row_stride"), [(2, 2**31 + 64), (3, 2**30)])  # of 32 bits, but not its double
+@pytest.mark.parametrize(("rows", "row_stride"), [(2, 2**31 + 64), (3, 2**30)])  # its double has more
 def test_row_offsets_beyond_32_bits(fused, case, rows, row_stride):
     """Offsets of at least 2^31 elements, in memory of which only the rows are accessed."""
     classes = 40

@@ -104,12 +104,12 @@ def test_broadcast_rows():
     assert_close(found, reference_in(torch.float64, "kd", student, teacher, None))
 
 
-# What has an odd stride or starts between two multiples of 16 bytes: it cannot be accessed 16 bytes at a time.
+# Rows of an odd stride, or that start between two multiples of 16 bytes, have no accesses of 16 bytes.
 @pytest.mark.parametrize("odd", ["student", "teacher", "gradient"])
 @pytest.mark.parametrize("skipped", [0, 1], ids=["stride", "start"])
 def test_wide_accesses_only_where_all_rows_are_aligned(odd, skipped, monkeypatch):
     vectors = []
-    monkeypatch.setattr(launch, "launch", lambda _kernel, _grid, _given, fixed: vectors.append(fixed["VECTOR"]))
+    monkeypatch.setattr(launch, "launch", lambda *given: vectors.append(given[-1]["VECTOR"]))
     rows = {name: logits(2, 48) for name in ("student", "teacher", "gradient")}
     apart = logits(2, 56 if skipped else 49)[:, skipped : skipped + 48]
     for of in (rows, {**rows, odd: apart}):
@@ -472,6 +472,31 @@ def test_a_common_offset_has_no_effect(name, loss_error):
     )
 
 
+def test_log_odds_of_a_confident_label_near_equality(monkeypatch):
+    """Their difference is not that of two rounded numbers near 15; the label has no other gradient."""
+    loss, options, labelled = LOSSES["dkd"]
+    monkeypatch.setitem(LOSSES, "dkd", (loss, (1.0, *options[1:]), labelled))
+    target = torch.arange(100, device=DEVICE) % 10
+    student = logits(100, 10).scatter_(1, target[:, None], 16.0)
+    teacher = student + 1e-4 * torch.randn_like(student)
+    found, true = (
+        gradient.gather(1, target[:, None])
+        for _, gradient in (
+            kernel("dkd", student, teacher, target),
+            reference_in(torch.float64, "dkd", student, teacher, target),
+        )
+    )
+    assert (found - true).norm() <= 5e-4 * true.norm()
+
+
+def test_tvd_of_classes_whose_probabilities_are_equal():
+    """They have no slope, others have."""
+    student = torch.tensor([[0.0, 0.0, -1.0, -2.0]], device=DEVICE)
+    teacher = student[:, [0, 1, 3, 2]]
+    found = kernel("tvd", student, teacher, None)
+    assert_close(found, reference_in(torch.float64, "tvd", student, teacher, None))
+
+
 @pytest.mark.parametrize("name", ["lskd", "ls-dkd", "ce-lskd"])
 @pytest.mark.parametrize(("rows", "classes"), [(6, 10), (2, 9000)])
 def test_a_constant_row_has_no_deviation(name, rows, classes):
@@ -493,7 +518,8 @@ def test_a_constant_row_has_no_deviation(name, rows, classes):
 @pytest.mark.parametrize("name", ["lskd", "ls-dkd"])
 def test_a_deviation_of_the_size_of_epsilon(name, rows, classes):
     """The epsilon added to it is 1e-7."""
-    student, teacher, target = logits(rows, classes, spread=1e-7), logits(rows, classes), labels(rows, classes)
+    student, teacher = logits(rows, classes, spread=1e-7), logits(rows, classes)
+    target = labels(rows, classes)
     found = kernel(name, student, teacher, target)
     assert_close(found, reference_in(torch.float64, name, student, teacher, target))
 
