@@ -184,7 +184,6 @@ struct VectorMath {
   FASTKD_INLINE vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
   FASTKD_INLINE vf absolute(vf x) { return FASTKD_ISA::absolute(x); }
   FASTKD_INLINE vf fused(vf a, vf b, vf c) { return a * b + c; }
-  FASTKD_INLINE vf quotient(vf a, vf b) { return a / b; }
   FASTKD_INLINE vf bounded_quotient(vf a, vf b) { return a / b; }  // faster on a GPU, for b from 2^-126 to 2^126
   FASTKD_INLINE vf share(vf part, vf m) { return part / select(m > 0.0f, m, broadcast(1.0f)); }  // 0 if m is 0
   FASTKD_INLINE vf with_sign_of(vf magnitude, vf x) {  // of magnitude >= 0

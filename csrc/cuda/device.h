@@ -123,7 +123,6 @@ FASTKD_DEVICE void store_streaming(void* to, const Chunk& chunk) {
 // And with -prec-div=false: a quotient is within 2 ulp, so that x / x need not be 1.
 
 FASTKD_DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
-FASTKD_DEVICE float quotient(float a, float b) { return __fdividef(a, b); }  // within 2 ulp for |b| < 2^126
 FASTKD_DEVICE float rounded_quotient(float a, float b) { return __fdiv_rn(a, b); }  // to nearest: 1 for equal numbers
 
 // 1 / x within 1 ulp, for 2^-126 <= |x| <= 2^126.

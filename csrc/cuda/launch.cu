@@ -40,15 +40,16 @@ class CurrentDevice {
   bool changed_ = false;
 };
 
-// Raises a limit of a kernel, once per device. `allowed` is what every kernel may do without.
-void raise_limit(cudaFuncAttribute limit, int64_t allowed, int64_t value, const void* kernel, int device) {
+// Raises a limit of a kernel, once per device, above the `allowed` of every kernel; `failure` is for the error.
+void raise_limit(cudaFuncAttribute limit, int64_t allowed, int64_t value, const void* kernel, int device,
+                 const char* failure) {
   if (value <= allowed) return;
   static std::mutex mutex;
   static std::map<std::tuple<cudaFuncAttribute, const void*, int>, int64_t> raised;
   const std::lock_guard<std::mutex> lock(mutex);
   int64_t& before = raised[{limit, kernel, device}];
   if (value <= before) return;
-  check(cudaFuncSetAttribute(kernel, limit, int(value)), "cannot raise a limit of the kernel");
+  check(cudaFuncSetAttribute(kernel, limit, int(value)), failure);
   before = value;
 }
 
@@ -56,9 +57,11 @@ template <class Arguments>
 void launch(void (*kernel)(Arguments), const Arguments& arguments, const Grid& grid, const Stream& stream) {
   const CurrentDevice current(stream.device);
   const void* function = reinterpret_cast<const void*>(kernel);
-  raise_limit(cudaFuncAttributeMaxDynamicSharedMemorySize, 48 * 1024, grid.shared_bytes, function, stream.device);
+  raise_limit(cudaFuncAttributeMaxDynamicSharedMemorySize, 48 * 1024, grid.shared_bytes, function, stream.device,
+              "cannot set the shared memory size");
   const int beyond_portable = grid.cluster > kPortableBlocks;
-  raise_limit(cudaFuncAttributeNonPortableClusterSizeAllowed, 0, beyond_portable, function, stream.device);
+  raise_limit(cudaFuncAttributeNonPortableClusterSizeAllowed, 0, beyond_portable, function, stream.device,
+              "cannot allow clusters of more than eight blocks");
   if (grid.blocks_x > INT32_MAX) throw std::runtime_error("fastkd_native: too many rows for one launch");
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(grid.blocks_x), unsigned(grid.blocks_y));

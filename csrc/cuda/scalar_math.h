@@ -42,7 +42,6 @@ struct ScalarMath {
   static FASTKD_DEVICE float select(bool mask, float yes, float no) { return mask ? yes : no; }
   static FASTKD_DEVICE float absolute(float x) { return fabsf(x); }
   static FASTKD_DEVICE float fused(float a, float b, float c) { return cuda::fused(a, b, c); }
-  static FASTKD_DEVICE float quotient(float a, float b) { return cuda::quotient(a, b); }
   static FASTKD_DEVICE float bounded_quotient(float a, float b) { return a * reciprocal(b); }
   static FASTKD_DEVICE float share(float part, float m) { return part * bounded_inverse(m); }  // 0 if both are 0
   static FASTKD_DEVICE float with_sign_of(float magnitude, float x) {  // of magnitude >= 0

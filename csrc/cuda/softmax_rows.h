@@ -181,6 +181,14 @@ struct Moments {
     sum += above;
     squares = fused(above, above, squares);
   }
+
+  // Makes them the sum and the sum of squares of the deviations from `mean`.
+  FASTKD_DEVICE void relate_to(float mean, float count) {
+    const float average = count > 0 ? sum * (1.0f / count) : 0.0f, from_mean = (first - mean) + average;
+    squares -= sum * average;
+    sum = count * from_mean;
+    squares += sum * from_mean;
+  }
 };
 
 // Sets the scales of both models for (z - mean) / (deviation + epsilon) / T; deviation with C - 1.
@@ -201,19 +209,15 @@ FASTKD_DEVICE void standardize(Team& team, const Share<Type>& share, Row<float>&
     });
     count += (classes - column < kVector ? classes - column : kVector) + (column < 0 ? column : 0);
   });
-  const float number = float(count), inverse = count > 0 ? 1.0f / number : 0.0f;
+  const float number = float(count);
   float sums[] = {fused(number, student.first, student.sum), fused(number, teacher.first, teacher.sum)};
   team.all_reduce(sums, Sum());
   // Two steps: these sums are inexact for logits far from 0, so the deviations from them correct the means.
   row.student.mean = sums[0] / float(classes);
   row.teacher.mean = sums[1] / float(classes);
-  const float above_s = student.sum * inverse, above_t = teacher.sum * inverse;
-  const float from_mean_s = (student.first - row.student.mean) + above_s;
-  const float from_mean_t = (teacher.first - row.teacher.mean) + above_t;
-  // Sums of the logits' deviations, and of their squares.
-  const float sum_s = number * from_mean_s, sum_t = number * from_mean_t;
-  float deviations[] = {sum_s, sum_t, (student.squares - student.sum * above_s) + sum_s * from_mean_s,
-                        (teacher.squares - teacher.sum * above_t) + sum_t * from_mean_t};
+  student.relate_to(row.student.mean, number);
+  teacher.relate_to(row.teacher.mean, number);
+  float deviations[] = {student.sum, teacher.sum, student.squares, teacher.squares};
   team.all_reduce(deviations, Sum());
   row.student.mean_rest = deviations[0] / float(classes);
   row.teacher.mean_rest = deviations[1] / float(classes);

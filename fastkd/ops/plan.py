@@ -27,7 +27,8 @@ class Device(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """How programs go through rows, as measured on an H200.
+    """How programs go through rows, as measured on an H200, but for the short rows of mixtures and of one
+    model: their logits per warp were chosen by counts of instructions and not timed.
 
     A row of at most ``longest`` classes is one tile; if ``resident``, it is read once and stays in registers.
     Fewer logits per warp leave a larger share to what a warp does once per row; more leave too few warps on a

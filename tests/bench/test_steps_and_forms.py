@@ -38,10 +38,8 @@ class Net(nn.Module):
 
 def test_the_parts_of_a_step(ticking, monkeypatch):
     student, teacher = Net("student forward", ticking), Net("teacher", ticking)
-    order, slow = (
-        [],
-        iter([1.0, 0.0, 0.5, 9.0, 0.0, 9.0]),
-    )  # of the warm-up, and of one turn: no median has it
+    order = []
+    slow = iter([1.0, 0.0, 0.5, 9.0, 0.0, 9.0])  # of the warm-up, and of one turn: no median has it
 
     def loss_of(name):
         def loss(s, t, y):

@@ -203,7 +203,6 @@ inline void store_streaming(void* to, const Chunk& chunk) {
 
 inline float fused(float a, float b, float c) { return std::fma(a, b, c); }
 inline float reciprocal(float x) { return 1.0f / x; }
-inline float quotient(float a, float b) { return a / b; }
 inline float rounded_quotient(float a, float b) { return a / b; }
 
 inline uint32_t as_bits(float value) {

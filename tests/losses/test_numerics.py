@@ -365,7 +365,7 @@ def test_a_base_that_rises_further_than_a_sum_may(fused, name, classes):
 
 
 def assert_finite_where_bases_rise(name, classes, device="cpu"):
-    """A teacher's sums vanish, times a step of the student's base that overflows: 0, and not NaN."""
+    """A teacher's sums become 0, times a step of the student's base that overflows: 0, and not NaN."""
     student, teacher = torch.zeros(2, classes, device=device), torch.zeros(2, classes, device=device)
     low = classes // 2
     student[:, :low], student[:, low:], teacher[:, :low] = -1e38, 1e38, -4000.0
